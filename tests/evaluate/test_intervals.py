@@ -1,0 +1,106 @@
+"""Intervals against published values, and against how often they hold."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tutelage.evaluate import intervals as iv
+
+
+def test_mcnemar_exact_published_value() -> None:
+    """A chi-square approximation, or a one-sided sum, would give another number for 12 against 3."""
+    assert iv.mcnemar(12, 3) == 0.03515625
+    assert iv.mcnemar(3, 12) == 0.03515625
+    assert iv.mcnemar(0, 0) == 1.0
+    assert iv.mcnemar(5, 5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p", "freedom", "t"), [(0.975, 1, 12.7062), (0.975, 10, 2.2281), (0.95, 5, 2.0150), (0.995, 30, 2.7500)]
+)
+def test_student_quantiles_from_tables(p: float, freedom: int, t: float) -> None:
+    """The normal quantile in place of t makes small samples look certain."""
+    assert iv.student_quantile(p, freedom) == pytest.approx(t, abs=5e-5)
+    assert iv.student_quantile(1 - p, freedom) == pytest.approx(-t, abs=5e-5)
+
+
+def test_wilson_and_clopper_pearson_published() -> None:
+    """Wald's interval is [0, 0] for 0 of 10: the bug that both of these end. Values: Newcombe 1998, table I."""
+    w, c = iv.wilson(15, 148), iv.clopper_pearson(15, 148)
+    assert (round(w.low, 4), round(w.high, 4)) == (0.0624, 0.1605)
+    assert (round(c.low, 4), round(c.high, 4)) == (0.0578, 0.1617)
+    none = iv.wilson(0, 10)
+    assert none.low == 0 and none.high == pytest.approx(0.2775, abs=1e-4)
+    assert iv.clopper_pearson(0, 10).high == pytest.approx(1 - 0.025**0.1)
+    assert iv.clopper_pearson(10, 10).low == pytest.approx(0.025**0.1)
+
+
+def test_mean_and_paired_difference() -> None:
+    """Treating pairs as independent throws the gain of pairing away."""
+    a = np.array([3.0, 5.0, 9.0, 11.0])
+    estimate = iv.mean(a)
+    assert estimate.value == 7 and estimate.standard_error == pytest.approx(a.std(ddof=1) / 2)
+    assert estimate.high - 7 == pytest.approx(3.1824 * estimate.standard_error, rel=1e-4)
+    paired = iv.paired_difference(a + np.array([0.9, 1.1, 1.0, 1.0]), a)
+    assert paired.low > 0.8 and paired.high < 1.2
+
+
+def test_ratio_resamples_documents_not_tokens() -> None:
+    """Resampling tokens of a few long documents gives an interval many times too narrow: the true value must be inside 95 in 100."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(100):
+        level = rng.normal(2.0, 0.3, size=30)  # bits per byte differ between documents
+        sizes = rng.integers(500, 1500, size=30)
+        estimate = iv.ratio(level * sizes, sizes, seed=trial, draws=300)
+        hits += estimate.low <= 2.0 <= estimate.high
+    assert 0.87 <= hits / 100 <= 0.99
+
+
+def test_few_units_widen_the_interval() -> None:
+    """With eight units the plain percentile interval covers 88%, not 95%."""
+    rng = np.random.default_rng(2)
+    inside = 0
+    for trial in range(300):
+        estimate = iv.ratio(rng.normal(2, 0.3, size=8), np.ones(8), seed=trial, draws=500)
+        inside += estimate.low <= 2 <= estimate.high
+    assert inside / 300 > 0.92
+
+
+def test_ratio_is_seeded_and_transforms() -> None:
+    """Two runs must print the same interval; perplexity is exp of the ratio, not the ratio of exps."""
+    nats, tokens = np.array([10.0, 30.0, 25.0]), np.array([5, 10, 10])
+    one, two = (iv.ratio(nats, tokens, seed=3, transform=np.exp) for _ in range(2))
+    assert one == two
+    assert one.value == pytest.approx(math.exp(65 / 25))
+    assert one.low <= one.value <= one.high
+
+
+def test_relative_saving_is_paired() -> None:
+    """Resampling the two systems apart hides a difference that every single document shows."""
+    rng = np.random.default_rng(0)
+    theirs = rng.lognormal(7, 1, size=60)
+    saving = iv.relative_saving(theirs * rng.normal(0.9, 0.01, size=60), theirs)
+    assert 0.08 < saving.low < saving.value < saving.high < 0.12
+
+
+def test_many_documents_in_groups_keep_the_interval() -> None:
+    """Drawing 2,000 times from 100,000 documents would take minutes; grouping them must not change the width."""
+    bits, sizes = np.random.default_rng(0).lognormal(7, 0.5, size=(2, 20_000))
+    estimate = iv.ratio(bits, sizes, draws=300)
+    # delta method for a ratio of means
+    by_hand = np.std(bits - estimate.value * sizes) / sizes.mean() / np.sqrt(20_000)
+    assert estimate.standard_error == pytest.approx(by_hand, rel=0.15)
+    assert estimate.n == 20_000
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: iv.mean([]), lambda: iv.wilson(3, 2), lambda: iv.wilson(0, 0), lambda: iv.ratio([], [])]
+)
+def test_nothing_to_estimate_is_an_error(call) -> None:  # type: ignore[no-untyped-def]
+    """An empty evaluation must not print a number."""
+    with pytest.raises(ValueError):
+        call()

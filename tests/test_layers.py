@@ -1,0 +1,67 @@
+"""The direction of imports, and what must stay importable without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tutelage"
+
+# Left imports right; names on one line may import one another.
+LAYERS = [
+    {"cli", "api", "console"},
+    {"stages"},
+    {"web"},
+    {"improve"},
+    {"serve", "audit", "explain", "compress"},
+    {"annotate", "retrieve"},
+    {"evaluate", "rollout"},
+    {"rewards"},
+    {"train", "engine"},
+    {"data", "safety", "tokenizer", "objectives"},
+    {"models"},
+    {"recipe", "plan"},
+    {"store", "sandbox"},
+    {"config", "records", "rundir", "files", "log", "errors"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TORCH_FREE = ["cli", "console", "recipe", "rundir", "records", "config.stages", "data.collect", "data.tokens", "data.render", "data.pack",
+              "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks", "evaluate.intervals"]  # fmt: skip
+
+
+def _imports(path: Path) -> list[tuple[int, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, a.name) for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.lineno, node.module))
+    return [(line, m) for line, m in found if m.startswith("tutelage.")]
+
+
+def test_layers() -> None:
+    """Guards against cycles: a mechanism that reaches up into stages or the command line."""
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        assert own in LEVEL, f"{path} is in no layer"
+        for line, module in _imports(path):
+            other = module.split(".")[1]
+            assert other in LEVEL, f"{path}:{line} imports {module}, which is in no layer"
+            if LEVEL[other] < LEVEL[own]:
+                wrong.append(f"{path}:{line} ({own}) imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_imports_without_torch(module: str) -> None:
+    """Guards start-up: torch costs two seconds, transformers six, and neither is needed to plan or prepare data."""
+    code = f"import sys, tutelage.{module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,47 @@
+"""Every stage as a Python function, under the same names as on the command line and in recipes.
+
+from tutelage import api
+
+corpus = api.data(sources=["docs/"])
+words = api.tokenizer(data=corpus, vocab_size=4096)
+base = api.pretrain(data=corpus, tokenizer=words, size="3m")
+print(base.path, base.facts["loss"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tutelage.config.base import assign, build
+from tutelage.recipe import Runner, load_recipe, run_recipe
+from tutelage.rundir import RunDir
+from tutelage.stages import STAGES
+
+
+def stage(name: str, *, runs: str | Path = "runs", force: bool = False, **settings: Any) -> RunDir:
+    """Runs, resumes or finds one stage. Inputs may be folders, `recipe/stage` names or the `RunDir` of another call.
+    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). Raises the errors of `tutelage.errors`."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        assign(values, key, str(value.path) if isinstance(value, RunDir) else str(value) if isinstance(value, Path) else value)
+    runner = Runner(STAGES, Path(runs), force=force)
+    return runner.run(runner.plan(name, name, build(STAGES[name].config(), values)))
+
+
+def run(recipe: str | Path, *, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, RunDir]:
+    """Runs a recipe; settings are those of `--set`, such as `scale="smoke"` or `**{"base.steps": 10}`."""
+    loaded = load_recipe(Path(recipe), STAGES, list(settings.items()))
+    return run_recipe(loaded, Runner(STAGES, Path(runs), loaded.name, force=force))
+
+
+def __getattr__(name: str) -> Callable[..., RunDir]:
+    if name not in STAGES:
+        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run")
+
+    def call(**settings: Any) -> RunDir:
+        return stage(name, **settings)
+
+    call.__doc__ = STAGES[name].help
+    return call

@@ -1,0 +1,1 @@
+"""Typed configuration: small frozen sections, unknown keys refused, no torch."""

@@ -1,0 +1,206 @@
+"""Sections, and the errors that a wrong key or value gets."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field as _PydanticField
+from pydantic.fields import FieldInfo
+
+from tutelage.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings. Frozen; an unknown key is an error with the nearest name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
+
+
+def setting(default: Any, text: str, *, identity: bool = True, **rest: Any) -> Any:
+    """A field with its explanation. `identity=False`: cannot change the result, so it stays out of the digest."""
+    return _PydanticField(default, description=text, json_schema_extra={"identity": identity}, **rest)
+
+
+def artifact(text: str, *, kind: str, default: Any = ...) -> Any:
+    """A field that names an input: a run, a folder, or `$stage` in a recipe. Its content enters the digest, not its path."""
+    return _PydanticField(default, description=text, json_schema_extra={"identity": False, "artifact": kind})
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def artifacts_of(section: type[Section]) -> dict[str, str]:
+    """Names of the input fields and the kind of artifact that each takes."""
+    return {n: str(extra_of(f)["artifact"]) for n, f in section.model_fields.items() if "artifact" in extra_of(f)}
+
+
+def identity_of(config: Section) -> dict[str, Any]:
+    """The settings that can change a result: what a digest covers."""
+    out: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        if extra_of(field).get("identity", True):
+            value = getattr(config, name)
+            out[name] = identity_of(value) if isinstance(value, Section) else value
+    return out
+
+
+def subsection(field: FieldInfo) -> type[Section] | None:
+    """The section class of a nested field, if it is one."""
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def known_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Every dotted key below a section."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        inner = subsection(field)
+        if inner is not None:
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def nearest(name: str, names: list[str]) -> str | None:
+    """The known name that is most like `name`; for a dotted key the last part counts too."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    tails = [n for n in names if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    return tails[0] if tails else None
+
+
+def build(
+    section: type[S],
+    values: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    lines: Mapping[str, int] | None = None,
+    prefix: str = "",
+) -> S:
+    """The section of a mapping. Raises `ConfigError` that names the key, its line and the nearest known key."""
+    try:
+        return section(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(p) for p in first["loc"]]
+        key = ".".join(path)
+        line = (
+            next(
+                (lines[prefix + ".".join(path[:n])] for n in range(len(path), 0, -1) if prefix + ".".join(path[:n]) in lines),
+                None,
+            )
+            if lines
+            else None
+        )
+        if first["type"] == "extra_forbidden":
+            names = list(known_keys(section))
+            siblings = [n for n in names if n.rpartition(".")[0] == ".".join(path[:-1])]
+            hint = nearest(key, siblings) or nearest(key, names)
+            raise ConfigError(
+                f"unknown key `{key}`",
+                file=file,
+                line=line,
+                field=prefix + key,
+                expected=f"one of: {', '.join(n.rsplit('.', 1)[-1] for n in siblings)}",
+                fix=f"did you mean `{hint}`?" if hint else None,
+            ) from None
+        if first["type"] == "missing":
+            raise ConfigError(
+                f"`{key}` is required", file=file, line=line, field=prefix + key, expected=_describe(section, path)
+            ) from None
+        raise ConfigError(
+            f"`{key}` has a value that does not fit: {first['msg']}",
+            file=file,
+            line=line,
+            field=prefix + key,
+            found=first.get("input"),
+            expected=_describe(section, path),
+        ) from None
+
+
+def _describe(section: type[Section], path: list[str]) -> str | None:
+    current: type[Section] | None = section
+    text = None
+    for part in path:
+        if current is None or part not in current.model_fields:
+            break
+        field = current.model_fields[part]
+        text, current = field.description, subsection(field)
+    return text
+
+
+def parse_value(text: str) -> Any:
+    """The value of `--key value` or `--set a.b=value`, read as YAML: 3, 1e-3, true, [a, b], word."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c.isdigit() for c in value) and "_" not in value else value  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            return value
+    return text if value is None and text.lower() not in ("null", "~", "none", "") else value
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the dotted key in a nested mapping, making the levels it needs."""
+    *parents, last = key.split(".")
+    for part in parents:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            inner = {}
+            values[part] = inner
+        values = inner
+    values[last] = value
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`a.b=c` as a key and a value."""
+    key, sep, value = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError("a setting needs the form key=value", found=text, fix="for example --set optimizer.lr=1e-3")
+    return key.strip(), parse_value(value.strip())
+
+
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML file and the line of each dotted key. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("no such file", file=path, fix="give the path of a YAML recipe") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            f"not valid YAML: {getattr(error, 'problem', error)}", file=path, line=mark.line + 1 if mark else None
+        ) from None
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError("a recipe is a mapping of keys", file=path, found=values)
+    lines: dict[str, int] = {}
+    _collect_lines(node, "", lines, path)
+    return values, lines
+
+
+def _collect_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int], path: Path) -> None:
+    for key, value in node.value:
+        name = prefix + str(key.value)
+        if name in lines:
+            raise ConfigError(
+                f"`{name}` appears twice", file=path, line=key.start_mark.line + 1, fix=f"the first is on line {lines[name]}"
+            )
+        lines[name] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            _collect_lines(value, name + ".", lines, path)

@@ -1,0 +1,99 @@
+"""One section a stage: what a command takes, a recipe's stage holds, and a Python call passes, under the same names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tutelage.config.base import Section, artifact, setting
+from tutelage.config.train import Count, Share, Train
+
+
+class Data(Section):
+    """Collect, clean, deduplicate and split text or conversations."""
+
+    sources: list[str] = setting(..., "files, folders, globs, python-docs:, python-questions:, skill:…, hf:org/name")
+    kind: Literal["documents", "conversations"] = setting(
+        "documents", "documents: plain text; conversations: dialogues or prompt/completion pairs"
+    )
+    text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
+    fields: dict[str, str] = setting(
+        {}, "conversations: names of the prompt and completion fields, such as {prompt: question, completion: answer}"
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = setting(
+        "auto", "conversations: the rows' format; auto looks at each row"
+    )
+    encoding: str = setting("utf-8", "of text files")
+    split: Literal["none", "blank_lines", "form_feed", "lines"] = setting("none", "how one text file becomes documents")
+    chunk_chars: Count | None = setting(None, "cut longer documents at paragraph borders into pieces of about so many characters")
+    min_chars: int = setting(32, "shorter documents are rejected", ge=0)
+    max_chars: Count = setting(10_000_000, "longer documents are rejected")
+    normalise: Literal["NFC", "NFKC", "none"] = setting("NFC", "Unicode normal form")
+    dedup: Literal["none", "exact", "near"] = setting("near", "near: MinHash, Jaccard 0.8, and none across the split")
+    validation_share: Share = setting(0.05, "share held out, by hash of the document")
+    validation_sources: list[str] = setting([], "sources whose every record is held out, instead of a share")
+    on_error: Literal["stop", "skip"] = setting(
+        "stop", "what a broken row does; skipped ones are counted and kept in rejected.jsonl"
+    )
+    max_reject_share: Share = setting(0.05, "with on_error=skip: stop when more than this share is broken")
+    seed: int = setting(0, "of the split and of generated sources")
+
+
+class Tokenizer(Section):
+    """Train a byte-level BPE tokenizer and measure it."""
+
+    data: str = artifact("documents or conversations to learn from", kind="records")
+    vocab_size: Count = setting(4096, "entries, special tokens and the 256 bytes included")
+    pattern: str = setting("gpt-2", "split pattern, by llama.cpp's name: gpt-2, llama-bpe, qwen2")
+    template: str = setting("default", "chat template: default, chatml, llama3, qwen, gemma, mistral")
+
+
+class Tokens(Section):
+    """Turn records into memory-mapped token shards."""
+
+    data: str = artifact("documents or conversations", kind="records")
+    tokenizer: str = artifact("tokenizer or model folder", kind="tokenizer")
+    workers: int = setting(0, "processes; 0: one a core", ge=0, identity=False)
+
+
+class Pretrain(Train):
+    """Train a model on plain text: from scratch, or on from a checkpoint."""
+
+    data: str = artifact("documents", kind="records")
+    tokenizer: str | None = artifact("tokenizer folder; not needed with `model`", kind="tokenizer", default=None)
+    model: str | None = artifact("checkpoint to go on from; none: from scratch", kind="model", default=None)
+    size: str = setting("3m", "from scratch: number of parameters, from which shape, batch, rates and token budget are derived")
+    architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the derived shape")
+    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
+    seed: int = setting(0, "of initial weights and data order")
+
+
+class Sft(Train):
+    """Supervised fine-tuning on conversations."""
+
+    model: str = artifact("checkpoint to start from", kind="model")
+    data: str = artifact("conversations", kind="records")
+    epochs: float | None = setting(2.0, "passes over the data", gt=0)
+    template: str | None = setting(None, "chat template to give a checkpoint that has none, or to replace its own")
+    seed: int = setting(0, "of the data order")
+
+
+class Evaluate(Section):
+    """Measure a model on held-out documents and questions, beside honest yardsticks."""
+
+    model: str = artifact("the model", kind="model")
+    documents: str | None = artifact("records whose validation part gives bits per byte", kind="records", default=None)
+    questions: str | None = artifact("conversations whose validation part is asked", kind="records", default=None)
+    yardsticks: bool = setting(True, "also xz and Kneser-Ney n-grams, given the same training text")
+    stride: Share = setting(0.5, "share of the context kept when a long document is read in windows")
+    max_documents: int = setting(0, "documents used; 0: all", ge=0)
+    max_questions: int = setting(500, "questions asked; 0: all", ge=0)
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    seed: int = setting(0, "of the bootstrap")
+
+
+class Report(Section):
+    """One self-contained HTML page about a run and everything it came from."""
+
+    run: str = artifact("the run to report on", kind="run")
+    scores: str | None = artifact("an evaluation of it", kind="scores", default=None)

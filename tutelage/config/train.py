@@ -1,0 +1,76 @@
+"""Settings of the training loop, shared by every method."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field as Bound
+
+from tutelage.config.base import Section, setting
+
+Derived = Literal["derived"]
+Share = Annotated[float, Bound(ge=0.0, le=1.0)]
+Positive = Annotated[float, Bound(gt=0.0)]
+Count = Annotated[int, Bound(ge=1)]
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "muon"] = setting("muon", "muon: matrices by Muon, the rest by AdamW; adamw: everything by AdamW")
+    lr: Positive | Derived = setting("derived", "peak learning rate of AdamW's parameters; derived from the model's width")
+    matrix_lr: Positive | Derived = setting("derived", "peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)")
+    embedding_lr: Positive | Derived = setting("derived", "peak learning rate of the embedding table")
+    beta1: Share = setting(0.9, "AdamW: decay of the mean of gradients")
+    beta2: Share = setting(0.95, "AdamW: decay of the mean of squared gradients")
+    eps: Positive = setting(1e-8, "AdamW: added to the root of the second moment")
+    momentum: Share = setting(0.95, "Muon: momentum")
+    weight_decay: float = setting(0.1, "decoupled decay of matrices; never of norms, biases and embeddings", ge=0.0)
+    clip: Positive | None = setting(1.0, "largest global norm of the gradient; null: no clipping")
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "wsd", "constant"] = setting("cosine", "shape of the learning rate after warm-up")
+    warmup: float = setting(0.02, "steps of linear warm-up; below 1 a share of all steps", ge=0.0)
+    decay: Share = setting(0.2, "wsd: share of all steps in the final linear decay")
+    final: Share = setting(0.1, "last learning rate as a share of the peak")
+
+
+class Train(Section):
+    steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
+    tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")
+    epochs: Positive | None = setting(None, "passes over the data, instead of a token budget")
+    sequence_length: Count | Derived = setting("derived", "tokens in a row, at most the model's context")
+    batch_tokens: Count | Derived = setting("derived", "tokens in a global batch (all ranks, all accumulation)")
+    micro_rows: Count | Derived = setting(
+        "derived", "rows in one forward pass on one device; changes memory, not the result", identity=False
+    )
+    packing: Literal["best_fit", "none"] = setting(
+        "best_fit", "best_fit: several samples a row, isolated from one another; none: one sample a row"
+    )
+    too_long: Literal["split", "drop", "left", "right"] = setting(
+        "drop",
+        "what happens to a sample longer than a row: cut it in pieces, leave it out, or cut its left or right end; always counted",
+    )
+    optimizer: Optimizer = setting(Optimizer(), "optimizer")
+    schedule: Schedule = setting(Schedule(), "learning rate over time")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "float32, or bfloat16 products with float32 weights (only where the machine is faster with it)"
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "torch.compile; auto: on for CUDA, off for a CPU whose own kernels are available", identity=False
+    )
+    kernels: bool = setting(True, "use the C++ kernels where a compiler is found (results equal to rounding)")
+    checkpointing: Literal["none", "layer"] = setting(
+        "none", "layer: recompute each layer's activations in the backward pass", identity=False
+    )
+    evaluate_every: int = setting(0, "steps between validation losses; 0: ten times a run", ge=0, identity=False)
+    evaluate_rows: Count = setting(
+        64, "rows of the validation set used during the run (the evaluate stage uses all)", identity=False
+    )
+    checkpoint_every: int = setting(
+        0, "steps between checkpoints; 0: every 10 minutes or so and at the end", ge=0, identity=False
+    )
+    keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
+    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
+    patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)

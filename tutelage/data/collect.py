@@ -1,0 +1,327 @@
+"""Collect: read -> clean -> filter -> deduplicate -> split -> write. The mechanism of the `data` stage.
+
+Pass 1 reads the sources and writes what survives the filters to a spool on disk. Later passes, each only where it is
+asked for, work on the spool: lines shared by many documents, near-duplicates, text that stands on both sides of the
+split. The last pass copies lines. Memory holds one source file, one offset and one id a record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tutelage.data import card, dedup, filters, split
+from tutelage.data import readers as reading
+from tutelage.data.readers import ReadOptions, Rejections, Row, source_digest
+from tutelage.data.spool import Spool
+from tutelage.errors import ConfigError, DataError
+from tutelage.files import write_json
+from tutelage.records import SCHEMA_VERSION, Conversation, Document, Message, content_id, to_json
+
+__all__ = ["collect", "source_digest"]
+
+FORMAT_NAMES = {"messages": "openai", "prompt_completion": "completion"}  # of the settings -> of data/formats.py
+KINDS = {"documents": "Document", "conversations": "Conversation"}
+NEAR_THRESHOLD = 0.8  # Jaccard similarity of word 5-grams
+CONTAINED = 0.5  # a held-out document with more of its 5-grams than this in the training text is no test
+NEAR_CONVERSATION_WORDS = 64  # shorter dialogues differ by one number or name and mean something else
+
+
+def collect(
+    sources: list[str],
+    out: Path,
+    *,
+    kind: str = "documents",
+    validation_share: float = 0.05,
+    split: str = "none",
+    chunk_chars: int | None = None,
+    text_field: str = "text",
+    fields: Mapping[str, str] | None = None,
+    format: str = "auto",
+    encoding: str = "utf-8",
+    min_chars: int = 32,
+    max_chars: int | None = 10_000_000,
+    normalise: str = "NFC",
+    dedup: str = "near",
+    on_error: str = "stop",
+    max_reject_share: float = 0.05,
+    seed: int = 0,
+    validation_sources: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Writes a records artifact into the empty folder `out` and returns its card (the facts of the run).
+
+    Files: train.jsonl, validation.jsonl, rejected.jsonl, card.json, schema.json. The settings are those of
+    `config.stages.Data`. Raises `DataError` for input that cannot be used, `ConfigError` for a setting that means nothing.
+    """
+    if kind not in KINDS:
+        raise ConfigError("unknown kind of records", field="kind", found=kind, expected=" | ".join(KINDS))
+    if dedup not in ("none", "exact", "near"):
+        raise ConfigError("unknown deduplication", field="dedup", found=dedup, expected="none | exact | near")
+    if not sources:
+        raise ConfigError("nothing to read", field="sources", expected="a file, a folder, a glob, python-docs: …")
+    limits = filters.FilterOptions(min_chars=min_chars, max_chars=max_chars, normalise=normalise)
+    options = ReadOptions(
+        kind=kind, text_field=text_field, encoding=encoding, split=split, chunk_chars=chunk_chars, seed=seed,
+        fields=dict(fields or {}), format=format,
+    )  # fmt: skip
+    held_out_sources = list(validation_sources)
+    report = Rejections(out / "rejected.jsonl", on_error, max_reject_share)
+    work = _Collection(options, limits, report, Spool(out / ".spool.jsonl"), validation_share, dedup)
+    try:
+        for source in sources:
+            work.take(str(source), None if not held_out_sources else False)
+        for source in held_out_sources:
+            work.take(str(source), True)
+        report.check()
+        work.select(explicit=bool(held_out_sources))
+        facts = work.write(out)
+    finally:
+        work.spool.close()
+        report.close()
+    return facts
+
+
+class _Collection:
+    """One run of `collect`: the spool, the ids seen so far, the counts."""
+
+    def __init__(
+        self, options: ReadOptions, limits: filters.FilterOptions, report: Rejections, spool: Spool, share: float, method: str
+    ) -> None:
+        self.options, self.limits, self.report, self.spool = options, limits, report, spool
+        self.share, self.seed, self.dedup = share, options.seed, method
+        self.seen: set[int] = set()
+        self.shared_lines = filters.LineCounter()
+        self.boilerplate_lines = 0
+        self.documents = options.kind == "documents"
+        split.check_share(share)
+
+    # Pass 1
+
+    def take(self, source: str, held_out: bool | None) -> None:
+        """Reads one source into the spool. `held_out=None`: the record's hash decides."""
+        found = 0
+        for item in reading.read(source, self.options, self.report):
+            found += 1
+            record = item if not isinstance(item, Row) else self._conversation(item)
+            if record is None:
+                continue
+            record = self._cleaned(record)
+            if record is None:
+                continue
+            row, out = to_json(record), held_out
+            if out is None or (not out and "split" in record.meta):
+                out = split.side(_family_of(row), record.meta, self.share, self.seed) == split.VALIDATION
+            self.spool.append(row, held_out=out)
+        if not found:
+            raise DataError("this source gave nothing to learn from", file=source,
+                            found=_counted(self.report), fix="check that it holds text in a format that is read")  # fmt: skip
+
+    def _conversation(self, row: Row) -> Conversation | None:
+        from tutelage.data import formats
+
+        name = None if self.options.format == "auto" else FORMAT_NAMES.get(self.options.format, self.options.format)
+        try:
+            return formats.to_conversation(
+                row.fields, file=row.file, line=row.line, source=row.source, fmt=name, fields=self.options.fields or None
+            )
+        except DataError as error:
+            self.report.broken(error, source=row.source, excerpt=json.dumps(row.fields, ensure_ascii=False, default=str))
+            return None
+
+    def _cleaned(self, record: Document | Conversation) -> Document | Conversation | None:
+        """The record as it will be written, or None after it was counted as left out."""
+        if isinstance(record, Document):
+            text = filters.clean(record.text, self.limits.normalise)
+            reason = filters.reason_against(text, self.limits)
+            if text != record.text:
+                record = replace(record, id=content_id(text), text=text)
+        else:
+            record, text = _clean_conversation(record, self.limits.normalise)
+            reason = "too_long" if self.limits.max_chars is not None and len(text) > self.limits.max_chars else None
+        if reason is None and self.dedup != "none" and not self._new(record.id):
+            reason = "duplicate"
+        if reason is not None:
+            self._leave_out(reason, record.source, text)
+            return None
+        if self.documents:
+            self.shared_lines.add(text)
+        return record
+
+    def _new(self, record_id: str) -> bool:
+        number, before = int(record_id, 16), len(self.seen)
+        self.seen.add(number)
+        return len(self.seen) > before
+
+    def _leave_out(self, reason: str, source: str, text: str) -> None:
+        file, _, place = source.partition("#")
+        line = int(place) if place.isdigit() else None
+        self.report.add(reason, source=source, file=file, line=line, excerpt=text)
+
+    # Later passes
+
+    def select(self, *, explicit: bool) -> None:
+        """Marks what the passes over the spool leave out, and sees to it that both sides have something."""
+        if self.documents:
+            unwanted = self.shared_lines.boilerplate()
+            if unwanted:
+                self._strip(unwanted)
+        if self.dedup == "near":
+            self._drop_near()
+        if not any(self.spool.alive):
+            raise DataError("nothing is left after filtering", found=_counted(self.report),
+                            fix="look at the reasons: lower min_chars, or give more text")  # fmt: skip
+        if self.share > 0 and not explicit:
+            self._hold_out_one()
+        if self.dedup != "none":
+            self._drop_known()
+        for held_out, name in ((False, "training"), (True, "validation")):
+            wanted = explicit or self.share > 0 if held_out else True
+            if wanted and not any(a and h == held_out for a, h in zip(self.spool.alive, self.spool.held_out, strict=True)):
+                fix = "cut long texts (chunk_chars=4000), give more data, or set validation_share=0"
+                found = f"{sum(self.spool.alive)} records; {_counted(self.report)}"
+                raise DataError(f"nothing is left for the {name} part", found=found, fix=fix)
+
+    def _strip(self, unwanted: frozenset[str]) -> None:
+        """Takes boilerplate lines out of every document; a changed document passes the filters again."""
+        old = self.spool
+        new = Spool(old.path.with_name(".spool2.jsonl"))
+        self.seen.clear()
+        for i, line in old.lines():
+            row = json.loads(line)
+            text, gone = filters.without_lines(row["text"], unwanted)
+            held_out = bool(old.held_out[i])
+            if gone:
+                self.boilerplate_lines += gone
+                reason = filters.reason_against(text, self.limits)
+                if reason:
+                    self._leave_out(reason, row["source"], text)
+                    continue
+                row["text"] = text
+                row["id"] = content_id(text)
+            if self.dedup != "none" and not self._new(row["id"]):
+                self._leave_out("duplicate", row["source"], text)
+                continue
+            new.append(row, held_out=held_out)
+        old.close()
+        self.spool = new
+
+    def _drop_near(self) -> None:
+        """Leaves out near-duplicates of an earlier record."""
+        numbers = [i for i, text in self._texts() if self.documents or len(text.split()) >= NEAR_CONVERSATION_WORDS]
+        chosen = set(numbers)
+        keys = dedup.band_keys(text for i, text in self._texts() if i in chosen)
+        twins = dedup.near_duplicates(keys, lambda n: _text_of(self.spool.row(numbers[n])), NEAR_THRESHOLD)
+        for n in twins:
+            self._kill(numbers[n], "near_duplicate")
+
+    def _drop_known(self) -> None:
+        """Leaves out of the validation part what the training part holds: over half the 5-grams, or the same prompt."""
+        held = [(i, json.loads(line)) for i, line in self.spool.lines(held_out=True)]
+        if self.documents:
+            if self.dedup != "near":
+                return
+            train = (text for _, text in self._texts(held_out=False))
+            shares = dedup.found_elsewhere([row["text"] for _, row in held], train)
+            for (i, _), share in zip(held, shares, strict=True):
+                if share > CONTAINED:
+                    self._kill(i, "found_in_train")
+            return
+        prompts = {_prompt_of(row) for _, row in held}
+        known = {p for _, line in self.spool.lines(held_out=False) if (p := _prompt_of(json.loads(line))) in prompts}
+        for i, row in held:
+            if _prompt_of(row) in known:
+                self._kill(i, "prompt_in_train")
+
+    def _hold_out_one(self) -> None:
+        """A small collection may hash to no held-out record at all: the one with the smallest position is held out then."""
+        alive = [i for i in range(len(self.spool)) if self.spool.alive[i]]
+        if len(alive) > 1 and not any(self.spool.held_out[i] for i in alive):
+            keys = {i: _family_of(self.spool.row(i)) for i in alive}
+            first = min(keys.values(), key=lambda key: split.position(key, self.seed))
+            chosen = [i for i, key in keys.items() if key == first]
+            if len(chosen) < len(alive):
+                for i in chosen:
+                    self.spool.held_out[i] = 1
+
+    def _texts(self, held_out: bool | None = None) -> Iterator[tuple[int, str]]:
+        for i, line in self.spool.lines(held_out=held_out):
+            yield i, _text_of(json.loads(line))
+
+    def _kill(self, i: int, reason: str) -> None:
+        row = self.spool.row(i)
+        self.spool.alive[i] = 0
+        self._leave_out(reason, row["source"], _text_of(row))
+
+    # Last pass
+
+    def write(self, out: Path) -> dict[str, Any]:
+        """Writes the artifact's files and returns the card."""
+        tally = card.Tally()
+        for name, held_out in (("train", False), ("validation", True)):
+            with (out / f"{name}.jsonl").open("wb", buffering=1 << 20) as f:
+                for _, line in self.spool.lines(held_out=held_out):
+                    f.write(line)
+                    row = json.loads(line)
+                    tally.add(row, _text_of(row), name)
+        facts = tally.card(
+            rejected=dict(self.report.reasons.most_common()),
+            offered=self.report.seen,
+            boilerplate_lines_removed=self.boilerplate_lines,
+            unknown_suffixes=dict(self.report.unknown_suffixes.most_common()),
+            settings={"kind": self.options.kind, "normalise": self.limits.normalise, "dedup": self.dedup,
+                      "min_chars": self.limits.min_chars, "max_chars": self.limits.max_chars, "validation_share": self.share,
+                      "chunk_chars": self.options.chunk_chars, "split": self.options.split, "seed": self.seed},
+        )  # fmt: skip
+        write_json(out / "card.json", facts)
+        write_json(out / "schema.json", {"type": KINDS[self.options.kind], "version": SCHEMA_VERSION})
+        self.spool.close()
+        return facts
+
+
+def _clean_conversation(record: Conversation, form: str) -> tuple[Conversation, str]:
+    """The conversation with cleaned contents (ends kept: they are part of what a completion model sees), and its text."""
+    changed = False
+    messages: list[Message] = []
+    for message in record.messages:
+        content = message.content
+        if record.style == "chat":
+            content = filters.clean(content, form)
+        elif form != "none":
+            content = filters.normal(content, form)
+        changed |= content != message.content
+        messages.append(replace(message, content=content) if content != message.content else message)
+    text = "\n".join(m.content for m in messages)
+    if not changed:
+        return record, text
+    made = Conversation.make(
+        messages, source=record.source, tools=record.tools, style=record.style, parents=record.parents,
+        licence=record.licence, meta=record.meta,
+    )  # fmt: skip
+    return made, text
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    if "text" in row:
+        return str(row["text"])
+    return "\n".join(str(m["content"]) for m in row["messages"])
+
+
+def _prompt_of(row: dict[str, Any]) -> str:
+    """What the assistant answers to, in lower case and single spaces: everything before its last turn."""
+    turns = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    return " ".join(" ".join(f"{m['role']}: {m['content']}" for m in turns).lower().split())
+
+
+def _family_of(row: dict[str, Any]) -> str:
+    """What stays on one side of the split: a source's family, a prompt with all its answers, or one document."""
+    family = row.get("meta", {}).get("family")
+    if family:
+        return str(family)
+    return str(row["id"]) if "text" in row else content_id(_prompt_of(row))
+
+
+def _counted(report: Rejections) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in report.reasons.most_common(6)) or "no rejected rows"

@@ -1,0 +1,205 @@
+"""Readers: one source string -> documents, or rows that will become conversations.
+
+A source is a file, a folder, a glob, `hf:org/name[:config][:split]`, `python-docs:`, `python-questions:` or
+`skill:add,reverse?count=2000&seed=0`. Everything streams: no reader holds more than one file.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from tutelage.data.readers_base import ReadOptions, Rejections, Row
+from tutelage.data.readers_files import (
+    Item,
+    Reader,
+    _item,
+    read_csv,
+    read_html,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    read_pdf,
+    read_text,
+)
+from tutelage.errors import ConfigError, DataError, MissingExtra
+from tutelage.files import file_digest
+from tutelage.records import Conversation, Document
+
+__all__ = ["ReadOptions", "Rejections", "Row", "files_of", "parse_spec", "read", "source_digest"]
+
+READERS: dict[str, Reader] = {
+    ".txt": read_text, ".text": read_text, ".md": read_text, ".markdown": read_text, ".rst": read_text,
+    ".html": read_html, ".htm": read_html, ".xhtml": read_html,
+    ".pdf": read_pdf,
+    ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".jsonl.gz": read_jsonl, ".ndjson.gz": read_jsonl,
+    ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet,
+}  # fmt: skip
+TABLES = {read_jsonl, read_json, read_csv, read_parquet}
+SCHEMES = ("python-docs", "python-questions", "skill", "hf")
+
+
+def read(source: str, options: ReadOptions | None = None, report: Rejections | None = None) -> Iterator[Item | Conversation]:
+    """Documents of `source`, or with `kind="conversations"` its rows (`Row`) and ready `Conversation`s.
+
+    What cannot be read goes to `report` by its policy. Raises `DataError` for a source that is missing or of the wrong
+    kind, `MissingExtra` for a format whose library is not installed.
+    """
+    options, report = options or ReadOptions(), report or Rejections()
+    scheme, parameters, rest = parse_spec(source)
+    if scheme == "python-docs":
+        yield from _python_docs(options, report)
+    elif scheme in ("python-questions", "skill"):
+        if options.kind != "conversations":
+            raise ConfigError("this source gives conversations", field="sources", found=source, fix="set kind=conversations")
+        from tutelage.data import questions, skills
+
+        parameters.setdefault("seed", str(options.seed))
+        made = questions.read(parameters) if scheme == "python-questions" else skills.read(rest, parameters)
+        for conversation in made:
+            report.seen += 1
+            yield conversation
+    elif scheme == "hf":
+        yield from _hub(rest, options, report)
+    else:
+        yield from _files(source, options, report)
+
+
+def parse_spec(source: str) -> tuple[str, dict[str, str], str]:
+    """(scheme, parameters, rest) of a source such as `skill:add?count=10`; the scheme is "" for paths."""
+    scheme, colon, rest = source.partition(":")
+    if not colon or scheme not in SCHEMES:
+        return "", {}, source
+    rest, _, query = rest.partition("?")
+    return scheme, dict(parse_qsl(query, keep_blank_values=True)), rest
+
+
+def _python_docs(options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    from tutelage.data import python_docs
+    from tutelage.data.readers_base import pieces
+
+    if options.kind != "documents":
+        fix = "set kind=documents, or use python-questions: for conversations made from them"
+        raise ConfigError("python-docs: gives documents", field="sources", fix=fix)
+    for document in python_docs.documents():
+        report.seen += 1
+        if options.chunk_chars is None or len(document.text) <= options.chunk_chars:
+            yield document
+            continue
+        for line, piece in pieces(document.text, options, cut=False):
+            yield Document.make(piece, source=f"{document.source}#{line}", licence=document.licence, meta=document.meta)
+
+
+def _files(source: str, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    named = _is_named(source)
+    for path in files_of(source):
+        reader = READERS.get(suffix_of(path)) or (read_text if named else None)
+        if reader is None:
+            report.unknown_suffixes[suffix_of(path) or "(none)"] += 1
+            report.add("unknown file type", source=str(path), file=str(path))
+            continue
+        if options.kind == "conversations" and reader not in TABLES:
+            if named:
+                fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
+                raise DataError("a text file holds no conversations", file=path, fix=fix)
+            report.add("no conversations in such a file", source=str(path), file=str(path))
+            continue
+        if path.stat().st_size == 0:
+            report.add("empty file", source=str(path), file=str(path))
+            continue
+        try:
+            for item in reader(path, options, report):
+                if reader not in TABLES:
+                    report.seen += 1
+                yield item
+        except PermissionError as error:
+            raise DataError("no permission to read this file", file=path, fix="chmod +r it, or leave it out") from error
+
+
+def suffix_of(path: Path) -> str:
+    """`.jsonl.gz` for double suffixes that a reader knows, else the last one, in lower case."""
+    double = "".join(path.suffixes[-2:]).lower()
+    return double if double in READERS else path.suffix.lower()
+
+
+def _is_named(source: str) -> bool:
+    """Whether the user named a file or its ending, so that an unknown ending is read as text."""
+    return not Path(source).is_dir() and (not _is_glob(source) or not set("*?[") & set(Path(source).suffix or "*"))
+
+
+def _is_glob(source: str) -> bool:
+    return bool(set("*?[") & set(source)) and not Path(source).exists()
+
+
+def files_of(source: str) -> list[Path]:
+    """Files of a path, folder or glob in name order, hidden ones left out. Raises `DataError` if there is none."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        if not found:
+            raise DataError("this folder holds no files", file=path, fix="put text into it, or name another folder")
+        return found
+    if _is_glob(source):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not found:
+            raise DataError("no file matches this pattern", found=source, fix="use ** for folders below, as in texts/**/*.md")
+        return found
+    near = path.parent if path.parent.is_dir() else Path.cwd()
+    names = ", ".join(sorted(p.name for p in near.iterdir() if not p.name.startswith("."))[:8])
+    raise DataError("no such file or folder", file=source, found=f"in {near}: {names or 'nothing'}", fix="check the path")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _hub(rest: str, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """Rows of a Hugging Face data set, streamed. The only reader that uses the network, and only when asked."""
+    name, *parts = rest.split(":")
+    split = next((p for p in parts if p.split("[")[0] in ("train", "validation", "test", "dev", "valid")), None)
+    config = next((p for p in parts if p != split), None)
+    split = split or (parts[1] if len(parts) > 1 else "train")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "hf", f"reading hf:{rest}") from error
+    source = f"hf:{name}" + (f":{config}" if config else "") + f":{split}"
+    try:
+        for number, fields in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
+            report.seen += 1
+            yield from _item(fields, f"{source}#{number}", source, number, options, report)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises its own, requests', httpx' and plain errors for one cause
+        raise DataError(
+            f"cannot read this data set ({type(error).__name__}: {error})", file=source,
+            fix="check name, config and split, and that huggingface.co can be reached; or download it and name the files",
+        ) from error  # fmt: skip
+
+
+def source_digest(sources: Iterable[str]) -> str:
+    """64 hex digits over what the sources hold: file contents, the standard library's text, or a spec as it is.
+
+    A hub data set has no digest before it is read: only its name counts.
+    """
+    total = hashlib.sha256()
+    for source in sources:
+        scheme, _, _ = parse_spec(source)
+        total.update(f"source {source if scheme else ''}\n".encode())
+        if scheme.startswith("python-"):
+            from tutelage.data import python_docs
+
+            total.update(python_docs.digest().encode())
+        elif not scheme:
+            root = Path(source).expanduser()
+            for path in files_of(source):
+                name = path.relative_to(root).as_posix() if root.is_dir() else path.name
+                total.update(f"{name}\0{file_digest(path)}\n".encode())
+    return total.hexdigest()

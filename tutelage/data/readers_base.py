@@ -1,0 +1,184 @@
+"""What every reader shares: its options, the row it yields, and the account of what was left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tutelage.errors import ConfigError, DataError
+
+SPLITS = ("none", "blank_lines", "form_feed", "lines")
+BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+EXCERPT_CHARS = 200
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ReadOptions:
+    """How sources are read. Raises `ConfigError` for a value that means nothing."""
+
+    kind: str = "documents"  # documents | conversations: what the caller wants
+    text_field: str = "text"  # field of a JSON, CSV or Parquet row that holds the text
+    encoding: str = "utf-8"  # of text files; a byte-order mark in the file wins
+    split: str = "none"  # none | blank_lines | form_feed | lines: where one text file becomes several documents
+    chunk_chars: int | None = None  # documents longer than this are cut, at paragraph borders where there are any
+    fields: dict[str, str] = field(default_factory=dict)  # conversations: {"prompt": field name, "completion": field name}
+    format: str = "auto"  # conversations: a format of data/formats.py; auto looks at each row
+    seed: int = 0  # of generated sources that name no seed of their own
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError("unknown way to split text files", field="split", found=self.split, expected=" | ".join(SPLITS))
+        if self.chunk_chars is not None and self.chunk_chars < 100:
+            raise ConfigError("pieces too short to learn from", field="chunk_chars", found=self.chunk_chars, expected=">= 100")
+        try:
+            b" ".decode(self.encoding, "replace")
+        except LookupError as error:
+            fix = "use a name that Python knows: utf-8, latin-1, cp1252, shift_jis, …"
+            raise ConfigError("unknown encoding", field="encoding", found=self.encoding, fix=fix) from error
+
+
+@dataclass(slots=True, frozen=True)
+class Row:
+    """One object of a JSON, CSV or Parquet file, not yet a record."""
+
+    fields: dict[str, Any]
+    source: str  # file#line
+    file: str
+    line: int  # from 1; the number of the row where a format has no lines
+
+
+@dataclass(slots=True)
+class Rejections:
+    """What was left out and why: counted, and written to rejected.jsonl as it happens.
+
+    `broken` applies the policy for rows that cannot be read: `stop` raises at the first one, `skip` goes on
+    until they are more than `max_share` of all rows.
+    """
+
+    path: Path | None = None  # rejected.jsonl; None keeps only the counts
+    on_error: str = "stop"  # stop | skip
+    max_share: float = 0.05
+    reasons: Counter[str] = field(default_factory=Counter)
+    unknown_suffixes: Counter[str] = field(default_factory=Counter)  # of files in folders that no reader knows
+    seen: int = 0  # rows and documents offered by the readers
+    errors: int = 0  # of them not readable
+    _file: TextIO | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("stop", "skip"):
+            raise ConfigError("unknown policy", field="on_error", found=self.on_error, expected="stop | skip")
+        if self.path is not None:
+            self._file = self.path.open("w", encoding="utf-8")
+
+    def add(self, reason: str, *, source: str, file: str | None = None, line: int | None = None, excerpt: str = "") -> None:
+        self.reasons[reason] += 1
+        if self._file is not None:
+            row = {"reason": reason, "source": source, "file": file, "line": line, "excerpt": excerpt[:EXCERPT_CHARS]}
+            self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
+
+    def broken(self, error: DataError, *, source: str, excerpt: str = "") -> None:
+        """Raises `error` under `on_error="stop"`; otherwise records it, and raises once too many rows are broken."""
+        if self.on_error == "stop":
+            raise error
+        self.errors += 1
+        self.add(f"unreadable: {error.message}", source=source, file=str(error.file), line=error.line, excerpt=excerpt)
+        if self.seen >= 1000:
+            self.check(error)
+
+    def check(self, last: DataError | None = None) -> None:
+        """Raises `DataError` when more than `max_share` of the rows seen were unreadable."""
+        if self.errors > self.max_share * max(self.seen, 1):
+            raise DataError(
+                f"{self.errors} of {self.seen} rows are unreadable, more than on_error=skip allows",
+                found=None if last is None else last.render(), expected=f"at most {self.max_share:.0%}",
+                fix="mend the file (run once with on_error=stop to see the first), or raise max_reject_share",
+            )  # fmt: skip
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def decode(data: bytes, file: str, encoding: str, *, line: int | None = None, offset: int = 0) -> str:
+    """Text of `data`. A byte-order mark wins over `encoding`.
+
+    `line` and `offset` place `data` inside its file (for formats that are read line by line).
+    Raises `DataError` naming line, byte offset and the byte that does not fit.
+    """
+    chosen = encoding
+    if offset == 0:
+        chosen = next((name for mark, name in BOMS if data.startswith(mark)), encoding)
+    try:
+        return data.decode(chosen)
+    except UnicodeDecodeError as error:
+        at = data.count(b"\n", 0, error.start) + 1 if line is None else line
+        if error.start >= len(data):
+            shown = "end of file"
+        else:
+            context = data[max(error.start - 20, 0) : error.start + 20]
+            shown = f"byte 0x{data[error.start]:02x} at offset {offset + error.start}, in {context!r}"
+        raise DataError(
+            f"not {chosen} text", file=file, line=at, found=shown, expected=chosen,
+            fix="convert it (iconv -f latin1 -t utf-8 IN > OUT), or name its encoding (encoding=latin-1)",
+        ) from error  # fmt: skip
+
+
+def pieces(text: str, options: ReadOptions, *, cut: bool = True) -> Iterator[tuple[int, str]]:
+    """(line, text) of the documents inside one text; the line, from 1, is where the piece starts.
+
+    `cut=False` leaves out `options.split` (rows of a table are documents already) and keeps `chunk_chars`.
+    """
+    line = 1
+    for part in _parts(text, options.split if cut else "none"):
+        inner = line
+        for chunk in chunks(part, options.chunk_chars):
+            body = chunk.lstrip("\n\f")
+            if body.strip():
+                yield inner + chunk.count("\n", 0, len(chunk) - len(body)), body.rstrip("\n\f")
+            inner += chunk.count("\n")
+        line += part.count("\n")
+
+
+def _parts(text: str, split: str) -> Iterator[str]:
+    """Consecutive parts that join to `text`."""
+    if split == "none":
+        yield text
+    elif split == "lines":
+        yield from text.splitlines(keepends=True) if "\r" not in text else text.replace("\r\n", "\n").splitlines(keepends=True)
+    elif split == "form_feed":
+        start = 0
+        while (end := text.find("\f", start)) >= 0:
+            yield text[start : end + 1]
+            start = end + 1
+        yield text[start:]
+    else:
+        held: list[str] = []
+        for row in text.splitlines(keepends=True):
+            if not row.strip() and held:
+                yield "".join(held)
+                held = []
+            held.append(row)
+        yield "".join(held)
+
+
+def chunks(text: str, limit: int | None) -> Iterator[str]:
+    """Consecutive chunks of at most `limit` characters that join to `text`.
+
+    The border is the last paragraph end in the second half of a chunk, else the last line end, else the last space.
+    """
+    start = 0
+    while limit is not None and len(text) - start > limit:
+        low, high = start + limit // 2, start + limit
+        for mark in ("\n\n", "\n", " "):
+            at = text.rfind(mark, low, high)
+            if at >= 0:
+                high = at + len(mark)
+                break
+        yield text[start:high]
+        start = high
+    yield text[start:]

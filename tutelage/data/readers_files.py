@@ -1,0 +1,221 @@
+"""Readers of one file each: text, HTML, PDF, JSON lines, JSON, CSV, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tutelage.data.readers_base import BOMS, ReadOptions, Rejections, Row, decode, pieces
+from tutelage.errors import DataError, MissingExtra
+from tutelage.records import Document
+
+Item = Document | Row
+Reader = Callable[[Path, ReadOptions, Rejections], Iterator[Item]]
+CHARSET = re.compile(rb"<meta[^>]{0,200}charset=[\"']?([\w-]+)", re.IGNORECASE)
+SOFT_HYPHEN = re.compile("[\x02\ufffe]\r?\n?")  # how PDFium marks a word cut at the end of a line
+
+
+def read_text(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """Plain text and Markdown: one document, or several by `split` and `chunk_chars`."""
+    text = decode(path.read_bytes(), str(path), options.encoding)
+    if not text.strip():
+        yield from _empty(path, report)
+    elif options.split == "none" and options.chunk_chars is None:
+        yield Document.make(text, source=str(path))
+    else:
+        for line, piece in pieces(text, options):
+            yield Document.make(piece, source=f"{path}#{line}")
+
+
+def read_html(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """The main text of a page, without navigation, by trafilatura. A `<meta charset>` wins over `encoding`."""
+    try:
+        import trafilatura
+    except ImportError as error:
+        raise MissingExtra("trafilatura", "data", "reading HTML") from error
+    data = path.read_bytes()
+    declared = CHARSET.search(data[:2048])
+    encoding = declared[1].decode() if declared else options.encoding
+    try:
+        b" ".decode(encoding, "replace")
+    except LookupError:
+        encoding = options.encoding
+    text = trafilatura.extract(decode(data, str(path), encoding), include_tables=True, include_comments=False)
+    if not text:
+        yield from _empty(path, report, "no main text found in this page")
+        return
+    yield from _whole(text, path, options)
+
+
+def read_pdf(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """The text layer of a PDF, pages in order, by PDFium. Pages that are pictures have none (they need OCR first)."""
+    try:
+        import pypdfium2
+    except ImportError as error:
+        raise MissingExtra("pypdfium2", "data", "reading PDF") from error
+    try:
+        pdf = pypdfium2.PdfDocument(path)
+    except pypdfium2.PdfiumError as error:
+        fix = "save it again without a password" if "password" in str(error).lower() else "open it in a viewer to check it"
+        raise DataError(f"not a readable PDF ({error})", file=path, fix=fix) from error
+    try:
+        texts = [page.get_textpage().get_text_range() for page in pdf]
+    finally:
+        pdf.close()
+    text = "\n\n".join(SOFT_HYPHEN.sub("", t).replace("\r\n", "\n").strip() for t in texts)
+    if not text.strip():
+        yield from _empty(path, report, "no text layer (a scan?): run OCR first, for example ocrmypdf")
+        return
+    yield from _whole(text, path, options, pages=len(texts))
+
+
+def read_jsonl(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """One object a line, gzip where the name ends in .gz."""
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    offset = 0
+    try:
+        with opener(path, "rb") as f:
+            for number, data in enumerate(f, 1):
+                start, offset = offset, offset + len(data)
+                if number == 1 and data.startswith(BOMS[0][0]):
+                    data = data[3:]
+                if data.isspace():
+                    continue
+                report.seen += 1
+                source, shown = f"{path}#{number}", data[:300].decode("utf-8", "replace").strip()
+                try:
+                    fields = _json_object(decode(data, str(path), options.encoding, line=number, offset=start), path, number)
+                except DataError as error:
+                    report.broken(error, source=source, excerpt=shown)
+                    continue
+                yield from _item(fields, source, path, number, options, report)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"broken gzip file ({error})", file=path, fix="fetch or write the file again") from error
+
+
+def _json_object(text: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        at = getattr(error, "colno", None)
+        place = f" at column {at}" if at else ""
+        detail = getattr(error, "msg", str(error))
+        fix = "one JSON object a line, in double quotes; or on_error=skip to leave such lines out"
+        raise DataError(f"not valid JSON: {detail}{place}", file=path, line=number, found=text.strip(), fix=fix) from error
+    if not isinstance(value, dict):
+        raise DataError("a row must be a JSON object", file=path, line=number, found=text.strip(), expected='{"field": …}')
+    return value
+
+
+def read_json(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """A JSON file that holds one array of objects (or one object)."""
+    text = decode(path.read_bytes(), str(path), options.encoding)
+    if not text.strip():
+        yield from _empty(path, report)
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        fix = "if it has one object a line, name it .jsonl" if error.msg == "Extra data" else "mend the file"
+        found, message = text[max(error.pos - 40, 0) : error.pos + 40], f"not valid JSON: {error.msg} at column {error.colno}"
+        raise DataError(message, file=path, line=error.lineno, found=found, fix=fix) from error
+    rows = value if isinstance(value, list) else [value]
+    for number, fields in enumerate(rows, 1):
+        report.seen += 1
+        source = f"{path}#{number}"
+        if not isinstance(fields, dict):
+            wrong = DataError(f"item {number} is not an object", file=path, found=fields, expected='[{"field": …}, …]')
+            report.broken(wrong, source=source, excerpt=repr(fields))
+            continue
+        yield from _item(fields, source, path, number, options, report)
+
+
+def read_csv(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """Comma-separated (.csv) or tab-separated (.tsv) rows under a header line."""
+    text = decode(path.read_bytes(), str(path), options.encoding)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="")
+    try:
+        for fields in reader:
+            report.seen += 1
+            source = f"{path}#{reader.line_num}"
+            if "" in fields:
+                expected, found = f"{len(reader.fieldnames or ())} fields, as in the header", fields[""]
+                message = "a row with more fields than the header"
+                wrong = DataError(message, file=path, line=reader.line_num, found=found, expected=expected)
+                report.broken(wrong, source=source, excerpt=str(fields))
+                continue
+            yield from _item(fields, source, path, reader.line_num, options, report)
+    except csv.Error as error:
+        raise DataError(f"not a readable table ({error})", file=path, line=reader.line_num, fix="save it again as CSV") from error
+
+
+def read_parquet(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """Rows of a Parquet file, a batch at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "hf", "reading Parquet") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    report.seen += 1
+                    yield from _item(fields, f"{path}#{number}", path, number, options, report)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"not a readable Parquet file ({error})", file=path, fix="write or fetch the file again") from error
+
+
+def _item(
+    fields: dict[str, Any], source: str, path: Path | str, number: int, options: ReadOptions, report: Rejections
+) -> Iterator[Item]:
+    """A row as the caller wants it: as it is for conversations, else the documents of its text field."""
+    if options.kind == "conversations":
+        yield Row(fields, source, str(path), number)
+        return
+    text = fields.get(options.text_field)
+    if not isinstance(text, str):
+        names = ", ".join(str(k) for k, v in fields.items() if isinstance(v, str)) or "none that holds text"
+        message = "no such text field" if options.text_field not in fields else "this field is not text"
+        error = DataError(
+            message, file=path, line=number, field=options.text_field, found=text,
+            expected=f"one of the row's text fields: {names}",
+            fix="set text_field to one of them" if text is None else "leave the row out (on_error=skip), or mend it",
+        )  # fmt: skip
+        report.broken(error, source=source, excerpt=str(fields))
+        return
+    if not text.strip():
+        report.add("empty", source=source, file=str(path), line=number)
+        return
+    licence = fields.get("licence") or fields.get("license")
+    licence = licence if isinstance(licence, str) else None
+    if options.chunk_chars is None or len(text) <= options.chunk_chars:
+        yield Document.make(text, source=source, licence=licence)
+        return
+    for part, (_, piece) in enumerate(pieces(text, options, cut=False), 1):
+        yield Document.make(piece, source=f"{source}.{part}", licence=licence)
+
+
+def _whole(text: str, path: Path, options: ReadOptions, **meta: Any) -> Iterator[Item]:
+    """A text that was taken out of a page: one document, cut only by `chunk_chars`."""
+    if options.chunk_chars is None or len(text) <= options.chunk_chars:
+        yield Document.make(text, source=str(path), meta=meta)
+        return
+    for line, piece in pieces(text, options, cut=False):
+        yield Document.make(piece, source=f"{path}#{line}", meta=meta)
+
+
+def _empty(path: Path, report: Rejections, why: str = "empty") -> Iterator[Item]:
+    report.add("empty file", source=str(path), file=str(path), excerpt=why)
+    yield from ()

@@ -1,0 +1,133 @@
+"""The next token from logits. What else is in the batch has no say: each row is handled alone, noise included.
+
+Noise is Gumbel noise keyed by (seed, sample, token index), so that a rounding difference between two runs moves a choice only
+where two tokens were all but tied.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tutelage.engine.sequence import Sampling, Sequence, TokenScore
+from tutelage.errors import ArtifactError
+
+
+def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) -> list[TokenScore]:
+    """The next token of each sequence; logits [S,V] of its last token. Tokens from `vocabulary` on are never chosen.
+
+    Raises `ArtifactError` when the model's logits are not numbers.
+    """
+    usable = logits if vocabulary is None or vocabulary >= logits.shape[-1] else logits[:, :vocabulary]
+    if all(s.sampling.plain for s in sequences):
+        return [TokenScore(t, 0.0) for t in _largest(usable)]
+    scores = usable.float()
+    if any(s.sampling.adjusts for s in sequences):
+        scores = _adjusted(scores, sequences)
+    _check(scores.amax(-1))
+    if any(not s.sampling.greedy for s in sequences):
+        scores = _noisy(scores, sequences)
+    tokens = _largest(scores)
+    return _with_logprobs(logits, tokens, sequences)
+
+
+def _largest(scores: Tensor) -> list[int]:
+    best, tokens = scores.max(-1)
+    _check(best)
+    out: list[int] = tokens.tolist()
+    return out
+
+
+def _check(best: Tensor) -> None:
+    if not all(b - b == 0 for b in best.tolist()):  # inf and nan
+        raise ArtifactError(
+            "the model's output is not a number", fix="the weights are damaged or training diverged: take an earlier checkpoint"
+        )
+
+
+def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Logits with bias and penalties. A penalty counts tokens of the answer; repetition counts the prompt too."""
+    scores = scores.clone()
+    size = scores.shape[-1]
+    for row, sequence in zip(scores, sequences, strict=True):
+        s = sequence.sampling
+        if s.penalises:
+            if s.repetition_penalty != 1:
+                seen = torch.tensor(sorted({t for t in sequence.ids if t < size}), device=scores.device)
+                z = row[seen]
+                row[seen] = torch.where(z > 0, z / s.repetition_penalty, z * s.repetition_penalty)
+            made = np.asarray([t for t in sequence.ids[sequence.prompt_length :] if t < size], dtype=np.int64)
+            own, counts = np.unique(made, return_counts=True)
+            if len(own):
+                cost = s.presence_penalty + s.frequency_penalty * torch.from_numpy(counts).to(scores)
+                row[torch.from_numpy(own).to(scores.device)] -= cost
+        if s.logit_bias:
+            known = {t: b for t, b in s.logit_bias.items() if 0 <= t < size}
+            row[torch.tensor(list(known), dtype=torch.int64, device=scores.device)] += torch.tensor(list(known.values())).to(
+                scores
+            )
+    return scores
+
+
+def _noisy(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Scores whose largest entry is a sample: filtered logits / temperature + Gumbel noise. Greedy rows pass unchanged."""
+    wanted = [s.sampling for s in sequences]
+    temperature = torch.tensor([s.temperature or 1.0 for s in wanted]).to(scores)[:, None]
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    rows = [i for i, s in enumerate(wanted) if s.filters and not s.greedy]
+    if rows:
+        scores[rows] = _filtered(scores[rows], [wanted[i] for i in rows])
+    rows = [i for i, s in enumerate(wanted) if not s.greedy]
+    noise = np.stack([_noise(sequences[i], scores.shape[-1]) for i in rows])
+    scores[rows] += torch.from_numpy(noise).to(scores)
+    return scores
+
+
+def _noise(sequence: Sequence, size: int) -> np.ndarray:
+    """Gumbel noise [V] float32, a pure function of (seed, sample, token index): Philox is a counter-based generator."""
+    seed, sample = sequence.key
+    key = np.array([seed & (2**64 - 1), (sample << 40) + sequence.made], dtype=np.uint64)
+    exponential = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size, dtype=np.float32)
+    # A draw of exactly 0 would be infinite.
+    return -np.log(np.maximum(exponential, np.float32(1e-30)))
+
+
+def _filtered(scores: Tensor, wanted: list[Sampling]) -> Tensor:
+    """Scores [S,V] with -inf where top-k, then top-p, then min-p drop a token. Tokens tied with the last kept one stay."""
+    size = scores.shape[-1]
+    ks = [s.top_k if 0 < s.top_k < size else size for s in wanted]
+    if any(s.top_p < 1 for s in wanted):
+        ordered = scores.sort(-1, descending=True).values
+    else:
+        most = max((k for k in ks if k < size), default=1)
+        ordered = scores.topk(most, dim=-1).values
+    last = torch.tensor([min(k, ordered.shape[1]) - 1 if k < size else -1 for k in ks], device=scores.device)
+    floor = ordered.gather(1, last.clamp(min=0)[:, None])
+    floor = torch.where(last[:, None] < 0, -torch.inf, floor)
+    if any(s.top_p < 1 for s in wanted):
+        kept = ordered.masked_fill(ordered < floor, -torch.inf)
+        share = kept.softmax(-1)
+        before = share.cumsum(-1) - share
+        limit = torch.tensor([s.top_p if s.top_p < 1 else 2.0 for s in wanted]).to(scores)[:, None]
+        count = (before < limit).sum(-1, keepdim=True).clamp(min=1)
+        floor = torch.maximum(floor, kept.gather(1, count - 1))
+    if any(s.min_p > 0 for s in wanted):
+        ratio = torch.tensor([s.min_p for s in wanted]).to(scores)[:, None]
+        floor = torch.maximum(floor, ordered[:, :1] + ratio.log())
+    return scores.masked_fill(scores < floor, -torch.inf)
+
+
+def _with_logprobs(logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> list[TokenScore]:
+    """The tokens with the model's own log-probabilities, for the rows that ask."""
+    out = [TokenScore(t, 0.0) for t in tokens]
+    rows = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None]
+    if not rows:
+        return out
+    logprobs = logits[rows].float().log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor([tokens[i] for i in rows], device=logits.device)[:, None])[:, 0].tolist()
+    counts = [sequences[i].sampling.logprobs or 0 for i in rows]
+    best = logprobs.topk(max(min(max(counts), logits.shape[-1]), 1), dim=-1)
+    for i, logprob, count, values, ids in zip(rows, own, counts, best.values.tolist(), best.indices.tolist(), strict=True):
+        out[i] = TokenScore(tokens[i], logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+    return out

@@ -1,0 +1,183 @@
+"""One sequence being generated: what was asked, what came so far, why it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tutelage.engine.text import TextStream
+from tutelage.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(slots=True, frozen=True)
+class Sampling:
+    """How to continue a prompt. Log-probabilities are always those of the model itself: before temperature, bias and penalties.
+
+    Example:
+        >>> Sampling(64, temperature=0.7, top_p=0.9, seed=1, stop=("\\n\\n",)).greedy
+        False
+    """
+
+    max_tokens: int | None = None  # tokens to make at most; None: as many as the context has room for
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_p: float = 1.0  # keep the most likely tokens that together reach this probability
+    top_k: int = 0  # keep this many; 0 keeps all
+    min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one
+    seed: int | None = None  # equal seed, prompt and settings give equal tokens; None: drawn from the engine's own seed
+    stop: tuple[str, ...] = ()  # texts that end the answer; never part of it
+    stop_ids: tuple[int, ...] = ()  # tokens that end the answer, beside the model's own
+    n: int = 1  # answers per prompt, sample i of which is keyed by (seed, i)
+    logprobs: int | None = None  # None: none; k: of the sampled token and of the k most likely ones
+    presence_penalty: float = 0.0  # taken off the logit of a token that the answer already has
+    frequency_penalty: float = 0.0  # the same, times how often
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens in prompt or answer (CTRL, 2019)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
+    ignore_eos: bool = False  # go on after the model's own end tokens
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` naming the field."""
+        whole = (("max_tokens", self.max_tokens, 1, None), ("n", self.n, 1, 1024), ("top_k", self.top_k, 0, None))
+        for name, value, least, most in (*whole, ("logprobs", self.logprobs, 0, 100)):
+            if value is not None:
+                _within(name, value, least, most, int)
+        for name, low, high in (
+            ("temperature", 0.0, None), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0), ("repetition_penalty", 0.0, None),
+        ):  # fmt: skip
+            _within(name, getattr(self, name), low, high, float)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise ConfigError("out of range", field=name, found=0, expected="more than 0")
+        if any(not s for s in self.stop):
+            raise ConfigError("an empty stop text would end every answer", field="stop", found=list(self.stop))
+        for token, bias in self.logit_bias.items():
+            if not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                raise ConfigError("out of range", field="logit_bias", found={token: bias}, expected="from -100 to 100")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """True when the next token is the largest logit and nothing else is wanted."""
+        return self.temperature == 0 and self.logprobs is None and not self.adjusts
+
+    @property
+    def adjusts(self) -> bool:
+        """True when logits change before sampling, whatever the temperature."""
+        return bool(self.logit_bias) or self.penalises
+
+    @property
+    def penalises(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def filters(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def _within(name: str, value: float, low: float, high: float | None, kind: type) -> None:
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low or (high is not None and value > high):
+        noun = "a whole number" if kind is int else "a number"
+        limits = f"{noun} from {low} to {high}" if high is not None else f"{noun} of at least {low}"
+        raise ConfigError("out of range", field=name, found=value, expected=limits)
+
+
+@dataclass(slots=True, frozen=True)
+class TokenScore:
+    """A token with the log-probability the model gave it."""
+
+    id: int
+    logprob: float  # natural logarithm, temperature 1
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens at this place, best first
+
+
+@dataclass(slots=True, frozen=True)
+class Completion:
+    """A finished answer.
+
+    Example:
+        Completion(prompt=(5, 9), ids=(7, 2), text="Hi", finish_reason="stop", index=0, scores=())
+    """
+
+    prompt: tuple[int, ...]  # token ids
+    ids: tuple[int, ...]  # the tokens made, the one that ended it included
+    text: str  # without special tokens and without the stop text
+    finish_reason: FinishReason  # stop: an end token or stop text; length: max_tokens; cancelled
+    index: int = 0  # which of the n answers to the prompt
+    scores: tuple[TokenScore, ...] = ()  # one a token, where `Sampling.logprobs` was set
+
+
+@dataclass(slots=True, frozen=True)
+class Event:
+    """What one step gave one sequence."""
+
+    sequence: Sequence
+    text: str  # to show now: text that may still become a stop text or half a character is held back
+    ids: tuple[int, ...]  # new tokens
+    scores: tuple[TokenScore, ...]  # of the new tokens, where asked for
+    finish_reason: FinishReason | None  # set on the last event of a sequence
+
+
+class Sequence:
+    """A prompt and its continuation. Made by `Engine.submit`."""
+
+    __slots__ = (
+        "cached", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling", "scores", "slot", "stream"
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        stream: TextStream,
+        *,
+        seed: int,
+        index: int,
+        limit: int,
+        ends: frozenset[int],
+    ) -> None:
+        self.ids = list(prompt)  # prompt, then what was made
+        self.prompt_length = len(prompt)
+        self.sampling = sampling
+        self.key = (seed, index)  # of the noise: nothing else in the batch has a say
+        self.index = index
+        self.limit = limit  # tokens to make at most
+        self.ends = ends
+        self.stream = stream
+        self.slot = -1  # place in the cache; -1 while waiting and when done
+        self.cached = 0  # tokens whose keys and values are in the slot
+        self.scores: list[TokenScore] = []
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def made(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    def append(self, score: TokenScore) -> Event:
+        """Takes the next token, and finds out whether it is the last."""
+        self.ids.append(score.id)
+        scores = () if self.sampling.logprobs is None else (score,)
+        self.scores.extend(scores)
+        if score.id in self.ends:
+            self.finish_reason, text = "stop", self.stream.flush()
+        else:
+            text = self.stream.add(score.id)
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+            elif self.made >= self.limit:
+                self.finish_reason, text = "length", text + self.stream.flush()
+        return Event(self, text, (score.id,), scores, self.finish_reason)
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None, "the sequence is still running"
+        return Completion(
+            prompt=tuple(self.ids[: self.prompt_length]), ids=tuple(self.ids[self.prompt_length :]), text=self.stream.text,
+            finish_reason=self.finish_reason, index=self.index, scores=tuple(self.scores),
+        )  # fmt: skip

@@ -1,0 +1,237 @@
+"""The whole evaluation of one model: scores.json, predictions.jsonl, gallery.json, and a table for people.
+
+Layers above hand in the model, its tokenizer as functions and a `Generate`; nothing here loads or serves anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from tutelage import log
+from tutelage.errors import DataError
+from tutelage.evaluate import bits, gallery, questions
+from tutelage.evaluate.intervals import Estimate, relative_saving
+from tutelage.evaluate.yardsticks import Yardstick, measure
+from tutelage.files import whole_file, write_json
+from tutelage.records import Conversation, Document, read_records
+
+DEFINITIONS = {
+    "bits_per_byte": "bits for the held-out documents, their ends included, divided by the UTF-8 bytes of their text",
+    "perplexity": "exp of the mean nats per predicted token; depends on the tokenizer",
+    "saving": "1 - bits of the model / bits of the better yardstick, on the same documents",
+    "correct": "share of answers equal to an accepted one after normalising case, spaces, quotes and a final full stop",
+    "recognisable": "share of answers whose words overlap with an accepted one by F1 >= 0.5",
+    "overlap": "mean word F1 with the accepted answer",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class Subject:
+    """The model under test, as the functions that evaluation needs."""
+
+    name: str
+    model: Any  # models.interface.Model
+    encode: Callable[[str], Sequence[int]]  # plain text to ids, without marks
+    begin: tuple[int, ...]  # ids before a document: its begin mark, or nothing
+    end: tuple[int, ...]  # ids after it
+    vocabulary: int
+    context: int  # tokens it can read
+    generate: questions.Generate | None = None
+    prompt: questions.Prompt | None = None  # needed for questions
+    decode: Callable[[Sequence[int]], str] | None = None  # with it, documents that do not survive encoding are counted
+    device: str = "cpu"
+    facts: dict[str, Any] = field(default_factory=dict)  # parameters, path, digest: copied into scores.json
+
+
+def evaluate(
+    subject: Subject,
+    out: Path,
+    *,
+    documents: Path | None = None,
+    conversations: Path | None = None,
+    yardsticks: bool = True,
+    stride: float = 0.5,
+    max_documents: int = 0,
+    max_questions: int = 500,
+    max_tokens: int = 64,
+    chance: Mapping[str, float] | None = None,
+    batch_tokens: int = 8192,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures, writes `out`, prints the table, and returns what scores.json holds.
+
+    `documents` and `conversations` are records folders (train.jsonl, validation.jsonl); the yardsticks learn from
+    the train part. `stride` is the share of the context that a window keeps. Raises `DataError` with nothing to measure.
+    """
+    if documents is None and conversations is None:
+        raise DataError("nothing to measure", expected="documents, questions, or both", fix="give --documents or --questions")
+    started = time.monotonic()
+    result: dict[str, Any] = {"version": 1, "model": {"name": subject.name, **subject.facts}, "definitions": DEFINITIONS}
+    held_out: list[Document] = []
+    if documents is not None:
+        held_out = _spread(list(read_records(documents / "validation.jsonl", Document)), max_documents)
+        if not held_out:
+            raise DataError("no held-out document", file=documents / "validation.jsonl", fix="use a larger validation_share")
+        result["documents"] = _documents(subject, documents, held_out, yardsticks, stride, batch_tokens, seed)
+        log.console.print(documents_table(result["documents"]))
+        log.say(result["documents"]["verdict"]["text"])
+    predictions: list[questions.Prediction] = []
+    if conversations is not None and subject.generate is not None and subject.prompt is not None:
+        asked = _spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
+        predictions = questions.ask(asked, subject.prompt, subject.generate, max_tokens=max_tokens)
+        result["questions"] = {"count": len(predictions), "tasks": [_task(t) for t in questions.scores(predictions, chance)]}
+        log.console.print(questions_table(result["questions"]))
+    shown = _gallery(subject, [d.text for d in held_out], predictions, seed)
+    result["seconds"] = round(time.monotonic() - started, 2)
+    _write(out, result, predictions, shown)
+    return result
+
+
+def number(estimate: Estimate, unit: str, definition: str) -> dict[str, Any]:
+    """How a number stands in scores.json."""
+    return {**estimate.to_json(), "unit": unit, "definition": definition}
+
+
+def _documents(
+    subject: Subject, folder: Path, held_out: list[Document], yardsticks: bool, stride: float, batch_tokens: int, seed: int
+) -> dict[str, Any]:
+    row_length = subject.context
+    step = max(1, min(row_length - 1, round(row_length * (1 - stride))))
+    started = time.monotonic()
+    sums = bits.measure(
+        subject.model,
+        _encoded(subject, held_out),
+        row_length=row_length,
+        stride=step,
+        batch_tokens=batch_tokens,
+        device=subject.device,
+    )
+    model_seconds = time.monotonic() - started
+    ours = sums.bits_per_byte(seed)
+    rows = [_row("model", subject.name, ours, "document", {"window_tokens": row_length, "stride_tokens": step})]
+    measured: list[Yardstick] = []
+    if yardsticks:
+        train = [d.text for d in read_records(folder / "train.jsonl", Document)]
+        measured = measure(train, [d.text for d in held_out], encode=subject.encode, vocabulary=subject.vocabulary)
+        rows += [_row(y.name, y.label, y.bits_per_byte(seed), y.unit, y.details) for y in measured]
+    changed = 0 if subject.decode is None else sum(subject.decode(subject.encode(d.text)) != d.text for d in held_out)
+    return {
+        "count": len(held_out),
+        "bytes": sum(sums.bytes),
+        "tokens": sum(sums.tokens),
+        "bytes_per_token": sums.bytes_per_token(),
+        "documents_changed_by_tokenizer": changed,
+        "rows": rows,
+        "perplexity": number(sums.perplexity(seed), "per token", DEFINITIONS["perplexity"]),
+        "verdict": verdict(sums, measured, seed),
+        "per_document": sums.to_json(),
+        "seconds": {"model": round(model_seconds, 2), "all": round(time.monotonic() - started, 2)},
+    }
+
+
+def verdict(sums: bits.DocumentSums, measured: Sequence[Yardstick], seed: int = 0) -> dict[str, Any]:
+    """The model against the better yardstick, on the same documents, in numbers and in one sentence."""
+    ours = sums.bits_per_byte(seed)
+    if not measured:
+        return {"text": f"{ours.value:.3f} bits per byte; no yardstick was measured."}
+    best = min(measured, key=lambda y: y.bits.sum() / y.bytes.sum())
+    paid = np.bincount(best.members, weights=sums.bits)
+    saving = relative_saving(paid, best.bits, seed=seed)
+    size, low, high = abs(saving.value), min(abs(saving.low), abs(saving.high)), max(abs(saving.low), abs(saving.high))
+    theirs = best.bits.sum() / best.bytes.sum()
+    numbers = f"{ours.value:.3f} against {theirs:.3f} bits per byte"
+    if saving.low > 0:
+        text = f"{size:.1%} fewer bits than the better yardstick ({low:.1%} to {high:.1%}): {best.label}, {numbers}."
+    elif saving.high < 0:
+        text = f"Worse than a yardstick: {size:.1%} more bits ({low:.1%} to {high:.1%}) than {best.label}, {numbers}."
+    else:
+        interval = f"saving {saving.low:+.1%} to {saving.high:+.1%}"
+        text = f"No clear difference from the better yardstick: {best.label}, {numbers} ({interval})."
+    return {
+        "text": text, "better_yardstick": best.name, "yardstick_label": best.label,
+        "saving": number(saving, f"share of bits, per {best.unit}", DEFINITIONS["saving"]),
+    }  # fmt: skip
+
+
+def _encoded(subject: Subject, held_out: Sequence[Document]) -> Iterator[bits.Encoded]:
+    first_nats = 0.0 if subject.begin else math.log(subject.vocabulary)
+    for d in held_out:
+        ids = np.array([*subject.begin, *subject.encode(d.text), *subject.end], np.int64)
+        yield bits.Encoded(ids, len(d.text.encode()), d.id, first_nats)
+
+
+def _row(name: str, label: str, estimate: Estimate, unit: str, details: dict[str, Any]) -> dict[str, Any]:
+    value = number(estimate, f"bits per byte, interval over each {unit}", DEFINITIONS["bits_per_byte"])
+    return {"name": name, "label": label, "bits_per_byte": value, "details": details}
+
+
+def _task(score: questions.TaskScore) -> dict[str, Any]:
+    measures = {k: number(getattr(score, k), "share", DEFINITIONS[k]) for k in ("correct", "recognisable", "overlap")}
+    return {
+        "task": score.task, "judged_by": score.judged_by, **measures, "guess": score.guess,
+        "guess_from": score.guess_from, "above_guess": score.above_guess,
+    }  # fmt: skip
+
+
+def _gallery(subject: Subject, texts: Sequence[str], predictions: Sequence[questions.Prediction], seed: int) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    if subject.generate is not None and texts:
+        rows = gallery.continuations(subject.generate, subject.encode, subject.begin, documents=texts, seed=seed)
+    return {"continuations": rows, "answers": gallery.answers(predictions)}
+
+
+def _write(out: Path, result: dict[str, Any], predictions: Sequence[questions.Prediction], shown: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(out / "predictions.jsonl") as f:
+        for p in predictions:
+            f.write(json.dumps(p.to_json(), ensure_ascii=False) + "\n")
+    write_json(out / "gallery.json", shown)
+    write_json(out / "scores.json", result)  # last: its presence says that the others are there
+
+
+def _spread(records: list[Any], limit: int) -> list[Any]:
+    """`limit` records evenly spread over the list; all where limit is 0."""
+    if not limit or len(records) <= limit:
+        return records
+    return [records[i * len(records) // limit] for i in range(limit)]
+
+
+def documents_table(documents: dict[str, Any]) -> Table:
+    """Bits per byte of the model and the yardsticks, best first."""
+    table = Table(title=f"{documents['count']:,} held-out documents, {documents['bytes']:,} bytes", title_justify="left")
+    for name, justify in (("", "left"), ("bits per byte", "right"), ("95% interval", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for row in sorted(documents["rows"], key=lambda r: float(r["bits_per_byte"]["value"])):
+        b = row["bits_per_byte"]
+        style = "bold" if row["name"] == "model" else None
+        table.add_row(row["label"], f"{b['value']:.3f}", f"{b['low']:.3f} to {b['high']:.3f}", style=style)
+    return table
+
+
+def questions_table(asked: dict[str, Any]) -> Table:
+    """Share of right answers per task, beside what guessing reaches."""
+    table = Table(title=f"{asked['count']:,} held-out questions", title_justify="left")
+    for name, justify in (
+        ("task", "left"),
+        ("n", "right"),
+        ("judged by", "left"),
+        ("share", "right"),
+        ("95% interval", "right"),
+        ("guessing", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for t in asked["tasks"]:
+        m = t[t["judged_by"]]
+        interval = f"{m['low']:.1%} to {m['high']:.1%}"
+        cells = (t["task"], str(m["n"]), t["judged_by"], f"{m['value']:.1%}", interval, f"{t['guess']:.1%}")
+        table.add_row(*cells, style=None if t["above_guess"] else "dim")
+    return table

@@ -1,0 +1,111 @@
+"""Files appear whole or not at all: write to a temporary name beside the target, sync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tutelage.errors import StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals about `path` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        fixes = {
+            errno.ENOSPC: ("the disk is full", "free some space, or choose another folder with --runs"),
+            errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another folder with --runs"),
+            errno.EROFS: ("the file system is read-only", "choose a folder you may write to with --runs"),
+            errno.EACCES: ("permission denied", "choose a folder you may write to with --runs"),
+        }
+        if error.errno not in fixes:
+            raise
+        message, fix = fixes[error.errno]
+        raise StorageError(f"cannot write: {message}", file=path, fix=fix) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def sync_folder(path: Path) -> None:
+    """Makes a rename inside `path` survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
+    partial = _partial(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open(mode, encoding=None if "b" in mode else "utf-8") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty temporary folder that becomes `path` (replacing what is there) when the block ends well."""
+    partial = _partial(path)
+    with storage_errors(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                if file.is_file():
+                    with file.open("rb") as f:
+                        os.fsync(f.fileno())
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            if path.exists():
+                path.replace(old)
+            partial.replace(path)
+            sync_folder(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    with whole_file(path) as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    with path.open(encoding="utf-8") as f:
+        return json.load(f)
+
+
+def file_digest(path: Path) -> str:
+    """64 hex digits: SHA-256 of the content."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def folder_digest(path: Path) -> str:
+    """SHA-256 over the relative names and contents of every file below `path`, in name order."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        total.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,77 @@
+"""What a run says: the console (rich, on stderr), a log file per attempt, and metrics.jsonl.
+
+Results that a program may want to read go to stdout; everything for people goes through here to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+
+console = Console(stderr=True, highlight=False)
+_log_files: list[TextIO] = []  # of the runs being made, the innermost last
+
+
+def to_file(path: Path) -> None:
+    """Copies everything said until the matching `close_file` to `path` as well, without colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _log_files.append(path.open("a", encoding="utf-8"))
+
+
+def close_file() -> None:
+    _log_files.pop().close()
+
+
+def say(text: str, *, style: str | None = None) -> None:
+    """One line for people. The text is plain: brackets are not markup."""
+    if rank() == 0:
+        console.print(escape(text), style=style, soft_wrap=True)
+    for file in _log_files:
+        file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        file.flush()
+
+
+def rank() -> int:
+    """Rank of this process under `torchrun`; 0 outside it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def interactive() -> bool:
+    return sys.stderr.isatty()
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, append only, each line flushed so that a killed run keeps what it said."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **fields: Any) -> None:
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of steps after `step`: a resumed run writes them again."""
+        self._file.close()
+        kept = [x for x in self.path.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
+        self.path.write_text("".join(f"{x}\n" for x in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line).get("step", -1))
+    except ValueError:
+        return float("inf")  # a line cut by a kill

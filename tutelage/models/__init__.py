@@ -1,0 +1,1 @@
+"""Models: decoder, attention, heads, adapters."""

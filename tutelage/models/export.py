@@ -1,0 +1,122 @@
+"""Writes a Hugging Face model folder, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tutelage.errors import ArtifactError
+from tutelage.files import whole_folder, write_json
+from tutelage.models import families
+from tutelage.models.decoder import Decoder
+from tutelage.models.load import DTYPES, INDEX, WEIGHTS
+from tutelage.models.names import Stored, stored
+
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tutelage.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+def save(
+    model: nn.Module,
+    folder: Path | str,
+    tokenizer_folder: Path | str | None = None,
+    *,
+    stop_ids: Sequence[int] = (),
+    dtype: str | torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `folder` so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
+
+    `tokenizer_folder`: its tokenizer files are copied. `stop_ids`: tokens that end a generation besides the end of text.
+    `dtype`: of the stored weights; the model's own when left out. What was in `folder` is replaced.
+    Raises ArtifactError for a tokenizer folder without a tokenizer, StorageError when the disk refuses.
+    """
+    folder = Path(folder)
+    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    copied = () if tokenizer_folder is None else tokenizer_files(Path(tokenizer_folder))
+    with whole_folder(folder) as partial:
+        if isinstance(model, Decoder):
+            _write_decoder(model, partial, kind, shard_bytes)
+            write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
+        else:
+            from tutelage.models.hf import Adapter, save_hf
+
+            assert isinstance(model, Adapter), type(model)
+            save_hf(model, partial, kind, shard_bytes)
+            if stop_ids:
+                write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
+        for file in copied:
+            shutil.copyfile(file, partial / file.name)
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a tokenizer folder (or of a model folder with a tokenizer) that belong to the tokenizer."""
+    found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    if not any(f.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for f in found):
+        raise ArtifactError("there is no tokenizer in this folder", file=folder, expected="a tokenizer.json")
+    return found
+
+
+def generation_config(raw: dict[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The object of a generation_config.json: what starts, ends and pads a text."""
+    eos = raw.get("eos_token_id")
+    ends = list(dict.fromkeys([*([] if eos is None else eos if isinstance(eos, list) else [eos]), *stop_ids]))
+    tokens = {"bos_token_id": raw.get("bos_token_id"), "pad_token_id": raw.get("pad_token_id")}
+    if ends:
+        tokens["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return {"_from_model_config": True, **{k: v for k, v in tokens.items() if v is not None}}
+
+
+def _write_decoder(model: Decoder, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    kind = dtype or model.dtype
+    write_json(folder / "config.json", {**model.config.to_hf(), "dtype": str(kind).removeprefix("torch.")})
+    held = dict(model.named_parameters())
+    rows = stored(families.family(model.config.model_type).disk, list(held))
+
+    def get(name: str) -> Tensor:
+        return held[name].detach().to("cpu", kind)
+
+    shards = _shards(rows, {n: p.numel() * kind.itemsize for n, p in held.items()}, shard_bytes)
+    table: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({row.name: row.join(get) for row in shard}, folder / name, metadata={"format": "pt"})
+        table |= {row.name: name for row in shard}
+    if len(shards) > 1:
+        total = sum(p.numel() for p in held.values()) * kind.itemsize
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def _shards(rows: list[Stored], sizes: dict[str, int], limit: int) -> list[list[Stored]]:
+    """Tensors in order, a new file where the next would not fit."""
+    shards: list[list[Stored]] = [[]]
+    filled = 0
+    for row in rows:
+        size = sum(sizes[n] for n in row.ours)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(row)
+        filled += size
+    return shards
+
+
+def read_stop_ids(folder: Path) -> tuple[int, ...]:
+    """Tokens that end a generation: those of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if eos is not None:
+                return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    return ()

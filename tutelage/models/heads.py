@@ -1,0 +1,170 @@
+"""Heads: what turns hidden states into losses, logits or log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tutelage.models import kernels
+from tutelage.models.kernels import calls
+
+CHUNK_LOGITS = 1 << 22
+"""Logits held at a time (16 MiB of float32)."""
+
+
+class LmHead(nn.Module):
+    """The output matrix of a language model, fused with its loss: the logits of a whole batch are never held.
+
+    `weight` [V,H] may be the embedding's own parameter (tied). Logits are `scale * (hidden @ weight.T + bias)`, then
+    `softcap * tanh(logits / softcap)` where a soft-cap is set.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None = None, scale: float = 1.0, softcap: float | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.scale, self.softcap = scale, softcap
+
+    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Sum over tokens of weights[n] * cross-entropy(hidden[n], targets[n]), a float32 scalar.
+
+        hidden [N,H], targets [N], weights [N]. Tokens of weight 0 cost nothing, whatever their hidden state holds.
+        """
+        picked = weights.nonzero().squeeze(1)
+        if len(picked) < len(weights):
+            hidden, targets, weights = hidden[picked], targets[picked], weights[picked]
+        loss = _LinearLoss.apply(hidden, self.weight, self.bias, targets, weights, self.scale, self.softcap)
+        return loss  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., H] -> [.., V]."""
+        return _logits(hidden, self.weight, self.bias, self.scale, self.softcap)
+
+    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of each target: [N,H], [N] -> [N] float32. Differentiable; the backward pass makes the logits again."""
+        return _LinearLogprobs.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap)  # type: ignore[no-any-return]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    z = F.linear(hidden, weight, bias)
+    if scale != 1.0:
+        z = z * scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    return z
+
+
+def _chunk(hidden: Tensor, weight: Tensor) -> int:
+    return max(64, CHUNK_LOGITS // weight.shape[0])
+
+
+def _loss_and_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each row [n]; and, given `weights` [n], the gradient of their sum with respect to the raw logits [n,V]."""
+    if kernels.fits(hidden, weight, bias):
+        raw = F.linear(hidden, weight, bias)
+        wanted = None if weights is None else weights.contiguous()
+        loss = calls.cross_entropy(raw, targets.contiguous(), wanted, scale, softcap)
+        return loss, None if weights is None else raw
+    z = _logits(hidden, weight, bias, scale, softcap)
+    return _score(z, targets), None if weights is None else _grad_logits(z, targets, weights, scale, softcap)
+
+
+def _score(z: Tensor, targets: Tensor) -> Tensor:
+    """Minus log-probabilities of `targets` [n], from logits z [n,V] of any float type."""
+    return z.float().logsumexp(1) - z.gather(1, targets[:, None]).squeeze(1).float()
+
+
+def _grad_logits(z: Tensor, targets: Tensor, weights: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Gradient of sum(weights * cross-entropy) with respect to hidden @ weight.T + bias, from final logits z [n,V]."""
+    slope = None if softcap is None else 1 - (z / softcap).square()
+    p = z.float().softmax(1)
+    p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
+    p.mul_(weights[:, None] * scale)
+    return p.to(z.dtype) if slope is None else p.to(z.dtype).mul_(slope)
+
+
+class _Gradients:
+    """Gradients of hidden, weight and bias, summed chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(weight) if wanted[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
+
+    def add(self, part: slice, dz: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        if self.hidden is not None:
+            torch.mm(dz, weight, out=self.hidden[part])
+        if self.weight is not None:
+            self.weight.addmm_(dz.t(), hidden)
+        if self.bias is not None:
+            self.bias.add_(dz.sum(0))
+
+    def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        for x in (self.hidden, self.weight, self.bias):
+            if x is not None:
+                x.mul_(factor.to(x.dtype))
+        return self.hidden, self.weight, self.bias
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Both passes in one: the forward pass also makes the gradients, chunk by chunk, so that no logits are kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, scale, softcap):  # type: ignore[no-untyped-def]
+        wanted = tuple(ctx.needs_input_grad[:3])
+        grads = _Gradients(hidden, weight, bias, wanted) if any(wanted) else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for part in _parts(len(hidden), _chunk(hidden, weight)):
+            h, y, w = hidden[part], targets[part], weights[part].float()
+            loss, dz = _loss_and_gradient(h, weight, bias, y, w if grads is not None else None, scale, softcap)
+            total += (loss.double() * w).sum()
+            if grads is not None:
+                assert dz is not None
+                grads.add(part, dz, h, weight)
+        ctx.grads = grads
+        return total.float()
+
+    @staticmethod
+    def backward(ctx, factor):  # type: ignore[no-untyped-def]
+        grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "the loss of LmHead can be differentiated once; call it again for a second backward pass"
+        return *grads.times(factor), None, None, None, None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probabilities; logits are made chunk by chunk, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
+        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for part in _parts(len(hidden), _chunk(hidden, weight)):
+            out[part] = -_loss_and_gradient(hidden[part], weight, bias, targets[part], None, scale, softcap)[0]
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.softcap = scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx, factor):  # type: ignore[no-untyped-def]
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grads = _Gradients(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
+        for part in _parts(len(hidden), _chunk(hidden, weight)):
+            h, y, w = hidden[part], targets[part], -factor[part]
+            _, dz = _loss_and_gradient(h, weight, bias, y, w, ctx.scale, ctx.softcap)
+            assert dz is not None
+            grads.add(part, dz, h, weight)
+        return grads.hidden, grads.weight, grads.bias, None, None, None
+
+
+def _parts(total: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, total)) for i in range(0, total, size)]

@@ -1,0 +1,214 @@
+"""Any causal language model of `transformers` behind our interface: the slow path, for families that are not ours.
+
+Samples stay isolated because each piece of a packed row runs as a row of its own, right-padded, in groups of similar length. That
+is right for every kind of model (rotary, learned or ALiBi positions, sliding windows, recurrent states), where a four-dimensional
+mask is right for some. There is no key-value cache here yet: `supports_cache` is False, and a generator runs the whole sequence
+for each token. Encoder-decoders are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tutelage.errors import ArtifactError, MissingExtra
+from tutelage.models.heads import LmHead
+from tutelage.models.interface import Batch, Output
+
+
+@dataclass(slots=True, frozen=True)
+class AdapterConfig:
+    """What others read of a model that is not ours."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    source: dict[str, Any]
+
+    @classmethod
+    def of(cls, hf: Any) -> AdapterConfig:
+        text = hf.get_text_config()
+        heads = getattr(text, "num_attention_heads", None) or 1
+        width = text.hidden_size
+        eos = text.eos_token_id
+        return cls(
+            model_type=hf.model_type, vocab_size=text.vocab_size, hidden_size=width,
+            num_hidden_layers=text.num_hidden_layers, num_attention_heads=heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or width // heads,
+            intermediate_size=getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * width,
+            max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 20,
+            tie_word_embeddings=bool(hf.tie_word_embeddings), bos_token_id=text.bos_token_id,
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            pad_token_id=text.pad_token_id, source=hf.to_dict(),
+        )  # fmt: skip
+
+    def to_hf(self) -> dict[str, Any]:
+        return dict(self.source)
+
+
+class LogitsHead(nn.Module):
+    """Stands in for LmHead where a model does more after its last hidden state than a product: `hidden` is the logits."""
+
+    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Sum of weights * cross-entropy: [N,V], [N], [N] -> scalar."""
+        return -(torch.where(weights != 0, self.logprobs(hidden, targets), 0) * weights).sum()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return hidden.float().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+class Adapter(nn.Module):
+    """A `transformers` model as `model(batch) -> Output`. Its parameters keep their own names."""
+
+    supports_cache = False
+    hf: Any
+    config: AdapterConfig
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        # The modules are registered, the model itself is not: a name would otherwise begin with its attribute.
+        self.__dict__["hf"] = hf
+        for name, module in hf.named_children():
+            self.add_module(name, module)
+        self.config = AdapterConfig.of(hf.config)
+        self.whole = not _head_is_linear(hf)
+        if self.whole:
+            self.lm_head: nn.Module = LogitsHead()
+        else:
+            output = hf.get_output_embeddings()
+            self.lm_head = LmHead(output.weight, getattr(output, "bias", None))
+
+    @property
+    def checkpointing(self) -> str:
+        """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
+        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
+
+    @checkpointing.setter
+    def checkpointing(self, value: str) -> None:
+        assert value in ("none", "layer"), value
+        if value == "layer":
+            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.checkpointing == "layer":
+            self.hf.gradient_checkpointing_disable()
+
+    def train(self, mode: bool = True) -> Adapter:
+        super().train(mode)
+        self.hf.train(mode)
+        return self
+
+    def forward(self, batch: Batch) -> Output:
+        """Hidden states after the last norm [B,T,H] (logits where `whole`); those of padding are 0."""
+        assert batch.cache is None, "this model has no key-value cache of ours; run the whole sequence"
+        assert batch.attention == "causal" and batch.embeds is None
+        flat_ids = batch.ids.flatten()
+        out: Tensor | None = None
+        for index, real in pieces(batch.segments):
+            hidden = self.run(flat_ids[index], real)
+            if out is None:
+                out = hidden.new_zeros(len(flat_ids), hidden.shape[-1])
+            out = out.index_put((index[real],), hidden[real])
+        if out is None:
+            width = self.config.vocab_size if self.whole else self.config.hidden_size
+            out = torch.zeros(len(flat_ids), width, device=batch.ids.device)
+        return Output(hidden=out.view(*batch.ids.shape, -1))
+
+    def run(self, ids: Tensor, real: Tensor) -> Tensor:
+        inner = self.hf if self.whole else self.hf.base_model
+        got = inner(input_ids=ids, attention_mask=real.long(), use_cache=False)
+        return got.logits if self.whole else got.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of every token, [B,T,V]."""
+        logits: Tensor = self.lm_head.logits(self(batch).hidden)  # type: ignore[operator]
+        return logits
+
+
+def pieces(segments: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The segments of packed rows as rows of their own, in groups whose lengths differ by less than a factor of two.
+
+    Gives ([n,L] flat places of the tokens, filled up with any place, [n,L] which of them are real).
+    """
+    length = segments.shape[1]
+    spans: dict[int, list[tuple[int, int]]] = {}  # by number of bits of the length: (first place, length)
+    for row, marks in enumerate(segments.tolist()):
+        start = 0
+        for stop in range(1, length + 1):
+            if stop == length or marks[stop] != marks[start]:
+                if marks[start]:
+                    size = stop - start
+                    spans.setdefault(size.bit_length(), []).append((row * length + start, size))
+                start = stop
+    for members in spans.values():
+        first, sizes = torch.tensor(members).unbind(1)
+        step = torch.arange(int(sizes.max()))
+        real = step < sizes[:, None]
+        index = first[:, None] + torch.where(real, step, 0)
+        yield index.to(segments.device), real.to(segments.device)
+
+
+@torch.no_grad()
+def _head_is_linear(hf: Any) -> bool:
+    """Whether logits are the output matrix times the base model's last hidden state, tried on three tokens."""
+    output = hf.get_output_embeddings()
+    if not isinstance(output, nn.Linear) or hf.base_model is hf:
+        return False
+    ids = torch.arange(3, device=output.weight.device)[None]
+    was, _ = hf.training, hf.eval()
+    expected = hf(input_ids=ids, use_cache=False).logits
+    hidden = getattr(hf.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    hf.train(was)
+    if hidden is None or hidden.shape[-1] != output.weight.shape[1]:
+        return False
+    got = F.linear(hidden, output.weight, output.bias)
+    return got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapter:
+    """The adapter around the model of `folder`, from local safetensors files only.
+
+    Raises MissingExtra without `transformers`, ArtifactError for a folder that it can't load as a causal language model.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "a model that is not of our own families") from error
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if config.is_encoder_decoder:
+            raise ArtifactError("an encoder-decoder model; only decoders run so far", file=folder / "config.json")
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ArtifactError(
+            f"transformers can't load this as a causal language model ({error})", file=folder,
+            fix="use a decoder-only model that the installed transformers knows",
+        ) from error  # fmt: skip
+    moved: Any = hf.to(device)  # type: ignore[arg-type]
+    return Adapter(moved.eval())
+
+
+def save_hf(model: Adapter, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    """Writes the adapter's model to the existing `folder`; `dtype` of the stored weights (its own when None)."""
+    state = None if dtype is None else {k: v.to(dtype) for k, v in model.hf.state_dict().items()}
+    model.hf.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes, safe_serialization=True)

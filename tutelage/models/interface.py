@@ -1,0 +1,128 @@
+"""What goes into a model and what comes out: one record each, the same for every model.
+
+Shapes: B rows, T tokens, H hidden width, V vocabulary, S sequences being generated, L places in a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of sequences being generated: `slots` places for sequences of up to `length` tokens.
+
+    One tensor [slots, L, Hkv, D] a layer for keys and one for values, allocated once. Who fills a slot keeps its length.
+    """
+
+    def __init__(
+        self, layers: int, slots: int, length: int, heads: int, width: int, *, device: str | torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (slots, length, heads, width)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.slots, self.length = slots, length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.k) + sum(x.nbytes for x in self.v)
+
+
+@dataclass(slots=True, frozen=True)
+class CacheView:
+    """The slots that the rows of a batch continue."""
+
+    cache: KVCache
+    slots: Tensor  # [S] int64: the slot of each row
+    lengths: Tensor  # [S] int64: tokens already in the slot before this call
+
+    def to(self, device: str | torch.device) -> CacheView:
+        return CacheView(self.cache, self.slots.to(device), self.lengths.to(device))
+
+
+@dataclass(slots=True, frozen=True)
+class Batch:
+    """Rows of tokens.
+
+    With `cache`, row s holds the next tokens of the sequence in slot `cache.slots[s]`: one segment a row, padding only at the
+    right, positions counted from the start of the sequence. Tokens of the row see those in the slot and those before them in the
+    row; the forward pass writes their keys and values to the slot. Padding is never written.
+
+    Example:
+        two pieces of 3 and 2 tokens and 1 place of padding in a row of 6:
+        segments 1 1 1 2 2 0, positions 0 1 2 0 1 0, targets a1 a2 0 b1 0 0, weights 1 1 0 1 0 0
+    """
+
+    ids: Tensor  # [B,T] int64
+    segments: Tensor  # [B,T] int32: 0 = padding, else 1..n inside a row
+    positions: Tensor  # [B,T] int64: restart at 0 in each piece
+    targets: Tensor  # [B,T] int64: the next token of the same segment
+    weights: Tensor  # [B,T] float32: supervision of the target; 0 on the last token of a segment
+    cache: CacheView | None = None
+    embeds: Tensor | None = None  # [B,T,H] in place of the embeddings of `ids`
+    attention: str = "causal"
+    rows: tuple[tuple[str, ...], ...] | None = None  # names of the records in each row
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ids.shape[0], self.ids.shape[1]
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache")
+        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
+        return replace(self, **moved)
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[Sequence[int]],
+        *,
+        supervised: Sequence[Sequence[float]] | None = None,
+        pad: int = 0,
+        cache: CacheView | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Batch:
+        """One text a row, padded at the right. `supervised` gives each token's own weight as a target (1 where left out).
+
+        With `cache`, positions count on from the lengths in it.
+        """
+        rows, length = len(texts), max((len(t) for t in texts), default=0)
+        ids = torch.full((rows, length), pad, dtype=torch.int64)
+        segments = torch.zeros((rows, length), dtype=torch.int32)
+        weights = torch.zeros((rows, length), dtype=torch.float32)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.as_tensor(text, dtype=torch.int64)
+            segments[row, : len(text)] = 1
+            if len(text) > 1:
+                weights[row, : len(text) - 1] = 1.0 if supervised is None else torch.as_tensor(supervised[row][1:]).float()
+        targets = torch.zeros_like(ids)
+        targets[:, :-1] = torch.where(segments[:, 1:] != 0, ids[:, 1:], 0)
+        before = torch.zeros(rows, dtype=torch.int64) if cache is None else cache.lengths.cpu()
+        positions = torch.where(segments != 0, before[:, None] + torch.arange(length), 0)
+        return cls(ids, segments, positions, targets, weights, cache=cache).to(device)
+
+
+@dataclass(slots=True, frozen=True)
+class Output:
+    """What a model makes of a batch. The head is not run: hand `hidden` to it."""
+
+    hidden: Tensor  # [B,T,H], after the last norm
+    layers: tuple[Tensor, ...] | None = None  # [B,T,H] each: the embeddings, then the output of every layer
+    aux: Mapping[str, Tensor] = field(default_factory=dict)  # named sums that an objective may add (router loss)
+
+
+class Model(Protocol):
+    """Our decoder, and any model of `transformers` behind its adapter."""
+
+    config: Any  # vocab_size, hidden_size, num_hidden_layers, ...; `to_hf()`
+    lm_head: Any  # heads.LmHead, or one with the same three methods
+    supports_cache: bool  # whether `batch.cache` is understood
+
+    def __call__(self, batch: Batch) -> Output: ...
+
+    def logits(self, batch: Batch) -> Tensor: ...

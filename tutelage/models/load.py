@@ -1,0 +1,188 @@
+"""Loads a Hugging Face model folder: our decoder where the family is ours, else `transformers` behind the same interface.
+
+Nothing is downloaded, no pickle is read, no code from the folder runs, and for our families `transformers` is not imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tutelage.errors import ArtifactError
+from tutelage.models import families
+from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
+from tutelage.models.decoder import Decoder
+from tutelage.models.interface import Model
+from tutelage.models.names import Stored, stored
+
+__all__ = ["check_vocabulary", "load", "read_config"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load(
+    folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", adapter: bool = True
+) -> Model:
+    """The model of `folder`, in evaluation mode, its weights copied to `device` as `dtype`.
+
+    A model that is not of our families runs on `transformers` (extra `hf`), unless `adapter` is off.
+    Raises ArtifactError for a folder that is not a model, and for weights that are missing or of another shape.
+    """
+    folder = Path(folder)
+    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    raw = read_config(folder)
+    reason = unsupported(raw)
+    if reason is None:
+        return _load_decoder(folder, raw, torch.device(device), kind)
+    _refuse_code(folder, raw)
+    if not adapter:
+        raise ArtifactError(f"our decoder does not run this model: {reason}", file=folder / "config.json")
+    _Files.find(folder)
+    from tutelage.models.hf import load_hf
+
+    return load_hf(folder, device=torch.device(device), dtype=kind)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `folder`/config.json. Raises ArtifactError when `folder` is not a model folder."""
+    path = folder / "config.json"
+    fix = "give the folder that holds config.json and model.safetensors"
+    if not folder.is_dir():
+        raise ArtifactError("there is no such model folder", file=folder, fix=fix)
+    if not path.is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ArtifactError("not a model folder: config.json is missing", file=folder, found=held, fix=fix)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"not valid JSON ({error})", file=path, fix="export or download the model again") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ArtifactError(
+            "not a model's configuration", file=path, field="model_type",
+            found=raw.get("model_type") if isinstance(raw, dict) else raw, expected="an object with a model_type", fix=fix,
+        )  # fmt: skip
+    return raw
+
+
+def _refuse_code(folder: Path, raw: dict[str, Any]) -> None:
+    if raw.get("auto_map"):
+        raise ArtifactError(
+            "this model runs Python code from its folder, which is never done here", file=folder / "config.json",
+            field="auto_map", found=raw["auto_map"],
+            fix="use a model of a family that `transformers` knows, or convert it to one",
+        )  # fmt: skip
+
+
+def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Decoder:
+    config = DecoderConfig.from_hf(raw, folder / "config.json")
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    disk = families.family(config.model_type).disk
+    wanted = stored(disk, list(shapes))
+    with _Files.find(folder).open(disk.prefix, wanted) as files:
+        files.check(wanted, shapes, tied=config.tie_word_embeddings)
+        state: dict[str, Tensor] = {}
+        for row in wanted:
+            for name, part in row.split(files.tensor(row.name), shapes):
+                # A copy of its own: a view of the mapped file would change or vanish with the file.
+                state[name] = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie()
+    return model.eval()
+
+
+class _Files:
+    """The safetensors files of a folder."""
+
+    def __init__(self, folder: Path, where: dict[str, Path] | None) -> None:
+        self.folder, self.where = folder, where  # by tensor; None: all in one file
+
+    @classmethod
+    def find(cls, folder: Path) -> _Files:
+        if (folder / INDEX).is_file():
+            try:
+                table = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArtifactError("not a valid index of weights", file=folder / INDEX, expected="a weight_map") from error
+            missing = sorted({f for f in table.values() if not (folder / f).is_file()})
+            if missing:
+                raise ArtifactError(
+                    f"{len(missing)} of {len(set(table.values()))} weight files are missing", file=folder,
+                    found=", ".join(missing[:4]), fix="copy the missing files into the folder",
+                )  # fmt: skip
+            return cls(folder, {name: folder / file for name, file in table.items()})
+        if (folder / WEIGHTS).is_file():
+            return cls(folder, None)
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise ArtifactError(
+                "the weights are a pickle file, which can run code when it is read; it is not opened", file=folder / pickles[0],
+                expected=WEIGHTS,
+                fix="convert them where you trust the file: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)",
+            )  # fmt: skip
+        raise ArtifactError(
+            "the model's weights are missing", file=folder, expected=f"{WEIGHTS} or {INDEX}", fix="copy the whole model folder"
+        )
+
+    @contextlib.contextmanager
+    def open(self, prefix: str, wanted: list[Stored]) -> Iterator[_Opened]:
+        paths = [self.folder / WEIGHTS] if self.where is None else sorted(set(self.where.values()))
+        with contextlib.ExitStack() as stack:
+            handles = {}
+            for path in paths:
+                try:
+                    handles[path] = stack.enter_context(safe_open(path, framework="pt"))
+                except SafetensorError as error:
+                    raise ArtifactError(
+                        f"a damaged safetensors file ({error})", file=path, fix="export or download the model again"
+                    ) from error
+            yield _Opened(self.folder, handles, prefix, {row.name for row in wanted})
+
+
+class _Opened:
+    """Open safetensors files, tensors by the names of the current release of their family."""
+
+    def __init__(self, folder: Path, handles: dict[Path, Any], prefix: str, wanted: set[str]) -> None:
+        self.folder, self.place = folder, {}
+        for path, handle in handles.items():
+            for key in handle.keys():  # noqa: SIM118 (not a dict)
+                name = prefix + key if key not in wanted and prefix and not key.startswith((prefix, "lm_head.")) else key
+                self.place[name] = (path, handle, key)
+
+    def tensor(self, name: str) -> Tensor:
+        _, handle, key = self.place[name]
+        return handle.get_tensor(key)  # type: ignore[no-any-return]
+
+    def check(self, wanted: list[Stored], shapes: dict[str, torch.Size], tied: bool) -> None:
+        """Every tensor there, of its shape, and no other."""
+        missing = [row.name for row in wanted if row.name not in self.place]
+        if missing:
+            raise ArtifactError(
+                f"{len(missing)} of {len(wanted)} tensors are missing from the model's weights", file=self.folder,
+                found=f"no {', '.join(missing[:3])}", fix="config.json and the weights have to be of the same model",
+            )  # fmt: skip
+        for row in wanted:
+            path, handle, key = self.place[row.name]
+            found, expected = tuple(handle.get_slice(key).get_shape()), row.shape(shapes)
+            if found != expected:
+                raise ArtifactError(
+                    "a tensor has another shape than config.json says", file=path, field=row.name,
+                    found=list(found), expected=str(list(expected)),
+                    fix="config.json and the weights have to be of the same model",
+                )  # fmt: skip
+        known = {row.name for row in wanted} | ({"lm_head.weight"} if tied else set())
+        extra = [n for n in self.place if n not in known and not n.endswith(families.recomputed())]
+        if extra:
+            raise ArtifactError(
+                f"{len(extra)} tensors in the model's weights belong to nothing in config.json", file=self.folder,
+                found=", ".join(sorted(extra)[:3]), fix="config.json and the weights have to be of the same model",
+            )  # fmt: skip

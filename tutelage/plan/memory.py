@@ -1,0 +1,142 @@
+"""Memory that a training step needs beyond the process before the model is built, term by term, from a config.json.
+
+The activations are those that our decoder keeps for its backward pass, in values per token and layer (H width, Q and K
+widths of all query and key heads, I feed-forward width):
+
+    with our kernels    4H (input and output of both norms) + 2 (Q + K) (before and after norm and rotation) + K (values)
+                        + Q (attention's output) + heads (its row sums) + 3I (gate and up, and their product)
+    plain torch         the same, and 4H more for the norms, 4 (Q + K) for norm and rotation, 2I for the activation
+    checkpointing       H (a layer's input), and one layer's activations at a time
+
+Weights that are concatenated for one product are kept until the backward pass. No logits of a whole batch are held: the head
+works in chunks of 16 MiB. What the allocator and the threads add is not known beforehand, so there is a range.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tutelage.plan.parameters import Shape, count, layer_matrices
+
+HEAD_CHUNK_BYTES = 1 << 24  # models/heads.py: logits held at a time
+HEAD_COPIES = 3  # logits, their softmax in float32, and a temporary
+LOW, HIGH = 0.90, 1.35  # range of the sum: what the allocator gives back late, thread buffers, library workspaces
+WORKSPACE = 64 << 20  # oneDNN and OpenMP, measured for an empty step
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by term. `low` and `high` bound the peak."""
+
+    terms: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def low(self) -> int:
+        return int(self.total * LOW)
+
+    @property
+    def high(self) -> int:
+        return int(self.total * HIGH)
+
+    def explain(self) -> str:
+        """One line: the terms in MB, largest first, and the range."""
+        parts = sorted(self.terms.items(), key=lambda kv: -kv[1])
+        text = " + ".join(f"{value / 1e6:,.0f} {name}" for name, value in parts if value >= 1e5)
+        return f"{self.low / 1e9:.2f} to {self.high / 1e9:.2f} GB ({text} MB)"
+
+
+def layer_values_per_token(s: Shape, kernels: bool = True) -> int:
+    """Values that one layer keeps for the backward pass, per token."""
+    q, k = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    mlp = (3 if s.traits.gated else 2) * s.intermediate
+    values = 4 * s.hidden + 2 * (q + k) + k + q + s.heads + mlp
+    if not kernels:
+        values += 4 * s.hidden + 4 * (q + k) + 2 * s.intermediate
+    return values
+
+
+def estimate(
+    config: Mapping[str, Any],
+    micro_rows: int,
+    row_length: int,
+    optimizer: Literal["adamw", "muon"] = "muon",
+    dtype: str = "float32",
+    checkpointing: str = "none",
+    kernels: bool = True,
+) -> Memory:
+    """Memory of training the model of a config.json with `micro_rows` rows of `row_length` tokens in a forward pass.
+
+    Weights, gradients and optimizer state are float32 whatever `dtype` the products have.
+    """
+    s = Shape.of(config)
+    counts, tokens, size = count(s), micro_rows * row_length, BYTES[dtype]
+    layer = layer_values_per_token(s, kernels) * tokens * size
+    fused = s.layers * layer_matrices(s) * size
+    o_and_down = s.layers * (s.heads * s.head_dim * s.hidden + s.intermediate * s.hidden) * size
+    recomputed = checkpointing == "layer"
+    return Memory(
+        {
+            "weights": 4 * counts.total,
+            "gradients": 4 * counts.total,
+            "optimizer": _optimizer_bytes(s, optimizer),
+            "fused weights": (fused - o_and_down) // (s.layers if recomputed else 1),
+            "activations": s.layers * s.hidden * tokens * size + layer if recomputed else s.layers * layer,
+            "ends": 4 * s.hidden * tokens * size,  # embedding, last norm, hidden states and their gradient
+            "backward": (3 * s.intermediate + 2 * s.hidden) * tokens * size,  # gradients inside one layer
+            "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.vocab * s.hidden,
+            "workspace": WORKSPACE,
+        }
+    )
+
+
+def _optimizer_bytes(s: Shape, optimizer: str) -> int:
+    """State, and for Muon the temporaries of its largest group of equal shapes (five matrices a parameter)."""
+    counts = count(s)
+    if optimizer == "adamw":
+        return 8 * counts.total
+    largest = s.layers * s.hidden * s.intermediate * (2 if s.traits.gated else 1)
+    return 4 * counts.matrices + 8 * (counts.total - counts.matrices) + 4 * 5 * largest
+
+
+def largest_micro_rows(config: Mapping[str, Any], row_length: int, available_bytes: int, most: int = 1024, **options: Any) -> int:
+    """The most rows in a forward pass whose upper estimate fits in `available_bytes`; 0 when not even one does."""
+    rows = 0
+    while rows < most and estimate(config, rows + 1, row_length, **options).high <= available_bytes:
+        rows += 1
+    return rows
+
+
+def peak_rss() -> int:
+    """The most memory that this process has ever held, in bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A prediction beside what was measured."""
+
+    predicted: Memory
+    measured: int  # bytes: peak less the process before the model was built
+
+    @property
+    def ratio(self) -> float:
+        return self.measured / self.predicted.total
+
+    @property
+    def inside(self) -> bool:
+        return self.predicted.low <= self.measured <= self.predicted.high
+
+
+def compare(predicted: Memory, base_bytes: int, peak_bytes: int) -> Comparison:
+    """The estimate against a run: `base_bytes` before the model was built, `peak_bytes` (`peak_rss`) after some steps."""
+    return Comparison(predicted, peak_bytes - base_bytes)

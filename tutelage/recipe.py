@@ -1,0 +1,361 @@
+"""A recipe is a set of named stages. The runner plans them, runs or resumes what is not there yet, and skips what is.
+
+A single command is a recipe of one stage. What a run's digest covers: the settings that can change the result, the content
+of its inputs, and the content of the source files that the stage imports. Nothing else makes it run again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tutelage import log
+from tutelage.config.base import Section, artifacts_of, assign, build, identity_of, load_yaml, nearest
+from tutelage.errors import ArtifactError, ConfigError
+from tutelage.files import file_digest
+from tutelage.rundir import Artifact, RunDir, find
+
+PACKAGE = Path(__file__).parent
+# Modules that cannot change what a stage makes: messages, folders, measurements of the machine.
+OUTSIDE_DIGEST = {
+    f"tutelage.{name}"
+    for name in (
+        "errors",
+        "files",
+        "log",
+        "recipe",
+        "rundir",
+        "cli",
+        "api",
+        "stages",
+        "plan",
+        "plan.machine",
+        "plan.time",
+        "plan.memory",
+        "plan.energy",
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A row of the table of stages. Strings are imported when used, so that the table itself costs nothing."""
+
+    section: str  # name of the class in config/stages.py
+    module: str  # has `run(config, run) -> facts`
+    help: str
+    ranks: bool = False  # every rank of `torchrun` takes part
+    outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
+    estimate: str | None = None  # "module:function" (planned) -> Estimate | None, without torch
+
+    def config(self) -> type[Section]:
+        found: type[Section] = getattr(importlib.import_module("tutelage.config.stages"), self.section)
+        return found
+
+    def run(self, config: Section, run: RunDir) -> dict[str, Any]:
+        facts: dict[str, Any] = _function(f"{self.module}:run")(config, run)
+        return facts
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a stage is expected to take. Ranges, never a point."""
+
+    seconds: tuple[float, float]
+    memory_bytes: tuple[float, float]
+    because: str  # the formula with its numbers
+
+
+@dataclass(slots=True)
+class Planned:
+    """One stage of a recipe, as far as it is known before it runs."""
+
+    name: str
+    kind: str
+    config: Section
+    inputs: dict[str, Artifact] = field(default_factory=dict)
+    waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs whose content is not known yet, and what makes them
+    run: RunDir | None = None  # set when everything is known
+    estimate: Estimate | None = None
+
+    @property
+    def status(self) -> str:
+        if self.run is None:
+            return f"run after {', '.join(p.name for p in self.waits_for.values())}"
+        if self.run.done:
+            return "hit"
+        return "resume" if (self.run.path / "run.json").exists() else "run"
+
+
+class Runner:
+    """Runs stages of one recipe below `root/recipe/`."""
+
+    def __init__(self, table: Mapping[str, Kind], root: Path, recipe: str = "cli", *, force: bool = False) -> None:
+        self.table, self.root, self.recipe, self.force = table, root, recipe, force
+        self.finished: dict[str, RunDir] = {}
+        self.planned: dict[str, Planned] = {}
+
+    def plan(self, name: str, kind: str, config: Section) -> Planned:
+        """Resolves inputs (a path, `recipe/stage`, or `$stage` of this recipe) and, where all are there, the run directory."""
+        planned = Planned(name, kind, config)
+        for key, wanted in artifacts_of(type(config)).items():
+            value = getattr(config, key)
+            if value is None:
+                continue
+            if value.startswith("$"):
+                done = self.finished.get(value[1:])
+                if done is None or not done.done:
+                    planned.waits_for[key] = self.planned[value[1:]]
+                    continue
+                value = str(done.path)
+            planned.inputs[key] = find(value, wanted, self.root)
+        self.planned[name] = planned
+        if not planned.waits_for:
+            digest = self.digest(kind, config, planned.inputs)
+            path = self.root / self.recipe / f"{name}-{digest[:12]}"
+            planned.run = RunDir(path, kind, digest, planned.inputs, getattr(config, "seed", 0))
+        return planned
+
+    def digest(self, kind: str, config: Section, inputs: Mapping[str, Artifact]) -> str:
+        row = self.table[kind]
+        covered = {
+            "stage": kind,
+            "config": identity_of(config),
+            "inputs": {n: a.digest for n, a in inputs.items()},
+            "code": code_digest(row.module),
+            "outside": _function(row.outside)(config) if row.outside else None,
+        }
+        return hashlib.sha256(json.dumps(covered, sort_keys=True, default=str).encode()).hexdigest()
+
+    def run(self, planned: Planned) -> RunDir:
+        """Runs, resumes or finds one stage. Says which."""
+        run, row = planned.run, self.table[planned.kind]
+        assert run is not None, f"{planned.name} waits for {list(planned.waits_for)}"
+        self.finished[planned.name] = run
+        if run.done and not self.force:
+            log.say(f"{planned.name}: hit, {run.path}", style="green")
+            return run
+        if log.rank() != 0 and not row.ranks:
+            return _wait(run)
+        resuming = (run.path / "run.json").exists() and not self.force
+        log.say(f"{planned.name}: {'resuming' if resuming else 'miss, running'}, {run.path}", style="bold")
+        if self.force and log.rank() == 0:
+            run.clear()
+        run.nested = self.nested
+        with run.attempt(planned.config.model_dump()) as facts:
+            facts.update(row.run(planned.config, run))
+        return run
+
+    def nested(self, kind: str, values: dict[str, Any]) -> RunDir:
+        """A stage that another stage needs, such as its tokens: cached and recorded like any other."""
+        config = build(self.table[kind].config(), values)
+        runner = Runner(self.table, self.root, self.recipe)
+        return runner.run(runner.plan(kind, kind, config))
+
+
+def _wait(run: RunDir, poll_seconds: float = 0.2) -> RunDir:
+    """Other ranks wait for rank 0's file; no process group is open meanwhile, so nothing can time out."""
+    while not run.done:
+        time.sleep(poll_seconds)
+    return run
+
+
+@dataclass(slots=True)
+class Recipe:
+    """A parsed recipe file."""
+
+    name: str
+    about: str
+    stages: dict[str, tuple[str, Section]]  # name -> (kind, config)
+
+
+TOP = ("name", "about", "scales", "stages")
+
+
+def load_recipe(path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]]) -> Recipe:
+    """Reads a recipe, applies `--set` (`scale=NAME`, `stage.key=value`) and checks every key. Raises `ConfigError`."""
+    values, lines = load_yaml(path)
+    for key in values:
+        if key not in TOP:
+            raise ConfigError(
+                f"unknown key `{key}`",
+                file=path,
+                line=lines[key],
+                expected=f"one of: {', '.join(TOP)}",
+                fix=_did_you_mean(key, list(TOP)),
+            )
+    stages = values.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise ConfigError("a recipe needs `stages`: a mapping of names to stages", file=path)
+    for key, value in _expand_scale(values, settings, path):
+        stage = key.partition(".")[0]
+        if stage not in stages:
+            raise ConfigError(
+                f"unknown stage `{stage}` in the setting `{key}`",
+                file=path,
+                expected=f"one of: scale, {', '.join(stages)}",
+                fix=_did_you_mean(stage, ["scale", *stages]),
+            )
+        assign(stages, key, value)
+    out: dict[str, tuple[str, Section]] = {}
+    for name, raw in stages.items():
+        out[name] = _stage(name, raw, table, path, lines, list(out))
+    return Recipe(str(values.get("name", path.stem)), str(values.get("about", "")), out)
+
+
+def _expand_scale(values: dict[str, Any], settings: list[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
+    scales = values.get("scales", {})
+    for key, value in settings:
+        if key != "scale":
+            continue
+        if value not in scales and value != "full":
+            raise ConfigError(f"unknown scale `{value}`", file=path, expected=f"one of: {', '.join(['full', *scales])}")
+        yield from scales.get(value, {}).items()
+    yield from ((k, v) for k, v in settings if k != "scale")
+
+
+def _stage(
+    name: str, raw: Any, table: Mapping[str, Kind], path: Path, lines: dict[str, int], before: list[str]
+) -> tuple[str, Section]:
+    line = lines.get(f"stages.{name}")
+    if not isinstance(raw, dict) or "stage" not in raw:
+        raise ConfigError(
+            f"`{name}` needs `stage:`, the kind of stage it is", file=path, line=line, expected=f"one of: {', '.join(table)}"
+        )
+    kind = raw["stage"]
+    if kind not in table:
+        raise ConfigError(
+            f"unknown stage kind `{kind}`",
+            file=path,
+            line=lines.get(f"stages.{name}.stage"),
+            expected=f"one of: {', '.join(table)}",
+            fix=_did_you_mean(str(kind), list(table)),
+        )
+    rest = {k: v for k, v in raw.items() if k != "stage"}
+    config = build(table[kind].config(), rest, file=path, lines=lines, prefix=f"stages.{name}.")
+    for key in artifacts_of(type(config)):
+        value = getattr(config, key)
+        if isinstance(value, str) and value.startswith("$") and value[1:] not in before:
+            raise ConfigError(
+                f"`{value}` is not a stage above `{name}`",
+                file=path,
+                line=lines.get(f"stages.{name}.{key}"),
+                expected=f"one of: {', '.join('$' + b for b in before)}",
+                fix=_did_you_mean(value[1:], before),
+            )
+    return kind, config
+
+
+def _did_you_mean(word: str, names: list[str]) -> str | None:
+    close = nearest(word, names)
+    return f"did you mean `{close}`?" if close else None
+
+
+def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
+    """The plan of all stages: what is there, what will run, and what it is expected to take."""
+    out = []
+    for name, (kind, config) in recipe.stages.items():
+        planned = runner.plan(name, kind, config)
+        if planned.run is not None and planned.run.done and not runner.force:
+            runner.finished[name] = planned.run
+        estimate = runner.table[kind].estimate
+        if estimate is not None and planned.status != "hit":
+            planned.estimate = _function(estimate)(planned)
+        out.append(planned)
+    return out
+
+
+def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
+    """Runs every stage in order; stages that are there already are hits."""
+    for name, (kind, config) in recipe.stages.items():
+        runner.run(runner.plan(name, kind, config))
+    return runner.finished
+
+
+@functools.cache
+def code_digest(module: str) -> str:
+    """SHA-256 over the sources (and data files beside them) of every module of this package that `module` imports."""
+    total = hashlib.sha256()
+    for name in sorted(_reach(module)):
+        path = _path(name)
+        assert path is not None
+        total.update(f"{name}\0{file_digest(path)}\n".encode())
+        for extra in sorted(path.parent.glob("*")) if path.name == "__init__.py" else ():
+            if extra.suffix in (".cpp", ".h", ".jinja", ".yaml", ".json"):
+                total.update(f"{extra.name}\0{file_digest(extra)}\n".encode())
+    return total.hexdigest()
+
+
+def _path(module: str) -> Path | None:
+    base = PACKAGE.parent.joinpath(*module.split("."))
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _reach(module: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name in OUTSIDE_DIGEST:
+            continue
+        path = _path(name)
+        if path is None:
+            continue
+        seen.add(name)
+        waiting += _imports(path)
+        waiting += [name.rpartition(".")[0]] if "." in name else []
+    return seen - {"tutelage"}
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules of this package that a file imports anywhere, or names in a string such as `tutelage.x.y`."""
+    out = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            out += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            out += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tutelage."):
+            out.append(node.value)
+    return [m for m in out if m.startswith("tutelage")]
+
+
+def lineage(path: Path) -> list[tuple[int, str, Path, dict[str, Any]]]:
+    """The chain behind a run, depth first: (depth, name of the input, run directory, its run.json)."""
+    from tutelage.files import read_json
+
+    def walk(folder: Path, name: str, depth: int) -> Iterator[tuple[int, str, Path, dict[str, Any]]]:
+        if not (folder / "run.json").exists():
+            raise ArtifactError("not a run directory: it has no run.json", file=folder)
+        row = read_json(folder / "run.json")
+        yield depth, name, folder, row
+        for parent in row["parents"]:
+            inner = (folder / parent["path"]).resolve()
+            if (inner / "run.json").exists():
+                yield from walk(inner, parent["name"], depth + 1)
+            else:
+                yield (
+                    depth + 1,
+                    parent["name"],
+                    inner,
+                    {"stage": parent["kind"], "status": "outside", "digest": parent["digest"], "parents": []},
+                )
+
+    return list(walk(path, "run", 0))

@@ -1,0 +1,144 @@
+"""Records: what travels between stages. Plain frozen dataclasses, one JSON object a line on disk.
+
+A record's `id` comes from its content, so equal content has an equal id wherever it was read. `parents` holds the
+ids of the records it was made from: that chain is what later answers "why did it say that?".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tutelage.errors import DataError
+
+SCHEMA_VERSION = 1
+
+
+def content_id(value: object) -> str:
+    """16 hex digits (64 bits of SHA-256) of the canonical JSON of `value`."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Document:
+    """A text to learn from.
+
+    Example:
+        >>> Document.make("A text.", source="notes.txt").id
+        '4d57ee97f1174f55'
+    """
+
+    id: str  # from the text
+    text: str  # Unicode, never empty
+    source: str  # file, URL or reader name, with "#" and a position inside it where there is one
+    parents: tuple[str, ...] = ()  # ids of the records it was made from
+    licence: str | None = None  # SPDX id where known
+    meta: dict[str, Any] = field(default_factory=dict)  # title, language, ...; never part of the id
+
+    @classmethod
+    def make(cls, text: str, *, source: str, **rest: Any) -> Document:
+        return cls(id=content_id(text), text=text, source=source, **rest)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Message:
+    """One turn. `content` may be empty only for an assistant turn that calls tools."""
+
+    role: str  # system | user | assistant | tool
+    content: str
+    name: str | None = None  # of the tool that answers, or of the speaker
+    tool_calls: tuple[dict[str, Any], ...] = ()  # OpenAI shape: {"id", "type": "function", "function": {...}}
+    tool_call_id: str | None = None  # on a tool turn: the call it answers
+    train: bool | None = None  # None: assistant turns are supervised; False leaves this one out
+
+    def to_json(self) -> dict[str, Any]:
+        """The OpenAI message: only the keys that say something (templates test for presence)."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        for key in ("name", "tool_call_id", "train"):
+            if getattr(self, key) is not None:
+                out[key] = getattr(self, key)
+        if self.tool_calls:
+            out["tool_calls"] = [dict(call) for call in self.tool_calls]
+        return out
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Message:
+        return cls(**{**row, "tool_calls": tuple(row.get("tool_calls") or ())})
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Conversation:
+    """A dialogue, or a prompt and its completion (`style="completion"`: rendered without a chat template).
+
+    Example:
+        {"id": "…", "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], …}
+    """
+
+    id: str  # from messages and tools
+    messages: tuple[Message, ...]
+    source: str
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas offered to the assistant, verbatim
+    style: str = "chat"  # chat | completion
+    parents: tuple[str, ...] = ()
+    licence: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)  # task name, expected answer, ...; never part of the id
+
+    @classmethod
+    def make(cls, messages: Iterable[Message], *, source: str, tools: Iterable[dict[str, Any]] = (), **rest: Any) -> Conversation:
+        turns, offered = tuple(messages), tuple(tools)
+        key = [[m.to_json() for m in turns], list(offered)]
+        return cls(id=content_id(key), messages=turns, tools=offered, source=source, **rest)
+
+
+Record = Document | Conversation
+R = TypeVar("R", bound=Record)
+TYPES: dict[str, type] = {"Document": Document, "Conversation": Conversation}
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """The JSON object of a record, without empty optional fields."""
+    out: dict[str, Any] = {}
+    for f in fields(record):
+        value = getattr(record, f.name)
+        if value in ((), {}, None):
+            continue
+        if f.name == "messages":
+            value = [m.to_json() for m in value]
+        out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_json(kind: type[R], row: dict[str, Any]) -> R:
+    """The record of a JSON object that `to_json` made. Raises `TypeError` for a field that is missing or unknown."""
+    row = dict(row)
+    if "messages" in row:
+        row["messages"] = tuple(Message.from_json(m) for m in row["messages"])
+    for key in ("parents", "tools"):
+        if key in row:
+            row[key] = tuple(row[key])
+    return kind(**row)
+
+
+def dump_line(record: Record) -> str:
+    return json.dumps(to_json(record), ensure_ascii=False)
+
+
+def read_records(path: Path, kind: type[R]) -> Iterator[R]:
+    """Records of a JSONL file that a stage wrote."""
+    with path.open(encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield from_json(kind, json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"not a {kind.__name__} record ({error})",
+                    file=path,
+                    line=number,
+                    found=line.strip(),
+                    fix="rerun the stage that wrote this file with --force",
+                ) from error

@@ -1,0 +1,270 @@
+"""The run directory: one folder a run, its lock, its parents, its digest, and `DONE`, written last.
+
+    runs/<recipe>/<name>-<digest>/
+        run.json  config.yaml  records/ | tokenizer/ | tokens/ | model/ | …  checkpoints/  metrics.jsonl  samples/  logs/  DONE
+
+A run lives under its final name from the start, held by a lock. Everything in it appears whole. Only `DONE` makes it usable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tutelage import __version__, log
+from tutelage.errors import ArtifactError, StorageError, UserError
+from tutelage.files import folder_digest, read_json, storage_errors, whole_file, write_json
+
+KINDS = {
+    # kind of artifact: the file that proves a folder to be one
+    "records": "schema.json",
+    "tokenizer": "tokenizer.json",
+    "tokens": "tokens.json",
+    "model": "config.json",
+    "scores": "scores.json",
+    "report": "report.html",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished folder that a stage reads."""
+
+    kind: str  # a key of KINDS, or "run"
+    path: Path
+    digest: str  # SHA-256 of the content
+    run: Path | None = None  # the run directory that it lies in, if it lies in one
+
+
+@dataclass(slots=True)
+class RunDir:
+    """A run being made or finished. `facts` are the stage's own numbers; they end in run.json."""
+
+    path: Path
+    stage: str
+    digest: str
+    inputs: dict[str, Artifact] = field(default_factory=dict)
+    seed: int = 0
+    nested: Callable[[str, dict[str, Any]], RunDir] | None = None  # runs a stage that this one needs
+
+    def folder(self, name: str) -> Path:
+        return self.path / name
+
+    def input(self, name: str) -> Path:
+        """The folder of an input artifact."""
+        return self.inputs[name].path
+
+    @property
+    def recipe(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def root(self) -> Path:
+        return self.path.parent.parent
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(read_json(self.path / "run.json"))
+
+    def clear(self) -> None:
+        """Removes everything but the logs."""
+        for item in self.path.iterdir() if self.path.exists() else ():
+            if item.name not in (".lock", "logs"):
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    @contextlib.contextmanager
+    def attempt(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Holds the lock, keeps run.json's status true, logs to `logs/attempt_N.log`. The block fills the facts it is given;
+        when it ends well `DONE` is written. `StorageError` if another process holds the run."""
+        with storage_errors(self.path), self._lock():
+            number = len(list((self.path / "logs").glob("attempt_*.log"))) + 1
+            log.to_file(self.path / "logs" / f"attempt_{number}.log")
+            started, facts = time.time(), {}
+            if log.rank() == 0:
+                with whole_file(self.path / "config.yaml") as f:
+                    yaml.safe_dump(config, f, sort_keys=False, allow_unicode=True)
+            self._write("running", started, {})
+            try:
+                yield (facts := {})
+            except KeyboardInterrupt:
+                self._write("interrupted", started, facts)
+                raise
+            except Exception as error:
+                self._write("failed", started, {**facts, "error": str(error)})
+                if not isinstance(error, UserError):
+                    log.say(f"{type(error).__name__}: {error}")
+                raise
+            else:
+                self._write("done", started, facts)
+                if log.rank() == 0:
+                    with whole_file(self.path / "DONE") as f:
+                        f.write(f"{self.digest}\n")
+            finally:
+                log.close_file()
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if log.rank() != 0:  # rank 0 holds the lock for all
+            yield
+            return
+        with (self.path / ".lock").open("w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageError(
+                    "this run is being made by another process", file=self.path, fix="wait for it, or stop it"
+                ) from None
+            yield  # a killed process loses its lock by itself
+
+    def _write(self, status: str, started: float, facts: dict[str, Any]) -> None:
+        if log.rank() != 0:
+            return
+        old = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        made = next((k for k, proof in KINDS.items() if (self.path / k / proof).exists()), None)
+        before = float(old.get("seconds", 0.0)) if old.get("status") in ("interrupted", "running") else 0.0
+        row: dict[str, Any] = {
+            "stage": self.stage,
+            "name": self.path.name.rsplit("-", 1)[0],
+            "status": status,
+            "digest": self.digest,
+            "seed": self.seed,
+            "parents": [
+                {"name": n, "kind": a.kind, "path": _relative(a.run or a.path, self.path), "digest": a.digest}
+                for n, a in self.inputs.items()
+            ],
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+            "seconds": round(before + time.time() - started, 2),
+            "command": shlex.join(sys.argv),
+            "commit": _commit(),
+            "versions": versions(),
+            "machine": machine(),
+            **facts,
+        }
+        if status == "done" and made:
+            row["artifact"] = {"kind": made, "path": made, "digest": folder_digest(self.path / made)}
+        write_json(self.path / "run.json", row)
+
+
+def _relative(path: Path, base: Path) -> str:
+    return os.path.relpath(path.resolve(), base.resolve())
+
+
+def find(reference: str, kind: str, root: Path) -> Artifact:
+    """The artifact that a path or `recipe/stage` names. Raises `ArtifactError` saying what is there instead."""
+    path = Path(reference).expanduser()
+    if not path.exists():
+        matches = sorted(root.glob(f"{reference}-*/DONE"), key=lambda p: p.stat().st_mtime) or sorted(
+            root.glob(f"*/{reference}/DONE")
+        )
+        if not matches:
+            raise ArtifactError(
+                f"no {kind} there",
+                file=reference,
+                fix=f"give a folder, or a finished run as recipe/stage (`tutelage runs --runs {root}` lists them)",
+            )
+        path = matches[-1].parent
+    if (path / "run.json").exists():
+        return _of_run(path, kind)
+    wanted = KINDS.get(kind)
+    if wanted and (path / wanted).exists():
+        inside = path.resolve().parent
+        run = inside if (inside / "run.json").exists() else None
+        return Artifact(kind, path, folder_digest(path), run)
+    raise ArtifactError(f"not a {kind} folder: it has no {wanted}", file=path, found=_contents(path), fix=_how_to_make(kind))
+
+
+def _of_run(path: Path, kind: str) -> Artifact:
+    row = read_json(path / "run.json")
+    if not (path / "DONE").exists():
+        raise ArtifactError(
+            f"this run is not finished (status: {row.get('status')})", file=path, fix="run the same command again: it resumes"
+        )
+    if kind == "run":
+        return Artifact("run", path, row["digest"], path)
+    made = row.get("artifact", {})
+    if made.get("kind") == kind:
+        return Artifact(kind, path / made["path"], made["digest"], path)
+    if kind == "tokenizer" and (path / "model" / "tokenizer.json").exists():
+        return Artifact(kind, path / "model", made["digest"], path)
+    raise ArtifactError(f"this run made {made.get('kind', 'nothing')}, not {kind}", file=path, fix=_how_to_make(kind))
+
+
+def _contents(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else ["a file"]
+    return ", ".join(names) or "an empty folder"
+
+
+def _how_to_make(kind: str) -> str | None:
+    return {
+        "records": "make one with `tutelage data --sources YOUR_FILES`",
+        "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
+        "model": "give a Hugging Face model folder, or a finished pretrain or sft run",
+    }.get(kind)
+
+
+def all_runs(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every run below `root` with its run.json, oldest first."""
+    rows = [(p.parent, read_json(p)) for p in root.glob("*/*/run.json")]
+    return sorted(rows, key=lambda row: str(row[1].get("started")))
+
+
+def held(path: Path) -> bool:
+    """True while a process holds the run's lock."""
+    lock = path / ".lock"
+    if not lock.exists():
+        return False
+    with lock.open("r+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    out = {"tutelage": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "tokenizers", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            out[name] = metadata.version(name)
+    return out
+
+
+def machine() -> dict[str, Any]:
+    return {"host": platform.node(), "system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count()}
+
+
+def _commit() -> str | None:
+    """The commit of this package's checkout, with a + when it has changes; None outside one."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+        if head.returncode:
+            return None
+        dirty = subprocess.run(
+            ["git", "-C", str(folder), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,209 @@
+"""What a request may say. A key is honoured, listed as harmless, or refused by name: nothing is accepted and then not done."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tutelage.engine.sequence import Sampling
+from tutelage.errors import ConfigError
+
+Whole = Annotated[int, Field(strict=True)]
+
+
+class ApiError(Exception):
+    """An error in the shape that OpenAI's clients read."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against traffic analysis; a no-op here
+
+
+class Generation(BaseModel):
+    """What chat and text completions have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: Whole | None = Field(None, ge=1, le=128)
+    seed: Whole | None = None
+    stop: str | list[str] | None = None
+    max_tokens: Whole | None = Field(None, ge=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # beyond OpenAI, through `extra_body`
+    top_k: Whole | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    ignore_eos: bool = False
+    # accepted, of no effect: they change nothing about the answer
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+    def top(self) -> int | None:
+        """How many most likely tokens to report with each token; None for no log-probabilities."""
+        raise NotImplementedError
+
+    def limit(self) -> int | None:
+        return self.max_tokens
+
+    def sampling(self, vocabulary: int) -> Sampling:
+        """Raises `ApiError` naming the parameter."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > 4:
+            raise ApiError(400, "at most 4 stop texts", param="stop")
+        given: dict[str, Any] = {
+            "temperature": self.temperature, "top_p": self.top_p, "n": self.n, "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty, "top_k": self.top_k, "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }  # fmt: skip
+        try:
+            return Sampling(
+                max_tokens=self.limit(), seed=self.seed, stop=stop, logprobs=self.top(), ignore_eos=self.ignore_eos,
+                logit_bias=self._bias(vocabulary), **{k: v for k, v in given.items() if v is not None},
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ApiError(400, f"{error.field}: {error.message}", param=error.field) from error
+
+    def _bias(self, vocabulary: int) -> dict[int, float]:
+        try:
+            bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        except ValueError as error:
+            raise ApiError(400, "logit_bias maps token ids to numbers", param="logit_bias") from error
+        if any(not 0 <= token < vocabulary for token in bias):
+            raise ApiError(400, f"logit_bias: token ids go from 0 to {vocabulary - 1}", param="logit_bias")
+        return bias
+
+
+class ChatRequest(Generation):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
+    # refused unless they ask for what happens anyway
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def top(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def refuse_unsupported(self) -> None:
+        """Raises `ApiError` for what this server does not do."""
+        asked = {
+            "response_format": self.response_format is not None and self.response_format != {"type": "text"},
+            "tools": bool(self.tools),
+            "tool_choice": self.tool_choice not in (None, "none", "auto"),
+            "functions": bool(self.functions),
+            "function_call": self.function_call not in (None, "none", "auto"),
+            "modalities": self.modalities not in (None, ["text"]),
+        }
+        for name, wrong in asked.items():
+            if wrong:
+                raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages as the renderer takes them: `developer` is `system`, parts of text are joined."""
+        out = []
+        for i, message in enumerate(self.messages):
+            where = f"messages[{i}]"
+            role = {"developer": "system"}.get(str(message.get("role")), message.get("role"))
+            if role not in ("system", "user", "assistant", "tool"):
+                raise ApiError(400, f"{where}: unknown role {message.get('role')!r}", param=f"{where}.role")
+            content = _text(message.get("content"), where)
+            if content is None and not (role == "assistant" and message.get("tool_calls")):
+                raise ApiError(400, f"{where}: content is missing", param=f"{where}.content")
+            out.append({k: v for k, v in message.items() if v is not None} | {"role": role, "content": content or ""})
+        return out
+
+
+class CompletionRequest(Generation):
+    prompt: str | list[Whole] | list[str] | list[list[Whole]]
+    echo: bool | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=20)
+    best_of: Whole | None = None
+    suffix: str | None = None
+
+    def top(self) -> int | None:
+        return self.logprobs
+
+    def limit(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt. Raises `ApiError` for none, and for `suffix` and `best_of`, which are not supported."""
+        if self.suffix:
+            raise ApiError(400, "suffix is not supported by this model", param="suffix", code="unsupported_parameter")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(400, "best_of is not supported, unless it equals n", param="best_of", code="unsupported_parameter")
+        prompt: Any = self.prompt
+        many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+        if not many or any(len(p) == 0 for p in many):
+            raise ApiError(400, "the prompt is empty", param="prompt")
+        if len(many) > 1024:
+            raise ApiError(400, "at most 1024 prompts in one request", param="prompt")
+        return many
+
+
+def parse(kind: type[Generation], body: Any) -> Any:
+    """The request in `body`. Raises `ApiError` naming the first parameter that is wrong."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        if first["type"] == "extra_forbidden":
+            raise ApiError(400, f"{param} is not supported by this server", param=param, code="unsupported_parameter") from error
+        raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param=param) from error
+
+
+def _text(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}: content must be text", param=f"{where}.content")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ApiError(400, f"{where}: parts of type {kind!r} are not supported", param=f"{where}.content")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Kind = Literal["chat.completion", "text_completion"]

@@ -1,0 +1,32 @@
+"""The lifecycle: one short file a stage. Each has `run(config, run) -> facts`; the table below is all there is to know."""
+
+from __future__ import annotations
+
+from tutelage.recipe import Kind
+
+STAGES: dict[str, Kind] = {
+    "data": Kind(
+        "Data",
+        "tutelage.stages.data",
+        "collect, clean, deduplicate and split text or conversations",
+        outside="tutelage.stages.sources:digest",
+    ),
+    "tokenizer": Kind("Tokenizer", "tutelage.stages.tokenizer", "train a byte-level BPE tokenizer and measure it"),
+    "tokens": Kind("Tokens", "tutelage.stages.tokens", "turn records into memory-mapped token shards"),
+    "pretrain": Kind(
+        "Pretrain",
+        "tutelage.stages.pretrain",
+        "train on plain text, from scratch or on from a checkpoint",
+        ranks=True,
+        estimate="tutelage.stages.derived:estimate",
+    ),
+    "sft": Kind(
+        "Sft",
+        "tutelage.stages.sft",
+        "fine-tune a checkpoint on conversations",
+        ranks=True,
+        estimate="tutelage.stages.derived:estimate",
+    ),
+    "evaluate": Kind("Evaluate", "tutelage.stages.evaluate", "measure a model on held-out text and questions"),
+    "report": Kind("Report", "tutelage.stages.report", "one HTML page about a run and all it came from"),
+}

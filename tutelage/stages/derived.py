@@ -1,0 +1,116 @@
+"""Settings left to derive: from the size dial, the data and the start, each printed with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage import log
+from tutelage.config.train import Train
+from tutelage.errors import ConfigError
+from tutelage.files import read_json
+from tutelage.plan.parameters import count_config
+from tutelage.plan.shape import Derived, derive
+from tutelage.recipe import Estimate, Planned
+from tutelage.tokenizer.load import TokenizerFolder
+
+if TYPE_CHECKING:
+    from tutelage.data.tokens import Segments
+    from tutelage.stages.training import Numbers
+
+MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger ones, and much leaner
+FINE_TUNE_RATE, FINE_TUNE_AT = 2e-5, 7e9  # common practice for 7B; smaller models take more, by the square root
+
+
+def _given(value: object) -> Any:
+    return None if value == "derived" else value
+
+
+def derive_all(
+    config: Train, vocabulary: int, corpus_tokens: int | None, start: Path | None, begun: Mapping[str, Any] | None = None
+) -> Derived:
+    """What the size, or the checkpoint in `start` (or of the shape `begun`), stands for, with everything that the config gives."""
+    given = {
+        "sequence_length": _given(config.sequence_length),
+        "batch_tokens": _given(config.batch_tokens),
+        "steps": _given(config.steps),
+        "tokens": _given(config.tokens),
+        "lr": _given(config.optimizer.lr),
+        "matrix_lr": _given(config.optimizer.matrix_lr),
+        "embedding_lr": _given(config.optimizer.embedding_lr),
+    }
+    epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
+    size, architecture = getattr(config, "size", "3m"), dict(getattr(config, "architecture", {}))
+    if start is not None or begun is not None:
+        raw = dict(begun) if begun is not None else read_json(start / "config.json")  # type: ignore[operator]
+        architecture = raw
+        parameters = count_config(raw).total
+        size = str(parameters)
+        rate = round(FINE_TUNE_RATE * math.sqrt(FINE_TUNE_AT / parameters), 8)
+        for key in ("lr", "matrix_lr", "embedding_lr"):
+            given[key] = given[key] or rate
+        given["sequence_length"] = given["sequence_length"] or min(raw.get("max_position_embeddings", 2048), 2048)
+    return derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
+
+
+def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Path | None) -> tuple[Numbers, dict[str, Any]]:
+    """All numbers of a run and the architecture of a new model. Prints the table of derivations."""
+    from tutelage.stages.training import Numbers
+    from tutelage.train.optim import Rates
+
+    found = derive_all(config, vocabulary, segments.totals["tokens"], start)
+    log.console.print(found.table())
+    values, shape = found.values, found.architecture
+    row = int(values["sequence_length"])
+    context = int(shape.get("max_position_embeddings", row))
+    if row > context:
+        raise ConfigError(
+            "rows longer than the model's context",
+            field="sequence_length",
+            found=row,
+            expected=f"at most {context}",
+            fix="lower sequence_length, or set architecture.max_position_embeddings for a new model",
+        )
+    rows = max(1, int(values["batch_tokens"]) // row)
+    micro = max(1, min(rows, MICRO_TOKENS // row)) if config.micro_rows == "derived" else config.micro_rows
+    rates = Rates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
+    return Numbers(int(values["steps"]), row, rows, micro, rates), shape
+
+
+def estimate(planned: Planned) -> Estimate | None:
+    """Time and memory before anything is read: the derivation at this machine's measured rate. None where the amount of data
+    decides and the data are not there yet."""
+    from tutelage.plan.flops import train_flops_per_token
+    from tutelage.plan.machine import measure
+    from tutelage.plan.memory import estimate as memory
+    from tutelage.plan.time import explain, train_seconds
+
+    config = planned.config
+    assert isinstance(config, Train)
+    if config.epochs is not None and config.steps == "derived" and config.tokens == "derived":
+        return None
+    found = _expected(planned)
+    machine = measure()
+    row, tokens = int(found.values["sequence_length"]), int(found.values["steps"]) * int(found.values["batch_tokens"])
+    flops = tokens * train_flops_per_token(found.architecture, row)
+    seconds = train_seconds(flops, machine.peak_flops())
+    rows = max(1, MICRO_TOKENS // row) if config.micro_rows == "derived" else config.micro_rows
+    need = memory(found.architecture, rows, row, config.optimizer.name, config.dtype, config.checkpointing, config.kernels)
+    return Estimate((seconds.low, seconds.high), (need.low, need.high), explain(flops, machine.peak_flops()))
+
+
+def _expected(planned: Planned) -> Derived:
+    """The derivation of a stage whose inputs may still have to be made, from the settings of the stages that make them."""
+    config, waits = planned.config, planned.waits_for
+    assert isinstance(config, Train)
+    if "model" in planned.inputs:
+        start = planned.inputs["model"].path
+        return derive_all(config, int(read_json(start / "config.json")["vocab_size"]), None, start)
+    if "model" in waits:
+        before = _expected(waits["model"])
+        return derive_all(config, int(before.architecture["vocab_size"]), None, None, before.architecture)
+    if "tokenizer" in waits:
+        return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), None, None)
+    return derive_all(config, TokenizerFolder.open(planned.inputs["tokenizer"].path).vocab_size, None, None)

@@ -1,0 +1,87 @@
+"""Stage `evaluate`: a model beside its yardsticks on held-out text, and held-out questions asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tutelage.config.stages import Evaluate
+from tutelage.data.render import Renderer
+from tutelage.data.skills import CHANCE
+from tutelage.engine import Engine, Sampling
+from tutelage.errors import ArtifactError
+from tutelage.evaluate.suite import Subject, evaluate
+from tutelage.files import whole_folder
+from tutelage.models.load import load
+from tutelage.records import Conversation
+from tutelage.rundir import RunDir
+from tutelage.stages.training import choose_device
+from tutelage.tokenizer.load import TokenizerFolder
+
+
+def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
+    subject = make_subject(config, run)
+    with whole_folder(run.folder("scores")) as out:
+        result = evaluate(
+            subject,
+            out,
+            documents=run.input("documents") if config.documents else None,
+            conversations=run.input("questions") if config.questions else None,
+            yardsticks=config.yardsticks,
+            stride=config.stride,
+            max_documents=config.max_documents,
+            max_questions=config.max_questions,
+            max_tokens=config.max_tokens,
+            chance=CHANCE,
+            seed=config.seed,
+        )
+    facts: dict[str, Any] = {}
+    if "documents" in result:
+        facts["bits_per_byte"] = result["documents"]["model"]["bits_per_byte"]["value"]
+        facts["verdict"] = result["documents"]["verdict"]["text"]
+    return facts
+
+
+def make_subject(config: Evaluate, run: RunDir) -> Subject:
+    """The model with its tokenizer, renderer and engine."""
+    folder = run.input("model")
+    device = choose_device(config)
+    model, words = load(folder, device=device), TokenizerFolder.open(folder)
+    if words.eos_id is None:
+        raise ArtifactError(
+            "the tokenizer has no end token, so the end of a document has no cost",
+            file=folder,
+            fix="add eos_token to tokenizer_config.json",
+        )
+    start = words.bos_id if words.adds_bos and words.bos_id is not None else words.eos_id  # as the tokens of training begin
+    renderer = Renderer(folder) if words.template else None
+
+    def prompt(conversation: Conversation) -> Sequence[int]:
+        assert renderer is not None
+        asked = conversation.messages[:-1]
+        if conversation.style == "completion":
+            return renderer.prompt_text(asked[-1].content)
+        return renderer.prompt(asked, list(conversation.tools) or None)
+
+    def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
+        engine = Engine(model, renderer, slots=32)
+        return [c.text for c in engine.generate(prompts, Sampling(**sampling))]
+
+    return Subject(
+        name=run.inputs["model"].run.name if run.inputs["model"].run else folder.name,
+        model=model,
+        encode=words.encode_text,
+        begin=(start,),
+        end=(words.eos_id,),
+        vocabulary=model.config.vocab_size,
+        context=model.config.max_position_embeddings,
+        generate=generate if renderer is not None else None,
+        prompt=prompt if renderer is not None else None,
+        decode=words.decode,
+        device=str(device),
+        facts={
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "path": str(folder),
+            "digest": run.inputs["model"].digest,
+        },  # type: ignore[attr-defined]
+    )

@@ -1,0 +1,40 @@
+"""Stage `pretrain`: documents -> a language model, from scratch or on from a checkpoint (domain adaptation)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tutelage import log
+from tutelage.config.stages import Pretrain
+from tutelage.errors import ConfigError
+from tutelage.models.config import DecoderConfig
+from tutelage.models.init import build
+from tutelage.models.load import load
+from tutelage.rundir import RunDir
+from tutelage.stages import derived, training
+from tutelage.tokenizer.load import TokenizerFolder
+
+
+def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
+    if (config.model is None) == (config.tokenizer is None):
+        raise ConfigError(
+            "give `tokenizer` (to train from scratch) or `model` (to go on from a checkpoint), not both", field="tokenizer"
+        )
+    tokenizer = run.input("tokenizer" if config.model is None else "model")
+    words = TokenizerFolder.open(tokenizer)
+    device = training.choose_device(config)
+    segments = training.open_segments(config, run, tokenizer, words.vocab_size)
+    numbers, shape = derived.derive_numbers(
+        config, words.vocab_size, segments[0], start=run.inputs["model"].path if config.model else None
+    )
+    model = load(run.input("model"), device=device) if config.model else fresh(config, words, shape)
+    log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")  # type: ignore[attr-defined]
+    return training.train_model(config, run, model, segments, tokenizer, numbers, device)
+
+
+def fresh(config: Pretrain, words: TokenizerFolder, shape: dict[str, Any]) -> Any:
+    """A model with new weights, its special tokens those of the tokenizer."""
+    settings = DecoderConfig.from_hf(shape, Path("architecture"))
+    settings = settings.with_tokens(bos=words.bos_id, eos=tuple(words.stop_ids), pad=words.pad_id)
+    return build(settings, config.seed)

@@ -1,0 +1,16 @@
+"""Stage `report`: a run and all it came from -> one HTML page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tutelage.config.stages import Report
+from tutelage.evaluate.report import write_report
+from tutelage.files import whole_folder
+from tutelage.rundir import RunDir
+
+
+def run(config: Report, run: RunDir) -> dict[str, Any]:
+    with whole_folder(run.folder("report")) as out:
+        write_report(run.input("run"), out / "report.html")
+        return {"bytes": (out / "report.html").stat().st_size}

@@ -1,0 +1,36 @@
+"""Stage `tokenizer`: records -> tokenizer artifact and its compression report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tutelage import log
+from tutelage.config.stages import Tokenizer
+from tutelage.files import read_json, write_json
+from tutelage.records import Conversation, Document, read_records
+from tutelage.rundir import RunDir
+from tutelage.tokenizer.measure import measure
+from tutelage.tokenizer.train import describe, train
+
+
+def texts(records: Path, split: str) -> Iterator[str]:
+    """The texts of one split of a records artifact; of a conversation, each message."""
+    if read_json(records / "schema.json")["type"] == "Document":
+        yield from (d.text for d in read_records(records / f"{split}.jsonl", Document))
+        return
+    for conversation in read_records(records / f"{split}.jsonl", Conversation):
+        yield from (m.content for m in conversation.messages if m.content)
+
+
+def run(config: Tokenizer, run: RunDir) -> dict[str, Any]:
+    records = run.input("data")
+    out = run.folder("tokenizer")
+    facts = train(
+        texts(records, "train"), vocab_size=config.vocab_size, pattern=config.pattern, template=config.template, out=out
+    )
+    log.say(describe(facts))
+    report = measure(out, texts(records, "validation"))
+    write_json(run.folder("compression.json"), report)
+    return {**facts, **{k: v for k, v in report.items() if isinstance(v, int | float)}}

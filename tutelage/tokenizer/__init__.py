@@ -1,0 +1,1 @@
+"""Tokenizers: `train` one, `load` any Hugging Face tokenizer folder, encode a corpus `fast`, `measure` one. No torch."""

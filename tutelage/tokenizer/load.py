@@ -1,0 +1,228 @@
+"""Reads any Hugging Face tokenizer folder (ours, or a model's) and encodes text so that content never becomes control.
+
+A document or a message that contains the *characters* `<|im_end|>` is encoded as those characters. Only the renderer, from the
+template's own words, and `document` write control tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from tutelage.errors import ArtifactError
+from tutelage.files import read_json
+
+if TYPE_CHECKING:
+    from tutelage.tokenizer.fast import CorpusEncoder
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tutelage.json")
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # byte fallback of SentencePiece
+
+
+class TokenizerFolder:
+    """A tokenizer with its conventions. Picklable by its path; safe to use from several threads.
+
+    Attributes:
+        folder: where it was read from
+        tokenizer: encodes control tokens where their text stands (for template text); `plain` never does (for content)
+        special_tokens: `{"eos_token": "<|endoftext|>", ...}` as a template sees them
+        template: Jinja source of the folder's chat template, or None
+        history: "whole" | "per_turn" | None (not proven yet: the renderer finds out)
+        bos_id, eos_id, pad_id: or None
+        adds_bos: whether a text of this tokenizer begins with BOS by its own convention
+        end_of_turn_ids: ids that end an assistant turn, as far as the folder's files say
+        stop_ids: `end_of_turn_ids` and `eos_id`, sorted: where generation stops
+        control_ids: ids that no content may produce
+        pattern: llama.cpp's name of the split pattern, where known
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._text = _read_tokenizer(self.folder)
+        config = _optional(self.folder / "tokenizer_config.json")
+        named = {**_optional(self.folder / "special_tokens_map.json"), **config}
+        self.special_tokens = {key: _content(named[key]) for key in _NAMED if named.get(key)}
+        self.tokenizer = _complete(Tokenizer.from_str(self._text), config)
+        facts = _optional(self.folder / "tutelage.json")
+        self.template: str | None = _template(self.folder, config)
+        self.history: str | None = facts.get("history")
+        self.pattern: str | None = facts.get("pattern")
+        self.bos_id, self.eos_id, self.pad_id = (self._id(f"{name}_token") for name in ("bos", "eos", "pad"))
+        adds = config.get("add_bos_token")
+        self.adds_bos: bool = self.bos_id is not None and (self._processor_adds_bos() if adds is None else bool(adds))
+        self.end_of_turn_ids = self._end_of_turn(facts)
+        eos = [] if self.eos_id is None else [self.eos_id]
+        self.stop_ids: tuple[int, ...] = tuple(sorted({*self.end_of_turn_ids, *eos}))
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.control_ids = frozenset({i for i, token in added.items() if token.special} | set(self.stop_ids))
+        self.control_tokens: dict[str, AddedToken] = {t.content: t for i, t in added.items() if i in self.control_ids}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> TokenizerFolder:
+        """The tokenizer in `folder`. Raises `ArtifactError` when there is none or it cannot be read."""
+        return cls(Path(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenizerFolder, (self.folder,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1: how many rows an embedding needs at least."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def vocabulary(self) -> int:
+        return self.vocab_size
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (64 hex digits) over the tokenizer's files; weights beside them do not count."""
+        total = hashlib.sha256()
+        for name in FILES:
+            file = self.folder / name
+            if file.is_file():
+                total.update(f"{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+        return total.hexdigest()
+
+    @functools.cached_property
+    def plain(self) -> Tokenizer:
+        """The same tokenizer, to which control tokens are ordinary characters."""
+        plain = _complete(Tokenizer.from_str(self._text), {})
+        # `encode_special_tokens` turns off what is marked special; a folder may use an unmarked token as its end token
+        plain.add_special_tokens(
+            [AddedToken(str(t.content), special=True, normalized=t.normalized) for t in self.control_tokens.values()]
+        )
+        plain.encode_special_tokens = True
+        return plain
+
+    def encode_text(self, text: str, add_special: bool = False) -> list[int]:
+        """Ids of content. With `add_special`, those of a whole document: BOS where the tokenizer wants one, then EOS."""
+        ids: list[int] = self.plain.encode(text, add_special_tokens=False).ids
+        return self.document(ids) if add_special else ids
+
+    def encode_batch(self, texts: Sequence[str], add_special: bool = False) -> list[list[int]]:
+        """`encode_text` of each, on all cores (rayon; `RAYON_NUM_THREADS` limits it)."""
+        batch = [e.ids for e in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [self.document(ids) for ids in batch] if add_special else batch
+
+    def document(self, ids: Iterable[int]) -> list[int]:
+        """`ids` of a text between the tokens that begin and end a document."""
+        return [*self.document_prefix, *ids, *self.document_suffix]
+
+    @property
+    def document_prefix(self) -> list[int]:
+        return [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+
+    @property
+    def document_suffix(self) -> list[int]:
+        return [] if self.eos_id is None else [self.eos_id]
+
+    def encoder(self) -> CorpusEncoder:
+        """A fast encoder of content for a whole corpus: same ids as `encode_batch`. Make one in each process or thread."""
+        from tutelage.tokenizer.fast import CorpusEncoder
+
+        return CorpusEncoder(self)
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for control tokens."""
+        out = np.zeros(self.vocab_size, np.int32)
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
+        added = self.tokenizer.get_added_tokens_decoder()
+        for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            if i in self.control_ids:
+                continue
+            # in a byte-level vocabulary one character is one byte; elsewhere a piece is text with U+2581 for a space
+            plain = i in added or not byte_level
+            out[i] = (
+                1 if _BYTE.fullmatch(token) and plain else len(token.replace("\u2581", " ").encode()) if plain else len(token)
+            )
+        return out
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of `ids`; control tokens shown unless `skip_special`. Invalid UTF-8 becomes U+FFFD."""
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+
+    def _id(self, key: str) -> int | None:
+        token = self.special_tokens.get(key)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+    def _processor_adds_bos(self) -> bool:
+        ids = self.tokenizer.encode("a", add_special_tokens=True).ids
+        return bool(ids) and ids[0] == self.bos_id
+
+    def _end_of_turn(self, facts: dict[str, Any]) -> tuple[int, ...]:
+        """Ours say it; others say it in generation_config.json; otherwise it is EOS."""
+        if facts.get("end_of_turn"):
+            ids = [self.tokenizer.token_to_id(token) for token in facts["end_of_turn"]]
+        else:
+            said = _optional(self.folder / "generation_config.json").get("eos_token_id", self.eos_id)
+            ids = list(said) if isinstance(said, list) else [said]
+        return tuple(i for i in ids if i is not None)
+
+
+def _read_tokenizer(folder: Path) -> str:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ArtifactError(
+            "no tokenizer here",
+            file=folder,
+            expected="a Hugging Face tokenizer folder with tokenizer.json",
+            fix="give the folder that `tutelage tokenizer` wrote, or save an older tokenizer as a fast one with `transformers`",
+        )
+    text = file.read_text(encoding="utf-8")
+    try:
+        Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise ArtifactError(
+            f"tokenizer.json cannot be read ({error})",
+            file=file,
+            expected="a file that `tokenizers` wrote",
+            fix="copy it again, or train it again with --force",
+        ) from error
+    return text
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = read_json(file)
+    except ValueError as error:
+        raise ArtifactError(f"not valid JSON ({error})", file=file, fix="copy the folder again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _content(token: Any) -> str:
+    """A named token is a string, or the JSON of an AddedToken."""
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _complete(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
+    """Adds what only tokenizer_config.json lists, and turns off truncation and padding, which some folders store."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    listed = config.get("added_tokens_decoder") or {}
+    for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        if tokenizer.token_to_id(token["content"]) is None:
+            flags = {k: token[k] for k in ("lstrip", "rstrip", "single_word", "normalized", "special") if k in token}
+            tokenizer.add_tokens([AddedToken(token["content"], **flags)])
+    return tokenizer
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name: the one for chats
+        source = {row["name"]: row["template"] for row in source}.get("default")
+    return source

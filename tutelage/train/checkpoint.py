@@ -1,0 +1,102 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all. A resumed run continues bit for bit on CPU."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tutelage.errors import ArtifactError
+from tutelage.files import read_json, whole_folder, write_json
+from tutelage.train.optim import Optimizers
+
+RNG = "rng.cpu"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; with weights and optimizer state it is all that a resumed run needs."""
+
+    step: int = 0  # steps done
+    tokens: int = 0  # tokens processed, padding left out
+    seconds: float = 0.0  # spent in steps, over all attempts
+    flops: float = 0.0
+    source: dict[str, Any] = field(default_factory=dict)  # the batch source's state
+    hooks: dict[str, Any] = field(default_factory=dict)  # the hooks' states
+    identity: str = ""  # digest of what may not change between attempts
+
+
+def save(folder: Path, parts: dict[str, nn.Module], optimizers: Optimizers, progress: Progress) -> Path:
+    """Writes `folder/step_000100/`."""
+    target = folder / f"step_{progress.step:06d}"
+    with whole_folder(target) as out:
+        _write_parts(out, parts)
+        state = {k: v.contiguous().cpu() for k, v in optimizers.state_tensors().items()}
+        save_file({**state, RNG: torch.get_rng_state()}, out / "optimizer.safetensors")
+        write_json(out / "progress.json", asdict(progress))
+    return target
+
+
+def save_parts(folder: Path, parts: dict[str, nn.Module]) -> None:
+    """Writes the weights alone."""
+    with whole_folder(folder) as out:
+        _write_parts(out, parts)
+
+
+def _write_parts(out: Path, parts: dict[str, nn.Module]) -> None:
+    for name, part in parts.items():
+        save_file({k: v.detach().contiguous().cpu() for k, v in _unique(part).items()}, out / f"{name}.safetensors")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, if any."""
+    found = sorted(p for p in folder.glob("step_*") if (p / "progress.json").exists())
+    return found[-1] if found else None
+
+
+def load(path: Path, parts: dict[str, nn.Module], optimizers: Optimizers) -> Progress:
+    """Restores everything in place. Raises `ArtifactError` for a checkpoint of another model."""
+    for name, part in parts.items():
+        load_weights(path / f"{name}.safetensors", part)
+    state = load_file(path / "optimizer.safetensors")
+    torch.set_rng_state(state.pop(RNG))
+    optimizers.load_state_tensors(state)
+    return Progress(**read_json(path / "progress.json"))
+
+
+def load_weights(path: Path, part: nn.Module) -> None:
+    saved, own = load_file(path), _unique(part)
+    for name, tensor in own.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise ArtifactError(
+                f"the checkpoint does not fit the model at `{name}`",
+                file=path,
+                found=tuple(saved[name].shape) if name in saved else "no such tensor",
+                expected=str(tuple(tensor.shape)),
+                fix="resume with the same model settings, or start a new run with --force",
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _unique(part: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers, a shared tensor once."""
+    out: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in part.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = tensor
+    return out

@@ -1,0 +1,57 @@
+"""Ranks under `torchrun`: one process group, gradients and sums added over it. Without it: nothing to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch import distributed as dist
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: str) -> None:
+    """Joins the group that `torchrun` describes in the environment, if there is one and it is not joined yet."""
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def stop() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Adds gradients over ranks in place, in one flat buffer per dtype."""
+    if world() == 1:
+        return
+    chosen = [p for p in params if p.requires_grad]
+    for p in chosen:
+        if p.grad is None:  # a rank whose rows touched no such parameter
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in chosen if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    at = 0
+    for g in grads:
+        g.copy_(flat[at : at + g.numel()].view_as(g))
+        at += g.numel()
+
+
+def sum_values(values: dict[str, float]) -> dict[str, float]:
+    """Named sums over ranks (every rank has the same names)."""
+    if world() == 1:
+        return values
+    names = sorted(values)
+    tensor = torch.tensor([values[n] for n in names], dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()

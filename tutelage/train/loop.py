@@ -1,0 +1,209 @@
+"""The loop: batches in, steps, hooks, checkpoints. It knows no objective, no model family and no data format."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from tutelage import log
+from tutelage.config.train import Schedule
+from tutelage.errors import TrainingStopped
+from tutelage.train import checkpoint, distributed
+from tutelage.train.checkpoint import Progress
+from tutelage.train.failure import stop_with_rows
+from tutelage.train.optim import Optimizers
+from tutelage.train.schedule import factor
+from tutelage.train.step import Recipe, StepResult, gradients, train_step
+from tutelage.train.watch import UpdateWatch
+
+if TYPE_CHECKING:
+    from tutelage.data.loader import GlobalBatch
+
+
+class Source(Protocol):
+    """Where batches come from. Static data is a function of (seed, step)."""
+
+    def next(self, step: int) -> GlobalBatch: ...
+    def largest(self) -> GlobalBatch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def on_weights(self, version: int) -> None: ...
+
+
+class Hook(Protocol):
+    """Optional behaviour. `after_step` may set `state.stop`; `state_dict` is kept in checkpoints."""
+
+    def start(self, state: State) -> None: ...
+    def after_step(self, state: State) -> None: ...
+    def finish(self, state: State) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything a training run is made of."""
+
+    recipe: Recipe
+    source: Source
+    optimizers: Optimizers
+    schedule: Schedule
+    steps: int
+    folder: Path  # the run directory
+    metrics: log.Metrics
+    hooks: dict[str, Hook] = field(default_factory=dict)
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0  # this machine's measured rate of matrix products
+    identity: str = ""  # digest of the settings that may not change between attempts
+    checkpoint_seconds: float = 600.0  # time between checkpoints when checkpoint_every is 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+
+
+@dataclass(slots=True)
+class State:
+    """What hooks see."""
+
+    job: Job
+    progress: Progress
+    result: StepResult | None = None
+    lr_factor: float = 0.0
+    step_seconds: float = 0.0
+    step_tokens: int = 0
+    stop: str | None = None  # reason to end the run after this step
+
+    @property
+    def last(self) -> bool:
+        return self.progress.step >= self.job.steps or self.stop is not None
+
+
+def train(job: Job) -> State:
+    """Runs or resumes a job to its last step. Raises `TrainingStopped`; on Ctrl-C it saves a checkpoint and raises
+    `KeyboardInterrupt`."""
+    state = State(job, Progress(identity=job.identity))
+    checkpoints = job.folder / "checkpoints"
+    found = checkpoint.latest(checkpoints)
+    if found is not None:
+        resume(state, found)
+    for hook in job.hooks.values():
+        hook.start(state)
+    if found is None:
+        dry_run(job)
+    watch = UpdateWatch(job.recipe.parts)
+    saved_at = time.monotonic()
+    with Interrupt() as interrupt:
+        while not state.last:
+            one_step(state, watch)
+            for hook in job.hooks.values():
+                hook.after_step(state)
+            if interrupt.asked or state.last or due(job, state.progress.step, saved_at):
+                save(state)
+                saved_at = time.monotonic()
+            if interrupt.asked and not state.last:
+                raise KeyboardInterrupt
+    for hook in job.hooks.values():
+        hook.finish(state)
+    return state
+
+
+def one_step(state: State, watch: UpdateWatch) -> None:
+    job, progress = state.job, state.progress
+    started = time.monotonic()
+    batch = job.source.next(progress.step)
+    state.lr_factor = factor(job.schedule, progress.step, job.steps)
+    job.optimizers.set_factor(state.lr_factor)
+    result = train_step(job.recipe, batch, job.optimizers)
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        stop_with_rows(job.recipe, batch, result, progress.step, job.folder)
+    watch.after_step()
+    tokens = int(batch.counts["processed"])
+    state.result, state.step_tokens = result, tokens
+    state.step_seconds = time.monotonic() - started
+    progress.step += 1
+    progress.tokens += tokens
+    progress.seconds += state.step_seconds
+    progress.flops += job.flops_per_token * tokens
+    job.source.on_weights(progress.step)
+
+
+def dry_run(job: Job) -> None:
+    """Runs the largest batch forward and backward before step 1, so that a run that does not fit fails in its first second."""
+    try:
+        gradients(job.recipe, job.source.largest())
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise TrainingStopped(
+            "the largest batch does not fit in memory",
+            found=str(error).splitlines()[0],
+            fix="lower micro_rows (the global batch stays the same) or set checkpointing=layer",
+        ) from error
+    finally:
+        for part in job.recipe.parts.values():
+            part.zero_grad(set_to_none=True)
+
+
+def resume(state: State, found: Path) -> None:
+    job = state.job
+    progress = checkpoint.load(found, job.recipe.parts, job.optimizers)
+    if progress.identity != job.identity:
+        raise TrainingStopped(
+            f"the checkpoint in {found} belongs to other settings",
+            found=progress.identity,
+            expected=job.identity,
+            fix="start a new run with --force",
+        )
+    job.source.load_state_dict(progress.source)
+    for name, hook in job.hooks.items():
+        hook.load_state_dict(progress.hooks.get(name, {}))
+    job.metrics.truncate_after(progress.step)
+    state.progress = progress
+    log.say(f"resuming after step {progress.step} of {job.steps}")
+
+
+def due(job: Job, step: int, saved_at: float) -> bool:
+    if job.checkpoint_every:
+        return step % job.checkpoint_every == 0
+    return distributed.world() == 1 and time.monotonic() - saved_at >= job.checkpoint_seconds
+
+
+def save(state: State) -> None:
+    job, progress = state.job, state.progress
+    progress.source = job.source.state_dict()
+    progress.hooks = {name: hook.state_dict() for name, hook in job.hooks.items()}
+    if log.rank() == 0:
+        checkpoint.save(job.folder / "checkpoints", job.recipe.parts, job.optimizers, progress)
+        checkpoint.prune(job.folder / "checkpoints", job.keep_checkpoints)
+    distributed.barrier()
+
+
+class Interrupt:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint after the step; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: whoever started it handles signals
+                return self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.say("stopping after this step, with a checkpoint (once more: at once)")
