@@ -163,9 +163,10 @@ def show(run: Annotated[str, typer.Argument(help="a run directory, or recipe/sta
 @app.command(rich_help_panel="Looking")
 def doctor() -> None:
     """Check this machine: Python, torch, compiler, cores, memory, measured rates, optional libraries."""
+    from tutelage.plan.doctor import doctor as checks
     from tutelage.plan.doctor import print_doctor
 
-    raise SystemExit(print_doctor())
+    raise SystemExit(print_doctor(checks()))
 
 
 @app.command(rich_help_panel="Using")
@@ -178,10 +179,11 @@ def chat(
     runs: Runs = RUNS,
 ) -> None:
     """Talk to a model in the terminal."""
+    from tutelage.engine import Sampling
     from tutelage.rundir import find
     from tutelage.serve.terminal import chat as talk
 
-    talk(find(model, "model", runs).path, system=system, once=message, temperature=temperature, max_tokens=max_tokens)
+    talk(find(model, "model", runs).path, system=system, once=message, sampling=Sampling(max_tokens, temperature=temperature))
 
 
 @app.command(rich_help_panel="Using")

@@ -97,13 +97,14 @@ class RunDir:
         with storage_errors(self.path), self._lock():
             number = len(list((self.path / "logs").glob("attempt_*.log"))) + 1
             log.to_file(self.path / "logs" / f"attempt_{number}.log")
-            started, facts = time.time(), {}
+            started = time.time()
+            facts: dict[str, Any] = {}
             if log.rank() == 0:
                 with whole_file(self.path / "config.yaml") as f:
                     yaml.safe_dump(config, f, sort_keys=False, allow_unicode=True)
             self._write("running", started, {})
             try:
-                yield (facts := {})
+                yield facts
             except KeyboardInterrupt:
                 self._write("interrupted", started, facts)
                 raise

@@ -103,7 +103,7 @@ def test_top_p_and_min_p_keep_what_they_say(model: Any) -> None:
 
 
 def test_scores_equal_sampled_logprobs(model: Any) -> None:
-    """Promise 16 inside the engine: the log-probability of a sampled token is the model's, whatever temperature and penalties did."""
+    """Promise 16 inside the engine: the log-probability of a sampled token is the model's own, penalties or not."""
     engine = Engine(model, slots=4)
     done = engine.generate(prompts(), Sampling(8, temperature=2.0, frequency_penalty=1.0, seed=1, logprobs=3))
     scored = engine.score([((*c.prompt, *c.ids), len(c.prompt)) for c in done])
@@ -284,3 +284,12 @@ def test_files_stay_readable(root: Path) -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 55, f"{file.name}: {node.name}"
+
+
+def test_filters_of_one_row_leave_the_others_alone(model: Any) -> None:
+    """Rows with other filters share one sort; a narrow one must not cut the wide ones."""
+    ways = [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.02}, {}, {"top_k": 40, "top_p": 0.95}, {"top_k": 2, "min_p": 0.1}]
+    for mix in (ways, [w for w in ways if w != {"top_p": 0.5}]):
+        sampling = [Sampling(6, temperature=2.0, seed=i, **w) for i, w in enumerate(mix)]
+        alone = [Engine(model).generate([[1, 2]], s)[0].ids for s in sampling]
+        assert [c.ids for c in Engine(model).generate([[1, 2]] * len(mix), sampling)] == alone

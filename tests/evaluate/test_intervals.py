@@ -49,7 +49,7 @@ def test_mean_and_paired_difference() -> None:
 
 
 def test_ratio_resamples_documents_not_tokens() -> None:
-    """Resampling tokens of a few long documents gives an interval many times too narrow: the true value must be inside 95 in 100."""
+    """Resampling tokens of a few long documents gives an interval many times too narrow; 95 in 100 must hold the truth."""
     rng = np.random.default_rng(1)
     hits = 0
     for trial in range(100):

@@ -43,7 +43,7 @@ class Tokenizer(Section):
 
     data: str = artifact("documents or conversations to learn from", kind="records")
     vocab_size: Count = setting(4096, "entries, special tokens and the 256 bytes included")
-    pattern: str = setting("gpt-2", "split pattern, by llama.cpp's name: gpt-2, llama-bpe, qwen2")
+    pattern: str = setting("qwen2", "split pattern, by llama.cpp's name: gpt-2, llama-bpe, qwen2")
     template: str = setting("default", "chat template: default, chatml, llama3, qwen, gemma, mistral")
 
 

@@ -48,7 +48,7 @@ class Train(Section):
     )
     too_long: Literal["split", "drop", "left", "right"] = setting(
         "drop",
-        "what happens to a sample longer than a row: cut it in pieces, leave it out, or cut its left or right end; always counted",
+        "a sample longer than a row: cut it in pieces, leave it out, or cut its left or right end; always counted",
     )
     optimizer: Optimizer = setting(Optimizer(), "optimizer")
     schedule: Schedule = setting(Schedule(), "learning rate over time")

@@ -87,7 +87,7 @@ class TextEncoder:
                 "the tokenizer has no end token", file=folder, field="eos_token", fix="name one in tokenizer_config.json"
             )
         self._encoder, self.dtype, self._end = tokenizer.encoder(), id_type(tokenizer.vocab_size), tokenizer.eos_id
-        self._start = tokenizer.bos_id if tokenizer.adds_bos and tokenizer.bos_id is not None else tokenizer.eos_id
+        self._start = tokenizer.start_id
 
     def encode(self, lines: list[bytes]) -> Part:
         texts, segments = [], np.zeros(len(lines), SEGMENT)

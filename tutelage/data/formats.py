@@ -98,7 +98,10 @@ def to_conversation(
         keys, parse = FORMATS[name]
         if absent := sorted(keys - row.keys()):
             raise DataError(
-                f"not a {name} row", field=absent[0], found=f"keys {', '.join(row)}", expected=", ".join(sorted(keys))
+                f"the row is not in the {name} format",
+                field=absent[0],
+                found=f"keys {', '.join(row)}",
+                expected=", ".join(sorted(keys)),
             )
         parsed = parse(row)
         _check_order(parsed)

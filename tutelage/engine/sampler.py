@@ -97,11 +97,9 @@ def _filtered(scores: Tensor, wanted: list[Sampling]) -> Tensor:
     """Scores [S,V] with -inf where top-k, then top-p, then min-p drop a token. Tokens tied with the last kept one stay."""
     size = scores.shape[-1]
     ks = [s.top_k if 0 < s.top_k < size else size for s in wanted]
-    if any(s.top_p < 1 for s in wanted):
-        ordered = scores.sort(-1, descending=True).values
-    else:
-        most = max((k for k in ks if k < size), default=1)
-        ordered = scores.topk(most, dim=-1).values
+    # A full sort is the dearest part of sampling: only top-p without top-k needs one.
+    width = max(k if k < size else size if s.top_p < 1 else 1 for k, s in zip(ks, wanted, strict=True))
+    ordered = scores.topk(width, dim=-1).values if width < size else scores.sort(-1, descending=True).values
     last = torch.tensor([min(k, ordered.shape[1]) - 1 if k < size else -1 for k in ks], device=scores.device)
     floor = ordered.gather(1, last.clamp(min=0)[:, None])
     floor = torch.where(last[:, None] < 0, -torch.inf, floor)
@@ -109,9 +107,9 @@ def _filtered(scores: Tensor, wanted: list[Sampling]) -> Tensor:
         kept = ordered.masked_fill(ordered < floor, -torch.inf)
         share = kept.softmax(-1)
         before = share.cumsum(-1) - share
-        limit = torch.tensor([s.top_p if s.top_p < 1 else 2.0 for s in wanted]).to(scores)[:, None]
+        limit = torch.tensor([s.top_p for s in wanted]).to(scores)[:, None]
         count = (before < limit).sum(-1, keepdim=True).clamp(min=1)
-        floor = torch.maximum(floor, kept.gather(1, count - 1))
+        floor = torch.where(limit < 1, torch.maximum(floor, kept.gather(1, count - 1)), floor)
     if any(s.min_p > 0 for s in wanted):
         ratio = torch.tensor([s.min_p for s in wanted]).to(scores)[:, None]
         floor = torch.maximum(floor, ordered[:, :1] + ratio.log())

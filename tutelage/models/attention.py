@@ -15,7 +15,6 @@ from torch import Tensor
 from tutelage.models import kernels, ops
 from tutelage.models.kernels import calls, functions
 
-
 CACHED_TOKENS = 16
 """New tokens per sequence up to which our kernel reads the cache faster than matrix products do."""
 
@@ -204,12 +203,12 @@ def _attend_cached_torch(
     if window is not None:
         seen = seen & (at > own[:, :, None] - window)
     nothing = ~seen.any(-1)
-    # A row without any key would be NaN; it looks at key 0 and is then set to 0. Values past a length may be anything, so
-    # they are cleared: 0 * NaN would be NaN.
+    # A row without any key would be NaN; it looks at key 0 and is then set to 0. What lies past a length may be anything, so
+    # it is cleared: NaN stays NaN under a mask.
     safe = seen.clone()
     safe[..., 0] |= nothing
     valid = (at < lengths.to(q.device)[:, None])[:, :, None, None]
-    v = torch.where(valid, v, 0)
+    k, v = torch.where(valid, k, 0), torch.where(valid, v, 0)
     out = _attend_masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), safe[:, None], scale, softcap)
     return out.transpose(1, 2).masked_fill(nothing[:, :, None, None], 0)
 

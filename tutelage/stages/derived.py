@@ -31,7 +31,7 @@ def _given(value: object) -> Any:
 def derive_all(
     config: Train, vocabulary: int, corpus_tokens: int | None, start: Path | None, begun: Mapping[str, Any] | None = None
 ) -> Derived:
-    """What the size, or the checkpoint in `start` (or of the shape `begun`), stands for, with everything that the config gives."""
+    """What the size, or the checkpoint in `start` or of the shape `begun`, stands for, with all that the config gives."""
     given = {
         "sequence_length": _given(config.sequence_length),
         "batch_tokens": _given(config.batch_tokens),

@@ -46,14 +46,14 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
     """The model with its tokenizer, renderer and engine."""
     folder = run.input("model")
     device = choose_device(config)
-    model, words = load(folder, device=device), TokenizerFolder.open(folder)
+    model: Any = load(folder, device=device)
+    words = TokenizerFolder.open(folder)
     if words.eos_id is None:
         raise ArtifactError(
             "the tokenizer has no end token, so the end of a document has no cost",
             file=folder,
             fix="add eos_token to tokenizer_config.json",
         )
-    start = words.bos_id if words.adds_bos and words.bos_id is not None else words.eos_id  # as the tokens of training begin
     renderer = Renderer(folder) if words.template else None
 
     def prompt(conversation: Conversation) -> Sequence[int]:
@@ -71,7 +71,7 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
         name=run.inputs["model"].run.name if run.inputs["model"].run else folder.name,
         model=model,
         encode=words.encode_text,
-        begin=(start,),
+        begin=(words.eos_id if words.start_id is None else words.start_id,),
         end=(words.eos_id,),
         vocabulary=model.config.vocab_size,
         context=model.config.max_position_embeddings,
@@ -83,5 +83,5 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
             "parameters": sum(p.numel() for p in model.parameters()),
             "path": str(folder),
             "digest": run.inputs["model"].digest,
-        },  # type: ignore[attr-defined]
+        },
     )

@@ -28,8 +28,8 @@ def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
     numbers, shape = derived.derive_numbers(
         config, words.vocab_size, segments[0], start=run.inputs["model"].path if config.model else None
     )
-    model = load(run.input("model"), device=device) if config.model else fresh(config, words, shape)
-    log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")  # type: ignore[attr-defined]
+    model: Any = load(run.input("model"), device=device) if config.model else fresh(config, words, shape)
+    log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     return training.train_model(config, run, model, segments, tokenizer, numbers, device)
 
 

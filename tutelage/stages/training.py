@@ -103,10 +103,10 @@ def train_model(
         row_length=numbers.sequence_length,
         rows_per_step=numbers.rows_per_step,
         micro_rows=numbers.micro_rows,
-        seed=config.seed,
+        seed=run.seed,
         policy=config.too_long,
         packing=config.packing,
-        trim=config.packing == "none",  # type: ignore[attr-defined]
+        trim=config.packing == "none",
         rank=log.rank(),
         world=distributed.world(),
     )

@@ -119,6 +119,11 @@ class TokenizerFolder:
         return [*self.document_prefix, *ids, *self.document_suffix]
 
     @property
+    def start_id(self) -> int | None:
+        """What a training document begins with, so that its first token is predicted too: BOS where texts have one, else EOS."""
+        return self.bos_id if self.adds_bos and self.bos_id is not None else self.eos_id
+
+    @property
     def document_prefix(self) -> list[int]:
         return [self.bos_id] if self.adds_bos and self.bos_id is not None else []
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 
 def world() -> int:

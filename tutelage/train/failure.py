@@ -42,8 +42,8 @@ def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step:
     raise TrainingStopped(
         f"the {what} of step {step} is not finite; nothing was updated",
         file=target,
-        found=f"loss {result.loss}, gradient norm {result.grad_norm}; rows {rows}, records {sum(names, [])[:8]}",
-        fix="look at these records; if they are sound, lower the learning rate or lengthen the warm-up; the last checkpoint is intact",
+        found=f"loss {result.loss}, gradient norm {result.grad_norm}; rows {rows}, records {[n for row in names for n in row][:8]}",
+        fix="look at these records; if they are sound, lower the learning rate or warm up longer; the last checkpoint is intact",
     )
 
 

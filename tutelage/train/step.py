@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tutelage.models.interface import Batch
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(slots=True)
 class StepResult:
     """What one step measured, over all ranks."""
@@ -39,7 +42,7 @@ class Recipe:
     weights: dict[str, float] = field(default_factory=dict)  # of terms; 1 where absent
     clip: float | None = 1.0
     dtype: torch.dtype = torch.float32  # of the products; weights stay float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def autocast(self) -> torch.autocast | nullcontext[None]:
         if self.dtype == torch.float32:

@@ -40,7 +40,7 @@ class UpdateWatch:
             self.done = True
         elif self.steps >= self.within:
             raise TrainingStopped(
-                f"{len(self.pending)} of {sum(t for t, _ in now.values())} trainable tensors did not change in {self.steps} steps",
+                f"{len(self.pending)} of {len(now)} tensors should have been trained and did not change in {self.steps} steps",
                 found=", ".join(sorted(self.pending)[:5]),
                 expected="a finite, non-zero update of each",
                 fix="raise the learning rate (an update below float32 resolution is lost), or freeze these tensors",
