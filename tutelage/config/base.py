@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,7 +19,7 @@ from tutelage.errors import ConfigError
 class Section(BaseModel):
     """A group of settings. Frozen; an unknown key is an error with the nearest name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
 
 
 S = TypeVar("S", bound=Section)
@@ -89,43 +90,48 @@ def build(
 ) -> S:
     """The section of a mapping. Raises `ConfigError` that names the key, its line and the nearest known key."""
     try:
-        return section(**values)
+        return section.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        path = [str(p) for p in first["loc"]]
+        path = _known_part(section, first)
         key = ".".join(path)
-        line = (
-            next(
-                (lines[prefix + ".".join(path[:n])] for n in range(len(path), 0, -1) if prefix + ".".join(path[:n]) in lines),
-                None,
-            )
-            if lines
-            else None
-        )
+        tried = [prefix + ".".join(path[:n]) for n in range(len(path), 0, -1)]
+        where: dict[str, Any] = {"file": file, "line": next((lines[k] for k in tried if k in lines), None) if lines else None}
+        where["field"] = prefix + key
         if first["type"] == "extra_forbidden":
             names = list(known_keys(section))
             siblings = [n for n in names if n.rpartition(".")[0] == ".".join(path[:-1])]
             hint = nearest(key, siblings) or nearest(key, names)
             raise ConfigError(
                 f"unknown key `{key}`",
-                file=file,
-                line=line,
-                field=prefix + key,
+                **where,
                 expected=f"one of: {', '.join(n.rsplit('.', 1)[-1] for n in siblings)}",
                 fix=f"did you mean `{hint}`?" if hint else None,
             ) from None
         if first["type"] == "missing":
-            raise ConfigError(
-                f"`{key}` is required", file=file, line=line, field=prefix + key, expected=_describe(section, path)
-            ) from None
+            raise ConfigError(f"`{key}` is required", **where, expected=_describe(section, path)) from None
+        # A value that may be of several types gets one complaint for each of them.
+        wrong = [e["msg"] for e in error.errors() if _known_part(section, e) == path]
+        expected = _describe(section, path)
         raise ConfigError(
-            f"`{key}` has a value that does not fit: {first['msg']}",
-            file=file,
-            line=line,
-            field=prefix + key,
+            f"`{key}` has a value that does not fit: {', or '.join(dict.fromkeys(wrong))}",
+            **where,
             found=first.get("input"),
-            expected=_describe(section, path),
+            expected=expected,
         ) from None
+
+
+def _known_part(section: type[Section], error: Any) -> list[str]:
+    """The dotted key that a complaint is about, without the names that pydantic gives to the types of a union."""
+    out: list[str] = []
+    current: type[Section] | None = section
+    for part in error["loc"]:
+        if current is not None:
+            out.append(str(part))
+            current = subsection(current.model_fields[part]) if part in current.model_fields else None
+        elif isinstance(part, int):
+            out.append(str(part))
+    return out
 
 
 def _describe(section: type[Section], path: list[str]) -> str | None:
@@ -139,17 +145,30 @@ def _describe(section: type[Section], path: list[str]) -> str | None:
     return text
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: `on`, `no`, `12:30`, `007` and dates are text, `1e-3` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
 def parse_value(text: str) -> Any:
-    """The value of `--key value` or `--set a.b=value`, read as YAML: 3, 1e-3, true, [a, b], word."""
+    """The value of `--key value` or `--set a.b=value`, read as YAML: 3, 1e-3, true, [a, b], {a: b}, word."""
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) and "_" not in value else value  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
-            return value
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        return text  # `python-docs:` is a source, not a mapping
     return text if value is None and text.lower() not in ("null", "~", "none", "") else value
 
 
@@ -177,11 +196,14 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a YAML file and the line of each dotted key. Raises `ConfigError`."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError("no such file", file=path, fix="give the path of a YAML recipe") from None
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot read it: {error.strerror}"
+        raise ConfigError(reason, file=path, fix="give the path of a YAML recipe") from None
+    except UnicodeDecodeError:
+        raise ConfigError("not UTF-8 text", file=path, fix="give the path of a YAML recipe") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(

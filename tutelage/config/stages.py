@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from tutelage.config.base import Section, artifact, setting
 from tutelage.config.train import Count, Share, Train
+
+# One name may stand for a list of one: --set corpus.sources=docs/
+Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 class Data(Section):
     """Collect, clean, deduplicate and split text or conversations."""
 
-    sources: list[str] = setting(..., "files, folders, globs, python-docs:, python-questions:, skill:…, hf:org/name")
+    # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
+    sources: Names = setting(
+        ...,
+        "files, folders, globs, python-docs:, python-questions:, skill:…, hf:org/name",
+        identity=False,
+        min_length=1,
+    )
     kind: Literal["documents", "conversations"] = setting(
         "documents", "documents: plain text; conversations: dialogues or prompt/completion pairs"
     )
@@ -30,7 +41,7 @@ class Data(Section):
     normalise: Literal["NFC", "NFKC", "none"] = setting("NFC", "Unicode normal form")
     dedup: Literal["none", "exact", "near"] = setting("near", "near: MinHash, Jaccard 0.8, and none across the split")
     validation_share: Share = setting(0.05, "share held out, by hash of the document")
-    validation_sources: list[str] = setting([], "sources whose every record is held out, instead of a share")
+    validation_sources: Names = setting([], "sources whose every record is held out, instead of a share", identity=False)
     on_error: Literal["stop", "skip"] = setting(
         "stop", "what a broken row does; skipped ones are counted and kept in rejected.jsonl"
     )

@@ -9,14 +9,18 @@ STAGES: dict[str, Kind] = {
         "Data",
         "tutelage.stages.data",
         "collect, clean, deduplicate and split text or conversations",
+        makes="records",
         outside="tutelage.stages.sources:digest",
     ),
-    "tokenizer": Kind("Tokenizer", "tutelage.stages.tokenizer", "train a byte-level BPE tokenizer and measure it"),
-    "tokens": Kind("Tokens", "tutelage.stages.tokens", "turn records into memory-mapped token shards"),
+    "tokenizer": Kind(
+        "Tokenizer", "tutelage.stages.tokenizer", "train a byte-level BPE tokenizer and measure it", makes="tokenizer"
+    ),
+    "tokens": Kind("Tokens", "tutelage.stages.tokens", "turn records into memory-mapped token shards", makes="tokens"),
     "pretrain": Kind(
         "Pretrain",
         "tutelage.stages.pretrain",
         "train on plain text, from scratch or on from a checkpoint",
+        makes="model",
         ranks=True,
         estimate="tutelage.stages.derived:estimate",
     ),
@@ -24,9 +28,12 @@ STAGES: dict[str, Kind] = {
         "Sft",
         "tutelage.stages.sft",
         "fine-tune a checkpoint on conversations",
+        makes="model",
         ranks=True,
         estimate="tutelage.stages.derived:estimate",
     ),
-    "evaluate": Kind("Evaluate", "tutelage.stages.evaluate", "measure a model on held-out text and questions"),
-    "report": Kind("Report", "tutelage.stages.report", "one HTML page about a run and all it came from"),
+    "evaluate": Kind(
+        "Evaluate", "tutelage.stages.evaluate", "measure a model on held-out text and questions", makes="scores"
+    ),
+    "report": Kind("Report", "tutelage.stages.report", "one HTML page about a run and all it came from", makes="report"),
 }

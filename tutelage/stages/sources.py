@@ -8,4 +8,4 @@ from tutelage.data.readers import source_digest
 
 def digest(config: Data) -> str:
     """Digest of the content of every source: editing a file makes the stage run again, moving it does not."""
-    return source_digest([*config.sources, *config.validation_sources])
+    return f"{source_digest(config.sources)} {source_digest(config.validation_sources)}"
