@@ -43,7 +43,7 @@ def measure(size: str, rows: int, length: int, optimizer: str, checkpointing: st
     own.use(kernels)
     on = own.available()
     shape = {**derive(size, common.VOCAB).architecture, "max_position_embeddings": length}
-    predicted = estimate(shape, rows, length, optimizer, checkpointing=checkpointing, kernels=on)  # type: ignore[arg-type]
+    predicted = estimate(shape, rows, length, optimizer, checkpointing=checkpointing, kernels=on, accumulate=False)  # type: ignore[arg-type]
     base = common.rss_mb() * 2**20
     model = build(DecoderConfig.from_hf(shape), seed=0)
     model.train()

@@ -67,6 +67,7 @@ class Clock:
         self.steps.mark(state.step_tokens)
 
     def finish(self, state: Any) -> None: ...
+    def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {}

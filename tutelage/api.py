@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.base import assign, build
+from tutelage.config.base import assign, build, nearest
+from tutelage.errors import ConfigError
 from tutelage.recipe import Runner, load_recipe, run_recipe
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
@@ -23,16 +24,30 @@ from tutelage.stages import STAGES
 def stage(name: str, *, runs: str | Path = "runs", force: bool = False, **settings: Any) -> RunDir:
     """Runs, resumes or finds one stage. Inputs may be folders, `recipe/stage` names or the `RunDir` of another call.
     Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). Raises the errors of `tutelage.errors`."""
+    if name not in STAGES:
+        near = nearest(name, list(STAGES))
+        raise ConfigError(
+            f"unknown stage `{name}`", expected=f"one of: {', '.join(STAGES)}", fix=f"did you mean `{near}`?" if near else None
+        )
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        assign(values, key, str(value.path) if isinstance(value, RunDir) else str(value) if isinstance(value, Path) else value)
+        assign(values, key, _plain(value))
     runner = Runner(STAGES, Path(runs), force=force)
     return runner.run(runner.plan(name, name, build(STAGES[name].config(), values)))
 
 
+def _plain(value: Any) -> Any:
+    """Runs and paths as the text that a command line would have."""
+    if isinstance(value, RunDir):
+        return str(value.path)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def run(recipe: str | Path, *, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, RunDir]:
     """Runs a recipe; settings are those of `--set`, such as `scale="smoke"` or `**{"base.steps": 10}`."""
-    loaded = load_recipe(Path(recipe), STAGES, list(settings.items()))
+    loaded = load_recipe(Path(recipe), STAGES, [(key, _plain(value)) for key, value in settings.items()])
     return run_recipe(loaded, Runner(STAGES, Path(runs), loaded.name, force=force))
 
 

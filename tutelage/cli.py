@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -32,10 +32,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs")]
-Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change one setting, such as optimizer.lr=1e-3")]
-Force = Annotated[bool, typer.Option("--force", help="run again even if the result is there")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
+THIS_RUN = "This run"
+Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER")]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="change one setting, such as optimizer.lr=1e-3", rich_help_panel=THIS_RUN),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="run again even if the result is there", rich_help_panel=THIS_RUN, metavar=" ")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop", rich_help_panel=THIS_RUN, metavar=" ")]
 RUNS = Path("runs")
 
 
@@ -43,7 +49,9 @@ def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with 2."""
     asked = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
     for name, text in STAGE_HELP.items():
-        app.command(name, help=text, rich_help_panel="Stages")(stage_command(name) if name == asked else _placeholder)
+        add = app.command(name, help=text, rich_help_panel="Stages", epilog=_epilog(name) if name == asked else None,
+                          context_settings={"token_normalize_func": _underscores})  # fmt: skip
+        add(stage_command(name) if name == asked else _placeholder)
     try:
         app()
     except UserError as error:
@@ -51,11 +59,11 @@ def main() -> None:
 
         log.say(f"error: {error}", style="bold red")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        from tutelage import log
 
-        log.say("interrupted; the same command again resumes")
-        raise SystemExit(130) from None
+
+def _underscores(name: str) -> str:
+    """--vocab-size is --vocab_size, the key that recipes use."""
+    return name.replace("-", "_")
 
 
 def _placeholder() -> None:
@@ -64,35 +72,37 @@ def _placeholder() -> None:
 
 def stage_command(name: str) -> Any:
     """A command with one option for every setting of the stage's section."""
-    from tutelage.config.base import assign, build, parse_set, parse_value
+    from tutelage.config.base import assign, build, extra_of, parse_set, parse_value, subsection
     from tutelage.stages import STAGES
 
     section = STAGES[name].config()
 
     def command(**options: Any) -> None:
-        from tutelage.console import show_plan
+        from tutelage.console import show_config, show_plan
         from tutelage.recipe import Runner
 
         settings, root = options.pop("set_"), options.pop("runs")
         force, dry_run = options.pop("force"), options.pop("dry_run")
         values: dict[str, Any] = {}
         for key, text in options.items():
-            if isinstance(text, list):
-                if text:
-                    values[key] = text
-            elif text is not None:
-                values[key] = parse_value(text)
+            if text is None or text == []:
+                continue
+            plain = isinstance(text, list) or _takes(section.model_fields[key]) == (str,)
+            values[key] = text if plain else parse_value(text)
         for setting in settings:
             assign(values, *parse_set(setting))
         config = build(section, values)
         runner = Runner(STAGES, root, force=force)
         planned = runner.plan(name, name, config)
         if dry_run:
+            planned.estimate = runner.estimate(planned)
             show_plan([planned], runner)
+            show_config(config)
             return
         print(runner.run(planned).path)
 
-    parameters = [_option(key, field) for key, field in section.model_fields.items()]
+    fields = sorted(section.model_fields.items(), key=lambda x: (not x[1].is_required(), "artifact" not in extra_of(x[1])))
+    parameters = [_option(key, field) for key, field in fields if subsection(field) is None]
     for key, annotation, default in (
         ("set_", Sets, []),
         ("runs", Runs, RUNS),
@@ -106,19 +116,67 @@ def stage_command(name: str) -> Any:
 
 
 def _option(key: str, field: Any) -> inspect.Parameter:
-    names = [f"--{key}"] + ([f"--{key.replace('_', '-')}"] if "_" in key else [])
-    required = field.is_required()
-    default = "" if required or field.default is None or str(field.default) == "" else f" [default: {_short(field.default)}]"
-    text = (field.description or "") + (" [required]" if required else default)
-    if str(field.annotation).startswith("list"):
-        annotation: Any = Annotated[list[str], typer.Option(*names, help=text, show_default=False)]
-        return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=[], annotation=annotation)
-    annotation = Annotated[str | None, typer.Option(*names, help=text, show_default=False, metavar="VALUE")]
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    """One setting as an option. The value stays text: the section checks it, for commands, recipes and Python alike."""
+    from tutelage.config.base import extra_of
+
+    required, kinds = field.is_required(), _takes(field)
+    facts = [" | ".join(choices)] if (choices := _choices(field)) else []
+    if not required and field.default not in (None, "", [], {}):
+        facts.append(f"default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}")
+    metavar = str(extra_of(field).get("artifact", "")).upper() or METAVARS.get(kinds[0], "VALUE")
+    panel = "Required" if required else "Inputs" if "artifact" in extra_of(field) else "Settings"
+    text = (f"{field.description} ({'; '.join(facts)})" if facts else str(field.description)).replace("[", "\\[")
+    several = list in kinds
+    shown = typer.Option(
+        f"--{key}", help=text + ("; repeat it for more" if several else ""), show_default=False, metavar=metavar,
+        rich_help_panel=panel,
+    )  # fmt: skip
+    annotation: Any = Annotated[list[str], shown] if several else Annotated[str | None, shown]
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=[] if several else None, annotation=annotation)
 
 
-def _short(value: object) -> str:
-    return "section, see --set" if hasattr(value, "model_fields") else str(value)
+METAVARS = {int: "N", float: "X", bool: "true|false", list: "SOURCE", dict: "{KEY: VALUE}"}
+
+
+def _takes(field: Any) -> tuple[type, ...]:
+    """The plain types of a setting's value, without None: (str,), (int, str), (list,)."""
+    found: list[type] = []
+
+    def walk(annotation: Any) -> None:
+        origin = get_origin(annotation)
+        if origin is Annotated:
+            walk(get_args(annotation)[0])
+        elif origin is Literal:
+            found.append(Literal)  # type: ignore[arg-type]
+        elif origin in (list, dict):
+            found.append(origin)
+        elif origin is not None:
+            for inner in get_args(annotation):
+                walk(inner)
+        elif annotation is not type(None):
+            found.append(annotation)
+
+    walk(field.annotation)
+    return tuple(found)
+
+
+def _choices(field: Any) -> list[str]:
+    """The words that a setting takes, where it takes nothing else."""
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return [w for w in words if w not in (field.description or "")] and list(words)
+
+
+def _epilog(name: str) -> str | None:
+    """The nested settings, which have no options of their own."""
+    from tutelage.config.base import subsection
+    from tutelage.stages import STAGES
+
+    lines = []
+    for key, field in STAGES[name].config().model_fields.items():
+        inner = subsection(field)
+        if inner is not None:
+            lines += [f"--set {key}.{k}={f.default}  {f.description}" for k, f in inner.model_fields.items()]
+    return "More settings, with their defaults:\n\n" + "\n\n".join(x.replace("[", "\\[") for x in lines) if lines else None
 
 
 @app.command(rich_help_panel="Whole recipes")
@@ -179,11 +237,13 @@ def chat(
     runs: Runs = RUNS,
 ) -> None:
     """Talk to a model in the terminal."""
-    from tutelage.engine import Sampling
     from tutelage.rundir import find
+
+    folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is told at once
+    from tutelage.engine import Sampling
     from tutelage.serve.terminal import chat as talk
 
-    talk(find(model, "model", runs).path, system=system, once=message, sampling=Sampling(max_tokens, temperature=temperature))
+    talk(folder, system=system, once=message, sampling=Sampling(max_tokens, temperature=temperature))
 
 
 @app.command(rich_help_panel="Using")
@@ -197,9 +257,11 @@ def serve(
 ) -> None:
     """Serve a model behind the OpenAI API."""
     from tutelage.rundir import find
+
+    folder = find(model, "model", runs).path
     from tutelage.serve.app import serve as listen
 
-    listen(find(model, "model", runs).path, host=host, port=port, api_keys=tuple(api_key), insecure=insecure)
+    listen(folder, host=host, port=port, api_keys=tuple(api_key), insecure=insecure)
 
 
 @app.callback(invoke_without_command=True)

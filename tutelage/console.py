@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import yaml
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 from rich.tree import Tree
 
 from tutelage import log
+from tutelage.config.base import Section
 from tutelage.recipe import Planned, Runner, lineage
-from tutelage.rundir import RunDir, all_runs, find, held
+from tutelage.rundir import RunDir, all_runs, find, held, matching
 
 
 def show_plan(plan: list[Planned], runner: Runner) -> None:
-    """The table of a plan: stage, hit or miss, where, time and memory with their derivation."""
+    """The table of a plan: stage, hit or miss, time and memory; below it where each run is, and the derivations."""
     table = Table("stage", "kind", "status", "time", "memory", title=f"plan of {runner.recipe}", title_justify="left")
     notes = []
     for item in plan:
@@ -24,10 +30,22 @@ def show_plan(plan: list[Planned], runner: Runner) -> None:
             memory = f"{size(item.estimate.memory_bytes[0])} - {size(item.estimate.memory_bytes[1])}"
             notes.append(f"{item.name}: {item.estimate.because}")
         status = "run (forced)" if runner.force and item.status == "hit" else item.status
-        table.add_row(item.name, item.kind, status, seconds, memory)
+        table.add_row(*map(Text, (item.name, item.kind, status, seconds, memory)))
+        if item.run is not None:
+            notes.append(f"{item.name}: {item.run.path}")
     log.console.print(table)
     for note in notes:
         log.say(note, style="dim")
+
+
+def show_config(config: Section) -> None:
+    """Every setting of a stage as it would be used, in YAML on stdout."""
+    print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
+
+
+def out() -> Console:
+    """Where asked-for tables go: stdout, and in a pipe as wide as they need."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 10_000)
 
 
 def clock(seconds: float) -> str:
@@ -46,15 +64,22 @@ def size(count: float) -> str:
 
 def show_runs(root: Path) -> None:
     """The table of all runs below a folder."""
-    table = Table("run", "stage", "status", "started", "time", "result")
-    for path, row in all_runs(root):
-        status = row["status"]
-        if status == "running" and not held(path):
-            status = "killed (resumes)"
-        table.add_row(
-            str(path), row["stage"], status, str(row["started"])[:16].replace("T", " "), clock(row["seconds"]), headline(row)
-        )
-    log.console.print(table)
+    rows = all_runs(root)
+    if not rows:
+        log.say(f"no runs in {root}")
+        return
+    table = Table(Column("run", overflow="fold"), "stage", "status", "started", "time", "result")
+    for path, row in rows:
+        started = str(row["started"])[:16].replace("T", " ")
+        table.add_row(*map(Text, (str(path), row["stage"], status_of(path, row), started, clock(row["seconds"]), headline(row))))
+    out().print(table)
+
+
+def status_of(path: Path, row: dict[str, Any]) -> str:
+    """The status in run.json, but for a run whose process is gone."""
+    if row["status"] == "running" and not held(path):
+        return "killed (resumes)"
+    return "interrupted (resumes)" if row["status"] == "interrupted" else str(row["status"])
 
 
 def headline(row: dict[str, Any]) -> str:
@@ -69,12 +94,14 @@ def headline(row: dict[str, Any]) -> str:
     ):
         if isinstance(row.get(key), int | float):
             return text.format(row[key])
-    return str(row.get("error", ""))[:60]
+    return str(row.get("error") or "").partition("\n")[0][:60]
 
 
 def show_run(reference: str, root: Path) -> None:
     """Draws the chain from data to a run, then its own numbers."""
     path = Path(reference)
+    if not (path / "run.json").exists():
+        path = next(iter(reversed(matching(reference, root, "run.json"))), path)
     if not (path / "run.json").exists():
         path = find(reference, "run", root).path
     rows = lineage(path)
@@ -82,18 +109,27 @@ def show_run(reference: str, root: Path) -> None:
     branches = {0: tree}
     for depth, name, folder, row in rows[1:]:
         branches[depth] = branches[depth - 1].add(_node(name, folder, row))
-    log.console.print(tree)
+    console = out()
+    console.print(tree)
     known = {"parents", "versions", "machine", "artifact", "command"}
     table = Table(show_header=False)
     for key, value in rows[0][3].items():
         if key not in known and not isinstance(value, dict | list):
-            table.add_row(key, str(value))
-    log.console.print(table)
+            table.add_row(key, Text(status_of(path, rows[0][3]) if key == "status" else str(value)))
+    console.print(table)
 
 
-def _node(name: str, folder: Path, row: dict[str, Any]) -> str:
-    label = f"{name}: " if name else ""
-    return f"{label}[bold]{row['stage']}[/bold] {folder}  {row['status']}  {str(row['digest'])[:12]}  {headline(row)}"
+def _node(name: str, folder: Path, row: dict[str, Any]) -> Text:
+    label = Text(f"{name}: " if name else "", overflow="fold")
+    label.append(row["stage"], style="bold")
+    label.append(f" {_short(folder)}  {row['status']}  {str(row['digest'])[:12]}  {headline(row)}")
+    return label
+
+
+def _short(path: Path) -> str:
+    """A path below the current folder as a person would type it."""
+    here = Path.cwd()
+    return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)
 
 
 def show_next(finished: dict[str, RunDir]) -> None:
@@ -104,6 +140,6 @@ def show_next(finished: dict[str, RunDir]) -> None:
         log.say(f"\nreport: {reports[-1].path / 'report' / 'report.html'}", style="bold")
     if models:
         name, run = models[-1]
-        reference = f"{run.recipe}/{name}"
+        reference = f"{run.recipe}/{name}" + ("" if run.root == Path("runs") else f" --runs {run.root}")
         log.say(f"talk:   tutelage chat {reference}", style="bold")
         log.say(f"serve:  tutelage serve {reference}", style="bold")

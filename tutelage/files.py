@@ -7,12 +7,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tutelage.errors import StorageError
+from tutelage.errors import StorageError, UserError
 
 
 @contextlib.contextmanager
@@ -20,17 +21,31 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turns the operating system's refusals about `path` into a `StorageError` that says what to do."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         fixes = {
             errno.ENOSPC: ("the disk is full", "free some space, or choose another folder with --runs"),
             errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another folder with --runs"),
             errno.EROFS: ("the file system is read-only", "choose a folder you may write to with --runs"),
-            errno.EACCES: ("permission denied", "choose a folder you may write to with --runs"),
+            errno.EACCES: ("permission denied", "choose a folder you may write to with --runs, or ask for the rights"),
         }
-        if error.errno not in fixes:
+        number = _errno_of(error)
+        if number not in fixes:
             raise
-        message, fix = fixes[error.errno]
-        raise StorageError(f"cannot write: {message}", file=path, fix=fix) from error
+        message, fix = fixes[number]
+        raise StorageError(f"cannot write: {message}", file=getattr(error, "filename", None) or path, fix=fix) from error
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The operating system's error number; safetensors and numpy have it in the text of their own errors."""
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    if re.search(r"requested and \d+ written", text):  # numpy says no more
+        return errno.ENOSPC
+    named = re.search(r"\(os error (\d+)\)", text)
+    return int(named[1]) if named else None
 
 
 def _partial(path: Path) -> Path:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
+
+from tutelage.files import whole_file
 
 console = Console(stderr=True, highlight=False)
 _log_files: list[TextIO] = []  # of the runs being made, the innermost last
@@ -32,7 +33,7 @@ def close_file() -> None:
 def say(text: str, *, style: str | None = None) -> None:
     """One line for people. The text is plain: brackets are not markup."""
     if rank() == 0:
-        console.print(escape(text), style=style, soft_wrap=True)
+        console.print(text, style=style, soft_wrap=True, markup=False, emoji=False)
     for file in _log_files:
         file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         file.flush()
@@ -63,7 +64,8 @@ class Metrics:
         """Drops the lines of steps after `step`: a resumed run writes them again."""
         self._file.close()
         kept = [x for x in self.path.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
-        self.path.write_text("".join(f"{x}\n" for x in kept), encoding="utf-8")
+        with whole_file(self.path) as f:
+            f.write("".join(f"{x}\n" for x in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:

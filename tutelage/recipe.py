@@ -6,11 +6,10 @@ of its inputs, and the content of the source files that the stage imports. Nothi
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
 import importlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,29 +19,8 @@ from typing import Any
 from tutelage import log
 from tutelage.config.base import Section, artifacts_of, assign, build, identity_of, load_yaml, nearest
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.files import file_digest
+from tutelage.plan.code import code_digest
 from tutelage.rundir import Artifact, RunDir, find
-
-PACKAGE = Path(__file__).parent
-# Modules that cannot change what a stage makes: messages, folders, measurements of the machine.
-OUTSIDE_DIGEST = {
-    f"tutelage.{name}"
-    for name in (
-        "errors",
-        "files",
-        "log",
-        "recipe",
-        "rundir",
-        "cli",
-        "api",
-        "stages",
-        "plan",
-        "plan.machine",
-        "plan.time",
-        "plan.memory",
-        "plan.energy",
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +30,7 @@ class Kind:
     section: str  # name of the class in config/stages.py
     module: str  # has `run(config, run) -> facts`
     help: str
+    makes: str = ""  # kind of the artifact
     ranks: bool = False  # every rank of `torchrun` takes part
     outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
     estimate: str | None = None  # "module:function" (planned) -> Estimate | None, without torch
@@ -117,6 +96,13 @@ class Runner:
             if value is None:
                 continue
             if value.startswith("$"):
+                if value[1:] not in self.planned:
+                    raise ConfigError(
+                        f"`{value}` is not a stage of this recipe",
+                        field=key,
+                        found=value,
+                        expected="a folder, or a finished run as recipe/stage; `$stage` has a meaning only inside a recipe",
+                    )
                 done = self.finished.get(value[1:])
                 if done is None or not done.done:
                     planned.waits_for[key] = self.planned[value[1:]]
@@ -151,14 +137,22 @@ class Runner:
             return run
         if log.rank() != 0 and not row.ranks:
             return _wait(run)
-        resuming = (run.path / "run.json").exists() and not self.force
-        log.say(f"{planned.name}: {'resuming' if resuming else 'miss, running'}, {run.path}", style="bold")
-        if self.force and log.rank() == 0:
-            run.clear()
+        verb = "forced, running" if self.force else "resuming" if planned.status == "resume" else "miss, running"
+        log.say(f"{planned.name}: {verb}, {run.path}", style="bold")
         run.nested = self.nested
-        with run.attempt(planned.config.model_dump()) as facts:
+        resolved = planned.config.model_dump()
+        resolved.update({key: str(found.run or found.path) for key, found in planned.inputs.items()})
+        with run.attempt(resolved, fresh=self.force) as facts:
             facts.update(row.run(planned.config, run))
         return run
+
+    def estimate(self, planned: Planned) -> Estimate | None:
+        """What a stage is expected to take; None for a finished one, and where its kind has no estimate."""
+        name = self.table[planned.kind].estimate
+        if name is None or (planned.status == "hit" and not self.force):
+            return None
+        found: Estimate | None = _function(name)(planned)
+        return found
 
     def nested(self, kind: str, values: dict[str, Any]) -> RunDir:
         """A stage that another stage needs, such as its tokens: cached and recorded like any other."""
@@ -184,6 +178,7 @@ class Recipe:
 
 
 TOP = ("name", "about", "scales", "stages")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def load_recipe(path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]]) -> Recipe:
@@ -200,36 +195,63 @@ def load_recipe(path: Path, table: Mapping[str, Kind], settings: list[tuple[str,
             )
     stages = values.get("stages")
     if not isinstance(stages, dict) or not stages:
-        raise ConfigError("a recipe needs `stages`: a mapping of names to stages", file=path)
-    for key, value in _expand_scale(values, settings, path):
+        raise ConfigError("a recipe needs `stages`: a mapping of names to stages", file=path, line=lines.get("stages"))
+    title = str(values.get("name", path.stem))
+    for key, name in (("name", title), *((f"stages.{n}", str(n)) for n in stages)):
+        if not NAME.fullmatch(name):  # it becomes the name of a folder, and the first part of a `--set`
+            raise ConfigError(
+                "not a name", file=path, line=lines.get(key), found=name, expected="letters, digits, - and _, as in my_base"
+            )
+    for key, value, line in _settings(values, settings, path, lines):
         stage = key.partition(".")[0]
         if stage not in stages:
             raise ConfigError(
                 f"unknown stage `{stage}` in the setting `{key}`",
                 file=path,
+                line=line,
                 expected=f"one of: scale, {', '.join(stages)}",
                 fix=_did_you_mean(stage, ["scale", *stages]),
             )
         assign(stages, key, value)
+        lines.pop(f"stages.{key}", None)  # the value is not the one of that line any more
+        if line is not None:
+            lines[f"stages.{key}"] = line
     out: dict[str, tuple[str, Section]] = {}
     for name, raw in stages.items():
-        out[name] = _stage(name, raw, table, path, lines, list(out))
-    return Recipe(str(values.get("name", path.stem)), str(values.get("about", "")), out)
+        out[name] = _stage(name, raw, table, path, lines, out)
+    return Recipe(title, str(values.get("about", "")), out)
 
 
-def _expand_scale(values: dict[str, Any], settings: list[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
-    scales = values.get("scales", {})
+def _settings(
+    values: dict[str, Any], settings: list[tuple[str, Any]], path: Path, lines: Mapping[str, int]
+) -> Iterator[tuple[str, Any, int | None]]:
+    """(key, value, line where it has one) of the asked scale, then of each `--set`."""
+    scales = values.get("scales") or {}
+    if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):
+        raise ConfigError(
+            "`scales` is a mapping of names to settings", file=path, line=lines.get("scales"), expected="{smoke: {base.steps: 3}}"
+        )
     for key, value in settings:
         if key != "scale":
             continue
         if value not in scales and value != "full":
-            raise ConfigError(f"unknown scale `{value}`", file=path, expected=f"one of: {', '.join(['full', *scales])}")
-        yield from scales.get(value, {}).items()
-    yield from ((k, v) for k, v in settings if k != "scale")
+            names = ["full", *scales]
+            raise ConfigError(
+                f"unknown scale `{value}`", file=path, line=lines.get("scales"), expected=f"one of: {', '.join(names)}",
+                fix=_did_you_mean(str(value), names),
+            )  # fmt: skip
+        for inner, given in scales.get(value, {}).items():
+            yield inner, given, lines.get(f"scales.{value}.{inner}")
+    yield from ((k, v, None) for k, v in settings if k != "scale")
 
 
 def _stage(
-    name: str, raw: Any, table: Mapping[str, Kind], path: Path, lines: dict[str, int], before: list[str]
+    name: str,
+    raw: Any,
+    table: Mapping[str, Kind],
+    path: Path,
+    lines: dict[str, int],
+    before: Mapping[str, tuple[str, Section]],
 ) -> tuple[str, Section]:
     line = lines.get(f"stages.{name}")
     if not isinstance(raw, dict) or "stage" not in raw:
@@ -247,17 +269,30 @@ def _stage(
         )
     rest = {k: v for k, v in raw.items() if k != "stage"}
     config = build(table[kind].config(), rest, file=path, lines=lines, prefix=f"stages.{name}.")
-    for key in artifacts_of(type(config)):
+    for key, wanted in artifacts_of(type(config)).items():
         value = getattr(config, key)
-        if isinstance(value, str) and value.startswith("$") and value[1:] not in before:
+        if not isinstance(value, str) or not value.startswith("$"):
+            continue
+        where: dict[str, Any] = {"file": path, "line": lines.get(f"stages.{name}.{key}"), "field": f"stages.{name}.{key}"}
+        fitting = [n for n, (k, _) in before.items() if _fits(table[k].makes, wanted)]
+        if value[1:] not in before:
             raise ConfigError(
                 f"`{value}` is not a stage above `{name}`",
-                file=path,
-                line=lines.get(f"stages.{name}.{key}"),
-                expected=f"one of: {', '.join('$' + b for b in before)}",
-                fix=_did_you_mean(value[1:], before),
+                **where,
+                expected=f"one of: {', '.join('$' + b for b in fitting)}" if fitting else f"a stage above that makes {wanted}",
+                fix=f"did you mean `${near}`?" if (near := nearest(value[1:], list(before))) else None,
+            )
+        if value[1:] not in fitting:
+            raise ConfigError(
+                f"`{key}` takes {wanted}, and `{value}` makes {table[before[value[1:]][0]].makes}",
+                **where,
+                expected=f"one of: {', '.join('$' + b for b in fitting)}" if fitting else f"a stage above that makes {wanted}",
             )
     return kind, config
+
+
+def _fits(makes: str, wanted: str) -> bool:
+    return wanted in (makes, "run") or (wanted == "tokenizer" and makes == "model")
 
 
 def _did_you_mean(word: str, names: list[str]) -> str | None:
@@ -272,9 +307,7 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
         planned = runner.plan(name, kind, config)
         if planned.run is not None and planned.run.done and not runner.force:
             runner.finished[name] = planned.run
-        estimate = runner.table[kind].estimate
-        if estimate is not None and planned.status != "hit":
-            planned.estimate = _function(estimate)(planned)
+        planned.estimate = runner.estimate(planned)
         out.append(planned)
     return out
 
@@ -284,57 +317,6 @@ def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
     for name, (kind, config) in recipe.stages.items():
         runner.run(runner.plan(name, kind, config))
     return runner.finished
-
-
-@functools.cache
-def code_digest(module: str) -> str:
-    """SHA-256 over the sources (and data files beside them) of every module of this package that `module` imports."""
-    total = hashlib.sha256()
-    for name in sorted(_reach(module)):
-        path = _path(name)
-        assert path is not None
-        total.update(f"{name}\0{file_digest(path)}\n".encode())
-        for extra in sorted(path.parent.glob("*")) if path.name == "__init__.py" else ():
-            if extra.suffix in (".cpp", ".h", ".jinja", ".yaml", ".json"):
-                total.update(f"{extra.name}\0{file_digest(extra)}\n".encode())
-    return total.hexdigest()
-
-
-def _path(module: str) -> Path | None:
-    base = PACKAGE.parent.joinpath(*module.split("."))
-    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _reach(module: str) -> set[str]:
-    seen: set[str] = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name in OUTSIDE_DIGEST:
-            continue
-        path = _path(name)
-        if path is None:
-            continue
-        seen.add(name)
-        waiting += _imports(path)
-        waiting += [name.rpartition(".")[0]] if "." in name else []
-    return seen - {"tutelage"}
-
-
-def _imports(path: Path) -> list[str]:
-    """Modules of this package that a file imports anywhere, or names in a string such as `tutelage.x.y`."""
-    out = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            out += [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            out += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tutelage."):
-            out.append(node.value)
-    return [m for m in out if m.startswith("tutelage")]
 
 
 def lineage(path: Path) -> list[tuple[int, str, Path, dict[str, Any]]]:

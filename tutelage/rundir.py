@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -91,10 +92,15 @@ class RunDir:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     @contextlib.contextmanager
-    def attempt(self, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def attempt(self, config: dict[str, Any], fresh: bool = False) -> Iterator[dict[str, Any]]:
         """Holds the lock, keeps run.json's status true, logs to `logs/attempt_N.log`. The block fills the facts it is given;
-        when it ends well `DONE` is written. `StorageError` if another process holds the run."""
+        when it ends well `DONE` is written. `fresh` removes what an earlier attempt made. `StorageError` if another process
+        holds the run."""
         with storage_errors(self.path), self._lock():
+            if log.rank() == 0:
+                if fresh:
+                    self.clear()
+                self._sweep()
             number = len(list((self.path / "logs").glob("attempt_*.log"))) + 1
             log.to_file(self.path / "logs" / f"attempt_{number}.log")
             started = time.time()
@@ -107,6 +113,7 @@ class RunDir:
                 yield facts
             except KeyboardInterrupt:
                 self._write("interrupted", started, facts)
+                log.say("interrupted; the same command again resumes")
                 raise
             except Exception as error:
                 self._write("failed", started, {**facts, "error": str(error)})
@@ -120,6 +127,12 @@ class RunDir:
                         f.write(f"{self.digest}\n")
             finally:
                 log.close_file()
+
+    def _sweep(self) -> None:
+        """Removes the half-written files that a killed attempt left behind."""
+        for folder in (self.path, *(p for p in self.path.glob("*") if p.is_dir())):
+            for item in (*folder.glob(".*.partial-*"), *folder.glob(".*.old-*")):
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -149,7 +162,13 @@ class RunDir:
             "digest": self.digest,
             "seed": self.seed,
             "parents": [
-                {"name": n, "kind": a.kind, "path": _relative(a.run or a.path, self.path), "digest": a.digest}
+                {
+                    "name": n,
+                    "kind": a.kind,
+                    "stage": _stage_of(a),
+                    "path": _relative(a.run or a.path, self.path),
+                    "digest": a.digest,
+                }
                 for n, a in self.inputs.items()
             ],
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
@@ -169,20 +188,39 @@ def _relative(path: Path, base: Path) -> str:
     return os.path.relpath(path.resolve(), base.resolve())
 
 
+def _stage_of(artifact: Artifact) -> str | None:
+    """The stage that made an input; None for a folder from outside."""
+    return str(read_json(artifact.run / "run.json")["stage"]) if artifact.run else None
+
+
+def matching(reference: str, root: Path, proof: str) -> list[Path]:
+    """Runs below `root` that `recipe/stage` or `stage-digest` names and that hold the file `proof`, oldest first."""
+    if not re.fullmatch(r"[\w-]+(/[\w-]+)?", reference):
+        return []
+    digits = "[0-9a-f]" * 12
+    found = [
+        *root.glob(f"{reference}-{digits}/{proof}"),
+        *root.glob(f"{reference}/{proof}"),
+        *root.glob(f"*/{reference}/{proof}"),
+    ]
+    return [p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime)]
+
+
 def find(reference: str, kind: str, root: Path) -> Artifact:
     """The artifact that a path or `recipe/stage` names. Raises `ArtifactError` saying what is there instead."""
     path = Path(reference).expanduser()
     if not path.exists():
-        matches = sorted(root.glob(f"{reference}-*/DONE"), key=lambda p: p.stat().st_mtime) or sorted(
-            root.glob(f"*/{reference}/DONE")
-        )
+        matches = matching(reference, root, "DONE")
         if not matches:
+            unfinished = matching(reference, root, "run.json")
+            if unfinished:
+                return _of_run(unfinished[-1], kind)
             raise ArtifactError(
                 f"no {kind} there",
                 file=reference,
                 fix=f"give a folder, or a finished run as recipe/stage (`tutelage runs --runs {root}` lists them)",
             )
-        path = matches[-1].parent
+        path = matches[-1]
     if (path / "run.json").exists():
         return _of_run(path, kind)
     wanted = KINDS.get(kind)
@@ -190,7 +228,9 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None
         return Artifact(kind, path, folder_digest(path), run)
-    raise ArtifactError(f"not a {kind} folder: it has no {wanted}", file=path, found=_contents(path), fix=_how_to_make(kind))
+    raise ArtifactError(
+        f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path), fix=_how_to_make(kind)
+    )
 
 
 def _of_run(path: Path, kind: str) -> Artifact:
@@ -202,6 +242,10 @@ def _of_run(path: Path, kind: str) -> Artifact:
     if kind == "run":
         return Artifact("run", path, row["digest"], path)
     made = row.get("artifact", {})
+    if made and not (path / made["path"]).is_dir():
+        raise ArtifactError(
+            f"this run has lost its {made['kind']}", file=path / made["path"], fix="make it again: the same command with --force"
+        )
     if made.get("kind") == kind:
         return Artifact(kind, path / made["path"], made["digest"], path)
     if kind == "tokenizer" and (path / "model" / "tokenizer.json").exists():
@@ -218,6 +262,7 @@ def _how_to_make(kind: str) -> str | None:
     return {
         "records": "make one with `tutelage data --sources YOUR_FILES`",
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
+        "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
         "model": "give a Hugging Face model folder, or a finished pretrain or sft run",
     }.get(kind)
 
@@ -233,7 +278,7 @@ def held(path: Path) -> bool:
     lock = path / ".lock"
     if not lock.exists():
         return False
-    with lock.open("r+") as f:
+    with lock.open("rb") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -256,7 +301,9 @@ def machine() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this package's checkout, with a + when it has changes; None outside one."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
+    if not (folder / ".git").exists():  # installed; a repository further up is somebody else's
+        return None
     try:
         head = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5

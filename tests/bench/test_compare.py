@@ -14,7 +14,14 @@ sys.path.pop(0)
 
 
 def record(peer: str, number: int, speed: float, **more: Any) -> dict[str, Any]:
-    base = {"job": "pretrain", "peer": peer, "round": number, "tokens_per_s_median": speed, "disturbed": False, "peak_rss_mb": 1000.0}
+    base = {
+        "job": "pretrain",
+        "peer": peer,
+        "round": number,
+        "tokens_per_s_median": speed,
+        "disturbed": False,
+        "peak_rss_mb": 1000.0,
+    }
     return {**base, **more}
 
 

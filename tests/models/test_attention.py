@@ -81,13 +81,20 @@ def test_equals_reference(path: str, window: int | None, softcap: float | None) 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 16), (3, 1, 64), (4, 4, 80), (2, 1, 256), (6, 2, 8)])
 def test_head_shapes(path: str, heads: int, kv_heads: int, width: int) -> None:
     """Head widths that are no multiple of the vector width, and every kind of head sharing."""
-    compare({"heads": heads, "kv_heads": kv_heads, "width": width, "rows": 1}, torch.tensor(SEGMENTS[:1], dtype=torch.int32), None, None)
+    compare(
+        {"heads": heads, "kv_heads": kv_heads, "width": width, "rows": 1},
+        torch.tensor(SEGMENTS[:1], dtype=torch.int32),
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_rows(path: str, window: int | None) -> None:
     """Rows longer than one unit of work of the kernel, with and without a window that starts in an earlier unit."""
-    compare({"heads": 2, "kv_heads": 1, "width": 16, "rows": 1, "length": 1100}, torch.ones(1, 1100, dtype=torch.int32), window, None)
+    compare(
+        {"heads": 2, "kv_heads": 1, "width": 16, "rows": 1, "length": 1100}, torch.ones(1, 1100, dtype=torch.int32), window, None
+    )
 
 
 def test_many_lengths(path: str) -> None:
@@ -97,7 +104,7 @@ def test_many_lengths(path: str) -> None:
 
 
 def test_other_segments_change_nothing(path: str) -> None:
-    """A packing leak: other tokens in another segment or later in the own one must not change one bit, nor may gradients cross."""
+    """A packing leak: other tokens in another segment must not change one bit, nor may gradients cross."""
     segments = torch.tensor(SEGMENTS, dtype=torch.int32)
     q, k, v = tensors()
     where = layout(segments)

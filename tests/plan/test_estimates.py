@@ -23,7 +23,11 @@ def test_memory_terms() -> None:
     assert two.terms["head"] == one.terms["head"], "the head's chunk does not grow with the batch"
     assert one.terms["weights"] == one.terms["gradients"] == 4 * 5_771_264
     assert estimate(shape, 8, 512, "adamw").terms["optimizer"] == 8 * 5_771_264
-    assert estimate(shape, 16, 512, checkpointing="layer").total < 0.6 * two.total
+    assert estimate(shape, 16, 512, checkpointing="layer").total < 0.7 * two.total
+    once = estimate(shape, 16, 512, accumulate=False)
+    assert once.terms["gradients"] == 0 and two.terms["gradients"] > 0, "gradients grow while activations are freed"
+    large = derive("350m", 4096).architecture
+    assert estimate(large, 1, 8, "muon").terms["update"] > 0 == two.terms["update"], "Muon's temporaries matter for tiny batches"
     assert estimate(shape, 16, 512, kernels=False).total > two.total
     assert two.low < two.total < two.high and "activations" in two.explain()
 
@@ -54,8 +58,8 @@ base = peak_rss()
 model = build(DecoderConfig.from_hf(shape), seed=0)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 for _ in range(2):
-    batch = Batch.of(torch.randint(2048, (8, 512)).tolist())
-    (objective("next_token")({"policy": model}, batch)["loss"].sum / 4096).backward()
+    batch = Batch.of(torch.randint(2048, (4, 256)).tolist())
+    (objective("next_token")({"policy": model}, batch)["loss"].sum / 1024).backward()
     optimizer.step()
 print(base, peak_rss())
 """
@@ -65,8 +69,9 @@ def test_memory_against_a_real_step() -> None:
     """Guards against an estimate that is off by half: two steps of a 3M model on plain torch, in a process of their own."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     base, peak = (int(x) for x in done.stdout.split())
-    found = compare(estimate(derive("3m", 2048).architecture, 8, 512, "adamw", kernels=False), base, peak)
-    assert 0.6 < found.ratio < 1.5, f"measured {found.measured / 1e6:.0f} MB: {found.predicted.explain()}"
+    found = compare(estimate(derive("3m", 2048).architecture, 4, 256, "adamw", kernels=False, accumulate=False), base, peak)
+    print(found)
+    assert 0.5 < found.ratio < 1.5, f"measured {found.measured / 1e6:.0f} MB: {found.predicted.explain()}"
 
 
 def test_time_is_a_range() -> None:

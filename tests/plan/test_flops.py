@@ -21,7 +21,7 @@ SMALL = {
 
 
 def test_bench_model_by_hand() -> None:
-    """Guards the number that MFU is made of, written out: 39.3 MFLOP a token for the benchmarks' model (common.flops_per_token)."""
+    """Guards the number that MFU is made of, written out: 39.3 MFLOP a token for the benchmarks' model."""
     matrices = 6 * (256 * 64 * (2 * 4 + 2 * 2) + 3 * 256 * 768) + 256 * 4096
     attention = 12 * 6 * 4 * 64 * 512 * 0.5
     assert train_flops_per_token(BENCH, 512) == 6 * matrices + attention == 39_321_600

@@ -96,6 +96,7 @@ def build(
         path = _known_part(section, first)
         key = ".".join(path)
         tried = [prefix + ".".join(path[:n]) for n in range(len(path), 0, -1)]
+        tried += [prefix.rstrip(".")] if first["type"] == "missing" else []
         where: dict[str, Any] = {"file": file, "line": next((lines[k] for k in tried if k in lines), None) if lines else None}
         where["field"] = prefix + key
         if first["type"] == "extra_forbidden":

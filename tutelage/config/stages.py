@@ -107,4 +107,7 @@ class Report(Section):
     """One self-contained HTML page about a run and everything it came from."""
 
     run: str = artifact("the run to report on", kind="run")
-    scores: str | None = artifact("an evaluation of it", kind="scores", default=None)
+    scores: str | None = artifact("an evaluation of it; without one the nearest is looked for", kind="scores", default=None)
+    base_scores: str | None = artifact(
+        "an evaluation of the model it came from, for what `scores` has not", kind="scores", default=None
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from tutelage.evaluate.report_data import Node, Story
 from tutelage.files import whole_file
 
 
-def write_report(run: Path, out: Path, scores: Path | None = None) -> None:
-    """Writes the page of a run directory to the file `out`. `scores`: folder of the evaluation to show (found by lineage).
+def write_report(run: Path, out: Path, scores: Sequence[Path] = ()) -> None:
+    """Writes the page of a run directory to the file `out`. `scores`: folders of evaluations to show (else found by lineage).
 
     Raises `ArtifactError` if `run` is no run directory. Whatever else is missing is left out, and the page says why.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,22 +73,31 @@ class Story:
         return [n for n in self.chain if any("loss" in row for row in n.metrics)]
 
 
-def read_story(run: Path, scores: Path | None = None) -> Story:
-    """The story of a run directory. `scores` is the folder of an evaluation (scores.json); without it the newest finished one in
-    the chain, or beside the run, whose parents lie in the chain. Raises `ArtifactError` where there is no run.json."""
+def read_story(run: Path, scores: Sequence[Path] = ()) -> Story:
+    """The story of a run directory. `scores` are folders of evaluations (scores.json), each section from the first that has it;
+    without any the newest finished one in the chain, or beside the run, whose parents lie in the chain. Raises `ArtifactError`
+    where there is no run.json."""
     if not (run / "run.json").exists():
         raise ArtifactError("not a run directory: it has no run.json", file=run, fix="give a folder that `tutelage runs` lists")
     left_out: list[tuple[str, str]] = []
     chain: list[Node] = []
     _walk(run.resolve(), chain, set(), left_out)
     story = Story(chain[-1], chain, left_out=left_out)
-    folder = scores or _find_scores(story)
-    if folder is None:
+    found = _find_scores(story)
+    folders = list(scores) or ([found] if found else [])
+    if not folders:
         left_out.append(("Scores", "no finished evaluation of this run was found: `tutelage evaluate` makes one"))
-        return story
-    story.scores = _optional_json(folder / "scores.json", "Scores", left_out)
-    story.gallery = _optional_json(folder / "gallery.json", "What it says", left_out)
+    for folder in folders:
+        story.scores = _joined(story.scores, _optional_json(folder / "scores.json", "Scores", left_out))
+        story.gallery = _joined(story.gallery, _optional_json(folder / "gallery.json", "What it says", left_out))
     return story
+
+
+def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Two evaluations as one: what the first lacks or has empty comes from the second."""
+    if first is None or second is None:
+        return first or second
+    return {**second, **{k: v for k, v in first.items() if v}}
 
 
 def _walk(path: Path, chain: list[Node], seen: set[Path], left_out: list[tuple[str, str]]) -> None:

@@ -193,7 +193,7 @@ def _attend_masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, 
 def _attend_cached_torch(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    sequences, new = q.shape[:2]
+    new = q.shape[1]
     if q.device.type == "cpu":
         most = max(int(lengths.max()), 1)
         k, v = k[:, :most], v[:, :most]

@@ -6,10 +6,12 @@ widths of all query and key heads, I feed-forward width):
     with our kernels    4H (input and output of both norms) + 2 (Q + K) (before and after norm and rotation) + K (values)
                         + Q (attention's output) + heads (its row sums) + 3I (gate and up, and their product)
     plain torch         the same, and 4H more for the norms, 4 (Q + K) for norm and rotation, 2I for the activation
-    checkpointing       H (a layer's input), and one layer's activations at a time
+    checkpointing       H (a layer's input), and while a layer is computed again twice what it keeps (measured)
 
-Weights that are concatenated for one product are kept until the backward pass. No logits of a whole batch are held: the head
-works in chunks of 16 MiB. What the allocator and the threads add is not known beforehand, so there is a range.
+Gradients count in full only where batches accumulate: in a single pass they grow while activations are freed. The optimizer's
+temporaries count only where they pass what the backward pass needed. Weights that are concatenated for one product are kept
+until the backward pass. No logits of a whole batch are held: the head works in chunks of 16 MiB. What the allocator and the
+threads add is not known beforehand, so there is a range.
 """
 
 from __future__ import annotations
@@ -72,39 +74,44 @@ def estimate(
     dtype: str = "float32",
     checkpointing: str = "none",
     kernels: bool = True,
+    accumulate: bool = True,
 ) -> Memory:
     """Memory of training the model of a config.json with `micro_rows` rows of `row_length` tokens in a forward pass.
 
-    Weights, gradients and optimizer state are float32 whatever `dtype` the products have.
+    `accumulate`: a step has more than one forward pass. Weights, gradients and optimizer state are float32 whatever `dtype` the
+    products have.
     """
     s = Shape.of(config)
     counts, tokens, size = count(s), micro_rows * row_length, BYTES[dtype]
+    again = 2 if checkpointing == "layer" else 1
     layer = layer_values_per_token(s, kernels) * tokens * size
-    fused = s.layers * layer_matrices(s) * size
-    o_and_down = s.layers * (s.heads * s.head_dim * s.hidden + s.intermediate * s.hidden) * size
-    recomputed = checkpointing == "layer"
-    return Memory(
-        {
-            "weights": 4 * counts.total,
-            "gradients": 4 * counts.total,
-            "optimizer": _optimizer_bytes(s, optimizer),
-            "fused weights": (fused - o_and_down) // (s.layers if recomputed else 1),
-            "activations": s.layers * s.hidden * tokens * size + layer if recomputed else s.layers * layer,
-            "ends": 4 * s.hidden * tokens * size,  # embedding, last norm, hidden states and their gradient
-            "backward": (3 * s.intermediate + 2 * s.hidden) * tokens * size,  # gradients inside one layer
-            "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.vocab * s.hidden,
-            "workspace": WORKSPACE,
-        }
-    )
+    activations = s.layers * s.hidden * tokens * size + again * layer if again == 2 else s.layers * layer
+    inputs = s.heads * s.head_dim * s.hidden + s.intermediate * s.hidden  # of o_proj and down_proj, which are not fused
+    gradients = 4 * counts.total
+    state, temporaries = _optimizer_bytes(s, optimizer)
+    terms = {
+        "weights": 4 * counts.total,
+        "gradients": gradients if accumulate else max(0, gradients - activations),
+        "optimizer": state,
+        "fused weights": (1 if again == 2 else s.layers) * (layer_matrices(s) - inputs) * size,
+        "activations": activations,
+        "ends": 4 * s.hidden * tokens * size,  # embedding, last norm, hidden states and their gradient
+        "backward": again * (3 * s.intermediate + 2 * s.hidden) * tokens * size,  # gradients inside one layer
+        "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.vocab * s.hidden,
+        "workspace": WORKSPACE,
+    }
+    at_update = terms["weights"] + gradients + state + temporaries + WORKSPACE
+    terms["update"] = max(0, at_update - sum(terms.values()))
+    return Memory(terms)
 
 
-def _optimizer_bytes(s: Shape, optimizer: str) -> int:
-    """State, and for Muon the temporaries of its largest group of equal shapes (five matrices a parameter)."""
+def _optimizer_bytes(s: Shape, optimizer: str) -> tuple[int, int]:
+    """State and temporaries: Muon works on all matrices of one shape at once and holds five copies of them."""
     counts = count(s)
     if optimizer == "adamw":
-        return 8 * counts.total
+        return 8 * counts.total, 0
     largest = s.layers * s.hidden * s.intermediate * (2 if s.traits.gated else 1)
-    return 4 * counts.matrices + 8 * (counts.total - counts.matrices) + 4 * 5 * largest
+    return 4 * counts.matrices + 8 * (counts.total - counts.matrices), 4 * 5 * largest
 
 
 def largest_micro_rows(config: Mapping[str, Any], row_length: int, available_bytes: int, most: int = 1024, **options: Any) -> int:

@@ -32,8 +32,6 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         estimate="tutelage.stages.derived:estimate",
     ),
-    "evaluate": Kind(
-        "Evaluate", "tutelage.stages.evaluate", "measure a model on held-out text and questions", makes="scores"
-    ),
+    "evaluate": Kind("Evaluate", "tutelage.stages.evaluate", "measure a model on held-out text and questions", makes="scores"),
     "report": Kind("Report", "tutelage.stages.report", "one HTML page about a run and all it came from", makes="report"),
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage import log
+from tutelage.config.stages import Pretrain
 from tutelage.config.train import Train
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
@@ -28,6 +30,17 @@ def _given(value: object) -> Any:
     return None if value == "derived" else value
 
 
+def check_start(config: Train) -> None:
+    """Raises `ConfigError` unless a pretraining has exactly one of `tokenizer` and `model`."""
+    if isinstance(config, Pretrain) and (config.model is None) == (config.tokenizer is None):
+        raise ConfigError(
+            "`tokenizer` and `model` exclude each other" if config.model else "`tokenizer` or `model` is required",
+            field="tokenizer",
+            expected="a tokenizer folder to train from scratch, or a model folder to go on from, not both",
+            fix="a tokenizer comes from `tutelage tokenizer --data RECORDS`, or from any Hugging Face folder",
+        )
+
+
 def derive_all(
     config: Train, vocabulary: int, corpus_tokens: int | None, start: Path | None, begun: Mapping[str, Any] | None = None
 ) -> Derived:
@@ -43,16 +56,21 @@ def derive_all(
     }
     epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
     size, architecture = getattr(config, "size", "3m"), dict(getattr(config, "architecture", {}))
+    because: dict[str, str] = {}
     if start is not None or begun is not None:
         raw = dict(begun) if begun is not None else read_json(start / "config.json")  # type: ignore[operator]
         architecture = raw
         parameters = count_config(raw).total
         size = str(parameters)
         rate = round(FINE_TUNE_RATE * math.sqrt(FINE_TUNE_AT / parameters), 8)
-        for key in ("lr", "matrix_lr", "embedding_lr"):
-            given[key] = given[key] or rate
-        given["sequence_length"] = given["sequence_length"] or min(raw.get("max_position_embeddings", 2048), 2048)
-    return derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
+        reason = f"{FINE_TUNE_RATE:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5: a trained model moves in small steps"
+        because = {key: reason for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None}
+        if given["sequence_length"] is None:
+            because["sequence_length"] = "the checkpoint's context, at most 2048"
+            given["sequence_length"] = min(raw.get("max_position_embeddings", 2048), 2048)
+        given.update({key: rate for key in because if key != "sequence_length"})
+    found = derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
+    return replace(found, because={**found.because, **because}, given=found.given - because.keys())
 
 
 def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Path | None) -> tuple[Numbers, dict[str, Any]]:
@@ -105,6 +123,7 @@ def _expected(planned: Planned) -> Derived:
     """The derivation of a stage whose inputs may still have to be made, from the settings of the stages that make them."""
     config, waits = planned.config, planned.waits_for
     assert isinstance(config, Train)
+    check_start(config)
     if "model" in planned.inputs:
         start = planned.inputs["model"].path
         return derive_all(config, int(read_json(start / "config.json")["vocab_size"]), None, start)

@@ -21,6 +21,11 @@ from tutelage.tokenizer.load import TokenizerFolder
 
 def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
     subject = make_subject(config, run)
+    if config.questions and subject.prompt is None:
+        raise ArtifactError(
+            "the model has no chat template, so it cannot be asked", file=run.input("model"), expected="chat_template.jinja",
+            fix="fine-tune it with `tutelage sft --template`, or leave out `questions`",
+        )  # fmt: skip
     with whole_folder(run.folder("scores")) as out:
         result = evaluate(
             subject,
@@ -37,8 +42,10 @@ def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
         )
     facts: dict[str, Any] = {}
     if "documents" in result:
-        facts["bits_per_byte"] = result["documents"]["model"]["bits_per_byte"]["value"]
+        facts["bits_per_byte"] = result["documents"]["rows"][0]["bits_per_byte"]["value"]
         facts["verdict"] = result["documents"]["verdict"]["text"]
+    if "questions" in result:
+        facts["correct"] = {row["task"]: row["correct"]["value"] for row in result["questions"]["tasks"]}
     return facts
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.stages import Pretrain
-from tutelage.errors import ConfigError
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.load import load
@@ -17,10 +16,7 @@ from tutelage.tokenizer.load import TokenizerFolder
 
 
 def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
-    if (config.model is None) == (config.tokenizer is None):
-        raise ConfigError(
-            "give `tokenizer` (to train from scratch) or `model` (to go on from a checkpoint), not both", field="tokenizer"
-        )
+    derived.check_start(config)
     tokenizer = run.input("tokenizer" if config.model is None else "model")
     words = TokenizerFolder.open(tokenizer)
     device = training.choose_device(config)

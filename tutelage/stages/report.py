@@ -12,5 +12,5 @@ from tutelage.rundir import RunDir
 
 def run(config: Report, run: RunDir) -> dict[str, Any]:
     with whole_folder(run.folder("report")) as out:
-        write_report(run.input("run"), out / "report.html", run.input("scores") if config.scores else None)
+        write_report(run.input("run"), out / "report.html", [run.input(k) for k in ("scores", "base_scores") if k in run.inputs])
         return {"bytes": (out / "report.html").stat().st_size}

@@ -16,6 +16,7 @@ from tutelage import log
 from tutelage.config.base import identity_of
 from tutelage.config.train import Train
 from tutelage.data.loader import StaticSource, eval_batches
+from tutelage.data.render import check_supervision
 from tutelage.data.tokens import Segments
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
@@ -24,7 +25,10 @@ from tutelage.models.export import save as save_model
 from tutelage.objectives import objective
 from tutelage.plan.energy import energy
 from tutelage.plan.flops import train_flops_per_token
+from tutelage.plan.machine import Machine
 from tutelage.plan.machine import measure as measure_machine
+from tutelage.plan.memory import estimate as memory
+from tutelage.plan.time import explain
 from tutelage.rundir import RunDir
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
@@ -54,6 +58,9 @@ def choose_device(config: Any) -> torch.device:
         raise ConfigError(
             "no CUDA device here", field="device", found=name, fix="use device=cpu, or install a CUDA build of torch"
         )
+    if name == "cuda" and distributed.world() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(name)
     if name == "cpu":
         reason = kernels.why_not()
         log.say(f"CPU, {torch.get_num_threads()} threads, {'own kernels' if not reason else f'plain torch ({reason})'}")
@@ -65,13 +72,10 @@ def compile_model(model: torch.nn.Module, config: Train, device: torch.device) -
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
         log.say("torch.compile: on; the first steps are slow while it compiles")
+    elif device.type == "cpu" and config.compile == "auto" and kernels.available():
+        log.say("torch.compile: off on this CPU, our kernels are faster and need no compile")
     elif device.type == "cpu" and config.compile == "auto":
-        why = (
-            "our kernels are faster and need no compile"
-            if kernels.available()
-            else f"it needs the C++ compiler that is missing ({kernels.why_not()})"
-        )
-        log.say(f"torch.compile: off on this CPU, {why}")
+        log.say(f"torch.compile: off on this CPU, no own kernels either ({kernels.why_not()})")
 
 
 def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int) -> tuple[Segments, Segments]:
@@ -92,6 +96,9 @@ def train_model(
     device: torch.device,
 ) -> dict[str, Any]:
     """Trains `model` in the run's folder, writes `model/`, returns the facts of the run."""
+    totals = segments[0].totals
+    if segments[0].kind == "chat":  # a segment's first token is never a target
+        check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")
     words = TokenizerFolder.open(tokenizer)
     check_vocabulary(model.config, words.vocab_size, tokenizer)
     model.to(device).train()
@@ -116,6 +123,7 @@ def train_model(
     parts = {"policy": model}
     shape = model.config.to_hf()
     machine = measure_machine()
+    say_plan(config, numbers, shape, machine, device)
     job = Job(
         recipe=Recipe(
             parts, objective("next_token"), clip=config.optimizer.clip, dtype=getattr(torch, config.dtype), device=device
@@ -199,12 +207,33 @@ def samples(model: Any, words: TokenizerFolder, prompts: list[list[int]], limit:
     """What the model says now, greedily."""
     from tutelage.engine import Engine, Sampling
 
+    answer = min(40, limit // 2)
     model.eval()
     engine = Engine(model, slots=len(prompts), max_length=limit)
-    prompts = [p[-(limit - 48) :] for p in prompts]
-    done = engine.generate(prompts, Sampling(max_tokens=40, temperature=0.0, stop_ids=words.stop_ids))
+    prompts = [p[-(limit - answer) :] for p in prompts]
+    done = engine.generate(prompts, Sampling(max_tokens=answer, temperature=0.0, stop_ids=words.stop_ids))
     model.train()
     return [{"prompt": words.decode(p), "text": words.decode(c.ids)} for p, c in zip(prompts, done, strict=True)]
+
+
+def say_plan(config: Train, numbers: Numbers, shape: dict[str, Any], machine: Machine, device: torch.device) -> None:
+    """Time and memory, before the first step (promise 11)."""
+    flops = (
+        numbers.steps * numbers.rows_per_step * numbers.sequence_length * train_flops_per_token(shape, numbers.sequence_length)
+    )
+    log.say(f"time: {explain(flops, machine.peak_flops(device.type, config.dtype), device.type)}")
+    need = memory(
+        shape,
+        numbers.micro_rows,
+        numbers.sequence_length,
+        config.optimizer.name,
+        config.dtype,
+        config.checkpointing,
+        kernels.available(),
+    )
+    cards = machine.accelerators if device.type == "cuda" else ()
+    here = cards[0].memory_bytes if cards else machine.memory_bytes
+    log.say(f"memory: {need.explain()}; {here / 1e9:,.0f} GB here{'' if need.low <= here else ': IT WILL NOT FIT'}")
 
 
 def say_packing(report: dict[str, float]) -> None:
@@ -225,7 +254,7 @@ def facts(state: State, shape: dict[str, Any], cpu: str) -> dict[str, Any]:
         "flops": progress.flops,
         "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
         "mfu": round(progress.flops / max(progress.seconds, 1e-9) / state.job.peak_flops, 4) if state.job.peak_flops else None,
-        "loss": state.result.loss if state.result else None,
+        "loss": progress.loss,
         "stopped_early": state.stop,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "shape": shape,

@@ -26,6 +26,7 @@ class Progress:
     tokens: int = 0  # tokens processed, padding left out
     seconds: float = 0.0  # spent in steps, over all attempts
     flops: float = 0.0
+    loss: float | None = None  # of the last step
     source: dict[str, Any] = field(default_factory=dict)  # the batch source's state
     hooks: dict[str, Any] = field(default_factory=dict)  # the hooks' states
     identity: str = ""  # digest of what may not change between attempts
@@ -55,8 +56,11 @@ def _write_parts(out: Path, parts: dict[str, nn.Module]) -> None:
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint, if any."""
-    found = sorted(p for p in folder.glob("step_*") if (p / "progress.json").exists())
-    return found[-1] if found else None
+    return max((p for p in folder.glob("step_*") if (p / "progress.json").exists()), key=_step, default=None)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def load(path: Path, parts: dict[str, nn.Module], optimizers: Optimizers) -> Progress:
@@ -86,8 +90,8 @@ def load_weights(path: Path, part: nn.Module) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for old in sorted(folder.glob("step_*"))[:-keep]:
+    """Removes all but the newest `keep` checkpoints, and what a killed process left of one."""
+    for old in [*sorted(folder.glob("step_*"), key=_step)[:-keep], *folder.glob(".step_*")]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ def world() -> int:
 def start(device: str) -> None:
     """Joins the group that `torchrun` describes in the environment, if there is one and it is not joined yet."""
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")  # sums of numbers stay on the CPU
 
 
 def stop() -> None:
@@ -26,19 +26,21 @@ def stop() -> None:
 
 
 def sum_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Adds gradients over ranks in place, in one flat buffer per dtype."""
+    """Adds gradients over ranks in place, in one flat buffer. A parameter without a gradient on any rank keeps none: weight
+    decay must not move what no loss reaches."""
     if world() == 1:
         return
     chosen = [p for p in params if p.requires_grad]
-    for p in chosen:
-        if p.grad is None:  # a rank whose rows touched no such parameter
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in chosen if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in grads])
+    if not chosen:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen]
+    touched = grads[0].new_tensor([0.0 if p.grad is None else 1.0 for p in chosen])
+    flat = torch.cat([*(g.reshape(-1) for g in grads), touched])
     dist.all_reduce(flat)
     at = 0
-    for g in grads:
-        g.copy_(flat[at : at + g.numel()].view_as(g))
+    for p, g, ranks in zip(chosen, grads, flat[-len(chosen) :].tolist(), strict=True):
+        if ranks:
+            p.grad = g.copy_(flat[at : at + g.numel()].view_as(g))
         at += g.numel()
 
 
@@ -50,6 +52,11 @@ def sum_values(values: dict[str, float]) -> dict[str, float]:
     tensor = torch.tensor([values[n] for n in names], dtype=torch.float64)
     dist.all_reduce(tensor)
     return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def any_rank(**flags: bool) -> dict[str, bool]:
+    """Each flag: whether any rank has it set. Ranks must decide together, or one waits for another that has gone on."""
+    return {name: total > 0 for name, total in sum_values({n: float(f) for n, f in flags.items()}).items()}
 
 
 def barrier() -> None:

@@ -5,60 +5,82 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
 
+from tutelage import log
 from tutelage.errors import TrainingStopped
-from tutelage.files import whole_folder, write_json
+from tutelage.files import read_json, whole_folder, write_json
+from tutelage.train import distributed
 from tutelage.train.step import Recipe, StepResult
 
 if TYPE_CHECKING:
     from tutelage.data.loader import GlobalBatch
     from tutelage.models.interface import Batch
 
+TENSORS = ("ids", "segments", "positions", "targets", "weights")
+
 
 def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step: int, folder: Path) -> NoReturn:
-    """Saves the offending micro-batch under `failure/step_N/` and raises `TrainingStopped` naming its records."""
-    index = result.bad_micro if result.bad_micro is not None else 0
-    micro = batch.micro[index]
-    rows = _bad_rows(recipe, micro)
-    names = [list(micro.rows[r]) for r in rows] if micro.rows is not None else []
+    """Saves the offending micro-batch under `failure/step_N/` (`rank_R` inside it where there are several ranks) and raises
+    `TrainingStopped` naming its records. Every rank names the records of all."""
+    for part in recipe.parts.values():
+        part.zero_grad(set_to_none=True)
     target = folder / "failure" / f"step_{step:06d}"
-    with whole_folder(target) as out:
-        tensors = {k: getattr(micro, k) for k in ("ids", "segments", "positions", "targets", "weights")}
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, out / "batch.safetensors")
-        facts = {
-            "step": step,
-            "micro_batch": index,
-            "rows": rows,
-            "records": names,
-            "loss": str(result.loss),
-            "grad_norm": str(result.grad_norm),
-        }
-        write_json(out / "failure.json", facts)
-    what = "loss" if not math.isfinite(result.loss) else "gradient"
+    several = distributed.world() > 1
+    index, rows = _culprits(recipe, batch, loss=not math.isfinite(result.loss))
+    known = distributed.any_rank(rows=bool(rows))["rows"]
+    if rows or (not known and log.rank() == 0):
+        _save(target / f"rank_{log.rank()}" if several else target, batch.micro[index], index, rows, result, step)
+    distributed.barrier()
+    facts = [read_json(f) for f in sorted(target.glob("rank_*/failure.json" if several else "failure.json"))]
+    names = [name for row in facts for record in row["records"] for name in record]
+    what = "gradient" if math.isfinite(result.loss) else "loss"
+    where = f"rows {[r for row in facts for r in row['rows']]}, records {names[:8]}" if known else "no row alone makes it so"
     raise TrainingStopped(
         f"the {what} of step {step} is not finite; nothing was updated",
         file=target,
-        found=f"loss {result.loss}, gradient norm {result.grad_norm}; rows {rows}, records {[n for row in names for n in row][:8]}",
+        found=f"loss {result.loss}, gradient norm {result.grad_norm}; {where}",
         fix="look at these records; if they are sound, lower the learning rate or warm up longer; the last checkpoint is intact",
     )
 
 
-@torch.no_grad()
-def _bad_rows(recipe: Recipe, micro: Batch) -> list[int]:
-    """Rows whose own loss is not finite; all rows when only the gradient is not."""
-    bad = []
-    for r in range(len(micro.ids)):
-        row = _one_row(micro, r).to(recipe.device)
+def _save(target: Path, micro: Batch, index: int, rows: list[int], result: StepResult, step: int) -> None:
+    facts: dict[str, Any] = {
+        "step": step,
+        "micro_batch": index,
+        "rows": rows,
+        "records": [list(micro.rows[r]) for r in rows] if micro.rows is not None else [],
+        "loss": str(result.loss),
+        "grad_norm": str(result.grad_norm),
+    }
+    with whole_folder(target) as out:
+        save_file({k: getattr(micro, k).contiguous().cpu() for k in TENSORS}, out / "batch.safetensors")
+        write_json(out / "failure.json", facts)
+
+
+def _culprits(recipe: Recipe, batch: GlobalBatch, loss: bool) -> tuple[int, list[int]]:
+    """The first micro-batch of this rank with rows that are not finite by themselves, and these rows: by their loss, or
+    (a second pass, slow, but it happens once a run) by their gradient."""
+    for index, micro in enumerate(batch.micro):
+        rows = [r for r in range(len(micro.ids)) if not _is_finite(recipe, _one_row(micro, r).to(recipe.device), loss)]
+        if rows:
+            return index, rows
+    return 0, []
+
+
+def _is_finite(recipe: Recipe, row: Batch, loss: bool) -> bool:
+    with torch.set_grad_enabled(not loss), recipe.autocast():
         terms = recipe.objective(recipe.parts, row)
-        if not all(math.isfinite(t.sum.item()) for t in terms.values()):
-            bad.append(r)
-    return bad or list(range(len(micro.ids)))
+    if loss:
+        return all(math.isfinite(t.sum.item()) for t in terms.values())
+    params = [p for part in recipe.parts.values() for p in part.parameters() if p.requires_grad]
+    total = torch.stack([t.sum for t in terms.values()]).sum()
+    found = torch.autograd.grad(total, params, allow_unused=True)
+    return all(bool(g.isfinite().all()) for g in found if g is not None)
 
 
 def _one_row(batch: Batch, row: int) -> Batch:
-    names = ("ids", "segments", "positions", "targets", "weights")
-    return replace(batch, **{n: getattr(batch, n)[row : row + 1] for n in names}, rows=None)
+    return replace(batch, **{n: getattr(batch, n)[row : row + 1] for n in TENSORS}, rows=None)

@@ -25,6 +25,7 @@ class Quiet:
     def start(self, state: State) -> None: ...
     def after_step(self, state: State) -> None: ...
     def finish(self, state: State) -> None: ...
+    def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -106,10 +107,12 @@ class Display(Quiet):
         return f"{text}  {duration(left)} left"
 
     def finish(self, state: State) -> None:
-        if self.bar is not None:
-            self.bar.stop()
         if state.stop:
             log.say(f"stopped early: {state.stop}")
+
+    def close(self) -> None:
+        if self.bar is not None:  # else the terminal stays without its cursor
+            self.bar.stop()
 
 
 def duration(seconds: float) -> str:
@@ -147,6 +150,13 @@ class Validate(Quiet):
         extra = f"  {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
         log.say(f"step {self.at}  validation loss {self.latest:.4f}{extra}")
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": self.latest, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.latest, self.at = state["latest"], state["at"]
+
 
 class EarlyStop(Quiet):
     """Ends the run after `patience` validations without a better loss, and goes back to the best weights."""
@@ -154,6 +164,9 @@ class EarlyStop(Quiet):
     def __init__(self, validate: Validate, patience: int, folder: Path) -> None:
         self.validate, self.patience, self.folder = validate, patience, folder
         self.best, self.bad, self.at = math.inf, 0, -1
+
+    def start(self, state: State) -> None:
+        self._stop_if_due(state)  # a run that was killed after it had stopped does not go on
 
     def after_step(self, state: State) -> None:
         if self.validate.at != state.progress.step or self.validate.latest is None:
@@ -164,6 +177,9 @@ class EarlyStop(Quiet):
                 save_parts(self.folder, state.job.recipe.parts)
             return
         self.bad += 1
+        self._stop_if_due(state)
+
+    def _stop_if_due(self, state: State) -> None:
         if self.bad >= self.patience:
             state.stop = f"no better validation loss in {self.bad} validations (best {self.best:.4f} at step {self.at})"
 
@@ -221,6 +237,6 @@ class TensorBoard(Quiet):
         if self.validate is not None and self.validate.at == state.progress.step and self.validate.latest is not None:
             self.writer.add_scalar("validation/loss", self.validate.latest, state.progress.step)
 
-    def finish(self, state: State) -> None:
+    def close(self) -> None:
         if self.writer is not None:
             self.writer.close()

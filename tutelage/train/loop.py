@@ -43,7 +43,8 @@ class Hook(Protocol):
 
     def start(self, state: State) -> None: ...
     def after_step(self, state: State) -> None: ...
-    def finish(self, state: State) -> None: ...
+    def finish(self, state: State) -> None: ...  # the run came to its end
+    def close(self) -> None: ...  # always called last, after an error too
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -93,25 +94,39 @@ def train(job: Job) -> State:
     found = checkpoint.latest(checkpoints)
     if found is not None:
         resume(state, found)
-    for hook in job.hooks.values():
-        hook.start(state)
-    if found is None:
-        dry_run(job)
-    watch = UpdateWatch(job.recipe.parts)
+    elif log.rank() == 0:
+        job.metrics.truncate_after(-1)  # of an attempt that was killed before its first checkpoint
+    try:
+        if found is None:
+            dry_run(job)  # before the hooks: a first validation takes longer
+        for hook in job.hooks.values():
+            hook.start(state)
+        steps(state)
+        for hook in job.hooks.values():
+            hook.finish(state)
+    finally:
+        for hook in job.hooks.values():
+            hook.close()
+    return state
+
+
+def steps(state: State) -> None:
+    """Steps, hooks and checkpoints up to the last step."""
+    job = state.job
+    watch = UpdateWatch(job.recipe.parts, within=min(5, job.steps - state.progress.step))
     saved_at = time.monotonic()
     with Interrupt() as interrupt:
         while not state.last:
             one_step(state, watch)
             for hook in job.hooks.values():
                 hook.after_step(state)
-            if interrupt.asked or state.last or due(job, state.progress.step, saved_at):
+            asked = distributed.any_rank(stop=interrupt.asked, save=due(job, state.progress.step, saved_at))
+            if asked["stop"] or asked["save"] or state.last:
                 save(state)
                 saved_at = time.monotonic()
-            if interrupt.asked and not state.last:
+            if asked["stop"] and not state.last:
                 raise KeyboardInterrupt
-    for hook in job.hooks.values():
-        hook.finish(state)
-    return state
+    watch.check_frozen()
 
 
 def one_step(state: State, watch: UpdateWatch) -> None:
@@ -128,6 +143,7 @@ def one_step(state: State, watch: UpdateWatch) -> None:
     state.result, state.step_tokens = result, tokens
     state.step_seconds = time.monotonic() - started
     progress.step += 1
+    progress.loss = result.loss
     progress.tokens += tokens
     progress.seconds += state.step_seconds
     progress.flops += job.flops_per_token * tokens
@@ -138,10 +154,12 @@ def dry_run(job: Job) -> None:
     """Runs the largest batch forward and backward before step 1, so that a run that does not fit fails in its first second."""
     try:
         gradients(job.recipe, job.source.largest())
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
         raise TrainingStopped(
             "the largest batch does not fit in memory",
-            found=str(error).splitlines()[0],
+            found=(str(error) or type(error).__name__).splitlines()[0],
             fix="lower micro_rows (the global batch stays the same) or set checkpointing=layer",
         ) from error
     finally:
@@ -162,7 +180,8 @@ def resume(state: State, found: Path) -> None:
     job.source.load_state_dict(progress.source)
     for name, hook in job.hooks.items():
         hook.load_state_dict(progress.hooks.get(name, {}))
-    job.metrics.truncate_after(progress.step)
+    if log.rank() == 0:  # one file for all ranks
+        job.metrics.truncate_after(progress.step)
     state.progress = progress
     log.say(f"resuming after step {progress.step} of {job.steps}")
 
@@ -170,7 +189,7 @@ def resume(state: State, found: Path) -> None:
 def due(job: Job, step: int, saved_at: float) -> bool:
     if job.checkpoint_every:
         return step % job.checkpoint_every == 0
-    return distributed.world() == 1 and time.monotonic() - saved_at >= job.checkpoint_seconds
+    return time.monotonic() - saved_at >= job.checkpoint_seconds
 
 
 def save(state: State) -> None:

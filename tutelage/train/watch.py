@@ -7,6 +7,26 @@ from torch import nn
 
 from tutelage.errors import TrainingStopped
 
+CHUNK = 1 << 18  # values whose digest is made at a time: the temporaries stay in the cache, and small on a GPU
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def digest(x: torch.Tensor) -> int:
+    """64 bits of a tensor's bits and their places, made where the tensor is.
+
+    `torch.hash_tensor` is the exclusive or of all values: an even number of equal changes, as in AdamW's first step on weights
+    that are all 1, leaves it as it was.
+    """
+    flat, total = x.detach().reshape(-1).view(BITS[x.element_size()]), 0
+    for at in range(0, flat.numel(), CHUNK):
+        part = flat[at : at + CHUNK].long()
+        mixed = part + torch.arange(at + 1, at + 1 + part.numel(), device=x.device) * -0x61C8864680B583EB  # as in splitmix64
+        mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+        mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
+        total += int((mixed ^ (mixed >> 31)).sum())
+    return total
+
 
 class UpdateWatch:
     """Compares digests of all tensors before the first step with those some steps later."""
@@ -19,22 +39,27 @@ class UpdateWatch:
 
     def _digests(self) -> dict[str, tuple[bool, int]]:
         return {
-            f"{part}.{name}": (p.requires_grad, int(torch.hash_tensor(p.detach()).item()))
+            f"{part}.{name}": (p.requires_grad, digest(p))
             for part, module in self.parts.items()
             for name, p in module.named_parameters()
         }
 
-    def after_step(self) -> None:
-        """Call after each step whose learning rate was above zero. Raises `TrainingStopped` and names the tensors."""
-        if self.done:
-            return
-        self.steps += 1
+    def check_frozen(self) -> dict[str, tuple[bool, int]]:
+        """The digests of now. Raises `TrainingStopped` when a frozen tensor is not what it was."""
         now = self._digests()
         frozen = [n for n, (trainable, digest) in now.items() if not trainable and digest != self.before[n][1]]
         if frozen:
             raise TrainingStopped(
                 f"{len(frozen)} frozen tensors changed", found=", ".join(frozen[:5]), fix="report this as a bug"
             )
+        return now
+
+    def after_step(self) -> None:
+        """Call after each step whose learning rate was above zero. Raises `TrainingStopped` and names the tensors."""
+        if self.done:
+            return
+        self.steps += 1
+        now = self.check_frozen()
         self.pending = {n for n in self.pending if now[n][1] == self.before[n][1]}
         if not self.pending:
             self.done = True

@@ -1,0 +1,125 @@
+"""Sections, values and YAML: a wrong key or value is named with its place and its mending."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tutelage.config.base import assign, build, identity_of, load_yaml, parse_set, parse_value
+from tutelage.config.stages import Data, Pretrain
+from tutelage.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3), ("1e-3", 1e-3), ("-2.5E+4", -2.5e4), (".5", 0.5), ("0.1", 0.1), ("true", True), ("null", None), ("1_000", 1000),
+        ("off", "off"), ("on", "on"), ("no", "no"), ("3m", "3m"), ("007", "007"), ("2026-01-02", "2026-01-02"), ("12:30", "12:30"),
+        ("[a, 1]", ["a", 1]), ("{a: b}", {"a": "b"}), ("python-docs:", "python-docs:"), ("a: b", "a: b"), ("*.txt", "*.txt"),
+        ("#x", "#x"), ("", None), ("none", "none"), ("C:\\x", "C:\\x"), ("@home", "@home"),
+    ],
+)  # fmt: skip
+def test_values_mean_what_they_look_like(text: str, value: object) -> None:
+    """YAML 1.1 makes `compile=off` False, `12:30` 750, a folder named like a date a date and `1e-3` a text."""
+    assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_a_file_reads_values_as_the_command_line_does(tmp_path: Path) -> None:
+    """A recipe in which `compile: off` is False while `--compile off` is text."""
+    (tmp_path / "a.yaml").write_text("compile: off\nlr: 1e-3\nname: 12:30\nbase: &b {x: 1}\nmore: {<<: *b, y: 2}\n")
+    values, lines = load_yaml(tmp_path / "a.yaml")
+    assert values["compile"] == "off" and values["lr"] == 1e-3 and values["name"] == "12:30"
+    assert values["more"] == {"x": 1, "y": 2}
+    assert lines["lr"] == 2 and lines["base.x"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [("a: 1\nb: [", 2, "not valid YAML"), ("a: 1\na: 2", 2, "`a` appears twice"), ("- a", None, "a recipe is a mapping")],
+)
+def test_broken_yaml_is_placed(tmp_path: Path, text: str, line: int | None, message: str) -> None:
+    """A parser's traceback; and the silent loss of the first of two equal keys."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_yaml(tmp_path / "a.yaml")
+    assert (caught.value.file, caught.value.line) == (tmp_path / "a.yaml", line)
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    """`tutelage run model.safetensors` or a folder: an error of ours, not Python's."""
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    for path, message in ((tmp_path / "a.yaml", "not UTF-8"), (tmp_path, "cannot read it"), (tmp_path / "b", "no such file")):
+        with pytest.raises(ConfigError, match=message):
+            load_yaml(path)
+
+
+def test_unknown_keys_name_the_nearest() -> None:
+    """A misspelt key that is ignored, the dearest silent error of configuration."""
+    base = {"data": "d", "tokenizer": "t"}
+    for values, key, hint in (
+        ({"step": 3}, "step", "steps"),
+        ({"lr": 1e-3}, "lr", "optimizer.lr"),
+        ({"optimizer": {"lrr": 1e-3}}, "optimizer.lrr", "optimizer.lr"),
+        ({"schedule": {"warm_up": 1}}, "schedule.warm_up", "schedule.warmup"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build(Pretrain, {**base, **values})
+        assert caught.value.field == key and caught.value.fix == f"did you mean `{hint}`?"
+        assert str(caught.value.expected).startswith("one of: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "found", "says"),
+    [
+        ({"steps": 0}, "steps", 0, "greater than or equal to 1, or Input should be 'derived'"),
+        ({"steps": "many"}, "steps", "many", "valid integer"),
+        ({"optimizer": {"lr": -1}}, "optimizer.lr", -1, "greater than 0"),
+        ({"packing": "tight"}, "packing", "tight", "'best_fit' or 'none'"),
+        ({"architecture": 3}, "architecture", 3, "dictionary"),
+        ({"optimizer": 3}, "optimizer", 3, "Optimizer"),
+    ],
+)
+def test_wrong_values_say_what_was_expected(values: dict[str, object], key: str, found: object, says: str) -> None:
+    """Names of pydantic's inner types (`steps.constrained-int`) that no user can look up."""
+    with pytest.raises(ConfigError) as caught:
+        build(Pretrain, {"data": "d", "tokenizer": "t", **values}, file=Path("r.yaml"), lines={"s.steps": 7}, prefix="s.")
+    error = caught.value
+    assert error.field == "s." + key and error.found == found and says in error.message and error.expected
+    assert error.line == (7 if key == "steps" else None) and error.file == Path("r.yaml")
+
+
+def test_required_keys() -> None:
+    """A run that starts without its data and fails an hour later."""
+    with pytest.raises(ConfigError, match="`data` is required"):
+        build(Pretrain, {})
+    with pytest.raises(ConfigError, match="`sources`"):
+        build(Data, {"sources": []})
+
+
+def test_text_may_look_like_a_number_and_a_list_may_be_one_name() -> None:
+    """`--size 3000000` and `--set corpus.sources=docs/` refused for their type."""
+    assert build(Pretrain, {"data": 1, "tokenizer": "t", "size": 3000000}).size == "3000000"
+    assert build(Data, {"sources": "docs/"}).sources == ["docs/"]
+
+
+def test_sections_are_frozen_and_know_what_changes_a_result() -> None:
+    """A digest that forgets a nested setting, or that counts the number of threads."""
+    one = build(Pretrain, {"data": "d", "tokenizer": "t"})
+    with pytest.raises(ValueError):
+        one.seed = 3  # type: ignore[misc]
+    for other in ({"threads": 7}, {"micro_rows": 2}, {"checkpoint_every": 5}, {"compile": "off"}, {"tokenizer": "elsewhere"}):
+        assert identity_of(build(Pretrain, {"data": "d", "tokenizer": "t", **other})) == identity_of(one), other
+    for other in ({"seed": 1}, {"optimizer": {"beta2": 0.9}}, {"schedule": {"name": "wsd"}}, {"size": "4m"}, {"kernels": False}):
+        assert identity_of(build(Pretrain, {"data": "d", "tokenizer": "t", **other})) != identity_of(one), other
+
+
+def test_settings() -> None:
+    """`--set` that overwrites a whole section when it should change one key."""
+    values: dict[str, object] = {"optimizer": {"beta1": 0.8}, "size": "3m"}
+    assign(values, *parse_set("optimizer.lr = 1e-3"))
+    assign(values, *parse_set("schedule.name=wsd"))
+    assert values == {"optimizer": {"beta1": 0.8, "lr": 1e-3}, "size": "3m", "schedule": {"name": "wsd"}}
+    for wrong in ("optimizer.lr", "=3"):
+        with pytest.raises(ConfigError, match="key=value"):
+            parse_set(wrong)

@@ -1,0 +1,216 @@
+"""The command line: quick to answer, clear to read, and the same run as a recipe or a Python call."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import TRAIN, World, environment, inside, tutelage, world, write_sources  # noqa: F401 (a fixture)
+from tutelage import __version__, api
+from tutelage.cli import STAGE_HELP
+from tutelage.config.base import known_keys, subsection
+from tutelage.files import read_json
+from tutelage.rundir import RunDir
+from tutelage.stages import STAGES
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["sft", "--help"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    """A help page that takes seconds, since torch is imported to print it."""
+    code = (
+        f"import sys; sys.argv = ['tutelage', *{words!r}]\nfrom tutelage.cli import main\n"
+        "try: main()\nexcept SystemExit as left: assert not left.code\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'tokenizers', 'jinja2', 'fastapi'} & set(sys.modules)))\n"
+        "print('pydantic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    heavy, sections = done.stdout.splitlines()[-2:]
+    assert heavy == "[]" and (words != ["--help"] or sections == "False")
+
+
+def test_every_stage_is_a_command(capsys: Capture) -> None:
+    """A stage that recipes know and the command line does not."""
+    assert list(STAGE_HELP) == list(STAGES)
+    said = tutelage(capsys, "--help")
+    assert said.code == 0 and all(f" {name} " in said.out for name in STAGES)
+    assert tutelage(capsys, "--version").out == f"tutelage {__version__}\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_every_setting(stage: str, capsys: Capture) -> None:
+    """A setting that only the source knows; a default or a `[required]` eaten as markup; an option that takes a section."""
+    page = tutelage(capsys, stage, "--help", columns=200).out
+    section = STAGES[stage].config()
+    for key, field in section.model_fields.items():
+        if subsection(field) is not None:
+            assert f" --{key} " not in page
+            assert all(f"--set {inner}=" in page for inner in known_keys(section) if inner.startswith(f"{key}."))
+            continue
+        assert f" --{key} " in page and (field.description or "") in page, key
+        if (
+            field.default not in (None, "", [], {})
+            and isinstance(field.default, int | str)
+            and not isinstance(field.default, bool)
+        ):
+            assert f"default: {field.default})" in page
+    required = [f"--{k} " for k, f in section.model_fields.items() if f.is_required()]
+    assert page.index("Required") < min(page.index(r) for r in required)
+    if "Settings" in page:
+        assert max(page.index(r) for r in required) < page.index("Settings")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_narrow_terminals_show_every_option(stage: str, capsys: Capture) -> None:
+    """`--sequen…`: an option's name that nobody can type."""
+    page = tutelage(capsys, stage, "--help", columns=70).out
+    assert all(f"--{k}" in page for k, f in STAGES[stage].config().model_fields.items() if subsection(f) is None)
+
+
+def test_mistakes(capsys: Capture, tmp_path: Path) -> None:
+    """Tracebacks, silent misspellings, and errors without the name that was meant."""
+    (tmp_path / "a.txt").write_text("text")
+    cases = [
+        (["dat"], "Did you mean 'data'"),
+        (["data", "--source", "a.txt"], "--sources"),
+        (["data", "--sources", "a.txt", "--set", "dedupe=exact"], "did you mean `dedup`?"),
+        (["data", "--sources", "a.txt", "--set", "dedup"], "key=value"),
+        (["data", "--sources", "a.txt", "--min_chars", "few"], "`min_chars` has a value that does not fit"),
+        (["data"], "`sources` is required"),
+        (["pretrain", "--data", "x", "--set", "optimiser.lr=1"], "did you mean `optimizer`?"),
+        (["pretrain", "--data", "x", "--set", "lr=1"], "did you mean `optimizer.lr`?"),
+        (["tokenizer", "--data", "$corpus"], "`$corpus` is not a stage of this recipe"),
+        (["tokenizer", "--data", "nowhere"], "nowhere: no records there"),
+        (["tokenizer", "--data", "/nowhere/at/all"], "/nowhere/at/all: no records there"),
+        (["run", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["show", "nothing"], "nothing: no run there"),
+        (["chat", "nothing"], "nothing: no model there"),
+    ]
+    with inside(tmp_path):
+        for words, says in cases:
+            said = tutelage(capsys, *words)
+            assert said.code == 2 and says in said.err, (words, said.err)
+            assert "Traceback" not in said.err and not Path("runs").exists()
+
+
+def test_dashes_are_underscores(capsys: Capture, tmp_path: Path) -> None:
+    """`--vocab-size`, as every other tool spells it, refused."""
+    (tmp_path / "a.txt").write_text("text")
+    pages = []
+    with inside(tmp_path):
+        for option in ("--min_chars", "--min-chars"):
+            said = tutelage(capsys, "data", "--sources", "a.txt", option, "7", "--dry-run")
+            assert said.code == 0 and "min_chars: 7\n" in said.out
+            pages.append(said.out)
+    assert pages[0] == pages[1]
+
+
+def test_three_ways_one_run(world: World, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
+    """A command, a recipe and a Python call whose settings look alike and mean different runs."""
+    root, corpus, words = tmp_path / "runs", world.made["corpus"], world.made["words"]
+    given = {"vocab_size": 300, "data": str(corpus)}
+    made = api.tokenizer(runs=root, **given)
+    line = [x for k, v in given.items() for x in (f"--{k}", v)]
+    said = tutelage(capsys, "tokenizer", *line, "--runs", root)
+    assert said.out == f"{made.path}\n" and "tokenizer: hit" in said.err
+    assert tutelage(capsys, "tokenizer", "--data", corpus, "--set", "vocab_size=300", "--runs", root).out == f"{made.path}\n"
+    assert made.digest == RunDir(words, "", "").facts["digest"]
+    architecture = json.dumps({k: v for k, v in world_shape().items()})
+    options = [x for k, v in TRAIN.items() for x in (f"--{k}", v)]
+    said = tutelage(
+        capsys, "pretrain", "--data", corpus, "--tokenizer", words, "--size", "20k", "--architecture", architecture, *options,
+        "--runs", root, "--dry-run",
+    )  # fmt: skip
+    assert said.code == 0 and f"cli/pretrain-{world.made['base'].name.partition('-')[2]}" in said.err
+
+
+def world_shape() -> dict[str, object]:
+    from tests.pipeline import SHAPE
+
+    return SHAPE
+
+
+def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
+    """A plan that makes folders, or that shows neither where, nor with which settings, nor how long and how much memory."""
+    corpus, words, model = (world.made[n] for n in ("corpus", "words", "chat"))
+    lines = {
+        "data": ["--sources", world.folder / "texts"],
+        "tokenizer": ["--data", corpus],
+        "tokens": ["--data", corpus, "--tokenizer", words],
+        "pretrain": ["--data", corpus, "--tokenizer", words, "--size", "500k"],
+        "sft": ["--model", model, "--data", world.made["chats"], "--set", "steps=4"],
+        "evaluate": ["--model", model, "--documents", corpus],
+        "report": ["--run", model],
+    }
+    assert lines.keys() == STAGES.keys()
+    for stage, line in lines.items():
+        said = tutelage(capsys, stage, *line, "--runs", tmp_path / "runs", "--dry-run", columns=80)
+        assert said.code == 0, said.err
+        assert f"{tmp_path}/runs/cli/{stage}-" in said.err and not (tmp_path / "runs").exists()
+        assert all(f"{key}:" in said.out for key in STAGES[stage].config().model_fields)
+        if STAGES[stage].estimate:
+            assert "FLOP" in said.err and (" MB - " in said.err or " GB - " in said.err)
+
+
+def test_dry_run_finds_what_would_fail(world: World, capsys: Capture) -> None:  # noqa: F811
+    """A plan without a complaint, and a run that fails at once; for pretraining it was a traceback."""
+    for line, says in (
+        ([], "`tokenizer` or `model` is required"),
+        (["--tokenizer", world.made["words"], "--model", world.made["chat"]], "exclude each other"),
+        (["--tokenizer", world.made["words"], "--size", "big"], "not a model size"),
+    ):
+        said = tutelage(capsys, "pretrain", "--data", world.made["corpus"], *line, "--dry-run")
+        assert said.code == 2 and says in said.err
+
+
+@pytest.mark.parametrize("columns", [40, 300])
+def test_runs_and_show(world: World, capsys: Capture, columns: int) -> None:  # noqa: F811
+    """A list that hides the directory, which is what one copies from it; a chain that ends before the data."""
+    with inside(world.folder):
+        said = tutelage(capsys, "runs", columns=columns)
+        squeezed = "".join(c for c in said.out if c not in " │\n")
+        rows = {p.name for p in world.made.values()}
+        assert said.code == 0 and not said.err
+        if columns == 300:
+            assert all(f"runs/small/{name}" in said.out for name in rows) and "done" in said.out and "tokens" in said.out
+        else:
+            assert "…" not in said.out.split("┃")[1] and squeezed
+        chain = tutelage(capsys, "show", "small/chat", columns=columns).out
+    flat = "".join(chain.split()).replace("│", "").replace("└──", "").replace("├──", "")
+    assert [flat.index(world.made[n].name) for n in ("chat", "base", "corpus", "words")] and "bits_per_byte_in_run" not in chain
+    for name, row in ((n, read_json(p / "run.json")) for n, p in world.made.items()):
+        assert world.made[name].name in flat and row["digest"][:12] in flat
+
+
+def test_an_unfinished_run_is_shown_and_resumes(tmp_path: Path, capsys: Capture) -> None:
+    """A killed run that says `running` for ever; an error text with brackets that breaks the table."""
+    run = RunDir(tmp_path / "runs" / "cli" / "data-0123456789ab", "data", "0" * 64)
+    with pytest.raises(ValueError), run.attempt({}):
+        raise ValueError("[/bold] [red]x: \\[")
+    with inside(tmp_path):
+        assert "[/bold] [red]x" in tutelage(capsys, "runs").out and "[/bold]" in tutelage(capsys, "show", "cli/data").out
+        row = read_json(run.path / "run.json")
+        (run.path / "run.json").write_text(json.dumps({**row, "status": "running"}))
+        assert (
+            "killed (resumes)" in tutelage(capsys, "runs").out and "killed (resumes)" in tutelage(capsys, "show", "cli/data").out
+        )
+        said = tutelage(capsys, "tokenizer", "--data", "cli/data")
+    assert said.code == 2 and "not finished" in said.err and "it resumes" in said.err
+
+
+def test_pipes_get_whole_lines(tmp_path: Path) -> None:
+    """`tutelage runs | grep` that finds nothing: the table was on stderr, or cut at 80 columns."""
+    write_sources(tmp_path)
+    root = tmp_path / "a" / ("long" * 20)
+    api.data(sources=[tmp_path / "texts"], runs=root)
+    environ = {k: v for k, v in environment().items() if k != "COLUMNS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tutelage.cli", "runs", "--runs", str(root)],
+        capture_output=True, text=True, env=environ, check=True,
+    )  # fmt: skip
+    assert str(next(root.glob("cli/data-*"))) in done.stdout
