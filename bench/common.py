@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pydoc_data.topics
-import resource
 import statistics
 import sys
 import time
@@ -35,17 +34,19 @@ QWEN3: dict[str, Any] = {
 }
 
 
+def _status_mb(key: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next((round(int(x.split()[1]) / 1024, 1) for x in lines if x.startswith(key)), 0.0)
+
+
 def rss_mb() -> float:
     """Memory that this process holds now."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return round(int(line.split()[1]) / 1024, 1)
-    return 0.0
+    return _status_mb("VmRSS:")
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has held."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    """The most memory that this program has held. Not ru_maxrss, which is at least what the parent held when it started it."""
+    return _status_mb("VmHWM:")
 
 
 def others() -> float:

@@ -14,7 +14,7 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ EPS, SCALE = 1e-6, HEAD_DIM**-0.5
 Weights = dict[str, torch.nn.Parameter]
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call in each round; one warm-up round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
@@ -70,7 +70,8 @@ def bench_attention(rounds: int) -> None:
     turned = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
 
     def sdpa() -> None:
-        out = F.scaled_dot_product_attention(*turned, is_causal=True, enable_gqa=True)
+        a, b, c = turned
+        out = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
         torch.autograd.grad(out, turned, grad.transpose(1, 2))
 
     def own(where: Layout) -> None:

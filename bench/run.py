@@ -236,7 +236,7 @@ def main() -> None:
     jobs = args.jobs.split(",")
     if unknown := set(jobs) - set(JOBS):
         parser.error(f"unknown jobs {', '.join(unknown)}: expected some of {', '.join(JOBS)}")
-    results: dict[str, Any] = {"started": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "rounds": args.rounds}
+    results: dict[str, Any] = {"started": time.strftime("%Y-%m-%d %H:%M"), "rounds": args.rounds}
     file = args.out / f"{time.strftime('%Y-%m-%d-%H%M')}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -249,6 +249,8 @@ def main() -> None:
             else:
                 results[job] = script_job(job, "--rounds", str(args.rounds))
             file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results["machine"] = machine()  # last: torch in this process would show in the memory of its children
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     say(f"written: {file}")
 
 

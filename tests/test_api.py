@@ -41,6 +41,6 @@ def test_errors_are_exceptions(tmp_path: Path) -> None:
         api.tokenizer(data="x", vocab=3)
     with pytest.raises(ArtifactError, match="no records there"):
         api.tokenizer(data="x", runs=tmp_path / "runs")
-    with pytest.raises(ConfigError, match="unknown key `optimizer.learning_rate`"):
+    with pytest.raises(ConfigError, match=r"unknown key `optimizer\.learning_rate`"):
         api.pretrain(data="x", optimizer={"learning_rate": 1})
     assert not (tmp_path / "runs").exists()

@@ -59,7 +59,10 @@ def test_done_is_written_last(tmp_path: Path) -> None:
     assert run.done and not held(run.path)
 
 
-@pytest.mark.parametrize(("error", "status"), [(DataError("bad row"), "failed"), (ValueError("a bug"), "failed"), (KeyboardInterrupt(), "interrupted")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DataError("bad row"), "failed"), (ValueError("a bug"), "failed"), (KeyboardInterrupt(), "interrupted")],
+)
 def test_what_became_of_a_run(tmp_path: Path, error: BaseException, status: str) -> None:
     """A failed run that says `running` for ever, or that counts as finished; and a log that is overwritten."""
     run = RunDir(tmp_path / "r" / f"x-{DIGEST}", "tokenizer", DIGEST)

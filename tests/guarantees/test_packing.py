@@ -41,6 +41,7 @@ def samples(batch: Batch) -> list[Batch]:
         for n in range(1, int(batch.segments[r].max()) + 1):
             own = batch.segments[r] == n
             parts = {k: getattr(batch, k)[r, own][None] for k in ("ids", "positions", "targets", "weights")}
+            assert parts["positions"].tolist() == [list(range(int(own.sum())))]  # rotary attention would not show a shift
             out.append(Batch(segments=torch.ones_like(parts["ids"], dtype=torch.int32), **parts))
     return out
 
@@ -117,6 +118,11 @@ def test_the_end_token_is_supervised_where_padding_has_its_id():
         (batch,) = training.StaticSource(data, **settings).next(0).micro
         pieces = sum(int(row.max()) for row in batch.segments)
         assert int((batch.targets[batch.weights > 0] == end).sum()) == pieces
+        filled = replace(batch, ids=torch.where(batch.segments == 0, words.pad_id, batch.ids))
+        model = tiny.model()
+        scores = torch.log_softmax(model.logits(filled), -1).gather(-1, batch.targets[..., None])[..., 0]
+        expected = -(scores * batch.weights).sum().item()  # with the ends
+        assert next_token({"policy": model}, filled)["loss"].sum.item() == pytest.approx(expected, rel=1e-5)
 
 
 def long_and_short() -> list[Conversation]:

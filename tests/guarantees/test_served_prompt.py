@@ -60,12 +60,11 @@ def served_ids(engine: Engine, messages: list[dict[str, Any]]) -> list[int]:
 
     async def ask() -> None:
         app = create_app(engine, engine.renderer, "m")
-        async with app.router.lifespan_context(app):
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
-                reply = await client.post(
-                    "/v1/chat/completions", json={"model": "m", "messages": messages, "max_tokens": 1, "temperature": 0}
-                )
-                assert reply.status_code == 200, reply.text
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t")
+        asked = {"model": "m", "messages": messages, "max_tokens": 1, "temperature": 0}
+        async with app.router.lifespan_context(app), client:
+            reply = await client.post("/v1/chat/completions", json=asked)
+            assert reply.status_code == 200, reply.text
 
     engine.submit = spy  # type: ignore[method-assign]
     try:

@@ -255,7 +255,7 @@ class Process:
         self._process = _context().Process(target=_run, args=({**spec, "log": str(self.log)},), daemon=True)
         self._process.start()
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()

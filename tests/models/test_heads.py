@@ -151,3 +151,12 @@ def test_large_logits(path: str) -> None:
     assert head(hidden, torch.arange(16).roll(1), ones).item() == pytest.approx(16 * 300, rel=1e-6)
     hidden[3, 2] = float("nan")
     assert head(hidden, torch.arange(16), ones).isnan()
+
+
+def test_target_outside_the_vocabulary_is_an_error(path: str) -> None:
+    """The kernel indexes memory with a target: -100 or a wrong vocabulary must be an error, not a read of foreign memory."""
+    hidden, targets, weights, matrix, _ = data()
+    for wrong in (-100, 53):
+        targets[1] = wrong
+        with pytest.raises((IndexError, RuntimeError)):
+            LmHead(nn.Parameter(matrix))(hidden, targets, weights)

@@ -141,8 +141,7 @@ def attend_cached(
     """
     small = q.shape[1] <= CACHED_TOKENS and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
     if small and kernels.fits(q, k, v) and q.stride(3) == k.stride(3) == v.stride(3) == 1:
-        mask = calls.Mask(lengths, scale, window, softcap)
-        return calls.attention_cached(q, k, v, lengths.to("cpu", torch.int64).contiguous(), mask)
+        return calls.attention_cached(q, k, v, lengths.to("cpu", torch.int64).contiguous(), scale, window, softcap)
     return _attend_cached_torch(q, k, v, lengths, scale, window, softcap)
 
 

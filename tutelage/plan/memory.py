@@ -20,6 +20,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tutelage.plan.parameters import Shape, count, layer_matrices
@@ -123,7 +124,14 @@ def largest_micro_rows(config: Mapping[str, Any], row_length: int, available_byt
 
 
 def peak_rss() -> int:
-    """The most memory that this process has ever held, in bytes."""
+    """The most memory that this program has held, in bytes."""
+    try:
+        # Not ru_maxrss, which is at least what the parent held when it started this process.
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 

@@ -148,16 +148,21 @@ def attention_backward(
     return d_weights
 
 
-def attention_cached(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Mask) -> Tensor:
+def attention_cached(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """q [S,t,Hq,D] against caches [S,L,Hkv,D] of which lengths [S] int64 tokens are valid -> [S,t,Hq,D]."""
+    assert len(lengths) == len(q) == len(k) and int(lengths.max()) <= k.shape[1], "a length beyond the cache"
     out = torch.empty(q.shape, dtype=torch.float32)
-    strides = [x.stride()[:3] for x in (q, k, v)]
-    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], mask.window or 0)
+    q_strides, k_strides, v_strides = (x.stride()[:3] for x in (q, k, v))
+    sequences, new, heads, width = q.shape
     call(
         "attention_cached",
-        *(q, *strides[0], k, *strides[1], v, *strides[2], lengths, out),
-        *sizes,
-        *(mask.scale, mask.softcap or 0.0, torch.get_num_threads()),
+        *(q, *q_strides),
+        *(k, *k_strides),
+        *(v, *v_strides),
+        *(lengths, out, sequences, new, heads, k.shape[2], width, window or 0),
+        *(scale, softcap or 0.0, torch.get_num_threads()),
     )
     return out
 
@@ -238,6 +243,8 @@ def embedding_backward(ids: Tensor, grad: Tensor, vocabulary: int) -> Tensor:
 
 def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Loss of each row of raw logits z [n,V] (overwritten: by the gradient of sum(weights * loss), if there are weights)."""
+    if len(z) and not (int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]):
+        raise IndexError(f"a target outside the vocabulary of {z.shape[1]}: {int(targets.min())} to {int(targets.max())}")
     loss = torch.empty(len(z))
     call("cross_entropy", z, targets, weights, loss, len(z), z.shape[1], scale, softcap or 0.0, torch.get_num_threads())
     return loss
