@@ -221,10 +221,11 @@ def show(run: Annotated[str, typer.Argument(help="a run directory, or recipe/sta
 @app.command(rich_help_panel="Looking")
 def doctor() -> None:
     """Check this machine: Python, torch, compiler, cores, memory, measured rates, optional libraries."""
+    from tutelage.models import kernels
     from tutelage.plan.doctor import doctor as checks
     from tutelage.plan.doctor import print_doctor
 
-    raise SystemExit(print_doctor(checks()))
+    raise SystemExit(print_doctor(checks(kernels.why_not)))
 
 
 @app.command(rich_help_panel="Using")

@@ -1,4 +1,4 @@
-"""Promise 9: bad input is named by file, line and field, with what was found, what was expected and a fix; nothing half-written stays."""
+"""Promise 9: bad input is named by file, line and field, what was found and expected, and a fix; nothing half-written stays."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def rows(path: Path, *lines: object) -> Path:
     ],
     ids=["missing", "empty", "blank", "too short", "latin-1", "broken JSON", "no text field", "not an object", "encoding"],
 )  # fmt: skip
-def test_documents(tmp_path: Path, capsys: Capture, name: str, content: bytes | None, options: list[str], says: tuple[str, ...]) -> None:  # fmt: skip
+def test_documents(
+    tmp_path: Path, capsys: Capture, name: str, content: bytes | None, options: list[str], says: tuple[str, ...]
+) -> None:
     """A traceback from deep inside a reader; or an empty corpus, found out by the training."""
     if content is not None:
         (tmp_path / name).write_bytes(content)

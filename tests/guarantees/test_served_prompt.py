@@ -17,7 +17,8 @@ from tutelage.records import Conversation, Message
 from tutelage.serve.app import create_app
 from tutelage.tokenizer.train import train
 
-TURNS = [("system", "Be brief."), ("user", "the cat  sat\n"), ("assistant", "on the <|end|> mat"), ("user", " naïve 🙂?"), ("assistant", "one two")]  # fmt: skip
+TURNS = [("system", "Be brief."), ("user", "the cat  sat\n"), ("assistant", "on the <|end|> mat"),
+         ("user", " naïve 🙂?"), ("assistant", "one two")]  # fmt: skip
 
 
 def talk(system: bool, turns: int) -> list[Message]:

@@ -27,7 +27,7 @@ from tutelage.plan.parameters import Shape, count, layer_matrices
 
 HEAD_CHUNK_BYTES = 1 << 24  # models/heads.py: logits held at a time
 HEAD_COPIES = 3  # logits, their softmax in float32, and a temporary
-LOW, HIGH = 0.90, 1.35  # range of the sum: what the allocator gives back late, thread buffers, library workspaces
+LOW, HIGH = 0.85, 1.35  # range of the sum: what the allocator gives back late, thread buffers, library workspaces
 WORKSPACE = 64 << 20  # oneDNN and OpenMP, measured for an empty step
 BYTES = {"float32": 4, "bfloat16": 2}
 

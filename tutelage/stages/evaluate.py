@@ -72,7 +72,9 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
 
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
         engine = Engine(model, renderer, slots=32)
-        return [c.text for c in engine.generate(prompts, Sampling(**sampling))]
+        wanted = int(sampling.pop("max_tokens"))
+        room = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends where the context does
+        return [c.text for c in engine.generate(prompts, [Sampling(max_tokens=min(wanted, r), **sampling) for r in room])]
 
     return Subject(
         name=run.inputs["model"].run.name if run.inputs["model"].run else folder.name,

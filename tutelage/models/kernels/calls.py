@@ -154,13 +154,11 @@ def attention_cached(
     """q [S,t,Hq,D] against caches [S,L,Hkv,D] of which lengths [S] int64 tokens are valid -> [S,t,Hq,D]."""
     assert len(lengths) == len(q) == len(k) and int(lengths.max()) <= k.shape[1], "a length beyond the cache"
     out = torch.empty(q.shape, dtype=torch.float32)
-    q_strides, k_strides, v_strides = (x.stride()[:3] for x in (q, k, v))
+    places: list[Tensor | int] = [y for x in (q, k, v) for y in (x, *x.stride()[:3])]
     sequences, new, heads, width = q.shape
     call(
         "attention_cached",
-        *(q, *q_strides),
-        *(k, *k_strides),
-        *(v, *v_strides),
+        *places,
         *(lengths, out, sequences, new, heads, k.shape[2], width, window or 0),
         *(scale, softcap or 0.0, torch.get_num_threads()),
     )
