@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--only", default="", help="contenders to run, such as tutelage,trainer_compile (default: all)")
     parser.add_argument("--full", action="store_true", help="also TRL's slower modes")
     parser.add_argument("--model", help="for start-up: a model folder or run to chat with")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -241,6 +242,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         made = plan(args, Path(scratch)) if {"pretrain", "sft"} & set(jobs) else Plan()
+        if args.only:
+            wanted = args.only.split(",")
+            made.contenders = {j: {n: c for n, c in rows.items() if n in wanted} for j, rows in made.contenders.items()}
         for job in jobs:
             if job in ("pretrain", "sft"):
                 results[job] = speed_job(args, job, made)

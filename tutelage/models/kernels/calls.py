@@ -154,7 +154,9 @@ def attention_cached(
     """q [S,t,Hq,D] against caches [S,L,Hkv,D] of which lengths [S] int64 tokens are valid -> [S,t,Hq,D]."""
     assert len(lengths) == len(q) == len(k) and int(lengths.max()) <= k.shape[1], "a length beyond the cache"
     out = torch.empty(q.shape, dtype=torch.float32)
-    places: list[Tensor | int] = [y for x in (q, k, v) for y in (x, *x.stride()[:3])]
+    places: list[Tensor | int] = []
+    for x in (q, k, v):
+        places += [x, *x.stride()[:3]]
     sequences, new, heads, width = q.shape
     call(
         "attention_cached",
