@@ -29,8 +29,10 @@ LAYERS = [
     {"config", "records", "rundir", "files", "log", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = ["cli", "console", "recipe", "rundir", "records", "config.stages", "data.collect", "data.tokens", "data.render", "data.pack",
-              "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks", "evaluate.intervals"]  # fmt: skip
+TORCH_FREE = [
+    "cli", "console", "recipe", "rundir", "records", "config.stages", "data.collect", "data.tokens", "data.render", "data.pack",
+    "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks", "evaluate.intervals",
+]  # fmt: skip
 
 
 def _imports(path: Path) -> list[tuple[int, str]]:

@@ -28,7 +28,12 @@ def test_every_command_of_the_readme_runs(root: Path, tmp_path: Path) -> None:
     assert len(script) > 10
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=600
+        ["bash", "-c", "\n".join(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert '"choices"' in done.stdout and "bits per byte" in done.stderr + done.stdout

@@ -28,7 +28,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         ("transformers", "peft", "datasets", "pyarrow"),
         "models outside our families, adapters, Parquet, Hugging Face data sets",
     ),
-    "data": (("trafilatura", "lxml", "pypdfium2", "tiktoken"), "HTML and PDF as sources, fast tokenizing"),
+    "data": (("trafilatura", "lxml_html_clean", "pypdfium2"), "HTML and PDF as sources"),
     "report": (("matplotlib", "tensorboard"), "figures in reports, TensorBoard events"),
     "serve": (("fastapi", "uvicorn"), "the OpenAI-compatible server"),
 }
