@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,14 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_they_were() -> Iterator[None]:
+    """A test that runs a stage with `kernels=false` turns them off for its process: not for the tests after it."""
+    yield
+    if "tutelage.models.kernels" in sys.modules:
+        sys.modules["tutelage.models.kernels"].use(True)
 
 
 @pytest.fixture(scope="session")

@@ -254,15 +254,19 @@ def serve(
     port: Annotated[int, typer.Option(help="port")] = 8000,
     api_key: Annotated[list[str], typer.Option("--api-key", help="accept only requests with one of these keys")] = [],  # noqa: B006
     insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="what clients call the model; default: the stage's or the folder's name")
+    ] = None,
     runs: Runs = RUNS,
 ) -> None:
     """Serve a model behind the OpenAI API."""
     from tutelage.rundir import find
 
-    folder = find(model, "model", runs).path
+    found = find(model, "model", runs)
+    known = name or (found.run.name.rpartition("-")[0] if found.run else found.path.resolve().name)
     from tutelage.serve.app import serve as listen
 
-    listen(folder, host=host, port=port, api_keys=tuple(api_key), insecure=insecure)
+    listen(found.path, host=host, port=port, name=known, api_keys=tuple(api_key), insecure=insecure)
 
 
 @app.callback(invoke_without_command=True)

@@ -36,6 +36,14 @@ def test_exactly_the_trained_answers_are_supervised(template):
     assert taught == ["mat assistant mat", "yes this"]
 
 
+def test_of_a_completion_row_the_completion_alone_is_supervised():
+    """Guards against prompts that are trained: the usual mistake with prompt/completion rows."""
+    renderer = tiny.renderer()
+    (sample,) = renderer.render(talk(("user", "door red mat", None), ("assistant", " old dog", None), style="completion"))
+    taught = sample.ids[sample.mask.astype(bool)].tolist()
+    assert renderer.tokenizer.decode(taught) == " old dog<|endoftext|>"
+
+
 def test_the_mask_on_disk_is_the_renderers():
     """Guards against a mask that is made again, or shifted, on the way from the renderer to the batch."""
     renderer = tiny.renderer()

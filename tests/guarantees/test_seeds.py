@@ -14,5 +14,7 @@ def test_one_seed_one_model(tmp_path):
     first, second, third = ((r / "model" / "model.safetensors").read_bytes() for r in runs)
     assert first == second != third
     assert tiny.metrics(runs[0]) == tiny.metrics(runs[1])
+    start = [tiny.metrics(r)[0]["validation_loss"] for r in runs]  # of the new weights, on text that no seed orders
+    assert start[0] == start[1] != start[2]
     counts = [[row["tokens"] for row in tiny.metrics(r)] for r in runs]
     assert counts[0] == counts[1] != counts[2]

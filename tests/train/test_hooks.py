@@ -84,11 +84,13 @@ def test_metrics_after_a_step_are_dropped(tmp_path):
     assert [r.get("step") for r in rows] == [0, 1, 2, None, 3] and rows[-1]["loss"] == 9.0
 
 
-def test_tensorboard_reads_what_is_written(tmp_path):
+def test_tensorboard_reads_what_is_written(tmp_path, monkeypatch):
     """Guards against event files that tensorboard's own reader cannot read, and against steps that a resumed run shows twice."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first in (1, 3):  # the second attempt resumes after step 2
         board = hooks.TensorBoard()
+        now = 1e9 + first  # an attempt is a process of its own, later than the one before: readers sort files by their second
+        monkeypatch.setattr("time.time", lambda now=now: now)
         board.start(state(tmp_path, step=first - 1))
         for step in range(first, first + 4):
             board.after_step(state(tmp_path, step=step))

@@ -44,6 +44,15 @@ def test_matrices_alone_are_decayed(name, tied):
             assert (optimizer, lr, decay) == expected
 
 
+def test_a_tensor_that_parts_share_is_stepped_once():
+    """Guards against two updates a step of a table that a second part (a reward head's model, a draft) has in common."""
+    model = tiny.model()
+    second = nn.Module()
+    second.embed = model.model.embed_tokens
+    optimizers = Optimizers({"policy": model, "second": second}, Optimizer(), RATES)
+    assert len(settings_of(optimizers)) == len(list(model.named_parameters()))
+
+
 def test_frozen_parameters_are_in_no_group():
     """Guards against weight decay on frozen tensors."""
     model = tiny.model()

@@ -34,6 +34,11 @@ class Schedule(Section):
     final: Share = setting(0.1, "last learning rate as a share of the peak")
 
 
+def warmup_steps(schedule: Schedule, steps: int) -> int:
+    """Steps of warm-up in a run of `steps`."""
+    return round(schedule.warmup * steps) if schedule.warmup < 1 else int(schedule.warmup)
+
+
 class Train(Section):
     steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
     tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")

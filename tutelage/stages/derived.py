@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage import log
 from tutelage.config.stages import Pretrain
-from tutelage.config.train import Train
+from tutelage.config.train import Train, warmup_steps
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.parameters import count_config
@@ -53,6 +53,7 @@ def derive_all(
         "lr": _given(config.optimizer.lr),
         "matrix_lr": _given(config.optimizer.matrix_lr),
         "embedding_lr": _given(config.optimizer.embedding_lr),
+        "weight_decay": config.optimizer.weight_decay,
     }
     epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
     size, architecture = getattr(config, "size", "3m"), dict(getattr(config, "architecture", {}))
@@ -70,7 +71,11 @@ def derive_all(
             given["sequence_length"] = min(raw.get("max_position_embeddings", 2048), 2048)
         given.update({key: rate for key in because if key != "sequence_length"})
     found = derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
-    return replace(found, because={**found.because, **because}, given=found.given - because.keys())
+    warm = config.schedule.warmup
+    values = {**found.values, "warmup_steps": warmup_steps(config.schedule, int(found.values["steps"]))}
+    because["warmup_steps"] = f"schedule.warmup {warm:g}{' of the steps' if warm < 1 else ''}"
+    because["weight_decay"] = "optimizer.weight_decay"
+    return replace(found, values=values, because={**found.because, **because}, given=found.given - because.keys())
 
 
 def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Path | None) -> tuple[Numbers, dict[str, Any]]:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tutelage.config.train import Schedule
-
-
-def warmup_steps(schedule: Schedule, steps: int) -> int:
-    return round(schedule.warmup * steps) if schedule.warmup < 1 else int(schedule.warmup)
+from tutelage.config.train import Schedule, warmup_steps
 
 
 def factor(schedule: Schedule, step: int, steps: int) -> float:
