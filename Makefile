@@ -25,7 +25,7 @@ check: install-dev
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 test-peers: install-dev
-	$(BIN)/python -m pytest -q -m peers
+	$(BIN)/python -m pytest -q -m peers || { [ $$? -eq 5 ] && echo "no test is marked peers yet; make bench compares with peers"; }
 
 bench: install-dev
 	$(BIN)/python bench/run.py $(BENCH)

@@ -136,7 +136,12 @@ class RunDir:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+            raise StorageError(
+                "cannot make the run directory there", file=self.path, found=error.strerror, fix="choose a folder with --runs"
+            ) from None
         if log.rank() != 0:  # rank 0 holds the lock for all
             yield
             return

@@ -176,4 +176,4 @@ def _network() -> Check:
     """Nothing is sent or fetched, so there is nothing to probe; what would let other libraries do so is named."""
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return Check("network", "ok", "not used; Hugging Face libraries are held offline (HF_HUB_OFFLINE=1)")
-    return Check("network", "ok", "not used, except for a source that you name yourself (hf:org/name, http…)")
+    return Check("network", "ok", "not used, except for a source that you name yourself (hf:org/name)")

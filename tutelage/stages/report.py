@@ -6,11 +6,10 @@ from typing import Any
 
 from tutelage.config.stages import Report
 from tutelage.evaluate.report import write_report
-from tutelage.files import whole_folder
 from tutelage.rundir import RunDir
 
 
 def run(config: Report, run: RunDir) -> dict[str, Any]:
-    with whole_folder(run.folder("report")) as out:
-        write_report(run.input("run"), out / "report.html", [run.input(k) for k in ("scores", "base_scores") if k in run.inputs])
-        return {"bytes": (out / "report.html").stat().st_size}
+    out = run.folder("report") / "report.html"
+    write_report(run.input("run"), out, [run.input(k) for k in ("scores", "base_scores") if k in run.inputs])
+    return {"bytes": out.stat().st_size}
