@@ -199,7 +199,9 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot read it: {error.strerror}"
-        raise ConfigError(reason, file=path, fix="give the path of a YAML recipe") from None
+        near = Path("recipes") / f"{path.stem}.yaml"
+        fix = f"did you mean {near}?" if near.exists() else "give the path of a YAML recipe"
+        raise ConfigError(reason, file=path, fix=fix) from None
     except UnicodeDecodeError:
         raise ConfigError("not UTF-8 text", file=path, fix="give the path of a YAML recipe") from None
     try:
