@@ -9,19 +9,7 @@ from torch import Tensor
 from tutelage.models import kernels
 from tutelage.models.attention import Layout, attend, attend_cached, attend_qkv, layout
 
-PATHS = ["kernel", "torch"]
 SEGMENTS = [[1] * 50 + [2] * 3 + [3] * 47 + [4] + [0] * 29, [1] * 130]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest):
-    if request.param == "torch":
-        with kernels.disabled():
-            yield "torch"
-    elif kernels.available():
-        yield "kernel"
-    else:
-        pytest.skip(kernels.why_not())
 
 
 def reference(

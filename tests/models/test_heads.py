@@ -7,20 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tutelage.models import heads, kernels
+from tutelage.models import heads
 from tutelage.models.heads import LmHead
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "CHUNK_LOGITS", 64 * 53)  # several chunks of 64 tokens, the last one short
-    if request.param == "torch":
-        with kernels.disabled():
-            yield "torch"
-    elif kernels.available():
-        yield "kernel"
-    else:
-        pytest.skip(kernels.why_not())
 
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -12,17 +12,6 @@ from torch import Tensor
 from tutelage.models import kernels, ops
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def path(request: pytest.FixtureRequest):
-    if request.param == "torch":
-        with kernels.disabled():
-            yield "torch"
-    elif kernels.available():
-        yield "kernel"
-    else:
-        pytest.skip(kernels.why_not())
-
-
 def random(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for shape in shapes]
