@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ class Stream:
         return f"{folder.parent.name}/{folder.name}: {size}, {use}  [{fingerprint(self.identity)}]"
 
 
-class _Source:
+class _Source(ABC):
     """What both sources share: assembling the rows of a step, and state."""
 
     def __init__(self, *, row_length: int, rows_per_step: int, micro_rows: int, rank: int, world: int, trim: bool) -> None:
@@ -102,11 +103,13 @@ class _Source:
         self.row_length, self.rows_per_step, self.micro_rows = row_length, rows_per_step, micro_rows
         self.rank, self.world, self.trim = rank, world, trim
 
+    @abstractmethod
     def rows_of(self, step: int) -> list[Row]:
-        raise NotImplementedError
+        """The rows of the global batch of `step`, over all ranks."""
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What decides the rows."""
 
     def next(self, step: int) -> GlobalBatch:
         """The batch of `step` (0 is the first), whatever was asked for before."""
@@ -129,7 +132,7 @@ class _Source:
                 fix="resume with the data and settings of the checkpoint, or start a new run from its model",
             )
 
-    def on_weights(self, version: int) -> None:
+    def on_weights(self, version: int) -> None:  # noqa: B027 (nothing to do is the behaviour)
         """Static data does not depend on the weights."""
 
     def fingerprint(self) -> str:

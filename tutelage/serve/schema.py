@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -62,9 +63,9 @@ class Generation(BaseModel):
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
+    @abstractmethod
     def top(self) -> int | None:
         """How many most likely tokens to report with each token; None for no log-probabilities."""
-        raise NotImplementedError
 
     def limit(self) -> int | None:
         return self.max_tokens
