@@ -61,6 +61,13 @@ def test_layers() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_one_file_knows_how_models_are_sharded() -> None:
+    """Guards against FSDP spreading through the trainer, whose calls change from one torch to the next."""
+    names = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh")
+    users = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if any(n in p.read_text("utf-8") for n in names)}
+    assert users == {"models/shard.py"}
+
+
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_imports_without_torch(module: str) -> None:
     """Guards start-up: torch costs two seconds, transformers six, and neither is needed to plan or prepare data."""

@@ -48,8 +48,9 @@ def _errno_of(error: Exception) -> int | None:
     return int(named[1]) if named else None
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+def partial_name(path: Path, process: int) -> Path:
+    """The name that a file or folder has while a process writes it."""
+    return path.with_name(f".{path.name}.partial-{process}")
 
 
 def sync_folder(path: Path) -> None:
@@ -64,7 +65,7 @@ def sync_folder(path: Path) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
-    partial = _partial(path)
+    partial = partial_name(path, os.getpid())
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -81,7 +82,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives an empty temporary folder that becomes `path` (replacing what is there) when the block ends well."""
-    partial = _partial(path)
+    partial = partial_name(path, os.getpid())
     with storage_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -66,7 +66,7 @@ def test_a_gradient_alone_that_is_not_finite_stops_too(tmp_path):
 
 def test_the_rank_with_the_bad_row_is_the_one_that_is_saved(tmp_path):
     """Guards against ranks that overwrite each other's evidence, or accuse rows whose loss is sound: two real processes."""
-    pair = [tiny.Process({"call": "poisoned_rank", "args": [str(tmp_path)], "env": env, "die": {}}) for env in tiny.ranks(2)]
+    pair = [tiny.Process({"call": tiny.poisoned_rank, "args": [str(tmp_path)], "env": env, "die": {}}) for env in tiny.ranks(2)]
     assert [p.wait() for p in pair] == [3, 3], [p.said for p in pair]
     assert [p.name for p in (tmp_path / "failure" / "step_000002").iterdir()] == ["rank_1"]
     record = pair[1].said.rpartition("records (")[2].split("'")[1]

@@ -49,7 +49,7 @@ from tutelage.records import Conversation, Document, Message, dump_line
 from tutelage.stages import training
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train as train_tokenizer
-from tutelage.train import loop
+from tutelage.train import loop, tensors
 from tutelage.train.loop import Job
 from tutelage.train.optim import Optimizers, Rates
 from tutelage.train.step import Recipe
@@ -338,7 +338,7 @@ def _run(spec: dict[str, Any]) -> None:
     code = 1
     try:
         if "call" in spec:
-            globals()[spec["call"]](*spec["args"])
+            spec["call"](*spec["args"])
         else:
             sys.argv = ["tutelage", *spec["argv"]]
             tutelage.cli.main()
@@ -393,4 +393,5 @@ PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint": (loop.checkpoint, "write_json"),  # weights and state are written, the checkpoint is not whole yet
     "prune": (loop.checkpoint, "prune"),
     "export": (training, "save_model"),
+    "shard": (tensors, "save_file"),  # a rank's part of a checkpoint
 }

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.shapes import reference_logits, written
+from tests.guarantees import tiny
+from tests.models.shapes import reference, reference_logits, written
+from tutelage import log
 from tutelage.errors import ArtifactError, MissingExtra
 from tutelage.models.export import save
 from tutelage.models.heads import LmHead
 from tutelage.models.hf import Adapter, LogitsHead, pieces
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
+from tutelage.models.shard import is_shard, layers, shard, whole
+from tutelage.objectives.next_token import next_token
+from tutelage.train import distributed
 
 TEXTS = [[5, 9, 40, 3, 77, 12, 8, 60, 31, 2, 90, 14, 22, 7], [33, 70, 6, 11], [95, 4, 17, 28, 65]]
 OTHERS: dict[str, dict[str, Any]] = {
@@ -84,6 +89,12 @@ def test_the_head_is_ours_where_it_is_a_product_and_whole_where_it_is_more(pair:
     assert isinstance(ours.lm_head, LogitsHead if scaled else LmHead)
 
 
+def test_a_head_of_its_own_is_trained_where_it_is_more_than_a_product() -> None:
+    """Our stand-in has the name `lm_head`: the untied matrix behind it is still to be found among the parameters."""
+    theirs = reference({**OTHERS["cohere"], "tie_word_embeddings": False})
+    assert any(p is theirs.lm_head.weight for p in Adapter(theirs).parameters())
+
+
 @torch.no_grad()
 def test_saved_adapter_loads_again(pair: tuple[Any, Adapter], tmp_path: Path) -> None:
     """An export under the adapter's names could be read by nothing."""
@@ -133,6 +144,33 @@ def test_pieces_cover_every_token_once() -> None:
     seen = torch.cat([index[real] for index, real in pieces(segments)])
     assert sorted(seen.tolist()) == (segments.flatten() != 0).nonzero().flatten().tolist()
     assert all(real.sum() > real.numel() / 2 for _, real in pieces(segments))
+
+
+def sharded(folder: str) -> None:
+    """On each of two ranks: a packed batch on rank 0 and one text on rank 1, whose groups differ in number; then the folder."""
+    distributed.start("cpu")
+    batches = [packed(), Batch.of([TEXTS[0] + TEXTS[2]])]
+    for name in ("gpt_neox", "cohere"):
+        theirs, ours = Adapter(reference(OTHERS[name])), Adapter(reference(OTHERS[name]))
+        shard(ours, torch.device("cpu"))
+        assert len(layers(ours)) == 2 and all(is_shard(p) for p in ours.hf.parameters())
+        next_token({"policy": ours}, batches[log.rank()])["loss"].sum.backward()
+        for batch in batches:
+            next_token({"policy": theirs}, batch)["loss"].sum.backward()
+        for (name_of, p), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(whole(p.grad), expected.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name_of: f"{n}: {m}")
+        save(ours, Path(folder) / name)
+    distributed.stop()
+
+
+def test_two_sharded_ranks_have_the_gradients_of_one_and_one_folder(tmp_path: Path) -> None:
+    """Ranks that call their layers a different number of times wait for ever; a head outside the tree would keep old weights."""
+    pair = [tiny.Process({"call": sharded, "args": [str(tmp_path)], "env": env, "die": {}}) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [0, 0], [p.said for p in pair]
+    for name in ("gpt_neox", "cohere"):
+        expected = reference(OTHERS[name]).state_dict()
+        found = load(tmp_path / name).hf.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ def test_memory_terms() -> None:
     assert once.terms["gradients"] == 0 and two.terms["gradients"] > 0, "gradients grow while activations are freed"
     large = derive("350m", 4096).architecture
     assert estimate(large, 1, 8, "muon").terms["update"] > 0 == two.terms["update"], "Muon's temporaries matter for tiny batches"
+    shared = estimate(shape, 16, 512, ranks=4)
+    for term in ("weights", "gradients", "optimizer"):
+        assert shared.terms[term] == pytest.approx(two.terms[term] / 4, abs=1)
+    assert shared.terms["activations"] == two.terms["activations"] and "whole" in shared.terms and "whole" not in two.terms
     assert estimate(shape, 16, 512, kernels=False).total > two.total
     assert two.low < two.total < two.high and "activations" in two.explain()
 

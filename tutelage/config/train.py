@@ -77,5 +77,10 @@ class Train(Section):
     keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
     sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
     patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
+    shard: Literal["none", "full"] = setting(
+        "none",
+        "none: every rank holds the whole model; full: each holds its rows of weights, gradients and optimizer state",
+        identity=False,
+    )
     device: str = setting("auto", "auto, cpu, cuda", identity=False)
     threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)

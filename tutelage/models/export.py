@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tutelage import log
 from tutelage.errors import ArtifactError
 from tutelage.files import whole_folder, write_json
 from tutelage.models import families
 from tutelage.models.decoder import Decoder
 from tutelage.models.load import DTYPES, INDEX, WEIGHTS
 from tutelage.models.names import Stored, stored
+from tutelage.models.shard import collected, is_sharded, release
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
@@ -38,25 +40,36 @@ def save(
     """Writes `folder` so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
 
     `tokenizer_folder`: its tokenizer files are copied. `stop_ids`: tokens that end a generation besides the end of text.
-    `dtype`: of the stored weights; the model's own when left out. What was in `folder` is replaced.
+    `dtype`: of the stored weights; the model's own when left out. What was in `folder` is replaced. Of a sharded model every
+    rank calls this, and rank 0 writes.
     Raises ArtifactError for a tokenizer folder without a tokenizer, StorageError when the disk refuses.
     """
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     copied = () if tokenizer_folder is None else tokenizer_files(Path(tokenizer_folder))
+    held = collected(_tensors(model))
+    if is_sharded(model) and log.rank() != 0:
+        return
     with whole_folder(folder) as partial:
         if isinstance(model, Decoder):
-            _write_decoder(model, partial, kind, shard_bytes)
+            _write_decoder(model, held, partial, kind, shard_bytes)
             write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
         else:
             from tutelage.models.hf import Adapter, save_hf
 
             assert isinstance(model, Adapter), type(model)
-            save_hf(model, partial, kind, shard_bytes)
+            save_hf(model, held, partial, kind, shard_bytes)
             if stop_ids:
                 write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
         for file in copied:
             shutil.copyfile(file, partial / file.name)
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """What is stored of a model, a tensor that has several names under each of them where `transformers` does the writing."""
+    release(model)
+    hf = model.__dict__.get("hf")
+    return model.named_parameters() if hf is None else hf.state_dict(keep_vars=True).items()
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
@@ -77,14 +90,13 @@ def generation_config(raw: dict[str, Any], stop_ids: Sequence[int]) -> dict[str,
     return {"_from_model_config": True, **{k: v for k, v in tokens.items() if v is not None}}
 
 
-def _write_decoder(model: Decoder, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def _write_decoder(model: Decoder, held: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
     kind = dtype or model.dtype
     write_json(folder / "config.json", {**model.config.to_hf(), "dtype": str(kind).removeprefix("torch.")})
-    held = dict(model.named_parameters())
     rows = stored(families.family(model.config.model_type).disk, list(held))
 
     def get(name: str) -> Tensor:
-        return held[name].detach().to("cpu", kind)
+        return held[name].to("cpu", kind)
 
     shards = _shards(rows, {n: p.numel() * kind.itemsize for n, p in held.items()}, shard_bytes)
     table: dict[str, str] = {}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError, MissingExtra
+from tutelage.models import shard
 from tutelage.models.heads import LmHead
 from tutelage.models.interface import Batch, Output
 
@@ -91,12 +92,13 @@ class Adapter(nn.Module):
         for name, module in hf.named_children():
             self.add_module(name, module)
         self.config = AdapterConfig.of(hf.config)
-        self.whole = not _head_is_linear(hf)
+        self.whole, output = not _head_is_linear(hf), hf.get_output_embeddings()
         if self.whole:
             self.lm_head: nn.Module = LogitsHead()
         else:
-            output = hf.get_output_embeddings()
             self.lm_head = LmHead(output.weight, getattr(output, "bias", None))
+        if output is not None and output not in self.children():
+            self.lm_head_of_hf = output  # our head has its name; it stays among our modules, so that its weight is always ours
 
     @property
     def checkpointing(self) -> str:
@@ -122,15 +124,23 @@ class Adapter(nn.Module):
         assert batch.attention == "causal" and batch.embeds is None
         flat_ids = batch.ids.flatten()
         out: Tensor | None = None
-        for index, real in pieces(batch.segments):
+        for index, real, wanted in self.groups(batch.segments):
             hidden = self.run(flat_ids[index], real)
             if out is None:
-                out = hidden.new_zeros(len(flat_ids), hidden.shape[-1])
-            out = out.index_put((index[real],), hidden[real])
+                out = hidden.new_zeros(*batch.shape, hidden.shape[-1])
+            at = index[wanted]
+            out = out.index_put((at // batch.shape[1], at % batch.shape[1]), hidden[wanted])
         if out is None:
             width = self.config.vocab_size if self.whole else self.config.hidden_size
-            out = torch.zeros(len(flat_ids), width, device=batch.ids.device)
-        return Output(hidden=out.view(*batch.ids.shape, -1))
+            out = torch.zeros(*batch.shape, width, device=batch.ids.device)
+        return Output(hidden=out)
+
+    def groups(self, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
+        often: those with fewer groups add some with one token that is not wanted."""
+        found = [(index, real, real) for index, real in pieces(segments)]
+        one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
+        return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
         inner = self.hf if self.whole else self.hf.base_model
@@ -208,7 +218,8 @@ def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapte
     return Adapter(moved.eval())
 
 
-def save_hf(model: Adapter, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
-    """Writes the adapter's model to the existing `folder`; `dtype` of the stored weights (its own when None)."""
-    state = None if dtype is None else {k: v.to(dtype) for k, v in model.hf.state_dict().items()}
+def save_hf(model: Adapter, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+    """Writes the adapter's model with the weights `state` to the existing `folder`, stored as `dtype` (as they are when None)."""
+    if dtype is not None:
+        state = {k: v.to(dtype) for k, v in state.items()}
     model.hf.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes, safe_serialization=True)

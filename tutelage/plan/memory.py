@@ -12,6 +12,9 @@ Gradients count in full only where batches accumulate: in a single pass they gro
 temporaries count only where they pass what the backward pass needed. Weights that are concatenated for one product are kept
 until the backward pass. No logits of a whole batch are held: the head works in chunks of 16 MiB. What the allocator and the
 threads add is not known beforehand, so there is a range.
+
+Ranks with `shard=full` share weights, gradients and optimizer state evenly. Whole on each of them are the root and the layers at
+work, concatenated weights, and Muon's temporaries.
 """
 
 from __future__ import annotations
@@ -76,11 +79,12 @@ def estimate(
     checkpointing: str = "none",
     kernels: bool = True,
     accumulate: bool = True,
+    ranks: int = 1,
 ) -> Memory:
     """Memory of training the model of a config.json with `micro_rows` rows of `row_length` tokens in a forward pass.
 
     `accumulate`: a step has more than one forward pass. Weights, gradients and optimizer state are float32 whatever `dtype` the
-    products have.
+    products have. `ranks`: how many share one copy of them (`shard=full`); the layers at work are whole on each.
     """
     s = Shape.of(config)
     counts, tokens, size = count(s), micro_rows * row_length, BYTES[dtype]
@@ -88,10 +92,11 @@ def estimate(
     layer = layer_values_per_token(s, kernels) * tokens * size
     activations = s.layers * s.hidden * tokens * size + again * layer if again == 2 else s.layers * layer
     inputs = s.heads * s.head_dim * s.hidden + s.intermediate * s.hidden  # of o_proj and down_proj, which are not fused
-    gradients = 4 * counts.total
+    weights = gradients = -(-4 * counts.total // ranks)
     state, temporaries = _optimizer_bytes(s, optimizer)
+    state = -(-state // ranks)
     terms = {
-        "weights": 4 * counts.total,
+        "weights": weights,
         "gradients": gradients if accumulate else max(0, gradients - activations),
         "optimizer": state,
         "fused weights": (1 if again == 2 else s.layers) * (layer_matrices(s) - inputs) * size,
@@ -101,6 +106,8 @@ def estimate(
         "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.vocab * s.hidden,
         "workspace": WORKSPACE,
     }
+    if ranks > 1:
+        terms["whole"] = _whole_bytes(s)
     at_update = terms["weights"] + gradients + state + temporaries + WORKSPACE
     terms["update"] = max(0, at_update - sum(terms.values()))
     return Memory(terms)
@@ -113,6 +120,13 @@ def _optimizer_bytes(s: Shape, optimizer: str) -> tuple[int, int]:
         return 8 * counts.total, 0
     largest = s.layers * s.hidden * s.intermediate * (2 if s.traits.gated else 1)
     return 4 * counts.matrices + 8 * (counts.total - counts.matrices), 4 * 5 * largest
+
+
+def _whole_bytes(s: Shape) -> int:
+    """What a rank with shards holds whole: the root's weights, and of the layer at work and the one fetched meanwhile weights
+    and gradient; each of both once more in the buffer that it comes or goes in."""
+    layers = layer_matrices(s) * s.layers
+    return 4 * (2 * (count(s).total - layers) + 4 * layer_matrices(s))
 
 
 def largest_micro_rows(config: Mapping[str, Any], row_length: int, available_bytes: int, most: int = 1024, **options: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,11 @@ FINE_TUNE_RATE, FINE_TUNE_AT = 2e-5, 7e9  # common practice for 7B; smaller mode
 
 def _given(value: object) -> Any:
     return None if value == "derived" else value
+
+
+def ranks_sharing(config: Train) -> int:
+    """How many ranks share one copy of weights, gradients and optimizer state."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if config.shard == "full" else 1
 
 
 def check_start(config: Train) -> None:
@@ -120,7 +126,16 @@ def estimate(planned: Planned) -> Estimate | None:
     flops = tokens * train_flops_per_token(found.architecture, row)
     seconds = train_seconds(flops, machine.peak_flops())
     rows = max(1, MICRO_TOKENS // row) if config.micro_rows == "derived" else config.micro_rows
-    need = memory(found.architecture, rows, row, config.optimizer.name, config.dtype, config.checkpointing, config.kernels)
+    need = memory(
+        found.architecture,
+        rows,
+        row,
+        config.optimizer.name,
+        config.dtype,
+        config.checkpointing,
+        config.kernels,
+        ranks=ranks_sharing(config),
+    )
     return Estimate((seconds.low, seconds.high), (need.low, need.high), explain(flops, machine.peak_flops()))
 
 

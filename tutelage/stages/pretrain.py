@@ -9,7 +9,6 @@ from tutelage import log
 from tutelage.config.stages import Pretrain
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
-from tutelage.models.load import load
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, training
 from tutelage.tokenizer.load import TokenizerFolder
@@ -24,7 +23,7 @@ def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
     numbers, shape = derived.derive_numbers(
         config, words.vocab_size, segments[0], start=run.inputs["model"].path if config.model else None
     )
-    model: Any = load(run.input("model"), device=device) if config.model else fresh(config, words, shape)
+    model: Any = training.load_start(run.input("model"), config, device) if config.model else fresh(config, words, shape)
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     return training.train_model(config, run, model, segments, tokenizer, numbers, device)
 

@@ -13,7 +13,6 @@ from tutelage.data.render import Renderer, check_supervision, coloured_sample
 from tutelage.data.templates import style
 from tutelage.errors import DataError
 from tutelage.files import read_json, whole_folder, write_json
-from tutelage.models.load import load
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, training
@@ -31,7 +30,7 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
         )
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
     device = training.choose_device(config)
-    model = load(run.input("model"), device=device)
+    model = training.load_start(run.input("model"), config, device)
     segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
     show_sample(records, tokenizer)
     totals = segments[0].totals

@@ -22,6 +22,8 @@ from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.config import check_vocabulary
 from tutelage.models.export import save as save_model
+from tutelage.models.load import load
+from tutelage.models.shard import is_sharded, shard
 from tutelage.objectives import objective
 from tutelage.plan.energy import energy
 from tutelage.plan.flops import train_flops_per_token
@@ -30,6 +32,7 @@ from tutelage.plan.machine import measure as measure_machine
 from tutelage.plan.memory import estimate as memory
 from tutelage.plan.time import explain
 from tutelage.rundir import RunDir
+from tutelage.stages.derived import ranks_sharing
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Job, State, train
@@ -78,6 +81,22 @@ def compile_model(model: torch.nn.Module, config: Train, device: torch.device) -
         log.say(f"torch.compile: off on this CPU, no own kernels either ({kernels.why_not()})")
 
 
+def load_start(folder: Path, config: Train, device: torch.device) -> Any:
+    """The model that a run goes on from: on the device, or in the CPU's memory where no device has to hold all of it."""
+    return load(folder, device="cpu" if ranks_sharing(config) > 1 else device)
+
+
+def place(model: torch.nn.Module, config: Train, device: torch.device) -> None:
+    """Moves the model to the device: all of it, or this rank's rows."""
+    if ranks_sharing(config) > 1:
+        shard(model, device)
+        log.say(f"shard: full, each of {distributed.world()} ranks holds its rows of every tensor")
+        return
+    model.to(device)
+    if config.shard == "full":
+        log.say("shard: full changes nothing, there is one rank; start several with torchrun")
+
+
 def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int) -> tuple[Segments, Segments]:
     """Tokens of the input, made now or found, as (train, validation)."""
     assert run.nested is not None
@@ -101,10 +120,11 @@ def train_model(
         check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")
     words = TokenizerFolder.open(tokenizer)
     check_vocabulary(model.config, words.vocab_size, tokenizer)
-    model.to(device).train()
+    model.train()
     model.checkpointing = config.checkpointing
     compile_model(model, config, device)
     distributed.start(str(device))
+    place(model, config, device)
     source = StaticSource(
         segments[0],
         row_length=numbers.sequence_length,
@@ -143,11 +163,11 @@ def train_model(
     job.hooks = make_hooks(config, job, run, model, words, segments[1], numbers)
     try:
         state = train(job)
+        if log.rank() == 0 or is_sharded(model):
+            save_model(model, run.folder("model"), tokenizer, stop_ids=words.stop_ids)
     finally:
         job.metrics.close()
         distributed.stop()
-    if log.rank() == 0:
-        save_model(model, run.folder("model"), tokenizer, stop_ids=words.stop_ids)
     return facts(state, shape, machine.cpu)
 
 
@@ -230,6 +250,7 @@ def say_plan(config: Train, numbers: Numbers, shape: dict[str, Any], machine: Ma
         config.dtype,
         config.checkpointing,
         kernels.available(),
+        ranks=ranks_sharing(config),
     )
     cards = machine.accelerators if device.type == "cuda" else ()
     here = cards[0].memory_bytes if cards else machine.memory_bytes

@@ -1,4 +1,8 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all. A resumed run continues bit for bit on CPU."""
+"""Checkpoints: safetensors and JSON, written whole or not at all. A resumed run continues bit for bit on CPU.
+
+Every rank takes part in saving and loading. Where the model is sharded each writes its own rows (`tensors.py`), and a checkpoint
+of any number of ranks, sharded or not, is loaded by any other.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tutelage import log
 from tutelage.errors import ArtifactError
-from tutelage.files import read_json, whole_folder, write_json
+from tutelage.files import read_json, write_json
+from tutelage.models.shard import local, rows
+from tutelage.train import distributed, tensors
 from tutelage.train.optim import Optimizers
 
 RNG = "rng.cpu"
@@ -35,23 +41,23 @@ class Progress:
 def save(folder: Path, parts: dict[str, nn.Module], optimizers: Optimizers, progress: Progress) -> Path:
     """Writes `folder/step_000100/`."""
     target = folder / f"step_{progress.step:06d}"
-    with whole_folder(target) as out:
+    with distributed.whole_folder(target) as out:
         _write_parts(out, parts)
-        state = {k: v.contiguous().cpu() for k, v in optimizers.state_tensors().items()}
-        save_file({**state, RNG: torch.get_rng_state()}, out / "optimizer.safetensors")
-        write_json(out / "progress.json", asdict(progress))
+        tensors.write(out / "optimizer.safetensors", {**optimizers.state_tensors(), RNG: torch.get_rng_state()})
+        if log.rank() == 0:
+            write_json(out / "progress.json", asdict(progress))
     return target
 
 
 def save_parts(folder: Path, parts: dict[str, nn.Module]) -> None:
     """Writes the weights alone."""
-    with whole_folder(folder) as out:
+    with distributed.whole_folder(folder) as out:
         _write_parts(out, parts)
 
 
 def _write_parts(out: Path, parts: dict[str, nn.Module]) -> None:
     for name, part in parts.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in _unique(part).items()}, out / f"{name}.safetensors")
+        tensors.write(out / f"{name}.safetensors", _unique(part))
 
 
 def latest(folder: Path) -> Path | None:
@@ -67,26 +73,26 @@ def load(path: Path, parts: dict[str, nn.Module], optimizers: Optimizers) -> Pro
     """Restores everything in place. Raises `ArtifactError` for a checkpoint of another model."""
     for name, part in parts.items():
         load_weights(path / f"{name}.safetensors", part)
-    state = load_file(path / "optimizer.safetensors")
-    torch.set_rng_state(state.pop(RNG))
-    optimizers.load_state_tensors(state)
+    state = tensors.Saved.open(path / "optimizer.safetensors")
+    torch.set_rng_state(state.read(RNG))
+    optimizers.load_state_tensors({n: state.read(n, optimizers.rows(n)) for n in state.shapes if n != RNG})
     return Progress(**read_json(path / "progress.json"))
 
 
 def load_weights(path: Path, part: nn.Module) -> None:
-    saved, own = load_file(path), _unique(part)
+    saved, own = tensors.Saved.open(path), _unique(part)
     for name, tensor in own.items():
-        if name not in saved or saved[name].shape != tensor.shape:
+        if saved.shapes.get(name) != tuple(tensor.shape):
             raise ArtifactError(
                 f"the checkpoint does not fit the model at `{name}`",
                 file=path,
-                found=tuple(saved[name].shape) if name in saved else "no such tensor",
+                found=saved.shapes.get(name, "no such tensor"),
                 expected=str(tuple(tensor.shape)),
                 fix="resume with the same model settings, or start a new run with --force",
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            local(tensor).copy_(saved.read(name, rows(tensor)))
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -96,7 +102,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _unique(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, a shared tensor once."""
+    """Parameters and persistent buffers, a shared tensor once; of a sharded part the rows that stay on this rank."""
     out: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in part.state_dict(keep_vars=True).items():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
+
+from tutelage import files, log
+from tutelage.errors import StorageError
+from tutelage.models.shard import is_shard, local
 
 
 def world() -> int:
@@ -26,11 +33,11 @@ def stop() -> None:
 
 
 def sum_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Adds gradients over ranks in place, in one flat buffer. A parameter without a gradient on any rank keeps none: weight
-    decay must not move what no loss reaches."""
+    """Adds gradients over ranks in place, in one flat buffer; those of shards have been added in the backward pass. A parameter
+    without a gradient on any rank keeps none: weight decay must not move what no loss reaches."""
     if world() == 1:
         return
-    chosen = [p for p in params if p.requires_grad]
+    chosen = [p for p in params if p.requires_grad and not is_shard(p)]
     if not chosen:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen]
@@ -42,6 +49,14 @@ def sum_gradients(params: Iterable[nn.Parameter]) -> None:
         if ranks:
             p.grad = g.copy_(flat[at : at + g.numel()].view_as(g))
         at += g.numel()
+
+
+def total_norm(grads: list[Tensor]) -> float:
+    """The norm of all gradients together, the same number on every rank."""
+    norm = nn.utils.get_total_norm([local(g) for g in grads]).item()
+    if not any(is_shard(g) for g in grads):
+        return norm
+    return math.sqrt(sum_values({"squares": norm * norm})["squares"])
 
 
 def sum_values(values: dict[str, float]) -> dict[str, float]:
@@ -62,3 +77,21 @@ def any_rank(**flags: bool) -> dict[str, bool]:
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """`files.whole_folder` for a folder that every rank writes into: it becomes `path` when the block has ended well on all."""
+    with files.whole_folder(path) if log.rank() == 0 else contextlib.nullcontext() as made:
+        owner = int(sum_values({"process": os.getpid() if made else 0})["process"])
+        error: BaseException | None = None
+        try:
+            yield made or files.partial_name(path, owner)
+        except BaseException as raised:
+            error = raised
+        failed = any_rank(failed=error is not None)["failed"]
+        if error is not None:
+            raise error
+        if failed:
+            raise StorageError("another rank could not write its part", file=path, fix="look at the output of the other ranks")
+    barrier()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tutelage import log
 from tutelage.errors import TrainingStopped
 from tutelage.files import read_json, whole_folder, write_json
+from tutelage.models.shard import leaves
 from tutelage.train import distributed
 from tutelage.train.step import Recipe, StepResult
 
@@ -63,23 +64,32 @@ def _save(target: Path, micro: Batch, index: int, rows: list[int], result: StepR
 
 def _culprits(recipe: Recipe, batch: GlobalBatch, loss: bool) -> tuple[int, list[int]]:
     """The first micro-batch of this rank with rows that are not finite by themselves, and these rows: by their loss, or
-    (a second pass, slow, but it happens once a run) by their gradient."""
-    for index, micro in enumerate(batch.micro):
-        rows = [r for r in range(len(micro.ids)) if not _is_finite(recipe, _one_row(micro, r).to(recipe.device), loss)]
-        if rows:
-            return index, rows
-    return 0, []
+    by their gradient. One pass a row: slow, but it happens once a run. All rows, because ranks with shards go together."""
+    check = _finite_loss if loss else _finite_gradient
+    bad = [[r for r in range(len(micro.ids)) if not check(recipe, _one_row(micro, r).to(recipe.device))] for micro in batch.micro]
+    return next(((index, rows) for index, rows in enumerate(bad) if rows), (0, []))
 
 
-def _is_finite(recipe: Recipe, row: Batch, loss: bool) -> bool:
-    with torch.set_grad_enabled(not loss), recipe.autocast():
+@torch.no_grad()
+def _finite_loss(recipe: Recipe, row: Batch) -> bool:
+    with recipe.autocast():
         terms = recipe.objective(recipe.parts, row)
-    if loss:
-        return all(math.isfinite(t.sum.item()) for t in terms.values())
-    params = [p for part in recipe.parts.values() for p in part.parameters() if p.requires_grad]
-    total = torch.stack([t.sum for t in terms.values()]).sum()
-    found = torch.autograd.grad(total, params, allow_unused=True)
-    return all(bool(g.isfinite().all()) for g in found if g is not None)
+    return all(math.isfinite(t.sum.item()) for t in terms.values())
+
+
+def _finite_gradient(recipe: Recipe, row: Batch) -> bool:
+    """Looks at each gradient on its way to the parameter: of a shard, what arrives there is the sum over ranks."""
+    found: list[bool] = []
+    watched = [p for part in recipe.parts.values() for p in leaves(part) if p.requires_grad]
+    handles = [p.register_hook(lambda grad: found.append(bool(grad.isfinite().all()))) for p in watched]
+    with recipe.autocast():
+        terms = recipe.objective(recipe.parts, row)
+    torch.stack([t.sum for t in terms.values()]).sum().backward()
+    for handle in handles:
+        handle.remove()
+    for part in recipe.parts.values():
+        part.zero_grad(set_to_none=True)
+    return all(found)
 
 
 def _one_row(batch: Batch, row: int) -> Batch:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tutelage import log
 from tutelage.files import write_json
 from tutelage.models.interface import Batch
+from tutelage.models.shard import is_sharded, release
 from tutelage.train import distributed
 from tutelage.train.checkpoint import load_weights, save_parts
 from tutelage.train.loop import State
@@ -173,8 +174,7 @@ class EarlyStop(Quiet):
             return
         if self.validate.latest < self.best:
             self.best, self.bad, self.at = self.validate.latest, 0, state.progress.step
-            if log.rank() == 0:
-                save_parts(self.folder, state.job.recipe.parts)
+            save_parts(self.folder, state.job.recipe.parts)
             return
         self.bad += 1
         self._stop_if_due(state)
@@ -206,8 +206,14 @@ class Sample(Quiet):
         self.generate, self.every = generate, every
 
     def after_step(self, state: State) -> None:
-        if log.rank() == 0 and (state.progress.step % self.every == 0 or state.last):
-            rows = self.generate()
+        parts = state.job.recipe.parts.values()
+        due = state.progress.step % self.every == 0 or state.last
+        if not due or (log.rank() != 0 and not any(is_sharded(part) for part in parts)):
+            return
+        rows = self.generate()  # greedy: ranks with shards take the same steps
+        for part in parts:
+            release(part)
+        if log.rank() == 0:
             write_json(state.job.folder / "samples" / f"step_{state.progress.step:06d}.json", rows)
             if rows:
                 log.say(f"  {rows[0]['prompt']!r} -> {rows[0]['text'][:100]!r}", style="dim")

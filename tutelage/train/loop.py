@@ -196,8 +196,8 @@ def save(state: State) -> None:
     job, progress = state.job, state.progress
     progress.source = job.source.state_dict()
     progress.hooks = {name: hook.state_dict() for name, hook in job.hooks.items()}
+    checkpoint.save(job.folder / "checkpoints", job.recipe.parts, job.optimizers, progress)
     if log.rank() == 0:
-        checkpoint.save(job.folder / "checkpoints", job.recipe.parts, job.optimizers, progress)
         checkpoint.prune(job.folder / "checkpoints", job.keep_checkpoints)
     distributed.barrier()
 

@@ -1,7 +1,8 @@
 """Muon: momentum whose matrix update is orthogonalised by Newton-Schulz (Jordan et al. 2024).
 
 `torch.optim.Muon` runs the iteration in bfloat16, which a CPU without bfloat16 units does at a fifth of its float32 rate,
-and one matrix at a time. Here matrices of one shape form one batched product, in float32 on a CPU.
+and one matrix at a time. Here matrices of one shape form one batched product, in float32 on a CPU. An update needs whole
+matrices: of sharded ones every rank fetches the directions of one shape at a time, and keeps its rows of what comes out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tutelage.models.shard import local, rows, whole_stack
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic with the steepest slope at 0; singular values land in 0.7 .. 1.2
 
@@ -46,18 +49,20 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes[p.shape].append(p)
             for shape, params in shapes.items():
-                updates = orthogonalise(torch.stack([self._direction(p, group["momentum"]) for p in params]))
+                directions = [self._direction(p, group["momentum"]) for p in params]
+                updates = orthogonalise(whole_stack(params[0], directions))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * scale)
+                    own = local(p)
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(update[rows(p) or slice(None)], alpha=-group["lr"] * scale)
 
     def _direction(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum of the gradient."""
+        """Nesterov momentum of the gradient, of the rows that are here."""
         assert p.grad is not None
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
+        buffer, grad = local(state["momentum_buffer"]), local(p.grad)
+        buffer.lerp_(grad, 1 - momentum)
+        return grad.lerp(buffer, momentum)

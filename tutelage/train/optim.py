@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tutelage.config.train import Optimizer
+from tutelage.models.shard import like, rows
 from tutelage.train.muon import Muon
 
 
@@ -60,6 +61,7 @@ class Optimizers:
         if muon:
             matrices = [p for _, p in by_kind["matrix"]]
             self.all.append(Muon(matrices, lr=rates.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay))
+        self.by_name = {self.names[id(p)]: p for p in self.params}
         for opt in self.all:
             for group in opt.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -84,7 +86,12 @@ class Optimizers:
                     out[f"{self.names[id(p)]}.{key}"] = torch.as_tensor(value)
         return out
 
+    def rows(self, name: str) -> slice | None:
+        """Which rows of the state tensor `<parameter>.<key>` this rank holds; None where it holds all."""
+        return rows(self.by_name[name.rpartition(".")[0]])
+
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes what `state_tensors` gave; of a sharded model, the rows of this rank."""
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for full, value in tensors.items():
             name, _, key = full.rpartition(".")
@@ -94,4 +101,5 @@ class Optimizers:
                 for p in group["params"]:
                     state = by_name.get(self.names[id(p)])
                     if state:
-                        opt.state[p] = {k: v.clone() if k == "step" else v.to(p.device).clone() for k, v in state.items()}
+                        here = {k: v.to(p.device).clone() for k, v in state.items()}
+                        opt.state[p] = {k: like(p, v) if v.ndim else v for k, v in here.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tutelage.errors import DataError
+from tutelage.models.shard import local, release
 from tutelage.objectives import Objective
 from tutelage.train import distributed
 from tutelage.train.optim import Optimizers
@@ -75,7 +76,7 @@ def gradients(recipe: Recipe, batch: GlobalBatch) -> StepResult:
     distributed.sum_gradients(params)
     sums = distributed.sum_values(sums)
     loss = sum(recipe.weights.get(n, 1.0) * v for n, v in sums.items())
-    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
+    norm = distributed.total_norm([p.grad for p in params if p.grad is not None])
     return StepResult(loss, sums, norm, bad)
 
 
@@ -86,7 +87,7 @@ def train_step(recipe: Recipe, batch: GlobalBatch, optimizers: Optimizers) -> St
         return result
     if recipe.clip is not None and result.grad_norm > recipe.clip:
         factor = recipe.clip / (result.grad_norm + 1e-6)
-        torch._foreach_mul_([p.grad for p in optimizers.params if p.grad is not None], factor)
+        torch._foreach_mul_([local(p.grad) for p in optimizers.params if p.grad is not None], factor)
     optimizers.step()
     return result
 
@@ -106,6 +107,7 @@ def measure(recipe: Recipe, batches: list[Batch], counts: dict[str, float]) -> d
             sums[name] = sums.get(name, 0.0) + term.sum.item()
             units[name] = term.unit
     for name, part in recipe.parts.items():
+        release(part)
         part.train(was_training[name])
     return {name: value / counts[units[name]] for name, value in sums.items()}
 

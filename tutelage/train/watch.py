@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from tutelage.errors import TrainingStopped
+from tutelage.models.shard import local
+from tutelage.train import distributed
 
 CHUNK = 1 << 18  # values whose digest is made at a time: the temporaries stay in the cache, and small on a GPU
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,33 +41,38 @@ class UpdateWatch:
 
     def _digests(self) -> dict[str, tuple[bool, int]]:
         return {
-            f"{part}.{name}": (p.requires_grad, digest(p))
+            f"{part}.{name}": (p.requires_grad, digest(local(p)))
             for part, module in self.parts.items()
             for name, p in module.named_parameters()
         }
 
-    def check_frozen(self) -> dict[str, tuple[bool, int]]:
-        """The digests of now. Raises `TrainingStopped` when a frozen tensor is not what it was."""
-        now = self._digests()
-        frozen = [n for n, (trainable, digest) in now.items() if not trainable and digest != self.before[n][1]]
+    def _changed(self) -> set[str]:
+        """The tensors that are not what they were, on any rank: of a shard no rank may hold the rows that moved."""
+        changed = distributed.any_rank(**{n: now != self.before[n] for n, now in self._digests().items()})
+        return {n for n in changed if changed[n]}
+
+    def check_frozen(self) -> set[str]:
+        """The tensors that have changed. Raises `TrainingStopped` when a frozen one has."""
+        changed = self._changed()
+        frozen = [n for n, (trainable, _) in self.before.items() if n in changed and not trainable]
         if frozen:
             raise TrainingStopped(
                 f"{len(frozen)} frozen tensors changed", found=", ".join(frozen[:5]), fix="report this as a bug"
             )
-        return now
+        return changed
 
     def after_step(self) -> None:
         """Call after each step whose learning rate was above zero. Raises `TrainingStopped` and names the tensors."""
         if self.done:
             return
         self.steps += 1
-        now = self.check_frozen()
-        self.pending = {n for n in self.pending if now[n][1] == self.before[n][1]}
+        self.pending -= self.check_frozen()
         if not self.pending:
             self.done = True
         elif self.steps >= self.within:
             raise TrainingStopped(
-                f"{len(self.pending)} of {len(now)} tensors should have been trained and did not change in {self.steps} steps",
+                f"{len(self.pending)} of {len(self.before)} tensors should have been trained and did not change in "
+                f"{self.steps} steps",
                 found=", ".join(sorted(self.pending)[:5]),
                 expected="a finite, non-zero update of each",
                 fix="raise the learning rate (an update below float32 resolution is lost), or freeze these tensors",
