@@ -112,6 +112,7 @@ class Completion:
     finish_reason: FinishReason  # stop: an end token or stop text; length: max_tokens; cancelled
     index: int = 0  # which of the n answers to the prompt
     scores: tuple[TokenScore, ...] = ()  # one a token, where `Sampling.logprobs` was set
+    shared: int = 0  # tokens of the prompt that were in the cache already
 
 
 @dataclass(slots=True, frozen=True)
@@ -125,11 +126,21 @@ class Event:
     finish_reason: FinishReason | None  # set on the last event of a sequence
 
 
+@dataclass(slots=True)
+class Drafts:
+    """How guesses at the next tokens have fared for one sequence (`speculate.py`)."""
+
+    proposed: int = 0
+    accepted: int = 0
+    rest: int = 0  # tokens to make before guessing again
+
+
 class Sequence:
     """A prompt and its continuation. Made by `Engine.submit`."""
 
     __slots__ = (
-        "cached", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling", "scores", "slot", "stream"
+        "cached", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling", "scores",
+        "shared", "slot", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -153,6 +164,8 @@ class Sequence:
         self.stream = stream
         self.slot = -1  # place in the cache; -1 while waiting and when done
         self.cached = 0  # tokens whose keys and values are in the slot
+        self.shared = 0  # tokens of the prompt that were in the cache already
+        self.drafts = Drafts()
         self.scores: list[TokenScore] = []
         self.finish_reason: FinishReason | None = None
 
@@ -179,5 +192,5 @@ class Sequence:
         assert self.finish_reason is not None, "the sequence is still running"
         return Completion(
             prompt=tuple(self.ids[: self.prompt_length]), ids=tuple(self.ids[self.prompt_length :]), text=self.stream.text,
-            finish_reason=self.finish_reason, index=self.index, scores=tuple(self.scores),
+            finish_reason=self.finish_reason, index=self.index, scores=tuple(self.scores), shared=self.shared,
         )  # fmt: skip

@@ -1,0 +1,427 @@
+// The forward pass of some new tokens against the cache in one call: what a decoder does most while it generates.
+// Every output element is one sum in one fixed order, however the rows are grouped: so a token's logits do not depend, bit for
+// bit, on what else is in the batch.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <utility>
+
+#include "heads.h"
+
+// The same fields in the same order as the structures in decoder.py.
+struct Matrix {
+    const void* weight;   // [out, in], rows side by side
+    const float* scale;   // [out] of int8 rows, else none
+    const float* bias;    // [out], or none
+    int64_t out, in, kind;  // kind: 0 float32, 1 int8, 2 bfloat16
+};
+struct Norm {
+    const float *weight, *bias;
+    int64_t kind;  // 0 none, 1 RMS, 2 layer
+};
+struct LayerPlan {
+    Matrix q, k, v, o, gate, up, down;
+    Norm attention_in, attention_out, mlp_in, mlp_out, q_norm, k_norm;
+    float *keys, *values;      // [slots, length, Hkv, D]
+    const float *cos, *sin;    // [positions, rotary], or none
+    int64_t rotary, window;    // window 0: unlimited
+    float scale, unused;
+};
+struct DecoderPlan {
+    const LayerPlan* layers;
+    int64_t count, hidden, heads, kv_heads, width, wide, gated, activation, qk_norm;  // qk_norm: 0 none, 1 each head, 2 all heads
+    const float *embeddings, *positions;  // [V,H]; [positions,H], or none
+    Norm last;
+    Matrix head;
+    int64_t slot_stride, threads;  // floats between slots of the cache
+    float eps, offset, cap, embedding_scale, logit_scale, logit_cap;
+};
+
+namespace {
+
+enum Activation { SILU, GELU, GELU_TANH, RELU };
+constexpr int64_t GRAIN = 16;   // output rows that one thread takes at a time
+constexpr int64_t TOKENS = 64;  // tokens whose activations stay in the first caches while the weights pass by
+
+template <int kind>
+INLINE vf weight_at(const void* row, int64_t i);
+template <>
+INLINE vf weight_at<0>(const void* row, int64_t i) { return load((const float*)row + i); }
+template <>
+INLINE vf weight_at<1>(const void* row, int64_t i) {
+    const int8_t* p = (const int8_t*)row + i;
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    typedef int8_t bytes __attribute__((vector_size(VL), aligned(1), may_alias));
+    return __builtin_convertvector(*(const bytes*)p, vf);
+#endif
+}
+template <>
+INLINE vf weight_at<2>(const void* row, int64_t i) {
+    typedef uint16_t halves __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+    typedef uint32_t words __attribute__((vector_size(4 * VL)));
+    return (vf)(__builtin_convertvector(*(const halves*)((const uint16_t*)row + i), words) << 16);
+}
+template <int kind>
+constexpr int64_t bytes_of() { return kind == 0 ? 4 : kind == 1 ? 1 : 2; }
+
+// The sums of 16 vectors, each by the tree of `sum`: halves that lie VL/2 apart first.
+#if VL == 16 && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#elif VL == 16 && defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+INLINE void sums16(const vf* x, float* to) {
+#ifdef PICK
+    vf a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        a[i] = PICK(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               PICK(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        b[i] = PICK(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               PICK(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        c[i] = PICK(b[2 * i], b[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               PICK(b[2 * i], b[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    store(to, PICK(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+                  PICK(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+#else
+    for (int i = 0; i < 16; i++) to[i] = sum(x[i]);
+#endif
+}
+
+// dots[t * O + o] = x_t . w_o for a tile of T tokens and O rows of weights, T * O = 16.
+template <int kind, int T, int O>
+INLINE void tile(const float* const* x, const char* w, int64_t in, float* dots) {
+    const int64_t row = in * bytes_of<kind>();
+    vf total[16] = {};
+    for (int64_t i = 0; i < in; i += VL) {
+        vf seen[O];
+#pragma GCC unroll 16
+        for (int o = 0; o < O; o++) seen[o] = weight_at<kind>(w + o * row, i);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) {
+            const vf own = load(x[t] + i);
+#pragma GCC unroll 16
+            for (int o = 0; o < O; o++) total[t * O + o] += own * seen[o];
+        }
+    }
+    sums16(total, dots);
+}
+
+// Calls put(t, o, value) for the products of `count` tokens (rows of x, `stride` apart) with weight rows first .. last.
+template <int kind, int T, int O, class Put>
+void products(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Put& put) {
+    const char* w = (const char*)m.weight;
+    const int64_t row = m.in * bytes_of<kind>();
+    alignas(64) float dots[16];
+    for (int64_t o = first; o < last; o += O) {
+        const int64_t rows = min_<int64_t>(O, last - o), from = min_(o, m.out - O);  // the last tile begins earlier: never past the end
+        for (int64_t t = 0; t < count; t += T) {
+            const float* own[T];
+            for (int i = 0; i < T; i++) own[i] = x + min_(t + i, count - 1) * stride;
+            tile<kind, T, O>(own, w + from * row, m.in, dots);
+            for (int64_t i = 0; i < min_<int64_t>(T, count - t); i++)
+                for (int64_t j = 0; j < rows; j++) {
+                    float y = dots[i * O + (o - from) + j];
+                    if (kind == 1) y *= m.scale[o + j];
+                    put(t + i, o + j, m.bias ? y + m.bias[o + j] : y);
+                }
+        }
+    }
+}
+
+template <int kind, class Put>
+void products_of(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Put& put) {
+    for (int64_t t = 0; t < count; t += TOKENS) {
+        const int64_t n = min_(TOKENS, count - t);
+        const float* from = x + t * stride;
+        const auto shifted = [&](int64_t i, int64_t o, float y) { put(t + i, o, y); };
+        if (n == 1)
+            products<kind, 1, 16>(from, stride, n, m, first, last, shifted);
+        else if (n == 2)
+            products<kind, 2, 8>(from, stride, n, m, first, last, shifted);
+        else
+            products<kind, 4, 4>(from, stride, n, m, first, last, shifted);
+    }
+}
+
+// This thread's share of y = x W^T + b.
+template <class Put>
+void multiply(const float* x, int64_t stride, int64_t count, const Matrix& m, int thread, int threads, const Put& put) {
+    const int64_t grains = (m.out + GRAIN - 1) / GRAIN;
+    const int64_t first = grains * thread / threads * GRAIN, last = min_(m.out, grains * (thread + 1) / threads * GRAIN);
+    if (first >= last) return;
+    if (m.kind == 0) products_of<0>(x, stride, count, m, first, last, put);
+    if (m.kind == 1) products_of<1>(x, stride, count, m, first, last, put);
+    if (m.kind == 2) products_of<2>(x, stride, count, m, first, last, put);
+}
+
+void normalise(const Norm& norm, const float* x, float* y, int64_t n, float eps, float offset) {
+    if (norm.kind == 0) {
+        if (x != y) memcpy(y, x, n * 4);
+        return;
+    }
+    float mean = 0;
+    if (norm.kind == 2) {
+        vf t{};
+        for (int64_t i = 0; i < n; i += VL) t += load(x + i);
+        mean = sum(t) / (float)n;
+    }
+    vf s{};
+    for (int64_t i = 0; i < n; i += VL) {
+        const vf d = load(x + i) - mean;
+        s += d * d;
+    }
+    const float f = 1.0f / sqrtf(sum(s) / (float)n + eps), plus = norm.kind == 1 ? offset : 0.0f;
+    for (int64_t i = 0; i < n; i += VL) {
+        vf d = (load(x + i) - mean) * f * (load(norm.weight + i) + plus);
+        if (norm.bias) d += load(norm.bias + i);
+        store(y + i, d);
+    }
+}
+
+INLINE float activate(float x, int64_t kind) {
+    if (kind == SILU) return x / (1.0f + expf(-x));
+    if (kind == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    if (kind == GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    return x > 0 ? x : 0;
+}
+
+void activate_all(float* x, const float* times, int64_t n, int64_t kind) {
+    if (kind == SILU || kind == GELU_TANH) {
+        for (int64_t i = 0; i < n; i += VL) {
+            const vf y = load(x + i);
+            vf z = kind == SILU ? y / (1.0f + exp_(-y)) : 0.5f * y * (1.0f + tanh_(0.79788456080286536f * (y + 0.044715f * y * y * y)));
+            store(x + i, times ? z * load(times + i) : z);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) x[i] = activate(x[i], kind) * (times ? times[i] : 1.0f);
+}
+
+// Attention of one token's query heads that share a key-value head: q [group,D] -> out [group,D], over keys first .. last.
+void attend(const float* q, const float* keys, const float* values, int64_t step, int64_t first, int64_t last, int64_t group, int64_t D,
+            float scale, float cap, float* out, float* scores) {
+    const int64_t seen = last - first, padded = round_up(seen, 16);
+    constexpr float LOG2E = 1.44269504088896341f;
+    keys += first * step;
+    values += first * step;
+    for (int64_t h = 0; h < group; h++) {
+        const float* own = q + h * D;
+        for (int64_t j = 0; j < seen; j += 16) {
+            vf total[16] = {};
+            const float* row[16];
+            for (int64_t i = 0; i < 16; i++) row[i] = keys + min_(j + i, seen - 1) * step;
+            for (int64_t d = 0; d < D; d += VL) {
+                const vf x = load(own + d);
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) total[i] += x * load(row[i] + d);
+            }
+            sums16(total, scores + j);
+        }
+        for (int64_t j = seen; j < padded; j++) scores[j] = -INFINITY;
+        vf most = splat(-INFINITY);
+        for (int64_t j = 0; j < padded; j += VL) {
+            vf y = load(scores + j) * (cap ? scale / cap : scale * LOG2E);
+            if (cap) {
+                y = tanh_(y) * (cap * LOG2E);
+                if (j + VL > seen)
+                    for (int64_t i = max_<int64_t>(0, seen - j); i < VL; i++) y[i] = -INFINITY;
+            }
+            store(scores + j, y);
+            most = vmax(y, most);
+        }
+        const float base = max_of(most);
+        vf total{};
+        for (int64_t j = 0; j < padded; j += VL) {
+            const vf e = exp2_(load(scores + j) - base);
+            store(scores + j, e);
+            total += e;
+        }
+        const float share = 1.0f / sum(total);
+        for (int64_t d = 0; d < D; d += 4 * VL) {
+            vf mixed[4] = {};
+            const int64_t parts = min_<int64_t>(4, (D - d) / VL);
+            if (parts == 4)
+                for (int64_t j = 0; j < seen; j++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) mixed[i] += load(values + j * step + d + i * VL) * scores[j];
+            else
+                for (int64_t j = 0; j < seen; j++)
+                    for (int64_t i = 0; i < parts; i++) mixed[i] += load(values + j * step + d + i * VL) * scores[j];
+            for (int64_t i = 0; i < parts; i++) store(out + h * D + d + i * VL, mixed[i] * share);
+        }
+    }
+}
+
+struct Buffers {
+    float *x, *normed, *qkv, *mixed, *wide, *block;
+    int64_t qkv_width;
+};
+
+// One layer's work of one thread. BARRIER stands wherever the next lines read what another thread wrote.
+struct Worker {
+    const DecoderPlan& plan;
+    const Buffers& to;
+    const int64_t *slots, *places;
+    int64_t rows;
+    int thread, threads;
+    Scratch& scores;
+
+    void barrier() const {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+    }
+    template <class Body>
+    void each_row(const Body& body) const {
+        for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; r++) body(r);
+    }
+    void norm_rows(const Norm& norm, const float* from, float* onto, int64_t width) const {
+        each_row([&](int64_t r) { normalise(norm, from + r * width, onto + r * width, width, plan.eps, plan.offset); });
+        barrier();
+    }
+    // Adds a block's output to x, through the norm behind the block where there is one.
+    void add_block(const float* from, int64_t width, const Matrix& m, const Norm& norm) const {
+        const int64_t H = plan.hidden;
+        if (norm.kind == 0) {
+            multiply(from, width, rows, m, thread, threads, [&](int64_t r, int64_t o, float y) { to.x[r * H + o] += y; });
+            barrier();
+            return;
+        }
+        multiply(from, width, rows, m, thread, threads, [&](int64_t r, int64_t o, float y) { to.block[r * H + o] = y; });
+        barrier();
+        each_row([&](int64_t r) {
+            float* b = to.block + r * H;
+            normalise(norm, b, b, H, plan.eps, plan.offset);
+            for (int64_t i = 0; i < H; i++) to.x[r * H + i] += b[i];
+        });
+        barrier();
+    }
+    void project(const LayerPlan& layer) const {
+        const int64_t width = to.qkv_width;
+        int64_t at = 0;
+        for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
+            multiply(to.normed, plan.hidden, rows, *m, thread, threads, [&](int64_t r, int64_t o, float y) { to.qkv[r * width + at + o] = y; });
+            at += m->out;
+        }
+        barrier();
+    }
+    // Norms and positions of query and key heads; keys and values go to the cache.
+    void place(const LayerPlan& layer) const {
+        const int64_t D = plan.width, queries = plan.heads * D, keys = plan.kv_heads * D;
+        each_row([&](int64_t r) {
+            float *q = to.qkv + r * to.qkv_width, *k = q + queries, *v = k + keys;
+            if (plan.qk_norm == 2) {
+                normalise(layer.q_norm, q, q, queries, plan.eps, plan.offset);
+                normalise(layer.k_norm, k, k, keys, plan.eps, plan.offset);
+            }
+            HeadPrep prep;
+            prep.offset = plan.offset, prep.eps = plan.eps, prep.cos = layer.cos, prep.sin = layer.sin, prep.rotary = layer.rotary;
+            const bool each = plan.qk_norm == 1;
+            if (each || layer.cos) {
+                prep.weight = each ? layer.q_norm.weight : nullptr;
+                for (int64_t h = 0; h < plan.heads; h++) prep.apply(q + h * D, q + h * D, D, 0, places[r], 1.0f);
+                prep.weight = each ? layer.k_norm.weight : nullptr;
+                for (int64_t h = 0; h < plan.kv_heads; h++) prep.apply(k + h * D, k + h * D, D, 0, places[r], 1.0f);
+            }
+            const int64_t at = slots[r] * plan.slot_stride + places[r] * keys;
+            memcpy(layer.keys + at, k, keys * 4);
+            memcpy(layer.values + at, v, keys * 4);
+        });
+        barrier();
+    }
+    void attention(const LayerPlan& layer) const {
+        const int64_t D = plan.width, group = plan.heads / plan.kv_heads, queries = plan.heads * D, step = plan.kv_heads * D;
+        const int64_t units = rows * plan.kv_heads;
+        for (int64_t u = thread; u < units; u += threads) {
+            const int64_t r = u / plan.kv_heads, kv = u % plan.kv_heads, last = places[r] + 1;
+            const int64_t first = layer.window ? max_<int64_t>(0, last - layer.window) : 0, at = slots[r] * plan.slot_stride + kv * D;
+            attend(to.qkv + r * to.qkv_width + kv * group * D, layer.keys + at, layer.values + at, step, first, last, group, D, layer.scale,
+                   plan.cap, to.mixed + r * queries + kv * group * D, scores.get(round_up(last - first, 16)));
+        }
+        barrier();
+    }
+    void mlp(const LayerPlan& layer) const {
+        // Each thread activates the columns that it made itself: no barrier between.
+        const int64_t W = plan.wide;
+        const Matrix& first = plan.gated ? layer.gate : layer.up;
+        multiply(to.normed, plan.hidden, rows, first, thread, threads, [&](int64_t r, int64_t o, float y) { to.wide[r * W + o] = y; });
+        float* up = to.wide + rows * W;
+        if (plan.gated)
+            multiply(to.normed, plan.hidden, rows, layer.up, thread, threads, [&](int64_t r, int64_t o, float y) { up[r * W + o] = y; });
+        const int64_t grains = (W + GRAIN - 1) / GRAIN, from = grains * thread / threads * GRAIN;
+        const int64_t end = min_(W, grains * (thread + 1) / threads * GRAIN);
+        for (int64_t r = 0; r < rows && from < end; r++)
+            activate_all(to.wide + r * W + from, plan.gated ? up + r * W + from : nullptr, end - from, plan.activation);
+        barrier();
+    }
+    void run(const LayerPlan& layer) const {
+        norm_rows(layer.attention_in, to.x, to.normed, plan.hidden);
+        project(layer);
+        place(layer);
+        attention(layer);
+        add_block(to.mixed, plan.heads * plan.width, layer.o, layer.attention_out);
+        norm_rows(layer.mlp_in, to.x, to.normed, plan.hidden);
+        mlp(layer);
+        add_block(to.wide, plan.wide, layer.down, layer.mlp_out);
+    }
+};
+
+}  // namespace
+
+// Tokens ids [rows] at `places` [rows] of the cache's `slots` [rows]; rows of one slot are in order and follow what is cached.
+// Writes hidden states after the last norm to hidden [rows,H] where asked, and the logits of rows wanted [n] to logits [n,V].
+EXPORT void decoder_forward(const DecoderPlan* plan, const int64_t* ids, const int64_t* slots, const int64_t* places, int64_t rows,
+                            const int64_t* wanted, int64_t n, float* logits, float* hidden) {
+    static thread_local Scratch memory;
+    const int64_t H = plan->hidden, queries = plan->heads * plan->width, V = plan->head.out;
+    const int64_t qkv = queries + 2 * plan->kv_heads * plan->width;
+    Buffers to;
+    to.qkv_width = qkv;
+    float* at = memory.get(rows * (3 * H + qkv + queries + 2 * plan->wide) + n * H);
+    for (auto [part, width] : {std::pair<float**, int64_t>{&to.x, H}, {&to.normed, H}, {&to.block, H}, {&to.qkv, qkv},
+                               {&to.mixed, queries}, {&to.wide, 2 * plan->wide}}) {
+        *part = at;
+        at += rows * width;
+    }
+    float* chosen = at;
+    const auto work = [&](int thread, int threads) {
+        FlushDenormals flush;
+        static thread_local Scratch scores;
+        Worker worker{*plan, to, slots, places, rows, thread, threads, scores};
+        worker.each_row([&](int64_t r) {
+            const float *e = plan->embeddings + ids[r] * H, *p = plan->positions ? plan->positions + places[r] * H : nullptr;
+            for (int64_t i = 0; i < H; i++) to.x[r * H + i] = e[i] * plan->embedding_scale + (p ? p[i] : 0.0f);
+        });
+        worker.barrier();
+        for (int64_t l = 0; l < plan->count; l++) worker.run(plan->layers[l]);
+        worker.norm_rows(plan->last, to.x, to.normed, H);
+        if (hidden)
+            worker.each_row([&](int64_t r) { memcpy(hidden + r * H, to.normed + r * H, H * 4); });
+        if (thread == 0)
+            for (int64_t i = 0; i < n; i++) memcpy(chosen + i * H, to.normed + wanted[i] * H, H * 4);
+        worker.barrier();
+        if (n)
+            multiply(chosen, H, n, plan->head, thread, threads, [&](int64_t i, int64_t o, float y) {
+                y *= plan->logit_scale;
+                logits[i * V + o] = plan->logit_cap ? plan->logit_cap * tanhf(y / plan->logit_cap) : y;
+            });
+    };
+#ifdef _OPENMP
+    const int threads = (int)plan->threads;
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        work(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    work(0, 1);
+}
