@@ -37,6 +37,18 @@ def test_answers_return_to_their_questions() -> None:
     assert calls == [4, 2]
 
 
+def test_a_question_longer_than_the_context_is_wrong_not_fatal() -> None:
+    """One long question among hundreds must not end an evaluation, nor count as right for saying nothing."""
+    asked = [conversation("q" * n, "", task="t") for n in (5, 90)]
+
+    def one_token_a_letter(c: Conversation) -> list[int]:
+        return [0] * len(c.messages[0].content)
+
+    short, long = qs.ask(asked, one_token_a_letter, lambda p, s: [""] * len(p), context=90)
+    assert short.correct and short.too_long is None
+    assert long.too_long and not long.correct
+
+
 @pytest.mark.parametrize(
     ("answer", "expected", "same"),
     [
