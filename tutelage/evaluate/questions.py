@@ -113,7 +113,7 @@ def ask(
 
 
 def grade(conversation: Conversation, given: str | None) -> Prediction:
-    """The verdict on one answer, or on a question too long to be asked (None). `meta["accepted"]` may list other right answers."""
+    """The verdict on one answer; None for a question too long to be asked. `meta["accepted"]` may list other right answers."""
     answer = given or ""
     expected = conversation.messages[-1].content
     accepted = [expected, *conversation.meta.get("accepted", [])]
