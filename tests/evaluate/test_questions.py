@@ -115,9 +115,12 @@ def test_gallery_shows_what_really_follows_and_does_not_pick() -> None:
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
         return ["!" for _ in prompts]
 
-    rows = gallery.continuations(generate, lambda t: list(t.encode()), [0], documents=[text] * 9, documents_used=3)
+    rows = gallery.continuations(
+        generate, lambda t: list(t.encode()), [0], documents=[text, "Other words begin this one.\n"] * 9, documents_used=3
+    )
+    assert [r["prompt"] for r in rows if r["kind"] == "prompt"] == ["word0 word1 word2", "Other words begin"]
     held = [r for r in rows if r["kind"] == "held-out document"]
-    assert len(rows) == len(gallery.PROMPTS) + 3 and len(held) == 3
+    assert len(rows) == 2 + 3 and len(held) == 3
     assert all(text.startswith(r["prompt"] + r["truth"]) and len(r["prompt"]) >= 20 for r in held)
     predictions = [qs.grade(conversation(f"q{i}", "a", task="t"), "a" if i % 2 else "b") for i in range(40)]
     shown = gallery.answers(predictions, most=5)

@@ -156,6 +156,18 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
     assert "too short" in text and ">7<" in text
 
 
+def test_questions_alone_have_a_verdict(finished: Path, tmp_path: Path) -> None:
+    """ "Not measured yet" at the head of a page that shows measures."""
+    both = read_story(finished).scores
+    assert both is not None
+    task = both["questions"]["tasks"][0]
+    for above, words in ((True, "Clearly better than guessing"), (False, "Not clearly better than guessing")):
+        write_json(tmp_path / "scores.json", {"questions": {"tasks": [{**task, "above_guess": above}]}})
+        write_report(finished, tmp_path / "r.html", [tmp_path])
+        text = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert words in text and "Not measured yet" not in text
+
+
 def test_lineage_is_parents_first_and_each_once(finished: Path) -> None:
     """The data run is a parent twice; a chain drawn per path would show it twice, or after its child."""
     assert [n.name for n in read_story(finished).chain] == ["docs", "words", "base", "assistant"]
