@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
-from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Scored, Work, score
+from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Work
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
+from tutelage.engine.scoring import Scored, score
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
 from tutelage.engine.speculate import note, propose
 from tutelage.engine.text import TextStream, Vocabulary

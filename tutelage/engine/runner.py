@@ -5,11 +5,9 @@ Shapes: S sequences of the batch, T new tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +17,6 @@ from tutelage.models.kernels.decoder import FusedDecoder
 
 LONG_TOKENS = 128
 """New tokens of one sequence from which the model's own products and tiled attention are faster than the fused call."""
-
-SCORE_TOKENS = 4096
-"""Tokens, padding included, of one forward pass while scoring."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -171,59 +166,3 @@ def _wanted(hidden: Tensor, work: list[Work], lengths: list[int] | None = None) 
 def _copy(cache: KVCache, source: int, target: int, count: int) -> None:
     for held in (*cache.k, *cache.v):
         held[target, :count] = held[source, :count]
-
-
-@dataclass(slots=True, frozen=True)
-class Scored:
-    """Log-probabilities of given tokens. n is the number of tokens scored."""
-
-    logprobs: np.ndarray  # [n] float32
-    top_ids: np.ndarray  # [n,k] int64: the most likely tokens at each place, best first
-    top_logprobs: np.ndarray  # [n,k] float32
-
-
-def score(model: Any, device: torch.device, requests: Seq[tuple[Seq[int], int]], top: int) -> list[Scored]:
-    """Log-probabilities of ids[start:], each given all ids before it. Batched by length; results in the order of `requests`."""
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
-    out: list[Scored | None] = [None] * len(requests)
-    at = 0
-    while at < len(order):
-        # The last token of a text is only a target, so a row is one shorter.
-        width = max(len(requests[order[at]][0]) - 1, 1)
-        group = order[at : at + max(1, SCORE_TOKENS // width)]
-        for i, scored in zip(group, _score_rows(model, device, [requests[i] for i in group], top), strict=True):
-            out[i] = scored
-        at += len(group)
-    return [s for s in out if s is not None]
-
-
-def _score_rows(model: Any, device: torch.device, rows: list[tuple[Seq[int], int]], top: int) -> list[Scored]:
-    wanted = [(row, place - 1) for row, (ids, start) in enumerate(rows) for place in range(start, len(ids))]
-    if not wanted:
-        return [_empty(top) for _ in rows]
-    hidden = model(Batch.of([ids[:-1] or ids for ids, _ in rows], device=device)).hidden
-    row, place = torch.tensor(wanted, device=hidden.device).unbind(1)
-    picked = hidden[row, place]
-    targets = torch.tensor([t for ids, start in rows for t in ids[start:]], device=hidden.device)
-    logprobs = model.lm_head.logprobs(picked, targets).cpu().numpy()
-    top_ids, top_logprobs = _top(model.lm_head, picked, top)
-    ends = np.cumsum([len(ids) - start for ids, start in rows])[:-1]
-    parts = zip(np.split(logprobs, ends), np.split(top_ids, ends), np.split(top_logprobs, ends), strict=True)
-    return [Scored(*part) for part in parts]
-
-
-def _top(head: Any, hidden: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` most likely tokens at each place, 256 places at a time: logits of a whole batch are never held."""
-    if top == 0:
-        empty = _empty(0, len(hidden))
-        return empty.top_ids, empty.top_logprobs
-    values, ids = [], []
-    for part in hidden.split(256):
-        best = head.logits(part).float().log_softmax(-1).topk(top, dim=-1)
-        values.append(best.values)
-        ids.append(best.indices)
-    return torch.cat(ids).cpu().numpy(), torch.cat(values).cpu().numpy()
-
-
-def _empty(top: int, rows: int = 0) -> Scored:
-    return Scored(np.zeros(0, np.float32), np.zeros((rows, top), np.int64), np.zeros((rows, top), np.float32))

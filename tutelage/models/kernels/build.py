@@ -13,7 +13,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "decode.cpp", "elementwise.cpp", "forward.cpp", "loss.cpp")
-HEADERS = ("simd.h", "heads.h")
+HEADERS = ("simd.h", "heads.h", "attend.h")
 COMPILERS = ("g++", "clang++", "c++")
 # Not -ffast-math: it would hide NaN, and a library linked with it makes the whole process flush denormals.
 COMMON = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
