@@ -42,6 +42,8 @@ namespace {
 
 enum Activation { SILU, GELU, GELU_TANH, RELU };
 constexpr int64_t GRAIN = 16;   // output rows that one thread takes at a time
+constexpr int64_t BLOCK = 32;   // rows of weights that the tokens pass by at a time
+constexpr int64_t AHEAD = 12 << 10;  // bytes that are worth fetching ahead where each is used once
 constexpr int64_t TOKENS = 64;  // tokens whose activations stay in the first caches while the weights pass by
 
 template <int kind>
@@ -69,6 +71,15 @@ INLINE vf weight_at<2>(const void* row, int64_t i) {
 template <int kind>
 constexpr int64_t bytes_of() { return kind == 0 ? 4 : kind == 1 ? 1 : 2; }
 
+// Keeps a value in its register: GCC would rather load it again at every use, and the loads, not the products, would be the time.
+#if defined(__x86_64__)
+#define KEEP(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define KEEP(x) asm("" : "+w"(x))
+#else
+#define KEEP(x)
+#endif
+
 // dots[t * O + o] = x_t . w_o for a tile of T tokens and O rows of weights, T * O = 16.
 template <int kind, int T, int O>
 INLINE void tile(const float* const* x, const char* w, int64_t in, float* dots) {
@@ -77,10 +88,14 @@ INLINE void tile(const float* const* x, const char* w, int64_t in, float* dots) 
     for (int64_t i = 0; i < in; i += VL) {
         vf seen[O];
 #pragma GCC unroll 16
-        for (int o = 0; o < O; o++) seen[o] = weight_at<kind>(w + o * row, i);
+        for (int o = 0; o < O; o++) {
+            seen[o] = weight_at<kind>(w + o * row, i);
+            if (T > 1) KEEP(seen[o]);
+        }
 #pragma GCC unroll 16
         for (int t = 0; t < T; t++) {
-            const vf own = load(x[t] + i);
+            vf own = load(x[t] + i);
+            if (O > 1) KEEP(own);
 #pragma GCC unroll 16
             for (int o = 0; o < O; o++) total[t * O + o] += own * seen[o];
         }
@@ -88,52 +103,68 @@ INLINE void tile(const float* const* x, const char* w, int64_t in, float* dots) 
     sums16(total, dots);
 }
 
-// Calls put(t, o, value) for the products of `count` tokens (rows of x, `stride` apart) with weight rows first .. last.
-template <int kind, int T, int O, class Put>
-void products(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Put& put) {
+// Where products go: row t, column o of `to`, over what is there or onto it.
+struct Target {
+    float* to;
+    int64_t stride;
+    bool add = false;
+
+    template <int kind, int O>
+    INLINE void put(const float* dots, const Matrix& m, int64_t t, int64_t o) const {
+        float y[O], *row = to + t * stride + o;
+        for (int j = 0; j < O; j++) y[j] = kind == 1 ? dots[j] * m.scale[o + j] : dots[j];
+        if (m.bias)
+            for (int j = 0; j < O; j++) y[j] += m.bias[o + j];
+        for (int j = 0; j < O; j++) row[j] = add ? row[j] + y[j] : y[j];
+    }
+    Target from(int64_t t) const { return {to + t * stride, stride, add}; }
+};
+
+// Products of `count` tokens (rows of x, `stride` apart) with weight rows first .. last. With O > 1, both are multiples of O.
+template <int kind, int T, int O>
+void products(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Target& target) {
     const char* w = (const char*)m.weight;
     const int64_t row = m.in * bytes_of<kind>();
     alignas(64) float dots[16];
-    for (int64_t o = first; o < last; o += O) {
-        const int64_t rows = min_<int64_t>(O, last - o), from = min_(o, m.out - O);  // the last tile begins earlier: never past the end
+    // Some rows of weights at a time: they stay in the second cache while the tokens, in the first, pass by.
+    for (int64_t block = first; block < last; block += BLOCK)
         for (int64_t t = 0; t < count; t += T) {
             const float* own[T];
             for (int i = 0; i < T; i++) own[i] = x + min_(t + i, count - 1) * stride;
-            tile<kind, T, O>(own, w + from * row, m.in, dots);
-            for (int64_t i = 0; i < min_<int64_t>(T, count - t); i++)
-                for (int64_t j = 0; j < rows; j++) {
-                    float y = dots[i * O + (o - from) + j];
-                    if (kind == 1) y *= m.scale[o + j];
-                    put(t + i, o + j, m.bias ? y + m.bias[o + j] : y);
-                }
+            for (int64_t o = block; o < min_(last, block + BLOCK); o += O) {
+                if (t == 0 && (T > 1 || O * row <= AHEAD))  // met for the first time: the next tile's weights travel meanwhile
+                    for (int64_t b = 0; b < O * row; b += 64) __builtin_prefetch(w + (o + O) * row + b);
+                tile<kind, T, O>(own, w + o * row, m.in, dots);
+                for (int64_t i = 0; i < min_<int64_t>(T, count - t); i++) target.put<kind, O>(dots + i * O, m, t + i, o);
+            }
         }
-    }
 }
 
-template <int kind, class Put>
-void products_of(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Put& put) {
+template <int kind>
+void products_of(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Target& target) {
+    const int64_t whole = first + (last - first) / GRAIN * GRAIN;
     for (int64_t t = 0; t < count; t += TOKENS) {
         const int64_t n = min_(TOKENS, count - t);
         const float* from = x + t * stride;
-        const auto shifted = [&](int64_t i, int64_t o, float y) { put(t + i, o, y); };
+        const Target to = target.from(t);
         if (n == 1)
-            products<kind, 1, 16>(from, stride, n, m, first, last, shifted);
+            products<kind, 1, 16>(from, stride, n, m, first, whole, to);
         else if (n == 2)
-            products<kind, 2, 8>(from, stride, n, m, first, last, shifted);
+            products<kind, 2, 8>(from, stride, n, m, first, whole, to);
         else
-            products<kind, 4, 4>(from, stride, n, m, first, last, shifted);
+            products<kind, 4, 4>(from, stride, n, m, first, whole, to);
+        products<kind, 16, 1>(from, stride, n, m, whole, last, to);
     }
 }
 
 // This thread's share of y = x W^T + b.
-template <class Put>
-void multiply(const float* x, int64_t stride, int64_t count, const Matrix& m, int thread, int threads, const Put& put) {
+void multiply(const float* x, int64_t stride, int64_t count, const Matrix& m, int thread, int threads, const Target& target) {
     const int64_t grains = (m.out + GRAIN - 1) / GRAIN;
     const int64_t first = grains * thread / threads * GRAIN, last = min_(m.out, grains * (thread + 1) / threads * GRAIN);
     if (first >= last) return;
-    if (m.kind == 0) products_of<0>(x, stride, count, m, first, last, put);
-    if (m.kind == 1) products_of<1>(x, stride, count, m, first, last, put);
-    if (m.kind == 2) products_of<2>(x, stride, count, m, first, last, put);
+    if (m.kind == 0) products_of<0>(x, stride, count, m, first, last, target);
+    if (m.kind == 1) products_of<1>(x, stride, count, m, first, last, target);
+    if (m.kind == 2) products_of<2>(x, stride, count, m, first, last, target);
 }
 
 void normalise(const Norm& norm, const float* x, float* y, int64_t n, float eps, float offset) {
@@ -210,11 +241,11 @@ struct Worker {
     void add_block(const float* from, int64_t width, const Matrix& m, const Norm& norm) const {
         const int64_t H = plan.hidden;
         if (norm.kind == 0) {
-            multiply(from, width, rows, m, thread, threads, [&](int64_t r, int64_t o, float y) { to.x[r * H + o] += y; });
+            multiply(from, width, rows, m, thread, threads, {to.x, H, true});
             barrier();
             return;
         }
-        multiply(from, width, rows, m, thread, threads, [&](int64_t r, int64_t o, float y) { to.block[r * H + o] = y; });
+        multiply(from, width, rows, m, thread, threads, {to.block, H});
         barrier();
         each_row([&](int64_t r) {
             float* b = to.block + r * H;
@@ -227,7 +258,7 @@ struct Worker {
         const int64_t width = to.qkv_width;
         int64_t at = 0;
         for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
-            multiply(to.normed, plan.hidden, rows, *m, thread, threads, [&](int64_t r, int64_t o, float y) { to.qkv[r * width + at + o] = y; });
+            multiply(to.normed, plan.hidden, rows, *m, thread, threads, {to.qkv + at, width});
             at += m->out;
         }
         barrier();
@@ -271,10 +302,9 @@ struct Worker {
         // Each thread activates the columns that it made itself: no barrier between.
         const int64_t W = plan.wide;
         const Matrix& first = plan.gated ? layer.gate : layer.up;
-        multiply(to.normed, plan.hidden, rows, first, thread, threads, [&](int64_t r, int64_t o, float y) { to.wide[r * W + o] = y; });
+        multiply(to.normed, plan.hidden, rows, first, thread, threads, {to.wide, W});
         float* up = to.wide + rows * W;
-        if (plan.gated)
-            multiply(to.normed, plan.hidden, rows, layer.up, thread, threads, [&](int64_t r, int64_t o, float y) { up[r * W + o] = y; });
+        if (plan.gated) multiply(to.normed, plan.hidden, rows, layer.up, thread, threads, {up, W});
         const int64_t grains = (W + GRAIN - 1) / GRAIN, from = grains * thread / threads * GRAIN;
         const int64_t end = min_(W, grains * (thread + 1) / threads * GRAIN);
         for (int64_t r = 0; r < rows && from < end; r++)
@@ -327,11 +357,14 @@ EXPORT void decoder_forward(const DecoderPlan* plan, const int64_t* ids, const i
         if (thread == 0)
             for (int64_t i = 0; i < n; i++) memcpy(chosen + i * H, to.normed + wanted[i] * H, H * 4);
         worker.barrier();
-        if (n)
-            multiply(chosen, H, n, plan->head, thread, threads, [&](int64_t i, int64_t o, float y) {
-                y *= plan->logit_scale;
-                logits[i * V + o] = plan->logit_cap ? plan->logit_cap * tanhf(y / plan->logit_cap) : y;
-            });
+        if (n) multiply(chosen, H, n, plan->head, thread, threads, {logits, V});
+        if (n && (plan->logit_cap || plan->logit_scale != 1.0f)) {
+            worker.barrier();
+            for (int64_t i = n * V * thread / threads; i < n * V * (thread + 1) / threads; i++) {
+                const float y = logits[i] * plan->logit_scale;
+                logits[i] = plan->logit_cap ? plan->logit_cap * tanhf(y / plan->logit_cap) : y;
+            }
+        }
     };
 #ifdef _OPENMP
     const int threads = (int)plan->threads;
