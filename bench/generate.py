@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -70,6 +71,17 @@ def ours(args: argparse.Namespace) -> None:
     print(json.dumps(record), flush=True)
 
 
+def write_prompts(args: argparse.Namespace, file: Path) -> None:
+    """The peers' own prompts [16, 64], made by their code."""
+    code = (
+        "import sys, types; sys.path.insert(0, sys.argv[1]); import common, numpy; "
+        "a = types.SimpleNamespace(data=sys.argv[2], work=sys.argv[3], seed=0); "
+        f"numpy.save(sys.argv[4], common.blocks(a, 16, {PROMPT}).numpy())"
+    )
+    parts = [str(args.peers / "PEERS/bin/python"), "-c", code, str(args.peer_scripts), str(args.data), str(args.peers / "work")]
+    subprocess.run([*parts, str(file)], check=True, capture_output=True)
+
+
 def bandwidth() -> float:
     """Bytes a second of reading memory that no cache holds: a sum over 512 MB."""
     import torch
@@ -110,9 +122,7 @@ def commands(args: argparse.Namespace, weights: Path, prompts: Path) -> dict[str
 def compare_all(args: argparse.Namespace, scratch: Path) -> None:
     weights, prompts = scratch / "weights", scratch / "prompts.npy"
     tokenizer = args.peers / "work" / "tokenizer"
-    driver.make_peer_rows(
-        args.peers / "PEERS/bin/python", argparse.Namespace(**vars(args), steps=0, warmup=1), tokenizer.parent, prompts
-    )
+    write_prompts(args, prompts)
     write_weights(weights, args.size, tokenizer)
     records: list[dict[str, Any]] = []
     for number in range(args.rounds):

@@ -65,7 +65,10 @@ class _Plan(ctypes.Structure):
 
 
 class FusedDecoder:
-    """The plan of one model and one cache. Holds addresses of both, and sees when a weight has moved."""
+    """The plan of one model and one cache. Holds addresses of both, and sees when a weight's data have moved.
+
+    Call `refresh` after putting other parameters in the place of the model's.
+    """
 
     def __init__(self, model: Decoder, cache: KVCache, dtype: str = "float32") -> None:
         self.model, self.cache, self.dtype = model, cache, dtype
@@ -81,6 +84,7 @@ class FusedDecoder:
         """Reads the model's weights anew: addresses, and with int8 the values. Called by itself when an address has changed;
         with int8, call it after weights changed in place."""
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parameters = list(self.model.parameters())
         self._addresses = self._now()
         config, model = self.model.config, self.model.model
         self._layers = (_Layer * len(model.layers))(*(self._layer(i) for i in range(len(model.layers))))
@@ -115,7 +119,9 @@ class FusedDecoder:
         return logits, states
 
     def _now(self) -> list[int]:
-        return [p.data_ptr() for p in self.model.parameters()]
+        return [
+            p.data_ptr() for p in self._parameters
+        ]  # not `model.parameters()`: that walk takes longer than a small model's step
 
     def _layer(self, index: int) -> _Layer:
         config, layer = self.model.config, self.model.model.layers[index]
