@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -43,10 +45,14 @@ Force = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop", rich_help_panel=THIS_RUN, metavar=" ")]
 RUNS = Path("runs")
+VERSION = f"tutelage {__version__}"
 
 
 def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with 2."""
+    if sys.argv[1:] == ["--version"]:  # to read an option typer imports pydantic
+        print(VERSION)
+        return
     asked = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
     for name, text in STAGE_HELP.items():
         add = app.command(name, help=text, rich_help_panel="Stages", epilog=_epilog(name) if name == asked else None,
@@ -57,8 +63,31 @@ def main() -> None:
     except UserError as error:
         from tutelage import log
 
-        log.say(f"error: {error}", style="bold red")
+        log.say(f"error: {_spoken(error, asked)}", style="bold red")
         raise SystemExit(2) from None
+
+
+SETTING = re.compile(r"(?<![\w.-])(?<!--set )([a-z_]+)=(\{[^}]*\}|[\w.+/-]*\w)")
+
+
+def _spoken(error: UserError, command: str | None) -> str:
+    """The error with its settings as the user typed them. The code writes `key=value`, which is how Python has them; a stage's
+    command takes `--key value`, and a recipe `key: value`."""
+    from tutelage.config.base import known_keys
+    from tutelage.stages import STAGES
+
+    asked = STAGES if command == "run" else [command] if command in STAGES else []
+    known = {key for name in asked for key in known_keys(STAGES[name].config())}
+
+    def form(found: re.Match[str]) -> str:
+        key, value = found.groups()
+        if key not in known:
+            return found[0]
+        return f"{key}: {value}" if command == "run" else f"--{key.replace('_', '-')} {shlex.quote(value)}"
+
+    for part in ("message", "expected", "fix"):
+        setattr(error, part, SETTING.sub(form, text) if (text := getattr(error, part)) else text)
+    return error.render()
 
 
 def _underscores(name: str) -> str:
@@ -272,7 +301,7 @@ def serve(
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False) -> None:
     if version:
-        print(f"tutelage {__version__}")
+        print(VERSION)
         raise typer.Exit
 
 

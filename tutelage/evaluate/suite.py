@@ -73,7 +73,7 @@ def evaluate(
     the train part. `stride` is the share of the context that a window keeps. Raises `DataError` with nothing to measure.
     """
     if documents is None and conversations is None:
-        raise DataError("nothing to measure", expected="documents, questions, or both", fix="give --documents or --questions")
+        raise DataError("nothing to measure", expected="documents, questions, or both", fix="set documents or questions")
     started = time.monotonic()
     result: dict[str, Any] = {"version": 1, "model": {"name": subject.name, **subject.facts}, "definitions": DEFINITIONS}
     held_out: list[Document] = []

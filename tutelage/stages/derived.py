@@ -15,8 +15,6 @@ from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.parameters import count_config
 from tutelage.plan.shape import Derived, derive
-from tutelage.recipe import Estimate, Planned
-from tutelage.tokenizer.load import TokenizerFolder
 
 if TYPE_CHECKING:
     from tutelage.data.tokens import Segments
@@ -85,9 +83,18 @@ def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Pa
 
     found = derive_all(config, vocabulary, segments.totals["tokens"], start)
     log.console.print(found.table())
-    values, shape = found.values, found.architecture
+    check_context(found)
+    values = found.values
     row = int(values["sequence_length"])
-    context = int(shape.get("max_position_embeddings", row))
+    rows = max(1, int(values["batch_tokens"]) // row)
+    rates = Rates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
+    return Numbers(int(values["steps"]), row, rows, micro_rows(config, found), rates), found.architecture
+
+
+def check_context(found: Derived) -> None:
+    """Raises `ConfigError` for rows that are longer than the model's context."""
+    row = int(found.values["sequence_length"])
+    context = int(found.architecture.get("max_position_embeddings", row))
     if row > context:
         raise ConfigError(
             "rows longer than the model's context",
@@ -96,45 +103,10 @@ def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Pa
             expected=f"at most {context}",
             fix="lower sequence_length, or set architecture.max_position_embeddings for a new model",
         )
-    rows = max(1, int(values["batch_tokens"]) // row)
-    micro = max(1, min(rows, MICRO_TOKENS // row)) if config.micro_rows == "derived" else config.micro_rows
-    rates = Rates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
-    return Numbers(int(values["steps"]), row, rows, micro, rates), shape
 
 
-def estimate(planned: Planned) -> Estimate | None:
-    """Time and memory before anything is read: the derivation at this machine's measured rate. None where the amount of data
-    decides and the data are not there yet."""
-    from tutelage.plan.flops import train_flops_per_token
-    from tutelage.plan.machine import measure
-    from tutelage.plan.memory import estimate as memory
-    from tutelage.plan.time import explain, train_seconds
-
-    config = planned.config
-    assert isinstance(config, Train)
-    if config.epochs is not None and config.steps == "derived" and config.tokens == "derived":
-        return None
-    found = _expected(planned)
-    machine = measure()
-    row, tokens = int(found.values["sequence_length"]), int(found.values["steps"]) * int(found.values["batch_tokens"])
-    flops = tokens * train_flops_per_token(found.architecture, row)
-    seconds = train_seconds(flops, machine.peak_flops())
-    rows = max(1, MICRO_TOKENS // row) if config.micro_rows == "derived" else config.micro_rows
-    need = memory(found.architecture, rows, row, config.optimizer.name, config.dtype, config.checkpointing, config.kernels)
-    return Estimate((seconds.low, seconds.high), (need.low, need.high), explain(flops, machine.peak_flops()))
-
-
-def _expected(planned: Planned) -> Derived:
-    """The derivation of a stage whose inputs may still have to be made, from the settings of the stages that make them."""
-    config, waits = planned.config, planned.waits_for
-    assert isinstance(config, Train)
-    check_start(config)
-    if "model" in planned.inputs:
-        start = planned.inputs["model"].path
-        return derive_all(config, int(read_json(start / "config.json")["vocab_size"]), None, start)
-    if "model" in waits:
-        before = _expected(waits["model"])
-        return derive_all(config, int(before.architecture["vocab_size"]), None, None, before.architecture)
-    if "tokenizer" in waits:
-        return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), None, None)
-    return derive_all(config, TokenizerFolder.open(planned.inputs["tokenizer"].path).vocab_size, None, None)
+def micro_rows(config: Train, found: Derived) -> int:
+    """Rows in one forward pass."""
+    row = int(found.values["sequence_length"])
+    rows = max(1, int(found.values["batch_tokens"]) // row)
+    return max(1, min(rows, MICRO_TOKENS // row)) if config.micro_rows == "derived" else config.micro_rows
