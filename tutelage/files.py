@@ -117,8 +117,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def recover(path: Path) -> None:
-    """Mends what a kill inside `whole_folder(path)` left where names cannot be swapped: the old folder, set aside, gets its name
-    back if the new one has not taken it, and is removed if it has."""
+    """Mends what a kill inside `whole_folder(path)` left where names cannot be swapped: the old folder, set aside, gets its
+    name back if the new one has not taken it, and is removed if it has."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
