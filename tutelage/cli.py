@@ -43,6 +43,15 @@ Sets = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="run again even if the result is there", rich_help_panel=THIS_RUN, metavar=" ")
 ]
+Extend = Annotated[
+    list[str],
+    typer.Option(
+        "--extend",
+        metavar="KEY=VALUE",
+        help="go on from the finished run of these settings, in a run of its own: steps=2000 (all steps), also tokens, epochs",
+        rich_help_panel=THIS_RUN,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop", rich_help_panel=THIS_RUN, metavar=" ")]
 RUNS = Path("runs")
 VERSION = f"tutelage {__version__}"
@@ -112,6 +121,7 @@ def stage_command(name: str) -> Any:
 
         settings, root = options.pop("set_"), options.pop("runs")
         force, dry_run = options.pop("force"), options.pop("dry_run")
+        extend = dict(parse_set(text) for text in options.pop("extend", []))
         values: dict[str, Any] = {}
         for key, text in options.items():
             if text is None or text == []:
@@ -122,11 +132,11 @@ def stage_command(name: str) -> Any:
             assign(values, *parse_set(setting))
         config = build(section, values)
         runner = Runner(STAGES, root, force=force)
-        planned = runner.plan(name, name, config)
+        planned = runner.plan(name, name, config, extend)
         if dry_run:
             planned.estimate = runner.estimate(planned)
             show_plan([planned], runner)
-            show_config(config)
+            show_config(planned.config)
             return
         print(runner.run(planned).path)
 
@@ -134,6 +144,7 @@ def stage_command(name: str) -> Any:
     parameters = [_option(key, field) for key, field in fields if subsection(field) is None]
     for key, annotation, default in (
         ("set_", Sets, []),
+        *([("extend", Extend, [])] if "extends" in section.model_fields else []),
         ("runs", Runs, RUNS),
         ("force", Force, False),
         ("dry_run", DryRun, False),
@@ -212,6 +223,7 @@ def _epilog(name: str) -> str | None:
 def run(
     recipe: Annotated[Path, typer.Argument(help="a YAML recipe")],
     set_: Sets = [],  # noqa: B006 (typer copies it)
+    extend: Extend = [],  # noqa: B006
     runs: Runs = RUNS,
     force: Force = False,
     dry_run: DryRun = False,
@@ -222,7 +234,7 @@ def run(
     from tutelage.recipe import Runner, load_recipe, plan_recipe, run_recipe
     from tutelage.stages import STAGES
 
-    loaded = load_recipe(recipe, STAGES, [parse_set(s) for s in set_])
+    loaded = load_recipe(recipe, STAGES, [parse_set(s) for s in set_], [parse_set(s) for s in extend])
     runner = Runner(STAGES, runs, loaded.name, force=force)
     show_plan(plan_recipe(loaded, runner), runner)
     if dry_run:

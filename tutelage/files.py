@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tutelage.errors import StorageError, UserError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: paths start at the working folder; swap the two
 
 
 @contextlib.contextmanager
@@ -83,6 +87,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Gives an empty temporary folder that becomes `path` (replacing what is there) when the block ends well."""
     partial = _partial(path)
     with storage_errors(path):
+        recover(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -91,14 +96,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with file.open("rb") as f:
                         os.fsync(f.fileno())
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            if path.exists():
-                path.replace(old)
-            partial.replace(path)
+            if not path.exists():
+                partial.replace(path)
+            elif not _exchange(partial, path):
+                path.replace(path.with_name(f".{path.name}.old-{os.getpid()}"))
+                partial.replace(path)
             sync_folder(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
+            recover(path)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps the names of two folders in one step; False where the system or the file system cannot, and then nothing moved."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return int(swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE))) == 0
+
+
+def recover(path: Path) -> None:
+    """Mends what a kill inside `whole_folder(path)` left where names cannot be swapped: the old folder, set aside, gets its
+    name back if the new one has not taken it, and is removed if it has."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:

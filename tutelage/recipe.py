@@ -11,13 +11,14 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tutelage import log
 from tutelage.config.base import Places, Section, artifacts_of, assign, build, identity_of, load_yaml, nearest
+from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.plan.code import code_digest
 from tutelage.plan.time import Span
@@ -99,8 +100,11 @@ class Runner:
         self.finished: dict[str, RunDir] = {}
         self.planned: dict[str, Planned] = {}
 
-    def plan(self, name: str, kind: str, config: Section) -> Planned:
-        """Resolves inputs (a path, `recipe/stage`, or `$stage` of this recipe) and, where all are there, the run directory."""
+    def plan(self, name: str, kind: str, config: Section, extend: Mapping[str, Any] | None = None) -> Planned:
+        """Resolves inputs (a path, `recipe/stage`, or `$stage` of this recipe) and, where all are there, the run directory.
+        With `extend`: of a child of the finished run of these settings (see `config.train.extended`)."""
+        if extend:
+            config = self._child(name, kind, config, extend)
         planned = Planned(name, kind, config)
         for key, wanted in artifacts_of(type(config)).items():
             value = getattr(config, key)
@@ -126,6 +130,20 @@ class Runner:
             path = self.root / self.recipe / f"{name}-{digest[:12]}"
             planned.run = RunDir(path, kind, digest, planned.inputs, getattr(config, "seed", 0))
         return planned
+
+    def _child(self, name: str, kind: str, config: Section, extend: Mapping[str, Any]) -> Section:
+        """The settings of a child of the finished run of `config`."""
+        if not isinstance(config, Train):
+            raise ConfigError(f"`{name}` does not train, so it can't be extended", found=f"a stage of the kind {kind}")
+        found = self.plan(name, kind, config)
+        if found.run is not None and found.run.done:
+            return extended(config, str(found.run.path), extend)
+        raise ArtifactError(
+            f"there is no finished run of these settings of `{name}` to extend",
+            file=found.run.path if found.run else None,
+            found="an unfinished one" if found.status == "resume" else "none" if found.run else found.status,
+            fix="run the same without --extend (and --force) first; a run of other code or settings is named with `extends`",
+        )
 
     def digest(self, kind: str, config: Section, inputs: Mapping[str, Artifact]) -> str:
         row = self.table[kind]
@@ -188,14 +206,22 @@ class Recipe:
     name: str
     about: str
     stages: dict[str, tuple[str, Section]]  # name -> (kind, config)
+    extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what `--extend` asks of its finished run
+
+    def plan(self, name: str, runner: Runner) -> Planned:
+        kind, config = self.stages[name]
+        return runner.plan(name, kind, config, self.extensions.get(name))
 
 
 TOP = ("name", "about", "scales", "stages")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def load_recipe(path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]]) -> Recipe:
-    """Reads a recipe, applies `--set` (`scale=NAME`, `stage.key=value`) and checks every key. Raises `ConfigError`."""
+def load_recipe(
+    path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]], extend: Sequence[tuple[str, Any]] = ()
+) -> Recipe:
+    """Reads a recipe, applies `--set` (`scale=NAME`, `stage.key=value`) and `--extend`, and checks every key. Raises
+    `ConfigError`."""
     values, lines = load_yaml(path)
     places = Places(path, lines)
     for key in values:
@@ -224,7 +250,23 @@ def load_recipe(path: Path, table: Mapping[str, Kind], settings: list[tuple[str,
     out: dict[str, tuple[str, Section]] = {}
     for name, raw in stages.items():
         out[name] = _stage(name, raw, table, places, out)
-    return Recipe(title, str(values.get("about", "")), out)
+    return Recipe(title, str(values.get("about", "")), out, _extensions(extend, list(out)))
+
+
+def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[str, dict[str, Any]]:
+    """What is asked of each stage that is extended."""
+    out: dict[str, dict[str, Any]] = {}
+    for key, value in extend:
+        stage, _, setting = key.partition(".")
+        if stage not in stages or not setting:
+            raise ConfigError(
+                "an extension in a recipe says which stage goes how far",
+                found=f"{key}={value}",
+                expected=f"STAGE.steps=N, with one of: {', '.join(stages)}",
+                fix=_did_you_mean(stage, stages) if stage not in stages else None,
+            )
+        out.setdefault(stage, {})[setting] = value
+    return out
 
 
 def _settings(values: dict[str, Any], settings: list[tuple[str, Any]], places: Places) -> Iterator[tuple[str, Any, int | str]]:
@@ -306,8 +348,8 @@ def _did_you_mean(word: str, names: list[str]) -> str | None:
 def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
     """The plan of all stages: what is there, what will run, and what it is expected to take."""
     out = []
-    for name, (kind, config) in recipe.stages.items():
-        planned = runner.plan(name, kind, config)
+    for name in recipe.stages:
+        planned = recipe.plan(name, runner)
         if planned.run is not None and planned.run.done and not runner.force:
             runner.finished[name] = planned.run
         planned.estimate = runner.estimate(planned)
@@ -317,8 +359,8 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
 
 def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
     """Runs every stage in order; stages that are there already are hits."""
-    for name, (kind, config) in recipe.stages.items():
-        runner.run(runner.plan(name, kind, config))
+    for name in recipe.stages:
+        runner.run(recipe.plan(name, runner))
     return runner.finished
 
 

@@ -206,6 +206,14 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
 def parse_set(text: str) -> tuple[str, Any]:
     """`a.b=c` as a key and a value."""
     key, sep, value = text.partition("=")

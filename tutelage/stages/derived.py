@@ -15,12 +15,14 @@ from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.parameters import count_config
 from tutelage.plan.shape import Derived, derive
+from tutelage.stages.extension import Parent
 
 if TYPE_CHECKING:
     from tutelage.data.tokens import Segments
     from tutelage.stages.training import Numbers
 
 MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger ones, and much leaner
+KEPT = ("sequence_length", "batch_tokens", "lr", "matrix_lr", "embedding_lr")  # a child run takes them from its parent
 FINE_TUNE_RATE, FINE_TUNE_AT = 2e-5, 7e9  # common practice for 7B; smaller models take more, by the square root
 
 
@@ -40,9 +42,15 @@ def check_start(config: Train) -> None:
 
 
 def derive_all(
-    config: Train, vocabulary: int, corpus_tokens: int | None, start: Path | None, begun: Mapping[str, Any] | None = None
+    config: Train,
+    vocabulary: int,
+    corpus_tokens: int | None,
+    start: Path | None,
+    begun: Mapping[str, Any] | None = None,
+    parent: Parent | None = None,
 ) -> Derived:
-    """What the size, or the checkpoint in `start` or of the shape `begun`, stands for, with all that the config gives."""
+    """What the size, or the checkpoint in `start` or of the shape `begun`, stands for, with all that the config gives. A child
+    run keeps what was derived for its `parent`. Raises `ConfigError`."""
     given = {
         "sequence_length": _given(config.sequence_length),
         "batch_tokens": _given(config.batch_tokens),
@@ -56,6 +64,9 @@ def derive_all(
     epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
     size, architecture = getattr(config, "size", "3m"), dict(getattr(config, "architecture", {}))
     because: dict[str, str] = {}
+    if parent is not None:
+        because = {key: f"as in {parent.name}" for key in KEPT if given[key] is None}
+        given.update({key: parent.numbers[key] for key in because})
     if start is not None or begun is not None:
         raw = dict(begun) if begun is not None else read_json(start / "config.json")  # type: ignore[operator]
         architecture = raw
@@ -63,12 +74,20 @@ def derive_all(
         size = str(parameters)
         rate = round(FINE_TUNE_RATE * math.sqrt(FINE_TUNE_AT / parameters), 8)
         reason = f"{FINE_TUNE_RATE:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5: a trained model moves in small steps"
-        because = {key: reason for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None}
+        open_rates = [key for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None]
+        because |= dict.fromkeys(open_rates, reason)
+        given.update(dict.fromkeys(open_rates, rate))
         if given["sequence_length"] is None:
             because["sequence_length"] = "the checkpoint's context, at most 2048"
             given["sequence_length"] = min(raw.get("max_position_embeddings", 2048), 2048)
-        given.update({key: rate for key in because if key != "sequence_length"})
     found = derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
+    if parent is not None and found.values["steps"] <= parent.steps:
+        raise ConfigError(
+            "a run can be extended only to more steps",
+            field="steps",
+            found=found.values["steps"],
+            expected=f"more than {parent.steps}, the steps of {parent.name}",
+        )
     warm = config.schedule.warmup
     values = {**found.values, "warmup_steps": warmup_steps(config.schedule, int(found.values["steps"]))}
     because["warmup_steps"] = f"schedule.warmup {warm:g}{' of the steps' if warm < 1 else ''}"
@@ -76,12 +95,14 @@ def derive_all(
     return replace(found, values=values, because={**found.because, **because}, given=found.given - because.keys())
 
 
-def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Path | None) -> tuple[Numbers, dict[str, Any]]:
+def derive_numbers(
+    config: Train, vocabulary: int, segments: Segments, start: Path | None, parent: Parent | None
+) -> tuple[Numbers, dict[str, Any]]:
     """All numbers of a run and the architecture of a new model. Prints the table of derivations."""
     from tutelage.stages.training import Numbers
     from tutelage.train.optim import Rates
 
-    found = derive_all(config, vocabulary, segments.totals["tokens"], start)
+    found = derive_all(config, vocabulary, segments.totals["tokens"], start, parent=parent)
     log.console.print(found.table())
     check_context(found)
     values = found.values

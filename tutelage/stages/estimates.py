@@ -25,6 +25,7 @@ from tutelage.recipe import Estimate, Planned, Unknown
 from tutelage.stages import amounts
 from tutelage.stages.amounts import Records, records_of
 from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows
+from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
 SOME_TOKENS = 10**8  # of data, where only what does not depend on them is asked for
@@ -73,7 +74,9 @@ def training(planned: Planned) -> Estimate:
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
     need = training_memory(shape, rows, row, config.optimizer.name, *options)
-    steps = sorted(int(d.values["steps"]) * int(d.values["batch_tokens"]) for d in ends)
+    parent = _parent(planned)
+    done = parent.steps if parent else 0
+    steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
     out = parts.train(shape, Span(steps[0], steps[-1]), row, machine.peak_flops(device, config.dtype), device, need)
     out = parts.START_TORCH + out
     return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
@@ -117,15 +120,25 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
     if not isinstance(config, Train):
         raise Unknown(f"known after {planned.name}")
     check_start(config)
+    parent = _parent(planned)
     if "model" in planned.inputs:
         start = planned.inputs["model"].path
-        return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start)
+        return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start, parent=parent)
     if "model" in waits:
         before = derived(waits["model"], SOME_TOKENS).architecture
         return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before)
     if "tokenizer" in waits:
         return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), corpus_tokens, None)
-    return derive_all(config, TokenizerFolder.open(planned.inputs["tokenizer"].path).vocab_size, corpus_tokens, None)
+    words = TokenizerFolder.open(planned.inputs["tokenizer"].path)
+    return derive_all(config, words.vocab_size, corpus_tokens, None, parent=parent)
+
+
+def _parent(planned: Planned) -> Parent | None:
+    """The run that a training stage extends. Raises `Unknown` where its inputs have still to be made."""
+    assert isinstance(planned.config, Train)
+    if planned.config.extends is not None and planned.run is None:
+        raise Unknown(f"known after {next(iter(planned.waits_for.values())).name}")
+    return None if planned.run is None else parent_of(planned.config, planned.run)
 
 
 def shape_of(planned: Planned) -> Mapping[str, Any]:
