@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,17 +12,29 @@ from tutelage.engine.sequence import Sampling
 from tutelage.errors import ConfigError
 
 Whole = Annotated[int, Field(strict=True)]
+Prompts = str | list[Whole] | list[str] | list[list[Whole]]
+Request = TypeVar("Request", bound=BaseModel)
 
 
 class ApiError(Exception):
-    """An error in the shape that OpenAI's clients read."""
+    """An error in the shape that OpenAI's clients read. `headers` go with the reply (`retry-after`)."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
-    ) -> None:
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        kind: str = "invalid_request_error", headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, dict(headers or {})
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def server_error() -> ApiError:
+    return ApiError(500, "the server failed on this request; its log says why", kind="server_error")
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503 for what another server, or this one in a moment, can do."""
+    return ApiError(503, message, code=code, kind="server_error", headers={"retry-after": "1"})
 
 
 class StreamOptions(BaseModel):
@@ -50,7 +63,7 @@ class Generation(BaseModel):
     # beyond OpenAI, through `extra_body`
     top_k: Whole | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool = False
     # accepted, of no effect: they change nothing about the answer
     user: str | None = None
@@ -74,6 +87,8 @@ class Generation(BaseModel):
         """Raises `ApiError` naming the parameter."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
+        if self.temperature and self.temperature < 1e-3:  # logits over it would not be numbers, for everyone in the batch
+            raise ApiError(400, "temperature is 0, or at least 0.001", param="temperature")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4:
             raise ApiError(400, "at most 4 stop texts", param="stop")
@@ -152,7 +167,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[Whole] | list[str] | list[list[Whole]]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: Whole | None = Field(None, ge=0, le=20)
     best_of: Whole | None = None
@@ -170,16 +185,21 @@ class CompletionRequest(Generation):
             raise ApiError(400, "suffix is not supported by this model", param="suffix", code="unsupported_parameter")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of is not supported, unless it equals n", param="best_of", code="unsupported_parameter")
-        prompt: Any = self.prompt
-        many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
-        if not many or any(len(p) == 0 for p in many):
-            raise ApiError(400, "the prompt is empty", param="prompt")
-        if len(many) > 1024:
-            raise ApiError(400, "at most 1024 prompts in one request", param="prompt")
-        return many
+        return one_each(self.prompt, "prompt", most=1024)
 
 
-def parse(kind: type[Generation], body: Any) -> Any:
+def one_each(prompts: Prompts, param: str, most: int) -> list[str | list[int]]:
+    """A list of texts and token ids, whichever of the four shapes it came in. Raises `ApiError` for an empty prompt."""
+    given: Any = prompts
+    many = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not many or any(len(p) == 0 for p in many):
+        raise ApiError(400, f"the {param} is empty", param=param)
+    if len(many) > most:
+        raise ApiError(400, f"at most {most} prompts in one request", param=param)
+    return many
+
+
+def parse(kind: type[Request], body: Any) -> Request:
     """The request in `body`. Raises `ApiError` naming the first parameter that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
