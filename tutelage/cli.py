@@ -305,6 +305,16 @@ def serve(
     ] = [],  # noqa: B006
     max_waiting: Annotated[int, typer.Option(min=1, help="answers of a model that may wait; more are refused with 429")] = 256,
     drain_seconds: Annotated[float, typer.Option(min=0, help="how long answers may go on after SIGTERM")] = 30.0,
+    slots: Annotated[int, typer.Option(min=1, help="answers of a model that run at a time")] = 16,
+    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's context")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or int8: smaller, faster, a little less exact")] = "float32",
+    speculate: Annotated[
+        int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
+    ] = 0,
+    prefix_cache: Annotated[bool, typer.Option(help="start prompts from what earlier ones have in common with them")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
+    ] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Serve models behind the OpenAI API."""
@@ -314,7 +324,8 @@ def serve(
 
     options = Options(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
-        max_waiting=max_waiting, drain_seconds=drain_seconds,
+        max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
+        speculate=speculate, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
     )  # fmt: skip
     listen(folders, options)
 

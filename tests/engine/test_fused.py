@@ -126,9 +126,9 @@ def test_a_shared_beginning_is_read_once(head: int) -> None:
     want = [c.ids for c in plain.generate(prompts, how)]
     engine = Engine(model, slots=2)
     done = engine.generate(prompts, how)
-    assert [c.ids for c in done] == want and plain.shared_tokens == 0
+    assert [c.ids for c in done] == want and plain.prefix_cache_hits == 0
     assert [c.shared >= 60 for c in done] == [False] + [True] * 5
-    assert engine.shared_tokens == sum(c.shared for c in done) >= 300
+    assert engine.prefix_cache_hits == sum(c.shared for c in done) >= 300
     again = engine.generate([prompts[0]], how)[0]
     assert again.shared >= 60 and again.ids == want[0]
 
@@ -137,7 +137,7 @@ def test_samples_of_one_prompt_share_its_reading(model: Any) -> None:
     """Every sample reading the prompt anew."""
     engine = Engine(model, slots=8)
     done = engine.generate(texts(1, 50), Sampling(4, seed=1, n=8))
-    assert engine.shared_tokens == 7 * 49
+    assert engine.prefix_cache_hits == 7 * 49
     assert len({c.ids for c in done}) > 1
 
 

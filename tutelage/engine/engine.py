@@ -64,7 +64,7 @@ class Engine:
         keep = prefix_cache and self.runner.shares
         self.scheduler = Scheduler(Slots(slots if cache is None else cache.slots, keep), prefill_tokens)
         self.speculate = speculate if self.runner.shares else 0
-        self.prompt_tokens = self.shared_tokens = 0  # of all prompts admitted, and how many were in the cache already
+        self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
         self.vocabulary: Vocabulary | None = None
@@ -160,8 +160,8 @@ class Engine:
         self._close_gaps()
         plan = self.scheduler.plan()
         for sequence, place in plan.admitted:
-            self.prompt_tokens += sequence.prompt_length
-            self.shared_tokens += place.shared
+            self.prefix_cache_queries += sequence.prompt_length
+            self.prefix_cache_hits += place.shared
             if place.shared and place.source != place.slot:
                 self.runner.copy(place.source, place.slot, place.shared)
         work = [self._reading(s, n) for s, n in plan.prefill] + [self._running(s) for s in plan.decode]

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from tutelage.engine import Engine, Event, Sampling, TokenScore
-from tutelage.engine.runner import Scored
+from tutelage.engine.scoring import Scored
 from tutelage.serve.models import Served
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
 from tutelage.serve.requests import GONE, as_api_errors, unless_gone
@@ -125,4 +125,5 @@ class Job:
         return self.legacy[number].of([*before, *scores])
 
     def _usage(self, ticket: Ticket) -> dict[str, Any]:
-        return usage(sum(map(len, self.prompts)), sum(s.made for s in ticket.sequences))
+        cached = sum(s.shared for s in ticket.sequences[:: self.sampling.n])  # the n answers of a prompt count it once
+        return usage(sum(map(len, self.prompts)), sum(s.made for s in ticket.sequences), cached)

@@ -43,7 +43,10 @@ class Options:
     slots: int = 16  # answers of one model that run at a time
     max_length: int | None = None  # tokens of prompt and answer; the model's context where None
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the weights: float32, or int8 through our kernels
+    prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
+    speculate: int = 0  # guesses at the next tokens that are checked per step
+    batch_invariant: bool = False  # bitwise equal answers whatever else runs
 
 
 def serve(models: Mapping[str, Path], options: Options) -> None:
@@ -87,8 +90,12 @@ def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
     from tutelage.models.load import load
 
     renderer = Renderer(folder)
-    model = load(folder, device=options.device, dtype=options.dtype)
-    return Engine(model, renderer, options.slots, options.max_length, seed=secrets.randbits(31)), renderer
+    engine = Engine(
+        load(folder, device=options.device), renderer, options.slots, options.max_length, seed=secrets.randbits(31),
+        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate,
+        batch_invariant=options.batch_invariant,
+    )  # fmt: skip
+    return engine, renderer
 
 
 class Listener(uvicorn.Server):

@@ -103,16 +103,12 @@ class _Live(Collector):
             running.add_metric(label, served.thread.running)
             waiting.add_metric(label, served.thread.waiting)
             usage.add_metric(label, _cache_usage(served))
-            # Engines without a prefix cache do not have these.
-            queries.add_metric(label, getattr(engine, "prefix_cache_queries", 0))
-            hits.add_metric(label, getattr(engine, "prefix_cache_hits", 0))
+            queries.add_metric(label, engine.prefix_cache_queries)
+            hits.add_metric(label, engine.prefix_cache_hits)
         yield from (running, waiting, usage, queries, hits)
 
 
 def _cache_usage(served: Served) -> float:
-    """What the cache says, from 0 to 1; where it says nothing, the share of its places; 0 for a model without one."""
-    cache = served.thread.engine.cache
-    if cache is None:
-        return 0.0
-    usage = getattr(cache, "usage", None)
-    return float(served.thread.running / cache.slots if usage is None else usage)
+    """The share of the cache's places that are taken; 0 for a model without one."""
+    engine = served.thread.engine
+    return 0.0 if engine.cache is None else engine.scheduler.slots.used / engine.cache.slots
