@@ -8,9 +8,10 @@ for completion in engine.generate(["Once upon a time"], Sampling(64)):
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate, count
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
+from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Work
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
@@ -25,6 +27,7 @@ from tutelage.engine.scoring import Scored, score
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
 from tutelage.engine.speculate import note, propose
 from tutelage.engine.text import TextStream, Vocabulary
+from tutelage.engine.tool_calls import showing
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models import kernels
 from tutelage.models.interface import KVCache
@@ -69,6 +72,8 @@ class Engine:
         self.vocab_size: int = model.config.vocab_size
         self.vocabulary: Vocabulary | None = None
         self.ends: frozenset[int] = frozenset()
+        self.grammars: Callable[[], GrammarCompiler] | None = None  # made when the first grammar comes
+        self._showing: dict[tuple[int, ...], Vocabulary] = {}
         if renderer is not None:
             self._read_tokenizer(renderer)
         self._submitted = count()
@@ -82,6 +87,8 @@ class Engine:
             )  # fmt: skip
         self.vocabulary = Vocabulary(json.loads(tokenizer.tokenizer.to_str()), control=tokenizer.control_ids)
         self.ends = frozenset(renderer.stop_ids)
+        vocabulary, ends, size = self.vocabulary, self.ends, self.vocab_size
+        self.grammars = cache(lambda: GrammarCompiler(vocabulary, ends, size, tokenizer.encode_text))
 
     # -- asking
 
@@ -116,10 +123,26 @@ class Engine:
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
-        stream = TextStream(self.vocabulary, sampling.stop)
-        sequence = Sequence(ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends)
+        stream = TextStream(self._vocabulary_of(sampling), sampling.stop)
+        constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
+        sequence = Sequence(ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint)
         self.scheduler.add(sequence)
         return sequence
+
+    def constrain(self, grammar: Grammar) -> Constraint:
+        """The constraint of one answer. Compiling takes its time, the first time: call this from another thread before `submit`
+        where nothing may wait. Raises `ConfigError` for a grammar that cannot be used, or without a tokenizer."""
+        if self.grammars is None:
+            raise ConfigError("structured output needs a tokenizer", field="grammar")
+        return self.grammars().compile(grammar)
+
+    def _vocabulary_of(self, sampling: Sampling) -> Vocabulary | None:
+        """The vocabulary for an answer's text."""
+        if not sampling.shown_ids or self.vocabulary is None:
+            return self.vocabulary
+        if sampling.shown_ids not in self._showing:
+            self._showing[sampling.shown_ids] = showing(self.vocabulary, sampling.shown_ids)
+        return self._showing[sampling.shown_ids]
 
     def _check_tokens(self, ids: list[int]) -> None:
         if not ids:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
 
@@ -37,6 +38,8 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens in prompt or answer (CTRL, 2019)
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
     ignore_eos: bool = False  # go on after the model's own end tokens
+    grammar: Grammar | None = None  # what the answer must be; it ends when it is
+    shown_ids: tuple[int, ...] = ()  # control tokens whose names are part of the text: the marks of tool calls
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` naming the field."""
@@ -70,7 +73,7 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """True when logits change before sampling, whatever the temperature."""
-        return bool(self.logit_bias) or self.penalises
+        return bool(self.logit_bias) or self.penalises or self.grammar is not None
 
     @property
     def penalises(self) -> bool:
@@ -139,8 +142,8 @@ class Sequence:
     """A prompt and its continuation. Made by `Engine.submit`."""
 
     __slots__ = (
-        "cached", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling", "scores",
-        "shared", "slot", "stream",
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling",
+        "scores", "shared", "slot", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -153,6 +156,7 @@ class Sequence:
         index: int,
         limit: int,
         ends: frozenset[int],
+        constraint: Constraint | None = None,
     ) -> None:
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
@@ -166,6 +170,7 @@ class Sequence:
         self.cached = 0  # tokens whose keys and values are in the slot
         self.shared = 0  # tokens of the prompt that were in the cache already
         self.drafts = Drafts()
+        self.constraint = constraint  # of its grammar
         self.scores: list[TokenScore] = []
         self.finish_reason: FinishReason | None = None
 
@@ -184,9 +189,23 @@ class Sequence:
             text = self.stream.add(score.id)
             if self.stream.stopped:
                 self.finish_reason = "stop"
+            elif self._satisfied(score.id):
+                self.finish_reason, text = "stop", text + self.stream.flush()
             elif self.made >= self.limit:
                 self.finish_reason, text = "length", text + self.stream.flush()
         return Event(self, text, (score.id,), scores, self.finish_reason)
+
+    def _satisfied(self, token: int) -> bool:
+        """Tells the grammar of the token; True when nothing can follow."""
+        if self.constraint is None:
+            return False
+        self.constraint.accept(token)
+        return self.constraint.finished
+
+    def give_up(self) -> None:
+        """The grammar is past its limits: the answer ends after the next token, as one that was cut."""
+        self.constraint = None
+        self.limit = self.made + 1
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "the sequence is still running"

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from tutelage.engine import Engine, Event, Sampling, TokenScore
 from tutelage.engine.scoring import Scored
+from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
 from tutelage.serve.models import Served
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
 from tutelage.serve.requests import GONE, as_api_errors, unless_gone
@@ -22,10 +23,12 @@ class Job:
     """The prompts of one request, and how they are to be answered. `param`: the request's parameter that the prompts came in."""
 
     def __init__(
-        self, request: Request, served: Served, reply: Reply, prompts: list[list[int]], sampling: Sampling, param: str
-    ) -> None:
+        self, request: Request, served: Served, reply: Reply, prompts: list[list[int]], sampling: Sampling, param: str,
+        style: CallStyle | None = None,
+    ) -> None:  # fmt: skip
         self.request, self.thread, self.reply = request, served.thread, reply
         self.prompts, self.sampling, self.param = prompts, sampling, param
+        self.style = style  # of tool calls, where the model may make some
         self.allowance = allowance_of(request)
         vocabulary = served.engine.vocabulary
         assert vocabulary is not None, "a server needs a tokenizer"
@@ -85,7 +88,8 @@ class Job:
             scores = [s for s in done.scores if s.id not in sequence.ends]
             text = self.echoes[number // self.sampling.n] + done.text
             logprobs = self._logprobs(number, scores, first=True)
-            choices.append(self.reply.choice(number, text, done.finish_reason, logprobs))
+            text, calls = parse_calls(text, self.style) if self.style else (text, [])
+            choices.append(self.reply.choice(number, text, finish_reason(done.finish_reason, calls), logprobs, calls))
         return self.reply.whole(choices, self._usage(ticket))
 
     async def _pieces(self, ticket: Ticket, include_usage: bool) -> AsyncIterator[bytes]:
@@ -100,13 +104,16 @@ class Job:
                     yield self.reply.piece(
                         [self.reply.delta(number, self.echoes[number // self.sampling.n], None, logprobs)], **extra
                     )
+            readers = {n: ToolCallStream(self.style) for n in range(len(ticket.sequences))} if self.style else {}
             async for number, event in self._events(ticket):
                 scores = [s for s in event.scores if s.id not in event.sequence.ends]
-                if event.text or scores:
-                    logprobs = self._logprobs(number, scores) if scores else None
-                    yield self.reply.piece([self.reply.delta(number, event.text, None, logprobs)], **extra)
+                logprobs = self._logprobs(number, scores) if scores else None
+                for text in self._texts(readers.get(number), event) or ([""] if logprobs else []):
+                    yield self.reply.piece([self.reply.delta(number, text, None, logprobs)], **extra)
+                    logprobs = None
                 if event.finish_reason:
-                    yield self.reply.piece([self.reply.delta(number, "", event.finish_reason, None)], **extra)
+                    reason = finish_reason(event.finish_reason, readers[number].calls if readers else ())
+                    yield self.reply.piece([self.reply.delta(number, "", reason, None)], **extra)
             if include_usage:
                 yield self.reply.piece([], usage=self._usage(ticket))
             yield b"data: [DONE]\n\n"
@@ -115,6 +122,14 @@ class Job:
         except Exception:
             yield sse(server_error().body)
             raise
+
+    @staticmethod
+    def _texts(reader: ToolCallStream | None, event: Event) -> list[str | dict[str, Any]]:
+        """What an event adds: text, or deltas where the model may call tools."""
+        if reader is None:
+            return [event.text] if event.text else []
+        found = reader.feed(event.text) + (reader.finish() if event.finish_reason else [])
+        return [delta.to_json() for delta in found]
 
     def _logprobs(self, number: int, scores: list[TokenScore], first: bool = False) -> dict[str, Any] | None:
         if self.sampling.logprobs is None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.engine import Engine
+from tutelage.engine.tool_calls import CallStyle
+from tutelage.engine.tool_choice import call_style
 from tutelage.serve.metrics import Metrics, ModelMeter
 from tutelage.serve.schema import ApiError, unavailable
 from tutelage.serve.stream import EngineThread
@@ -25,6 +27,7 @@ class Served:
         self.name, self.renderer, self.created = name, renderer, int(time.time())
         self.meter = ModelMeter(metrics, name)
         self.thread = EngineThread(engine, self.meter)
+        self._style: CallStyle | None = None
         self._busy = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -32,6 +35,12 @@ class Served:
     @property
     def engine(self) -> Engine:
         return self.thread.engine
+
+    def call_style(self) -> CallStyle:
+        """How the model writes tool calls. Raises `ConfigError` for one whose template has none."""
+        if self._style is None:
+            self._style = call_style(self.renderer)
+        return self._style
 
     @property
     def card(self) -> dict[str, Any]:

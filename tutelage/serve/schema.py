@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -65,6 +66,7 @@ class Generation(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool = False
+    structured_outputs: dict[str, Any] | None = None
     # accepted, of no effect: they change nothing about the answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -120,14 +122,14 @@ class ChatRequest(Generation):
     max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
-    # refused unless they ask for what happens anyway
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    # refused unless they ask for what happens anyway
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
-    parallel_tool_calls: bool | None = None
 
     def top(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -140,9 +142,6 @@ class ChatRequest(Generation):
     def refuse_unsupported(self) -> None:
         """Raises `ApiError` for what this server does not do."""
         asked = {
-            "response_format": self.response_format is not None and self.response_format != {"type": "text"},
-            "tools": bool(self.tools),
-            "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "functions": bool(self.functions),
             "function_call": self.function_call not in (None, "none", "auto"),
             "modalities": self.modalities not in (None, ["text"]),
@@ -162,6 +161,7 @@ class ChatRequest(Generation):
             content = _text(message.get("content"), where)
             if content is None and not (role == "assistant" and message.get("tool_calls")):
                 raise ApiError(400, f"{where}: content is missing", param=f"{where}.content")
+            _check_calls(message.get("tool_calls"), where)
             out.append({k: v for k, v in message.items() if v is not None} | {"role": role, "content": content or ""})
         return out
 
@@ -211,6 +211,19 @@ def parse(kind: type[Request], body: Any) -> Request:
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"{param} is not supported by this server", param=param, code="unsupported_parameter") from error
         raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param=param) from error
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    """Raises `ApiError` for tool calls that are not in OpenAI's shape."""
+    for i, call in enumerate(calls if isinstance(calls, list) else [calls] if calls else []):
+        try:
+            function = call["function"]
+            right = isinstance(function["name"], str) and isinstance(json.loads(function["arguments"]), dict)
+        except (TypeError, KeyError, ValueError, RecursionError):
+            right = False
+        if not right:
+            param = f"{where}.tool_calls[{i}]"
+            raise ApiError(400, f"{param}: a function with a name, and arguments that are a JSON object", param=param)
 
 
 def _text(content: Any, where: str) -> str | None:
