@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
-from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Scored, Work, score
+from tutelage.engine.hf_runner import HfRunner
+from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Scored, Work, score, score_targets
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
 from tutelage.engine.speculate import note, propose
-from tutelage.engine.text import TextStream, Vocabulary
+from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models import kernels
 from tutelage.models.interface import KVCache
@@ -39,9 +40,11 @@ class ContextOverflow(DataError):
 
 class Engine:
     """Generates with one model. `renderer` may be None where prompts are token ids and no text is wanted.
+    An encoder-decoder reads a prompt as its source.
 
     slots: sequences that run at a time (fewer where `cache_bytes` would be exceeded); more wait their turn.
-    max_length: tokens of prompt and answer together; the model's own context where None.
+    cache_bytes: of our own models' cache, allocated once; what `transformers` keeps grows with the texts.
+    max_length: tokens of prompt and answer together (of an encoder-decoder, of each); the model's own context where None.
     seed: of prompts whose `Sampling.seed` is None, each with a seed of its own.
     prefix_cache: prompts start from what an earlier or running text has in common with them.
     speculate: guesses checked per step and sequence (`speculate.py`); 0 for none. Never changes a result.
@@ -57,17 +60,19 @@ class Engine:
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
         self.device = next(model.parameters()).device
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             cache = make_cache(model, slots, self.context_length, cache_bytes)
             self.runner = make_runner(model, cache, self.device, batch_invariant, dtype)
         keep = prefix_cache and self.runner.shares
         self.scheduler = Scheduler(Slots(slots if cache is None else cache.slots, keep), prefill_tokens)
-        self.speculate = speculate if self.runner.shares else 0
+        self.speculate = speculate
         self.prompt_tokens = self.shared_tokens = 0  # of all prompts admitted, and how many were in the cache already
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
         self.vocabulary: Vocabulary | None = None
-        self.ends: frozenset[int] = frozenset()
+        self.encodes: bool = getattr(model, "is_encoder_decoder", False)
+        self.ends: frozenset[int] = frozenset(model.ends if self.encodes else ())
+        self.fresh = False  # answers are texts of their own, whose first word has no space before it
         if renderer is not None:
             self._read_tokenizer(renderer)
         self._submitted = count()
@@ -80,16 +85,20 @@ class Engine:
                 expected=f"at most the model's {self.vocab_size}", fix="use the tokenizer that the model was trained with",
             )  # fmt: skip
         self.vocabulary = Vocabulary(json.loads(tokenizer.tokenizer.to_str()), control=tokenizer.control_ids)
-        self.ends = frozenset(renderer.stop_ids)
+        self.ends |= frozenset(renderer.stop_ids)
+        self.fresh = self.encodes and drops_first_space(tokenizer, self.vocabulary)
 
     # -- asking
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a text as a document begins, messages as they were trained, ids as they are."""
+        """Token ids of a prompt: a text as a document begins (for an encoder-decoder, as its tokenizer writes a source),
+        messages as they were trained, ids as they are."""
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             if self.renderer is None:
                 raise ConfigError("this engine has no tokenizer", field="prompt", expected="token ids")
             if isinstance(prompt, str):
+                if self.encodes:
+                    return list(self.renderer.tokenizer.tokenizer.encode(prompt).ids)
                 return list(self.renderer.prompt_text(prompt))
             return list(self.renderer.prompt(list(prompt)))
         return [int(t) for t in prompt]  # type: ignore[arg-type]
@@ -99,8 +108,11 @@ class Engine:
 
         Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
         """
-        ids = [int(t) for t in prompt_ids]
+        ids, source = [int(t) for t in prompt_ids], None
         self._check_tokens(ids)
+        if self.encodes:
+            self._check_length(ids)
+            ids, source = list(self.model.start), ids
         room = self.context_length - len(ids)
         limit = sampling.max_tokens if sampling.max_tokens is not None else room
         if room < max(limit, 1):
@@ -115,8 +127,8 @@ class Engine:
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
-        stream = TextStream(self.vocabulary, sampling.stop)
-        sequence = Sequence(ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends)
+        stream = TextStream(self.vocabulary, sampling.stop, self.fresh)
+        sequence = Sequence(ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, source=source)
         self.scheduler.add(sequence)
         return sequence
 
@@ -126,6 +138,12 @@ class Engine:
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             wrong = next(t for t in ids if not 0 <= t < self.vocab_size)
             raise DataError("no such token", field="prompt", found=wrong, expected=f"ids from 0 to {self.vocab_size - 1}")
+
+    def _check_length(self, ids: Seq[int]) -> None:
+        if len(ids) > self.context_length:
+            raise ContextOverflow(
+                "longer than the context", found=f"{len(ids)} tokens", expected=f"at most {self.context_length}"
+            )
 
     def weights_changed(self) -> None:
         """Call after the model's weights were changed in place: what the cache holds of finished texts is forgotten.
@@ -141,7 +159,11 @@ class Engine:
         if sequence.finish_reason is None:
             sequence.finish_reason = "cancelled"
             sequence.stream.flush()
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.runner.release(sequence.slot)
+        self.scheduler.remove(sequence)
 
     @property
     def idle(self) -> bool:
@@ -159,7 +181,7 @@ class Engine:
         self._close_gaps()
         plan = self.scheduler.plan()
         for sequence, place in plan.admitted:
-            self.prompt_tokens += sequence.prompt_length
+            self.prompt_tokens += len(sequence.prompt)
             self.shared_tokens += place.shared
             if place.shared and place.source != place.slot:
                 self.runner.copy(place.source, place.slot, place.shared)
@@ -195,7 +217,7 @@ class Engine:
                 break
         for event in events:
             if event.finish_reason is not None:
-                self.scheduler.remove(event.sequence)
+                self._remove(event.sequence)
         return events
 
     @staticmethod
@@ -260,18 +282,37 @@ class Engine:
     def score_top(self, requests: Seq[tuple[Seq[int], int]], top: int) -> list[Scored]:
         """Like `score`, with the `top` most likely tokens at each place.
 
-        Raises `DataError` for `start` outside 1..len(ids) (a first token has nothing to be conditioned on), `ContextOverflow`.
+        Raises `DataError` for `start` outside 1..len(ids) (a first token has nothing to be conditioned on), `ContextOverflow`,
+        `ConfigError` for an encoder-decoder.
         """
+        if self.encodes:
+            raise ConfigError(
+                "an encoder-decoder does not say how likely a text is, only a target after a source", fix="use score_targets"
+            )
         for ids, start in requests:
             self._check_tokens(list(ids))
             if not 1 <= start <= len(ids):
                 raise DataError("nothing to condition on", field="start", found=start, expected=f"from 1 to {len(ids)}")
-            if len(ids) > self.context_length:
-                raise ContextOverflow(
-                    "longer than the context", found=f"{len(ids)} tokens", expected=f"at most {self.context_length}"
-                )
+            self._check_length(ids)
         with evaluating(self.model), torch.inference_mode():
             return score(self.model, self.device, requests, min(top, self.vocab_size))
+
+    def score_targets(self, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
+        """Log-probabilities of answers by any kind of model: for each (prompt, target) ids a float32 array over the target.
+
+        An encoder-decoder's target is what `generate` would make: without what every target begins with.
+        Raises `DataError` for an empty prompt or an unknown token, `ContextOverflow`.
+        """
+        if not self.encodes:
+            return self.score([((*prompt, *target), len(prompt)) for prompt, target in pairs])
+        for prompt, target in pairs:
+            decoded = [*self.model.start, *target]
+            self._check_tokens(list(prompt))
+            self._check_tokens(decoded)
+            self._check_length(prompt)
+            self._check_length(decoded)
+        with evaluating(self.model), torch.inference_mode():
+            return score_targets(self.model, pairs)
 
 
 def make_runner(model: Any, cache: KVCache | None, device: torch.device, invariant: bool, dtype: str) -> Runner:
@@ -287,7 +328,9 @@ def make_runner(model: Any, cache: KVCache | None, device: torch.device, invaria
             found=kernels.why_not() or "a model or device that they do not know",
             expected="one of our decoder families in float32 on a CPU, and a C++ compiler",
         )  # fmt: skip
-    return RecomputingRunner(model, device) if cache is None else CachedRunner(model, cache)
+    if cache is not None:
+        return CachedRunner(model, cache)
+    return HfRunner.of(model, device) or RecomputingRunner(model, device)
 
 
 @contextmanager

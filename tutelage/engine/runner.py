@@ -23,6 +23,9 @@ LONG_TOKENS = 128
 SCORE_TOKENS = 4096
 """Tokens, padding included, of one forward pass while scoring."""
 
+SCORE_LOGITS = 1 << 24
+"""Logits held at a time (64 MiB of float32) while an encoder-decoder scores targets."""
+
 
 @dataclass(slots=True, frozen=True)
 class Work:
@@ -46,8 +49,12 @@ class Runner(Protocol):
         """Copies the first `count` tokens of a slot."""
         ...
 
+    def release(self, slot: int) -> None:
+        """The sequence in this slot has ended. A cache that was allocated once keeps its tokens, for texts that begin alike."""
+        return None
 
-class FusedRunner:
+
+class FusedRunner(Runner):
     """Our decoder through one call of our kernels: any mix of prompts and answers, without padding. A token's logits do not
     depend on what else is in the call, bit for bit, as long as long prompts are not read by the model itself (`invariant`)."""
 
@@ -91,7 +98,7 @@ class FusedRunner:
         _copy(self.fused.cache, source, target, count)
 
 
-class CachedRunner:
+class CachedRunner(Runner):
     """A model that keeps keys and values, operation by operation. Rows are padded to the longest."""
 
     shares = True
@@ -143,7 +150,7 @@ class CachedRunner:
         _copy(self.cache, source, target, count)
 
 
-class RecomputingRunner:
+class RecomputingRunner(Runner):
     """A model without a cache: every step reads the whole sequences again. Slower, equal."""
 
     shares = False
@@ -153,7 +160,10 @@ class RecomputingRunner:
 
     def logits(self, work: list[Work]) -> Tensor:
         texts = [w.sequence.ids[: w.sequence.cached] + w.tokens for w in work]
-        hidden = self.model(Batch.of(texts, device=self.device)).hidden
+        if getattr(self.model, "is_encoder_decoder", False):
+            hidden = self.model.read([w.sequence.source for w in work], texts)
+        else:
+            hidden = self.model(Batch.of(texts, device=self.device)).hidden
         return self.model.lm_head.logits(_wanted(hidden, work, [len(t) for t in texts]))  # type: ignore[no-any-return]
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -210,6 +220,23 @@ def _score_rows(model: Any, device: torch.device, rows: list[tuple[Seq[int], int
     ends = np.cumsum([len(ids) - start for ids, start in rows])[:-1]
     parts = zip(np.split(logprobs, ends), np.split(top_ids, ends), np.split(top_logprobs, ends), strict=True)
     return [Scored(*part) for part in parts]
+
+
+def score_targets(model: Any, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
+    """Log-probabilities [len(target)] float32 of each target given its source, by an encoder-decoder."""
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][1]))
+    out = [np.zeros(0, np.float32) for _ in pairs]
+    first = len(model.start) - 1  # the place whose logits are those of a target's first token
+    while order and pairs[order[0]][1]:
+        width = first + len(pairs[order[0]][1])
+        longest = max(len(pairs[i][0]) for i in order)
+        count = max(1, min(SCORE_LOGITS // (width * model.config.vocab_size), SCORE_TOKENS // longest))
+        group, order = order[:count], order[count:]
+        logits = model.read([pairs[i][0] for i in group], [[*model.start, *pairs[i][1]][:-1] for i in group])
+        for row, i in zip(logits, group, strict=True):
+            target = torch.tensor(pairs[i][1], dtype=torch.int64, device=row.device)
+            out[i] = model.lm_head.logprobs(row[first : first + len(target)], target).cpu().numpy()
+    return out
 
 
 def _top(head: Any, hidden: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
