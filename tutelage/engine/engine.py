@@ -7,11 +7,11 @@ for completion in engine.generate(["Once upon a time"], Sampling(64)):
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from functools import cache
 from itertools import accumulate, count
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
 from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
+from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Work
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
-from tutelage.engine.scoring import Scored, score
+from tutelage.engine.scoring import Scored, score, score_targets
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
 from tutelage.engine.speculate import note, propose
-from tutelage.engine.text import TextStream, Vocabulary
+from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
 from tutelage.engine.tool_calls import showing
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models import kernels
@@ -43,9 +44,11 @@ class ContextOverflow(DataError):
 
 class Engine:
     """Generates with one model. `renderer` may be None where prompts are token ids and no text is wanted.
+    An encoder-decoder reads a prompt as its source.
 
     slots: sequences that run at a time (fewer where `cache_bytes` would be exceeded); more wait their turn.
-    max_length: tokens of prompt and answer together; the model's own context where None.
+    cache_bytes: of our own models' cache, allocated once; what `transformers` keeps grows with the texts.
+    max_length: tokens of prompt and answer together (of an encoder-decoder, of each); the model's own context where None.
     seed: of prompts whose `Sampling.seed` is None, each with a seed of its own.
     prefix_cache: prompts start from what an earlier or running text has in common with them.
     speculate: guesses checked per step and sequence (`speculate.py`); 0 for none. Never changes a result.
@@ -61,17 +64,19 @@ class Engine:
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
         self.device = next(model.parameters()).device
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             cache = make_cache(model, slots, self.context_length, cache_bytes)
             self.runner = make_runner(model, cache, self.device, batch_invariant, dtype)
         keep = prefix_cache and self.runner.shares
         self.scheduler = Scheduler(Slots(slots if cache is None else cache.slots, keep), prefill_tokens)
-        self.speculate = speculate if self.runner.shares else 0
+        self.speculate = speculate
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
         self.vocabulary: Vocabulary | None = None
-        self.ends: frozenset[int] = frozenset()
+        self.encodes: bool = getattr(model, "is_encoder_decoder", False)
+        self.ends: frozenset[int] = frozenset(model.ends if self.encodes else ())
+        self.fresh = False  # answers are texts of their own, whose first word has no space before it
         self.grammars: Callable[[], GrammarCompiler] | None = None  # made when the first grammar comes
         self._showing: dict[tuple[int, ...], Vocabulary] = {}
         if renderer is not None:
@@ -86,18 +91,22 @@ class Engine:
                 expected=f"at most the model's {self.vocab_size}", fix="use the tokenizer that the model was trained with",
             )  # fmt: skip
         self.vocabulary = Vocabulary(json.loads(tokenizer.tokenizer.to_str()), control=tokenizer.control_ids)
-        self.ends = frozenset(renderer.stop_ids)
+        self.ends |= frozenset(renderer.stop_ids)
+        self.fresh = self.encodes and drops_first_space(tokenizer, self.vocabulary)
         vocabulary, ends, size = self.vocabulary, self.ends, self.vocab_size
-        self.grammars = cache(lambda: GrammarCompiler(vocabulary, ends, size, tokenizer.encode_text))
+        self.grammars = functools.cache(lambda: GrammarCompiler(vocabulary, ends, size, tokenizer.encode_text))
 
     # -- asking
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a text as a document begins, messages as they were trained, ids as they are."""
+        """Token ids of a prompt: a text as a document begins (for an encoder-decoder, as its tokenizer writes a source),
+        messages as they were trained, ids as they are."""
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             if self.renderer is None:
                 raise ConfigError("this engine has no tokenizer", field="prompt", expected="token ids")
             if isinstance(prompt, str):
+                if self.encodes:
+                    return list(self.renderer.tokenizer.tokenizer.encode(prompt).ids)
                 return list(self.renderer.prompt_text(prompt))
             return list(self.renderer.prompt(list(prompt)))
         return [int(t) for t in prompt]  # type: ignore[arg-type]
@@ -107,8 +116,11 @@ class Engine:
 
         Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
         """
-        ids = [int(t) for t in prompt_ids]
+        ids, source = [int(t) for t in prompt_ids], None
         self._check_tokens(ids)
+        if self.encodes:
+            self._check_length(ids)
+            ids, source = list(self.model.start), ids
         room = self.context_length - len(ids)
         limit = sampling.max_tokens if sampling.max_tokens is not None else room
         if room < max(limit, 1):
@@ -123,9 +135,11 @@ class Engine:
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
-        stream = TextStream(self._vocabulary_of(sampling), sampling.stop)
+        stream = TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh)
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
-        sequence = Sequence(ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint)
+        sequence = Sequence(
+            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source
+        )  # fmt: skip
         self.scheduler.add(sequence)
         return sequence
 
@@ -151,6 +165,12 @@ class Engine:
             wrong = next(t for t in ids if not 0 <= t < self.vocab_size)
             raise DataError("no such token", field="prompt", found=wrong, expected=f"ids from 0 to {self.vocab_size - 1}")
 
+    def _check_length(self, ids: Seq[int]) -> None:
+        if len(ids) > self.context_length:
+            raise ContextOverflow(
+                "longer than the context", found=f"{len(ids)} tokens", expected=f"at most {self.context_length}"
+            )
+
     def weights_changed(self) -> None:
         """Call after the model's weights were changed in place: what the cache holds of finished texts is forgotten.
 
@@ -165,7 +185,11 @@ class Engine:
         if sequence.finish_reason is None:
             sequence.finish_reason = "cancelled"
             sequence.stream.flush()
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.runner.release(sequence.slot)
+        self.scheduler.remove(sequence)
 
     @property
     def idle(self) -> bool:
@@ -183,7 +207,7 @@ class Engine:
         self._close_gaps()
         plan = self.scheduler.plan()
         for sequence, place in plan.admitted:
-            self.prefix_cache_queries += sequence.prompt_length
+            self.prefix_cache_queries += len(sequence.prompt)
             self.prefix_cache_hits += place.shared
             if place.shared and place.source != place.slot:
                 self.runner.copy(place.source, place.slot, place.shared)
@@ -219,7 +243,7 @@ class Engine:
                 break
         for event in events:
             if event.finish_reason is not None:
-                self.scheduler.remove(event.sequence)
+                self._remove(event.sequence)
         return events
 
     @staticmethod
@@ -284,18 +308,37 @@ class Engine:
     def score_top(self, requests: Seq[tuple[Seq[int], int]], top: int) -> list[Scored]:
         """Like `score`, with the `top` most likely tokens at each place.
 
-        Raises `DataError` for `start` outside 1..len(ids) (a first token has nothing to be conditioned on), `ContextOverflow`.
+        Raises `DataError` for `start` outside 1..len(ids) (a first token has nothing to be conditioned on), `ContextOverflow`,
+        `ConfigError` for an encoder-decoder.
         """
+        if self.encodes:
+            raise ConfigError(
+                "an encoder-decoder does not say how likely a text is, only a target after a source", fix="use score_targets"
+            )
         for ids, start in requests:
             self._check_tokens(list(ids))
             if not 1 <= start <= len(ids):
                 raise DataError("nothing to condition on", field="start", found=start, expected=f"from 1 to {len(ids)}")
-            if len(ids) > self.context_length:
-                raise ContextOverflow(
-                    "longer than the context", found=f"{len(ids)} tokens", expected=f"at most {self.context_length}"
-                )
+            self._check_length(ids)
         with evaluating(self.model), torch.inference_mode():
             return score(self.model, self.device, requests, min(top, self.vocab_size))
+
+    def score_targets(self, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
+        """Log-probabilities of answers by any kind of model: for each (prompt, target) ids a float32 array over the target.
+
+        An encoder-decoder's target is what `generate` would make: without what every target begins with.
+        Raises `DataError` for an empty prompt or an unknown token, `ContextOverflow`.
+        """
+        if not self.encodes:
+            return self.score([((*prompt, *target), len(prompt)) for prompt, target in pairs])
+        for prompt, target in pairs:
+            decoded = [*self.model.start, *target]
+            self._check_tokens(list(prompt))
+            self._check_tokens(decoded)
+            self._check_length(prompt)
+            self._check_length(decoded)
+        with evaluating(self.model), torch.inference_mode():
+            return score_targets(self.model, pairs)
 
 
 def make_runner(model: Any, cache: KVCache | None, device: torch.device, invariant: bool, dtype: str) -> Runner:
@@ -311,7 +354,9 @@ def make_runner(model: Any, cache: KVCache | None, device: torch.device, invaria
             found=kernels.why_not() or "a model or device that they do not know",
             expected="one of our decoder families in float32 on a CPU, and a C++ compiler",
         )  # fmt: skip
-    return RecomputingRunner(model, device) if cache is None else CachedRunner(model, cache)
+    if cache is not None:
+        return CachedRunner(model, cache)
+    return HfRunner.of(model, device) or RecomputingRunner(model, device)
 
 
 @contextmanager

@@ -41,8 +41,12 @@ class Runner(Protocol):
         """Copies the first `count` tokens of a slot."""
         ...
 
+    def release(self, slot: int) -> None:
+        """The sequence in this slot has ended. A cache that was allocated once keeps its tokens, for texts that begin alike."""
+        return None
 
-class FusedRunner:
+
+class FusedRunner(Runner):
     """Our decoder through one call of our kernels: any mix of prompts and answers, without padding. A token's logits do not
     depend on what else is in the call, bit for bit, as long as long prompts are not read by the model itself (`invariant`)."""
 
@@ -86,7 +90,7 @@ class FusedRunner:
         _copy(self.fused.cache, source, target, count)
 
 
-class CachedRunner:
+class CachedRunner(Runner):
     """A model that keeps keys and values, operation by operation. Rows are padded to the longest."""
 
     shares = True
@@ -138,7 +142,7 @@ class CachedRunner:
         _copy(self.cache, source, target, count)
 
 
-class RecomputingRunner:
+class RecomputingRunner(Runner):
     """A model without a cache: every step reads the whole sequences again. Slower, equal."""
 
     shares = False
@@ -148,7 +152,10 @@ class RecomputingRunner:
 
     def logits(self, work: list[Work]) -> Tensor:
         texts = [w.sequence.ids[: w.sequence.cached] + w.tokens for w in work]
-        hidden = self.model(Batch.of(texts, device=self.device)).hidden
+        if getattr(self.model, "is_encoder_decoder", False):
+            hidden = self.model.read([w.sequence.source for w in work], texts)
+        else:
+            hidden = self.model(Batch.of(texts, device=self.device)).hidden
         return self.model.lm_head.logits(_wanted(hidden, work, [len(t) for t in texts]))  # type: ignore[no-any-return]
 
     def copy(self, source: int, target: int, count: int) -> None:

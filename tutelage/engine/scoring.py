@@ -17,6 +17,8 @@ from tutelage.models.interface import Batch, CacheView
 
 SCORE_TOKENS = 4096
 """Tokens, padding included, of one forward pass."""
+SCORE_LOGITS = 1 << 24
+"""Logits held at a time (64 MiB of float32) while an encoder-decoder scores targets."""
 SHARED_TOKENS = 16
 """Tokens from which a beginning that several requests have is read once and kept."""
 
@@ -117,6 +119,23 @@ def _score_rows(model: Any, device: torch.device, rows: list[Request], top: int)
 def _measured(model: Any, hidden: Tensor, targets: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log-probabilities [n] of the targets, ids [n,k] and log-probabilities [n,k] of the most likely tokens."""
     return model.lm_head.logprobs(hidden, targets).cpu().numpy(), *_top(model.lm_head, hidden, top)
+
+
+def score_targets(model: Any, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
+    """Log-probabilities [len(target)] float32 of each target given its source, by an encoder-decoder."""
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][1]))
+    out = [np.zeros(0, np.float32) for _ in pairs]
+    first = len(model.start) - 1  # the place whose logits are those of a target's first token
+    while order and pairs[order[0]][1]:
+        width = first + len(pairs[order[0]][1])
+        longest = max(len(pairs[i][0]) for i in order)
+        count = max(1, min(SCORE_LOGITS // (width * model.config.vocab_size), SCORE_TOKENS // longest))
+        group, order = order[:count], order[count:]
+        logits = model.read([pairs[i][0] for i in group], [[*model.start, *pairs[i][1]][:-1] for i in group])
+        for row, i in zip(logits, group, strict=True):
+            target = torch.tensor(pairs[i][1], dtype=torch.int64, device=row.device)
+            out[i] = model.lm_head.logprobs(row[first : first + len(target)], target).cpu().numpy()
+    return out
 
 
 def _top(head: Any, hidden: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:

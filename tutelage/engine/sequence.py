@@ -109,7 +109,7 @@ class Completion:
         Completion(prompt=(5, 9), ids=(7, 2), text="Hi", finish_reason="stop", index=0, scores=())
     """
 
-    prompt: tuple[int, ...]  # token ids
+    prompt: tuple[int, ...]  # token ids; of an encoder-decoder those of the source
     ids: tuple[int, ...]  # the tokens made, the one that ended it included
     text: str  # without special tokens and without the stop text
     finish_reason: FinishReason  # stop: an end token or stop text; length: max_tokens; cancelled
@@ -139,11 +139,12 @@ class Drafts:
 
 
 class Sequence:
-    """A prompt and its continuation. Made by `Engine.submit`."""
+    """A prompt and its continuation. Made by `Engine.submit`. An encoder-decoder has its prompt as `source`, and continues what
+    every target begins with."""
 
     __slots__ = (
         "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling",
-        "scores", "shared", "slot", "stream",
+        "scores", "shared", "slot", "source", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -157,7 +158,9 @@ class Sequence:
         limit: int,
         ends: frozenset[int],
         constraint: Constraint | None = None,
+        source: list[int] | None = None,
     ) -> None:
+        self.source = source  # what the encoder reads, of an encoder-decoder
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
         self.sampling = sampling
@@ -173,6 +176,11 @@ class Sequence:
         self.constraint = constraint  # of its grammar
         self.scores: list[TokenScore] = []
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens that were asked about."""
+        return self.ids[: self.prompt_length] if self.source is None else self.source
 
     @property
     def made(self) -> int:
@@ -210,6 +218,6 @@ class Sequence:
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "the sequence is still running"
         return Completion(
-            prompt=tuple(self.ids[: self.prompt_length]), ids=tuple(self.ids[self.prompt_length :]), text=self.stream.text,
+            prompt=tuple(self.prompt), ids=tuple(self.ids[self.prompt_length :]), text=self.stream.text,
             finish_reason=self.finish_reason, index=self.index, scores=tuple(self.scores), shared=self.shared,
         )  # fmt: skip
