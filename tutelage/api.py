@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config.base import assign, build, nearest
+from tutelage.config.stages import Generate
 from tutelage.errors import ConfigError
 from tutelage.recipe import Runner, load_recipe, run_recipe
 from tutelage.rundir import RunDir
@@ -58,9 +59,19 @@ def run(
     return run_recipe(loaded, Runner(STAGES, Path(runs), loaded.name, force=force))
 
 
+def generate(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
+    """Answers every row of a file: `model`, `input`, `output` and the other settings of the command.
+
+    Returns rows, errors, tokens and seconds. Interrupted, the same call goes on. Raises the errors of `tutelage.errors`.
+    """
+    from tutelage.stages.generate import run as answer
+
+    return answer(build(Generate, {key: _plain(value) for key, value in settings.items()}), Path(runs), force=force)
+
+
 def __getattr__(name: str) -> Callable[..., RunDir]:
     if name not in STAGES:
-        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run")
+        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run, generate")
 
     def call(**settings: Any) -> RunDir:
         return stage(name, **settings)

@@ -25,6 +25,7 @@ STAGE_HELP = {
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }
+GENERATE_HELP = "Answer every row of a file: prompts, conversations, or an OpenAI batch file."
 
 app = typer.Typer(
     help="Raise a language model: from raw text to an assistant, offline on a laptop or on a cluster.",
@@ -68,6 +69,10 @@ def main() -> None:
         add = app.command(name, help=text, rich_help_panel="Stages", epilog=_epilog(name) if name == asked else None,
                           context_settings={"token_normalize_func": _underscores})  # fmt: skip
         add(stage_command(name) if name == asked else _placeholder)
+    add = app.command(
+        "generate", help=GENERATE_HELP, rich_help_panel="Using", context_settings={"token_normalize_func": _underscores}
+    )
+    add(generate_command() if asked == "generate" else _placeholder)
     try:
         app()
     except UserError as error:
@@ -111,7 +116,7 @@ def _placeholder() -> None:
 
 def stage_command(name: str) -> Any:
     """A command with one option for every setting of the stage's section."""
-    from tutelage.config.base import assign, build, extra_of, parse_set, parse_value, subsection
+    from tutelage.config.base import assign, build, extra_of, parse_set, subsection
     from tutelage.stages import STAGES
 
     section = STAGES[name].config()
@@ -123,12 +128,7 @@ def stage_command(name: str) -> Any:
         settings, root = options.pop("set_"), options.pop("runs")
         force, dry_run = options.pop("force"), options.pop("dry_run")
         extend = dict(parse_set(text) for text in options.pop("extend", []))
-        values: dict[str, Any] = {}
-        for key, text in options.items():
-            if text is None or text == []:
-                continue
-            plain = isinstance(text, list) or _takes(section.model_fields[key]) == (str,)
-            values[key] = text if plain else parse_value(text)
+        values = _given(section, options)
         for setting in settings:
             assign(values, *parse_set(setting))
         config = build(section, values)
@@ -143,15 +143,55 @@ def stage_command(name: str) -> Any:
 
     fields = sorted(section.model_fields.items(), key=lambda x: (not x[1].is_required(), "artifact" not in extra_of(x[1])))
     parameters = [_option(key, field) for key, field in fields if subsection(field) is None]
-    for key, annotation, default in (
-        ("set_", Sets, []),
-        *([("extend", Extend, [])] if "extends" in section.model_fields else []),
-        ("runs", Runs, RUNS),
-        ("force", Force, False),
-        ("dry_run", DryRun, False),
-    ):
-        parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    extend = [_parameter("extend", Extend, [])] if "extends" in section.model_fields else []
+    return _with_options(command, [*parameters, _parameter("set_", Sets, []), *extend, *_this_run()])
+
+
+def generate_command() -> Any:
+    """`tutelage generate MODEL INPUT --output FILE`, with an option for every other setting of its section."""
+    from tutelage.config.base import build
+    from tutelage.config.stages import Generate
+
+    def command(**options: Any) -> None:
+        from tutelage.console import show_config
+
+        root, force, dry_run = (options.pop(key) for key in ("runs", "force", "dry_run"))
+        config = build(Generate, _given(Generate, options))
+        from tutelage.stages.generate import run
+
+        run(config, root, force=force, dry_run=dry_run)
+        show_config(config) if dry_run else print(config.output)
+
+    fields = dict(Generate.model_fields)
+    places = [_parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in ("model", "input")]
+    output = typer.Option("--output", "-o", help=fields.pop("output").description, metavar="FILE")
+    places.append(_parameter("output", Annotated[str, output]))
+    return _with_options(command, [*places, *(_option(key, field) for key, field in fields.items()), *_this_run()])
+
+
+def _given(section: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed, read as recipes read them."""
+    from tutelage.config.base import parse_value
+
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if text is None or text == []:
+            continue
+        plain = isinstance(text, list) or _takes(section.model_fields[key]) == (str,)
+        values[key] = text if plain else parse_value(text)
+    return values
+
+
+def _parameter(key: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _this_run() -> list[inspect.Parameter]:
+    return [_parameter("runs", Runs, RUNS), _parameter("force", Force, False), _parameter("dry_run", DryRun, False)]
+
+
+def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
+    command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
@@ -173,10 +213,10 @@ def _option(key: str, field: Any) -> inspect.Parameter:
         rich_help_panel=panel,
     )  # fmt: skip
     annotation: Any = Annotated[list[str], shown] if several else Annotated[str | None, shown]
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=[] if several else None, annotation=annotation)
+    return _parameter(key, annotation, [] if several else None)
 
 
-METAVARS = {int: "N", float: "X", bool: "true|false", list: "SOURCE", dict: "{KEY: VALUE}"}
+METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY: VALUE}"}
 
 
 def _takes(field: Any) -> tuple[type, ...]:
@@ -277,16 +317,18 @@ def chat(
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
+    no_history: Annotated[bool, typer.Option("--no-history", help="neither read nor keep what is typed")] = False,
     runs: Runs = RUNS,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal; /help there lists the commands."""
     from tutelage.rundir import find
 
     folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is told at once
     from tutelage.engine import Sampling
     from tutelage.serve.terminal import chat as talk
 
-    talk(folder, system=system, once=message, sampling=Sampling(max_tokens, temperature=temperature))
+    sampling = Sampling(max_tokens, temperature=temperature)
+    talk(folder, system=system, once=message, sampling=sampling, history=not no_history)
 
 
 @app.command(rich_help_panel="Using")
@@ -336,7 +378,7 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
     from tutelage.rundir import find
 
     found = [find(model, "model", runs) for model in models]
-    known = names or [f.run.name.rpartition("-")[0] if f.run else f.path.resolve().name for f in found]
+    known = names or [f.name for f in found]
     if len(known) != len(found) or len(set(known)) != len(known):
         raise ConfigError(
             "every model needs a name of its own", field="name", found=", ".join(known), expected=f"{len(found)} different names",

@@ -21,16 +21,16 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: paths start at the working fold
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals about `path` into a `StorageError` that says what to do."""
+def storage_errors(path: Path, option: str = "--runs") -> Iterator[None]:
+    """Turns the operating system's refusals about `path`, which `option` chose, into a `StorageError` that says what to do."""
     try:
         yield
     except Exception as error:
         fixes = {
-            errno.ENOSPC: ("the disk is full", "free some space, or choose another folder with --runs"),
-            errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another folder with --runs"),
-            errno.EROFS: ("the file system is read-only", "choose a folder you may write to with --runs"),
-            errno.EACCES: ("permission denied", "choose a folder you may write to with --runs, or ask for the rights"),
+            errno.ENOSPC: ("the disk is full", f"free some space, or choose another folder with {option}"),
+            errno.EDQUOT: ("the disk quota is used up", f"free some space, or choose another folder with {option}"),
+            errno.EROFS: ("the file system is read-only", f"choose a folder you may write to with {option}"),
+            errno.EACCES: ("permission denied", f"choose a folder you may write to with {option}, or ask for the rights"),
         }
         number = _errno_of(error)
         if number not in fixes:
@@ -66,10 +66,10 @@ def sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def whole_file(path: Path, mode: str = "w", option: str = "--runs") -> Iterator[IO[Any]]:
     """Opens a temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
     partial = _partial(path)
-    with storage_errors(path):
+    with storage_errors(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open(mode, encoding=None if "b" in mode else "utf-8") as f:

@@ -50,6 +50,11 @@ class Artifact:
     digest: str  # SHA-256 of the content
     run: Path | None = None  # the run directory that it lies in, if it lies in one
 
+    @property
+    def name(self) -> str:
+        """What clients call it: the stage's name in its recipe, or the folder's."""
+        return self.run.name.rpartition("-")[0] if self.run else self.path.resolve().name
+
 
 @dataclass(slots=True)
 class RunDir:
