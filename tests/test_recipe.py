@@ -87,19 +87,33 @@ def test_scales_and_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "line", "message", "fix"),
+    ("setting", "place", "message", "fix"),
     [
-        (("scale", "smok"), 2, "unknown scale `smok`", "did you mean `smoke`?"),
-        (("scale", "broken"), 4, "unknown key `vocab_sise`", "did you mean `vocab_size`?"),
-        (("word.vocab_size", 3), None, "unknown stage `word`", "did you mean `words`?"),
-        (("words.vocab_size", "x"), None, "`vocab_size` has a value that does not fit", None),
+        (("scale", "smok"), "--set scale=smok", "unknown scale `smok`", "did you mean `smoke`?"),
+        (("scale", "broken"), "r.yaml:4", "unknown key `vocab_sise`", "did you mean `vocab_size`?"),
+        (("word.vocab_size", 3), "--set word.vocab_size=3", "unknown stage `word`", "did you mean `words`?"),
+        (("words.vocab_size", "x"), "--set words.vocab_size=x", "`vocab_size` has a value that does not fit", None),
+        (("words.vocab_sise", 3), "--set words.vocab_sise=3", "unknown key `vocab_sise`", "did you mean `vocab_size`?"),
+        (("words.stage", "toks"), "--set words.stage=toks", "unknown stage kind `toks`", "did you mean `tokens`?"),
+        (("words.data", "$corpsu"), "--set words.data=$corpsu", "`$corpsu` is not a stage above", "did you mean `$corpus`?"),
+        (("words", True), "--set words=true", "`words` needs `stage:`", None),
     ],
 )
-def test_wrong_settings(tmp_path: Path, setting: tuple[str, Any], line: int | None, message: str, fix: str | None) -> None:
-    """A line of the file that is blamed for a value from the command line."""
+def test_wrong_settings(tmp_path: Path, setting: tuple[str, Any], place: str, message: str, fix: str | None) -> None:
+    """The recipe's file or line that is blamed for a word of the command line."""
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, TEXT, setting)
-    assert message in caught.value.message and caught.value.line == line and caught.value.fix == fix
+    assert message in caught.value.message and caught.value.fix == fix
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/{place}: " if place.startswith("r.yaml") else f"{place}: ")
+
+
+def test_a_setting_that_replaces_a_section_takes_its_lines(tmp_path: Path) -> None:
+    """The line of a nested key that the command line has replaced together with its section."""
+    text = TEXT + "  base:\n    stage: pretrain\n    data: $corpus\n    tokenizer: $words\n    optimizer:\n      lr: 1e-3\n"
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, ("base.optimizer", {"lr": -1}))
+    assert str(caught.value).startswith('--set base.optimizer={"lr": -1}: ')
 
 
 @pytest.fixture

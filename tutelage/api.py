@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config.base import assign, build, nearest
+from tutelage.config.stages import Generate
 from tutelage.errors import ConfigError
 from tutelage.recipe import Runner, load_recipe, run_recipe
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
 
 
-def stage(name: str, *, runs: str | Path = "runs", force: bool = False, **settings: Any) -> RunDir:
+def stage(
+    name: str, *, runs: str | Path = "runs", force: bool = False, extend: dict[str, Any] | None = None, **settings: Any
+) -> RunDir:
     """Runs, resumes or finds one stage. Inputs may be folders, `recipe/stage` names or the `RunDir` of another call.
-    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). Raises the errors of `tutelage.errors`."""
+    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). `extend={"steps": 2000}` goes on from the finished
+    training of these settings, in a run of its own. Raises the errors of `tutelage.errors`."""
     if name not in STAGES:
         near = nearest(name, list(STAGES))
         raise ConfigError(
@@ -33,7 +37,7 @@ def stage(name: str, *, runs: str | Path = "runs", force: bool = False, **settin
     for key, value in settings.items():
         assign(values, key, _plain(value))
     runner = Runner(STAGES, Path(runs), force=force)
-    return runner.run(runner.plan(name, name, build(STAGES[name].config(), values)))
+    return runner.run(runner.plan(name, name, build(STAGES[name].config(), values), extend))
 
 
 def _plain(value: Any) -> Any:
@@ -45,15 +49,29 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def run(recipe: str | Path, *, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, RunDir]:
-    """Runs a recipe; settings are those of `--set`, such as `scale="smoke"` or `**{"base.steps": 10}`."""
-    loaded = load_recipe(Path(recipe), STAGES, [(key, _plain(value)) for key, value in settings.items()])
+def run(
+    recipe: str | Path, *, runs: str | Path = "runs", force: bool = False, extend: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, RunDir]:
+    """Runs a recipe; settings are those of `--set`, such as `scale="smoke"` or `**{"base.steps": 10}`, and `extend` is that of
+    `--extend`, such as `{"base.steps": 20}`."""
+    plain = [(key, _plain(value)) for key, value in settings.items()]
+    loaded = load_recipe(Path(recipe), STAGES, plain, list((extend or {}).items()))
     return run_recipe(loaded, Runner(STAGES, Path(runs), loaded.name, force=force))
+
+
+def generate(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
+    """Answers every row of a file: `model`, `input`, `output` and the other settings of the command.
+
+    Returns rows, errors, tokens and seconds. Interrupted, the same call goes on. Raises the errors of `tutelage.errors`.
+    """
+    from tutelage.stages.generate import run as answer
+
+    return answer(build(Generate, {key: _plain(value) for key, value in settings.items()}), Path(runs), force=force)
 
 
 def __getattr__(name: str) -> Callable[..., RunDir]:
     if name not in STAGES:
-        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run")
+        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run, generate")
 
     def call(**settings: Any) -> RunDir:
         return stage(name, **settings)

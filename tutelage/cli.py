@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
+import shlex
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -22,6 +25,7 @@ STAGE_HELP = {
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }
+GENERATE_HELP = "Answer every row of a file: prompts, conversations, or an OpenAI batch file."
 
 app = typer.Typer(
     help="Raise a language model: from raw text to an assistant, offline on a laptop or on a cluster.",
@@ -41,24 +45,64 @@ Sets = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="run again even if the result is there", rich_help_panel=THIS_RUN, metavar=" ")
 ]
+Extend = Annotated[
+    list[str],
+    typer.Option(
+        "--extend",
+        metavar="KEY=VALUE",
+        help="go on from the finished run of these settings, in a run of its own: steps=2000 (all steps), also tokens, epochs",
+        rich_help_panel=THIS_RUN,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop", rich_help_panel=THIS_RUN, metavar=" ")]
 RUNS = Path("runs")
+VERSION = f"tutelage {__version__}"
 
 
 def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with 2."""
+    if sys.argv[1:] == ["--version"]:  # to read an option typer imports pydantic
+        print(VERSION)
+        return
     asked = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
     for name, text in STAGE_HELP.items():
         add = app.command(name, help=text, rich_help_panel="Stages", epilog=_epilog(name) if name == asked else None,
                           context_settings={"token_normalize_func": _underscores})  # fmt: skip
         add(stage_command(name) if name == asked else _placeholder)
+    add = app.command(
+        "generate", help=GENERATE_HELP, rich_help_panel="Using", context_settings={"token_normalize_func": _underscores}
+    )
+    add(generate_command() if asked == "generate" else _placeholder)
     try:
         app()
     except UserError as error:
         from tutelage import log
 
-        log.say(f"error: {error}", style="bold red")
+        log.say(f"error: {_spoken(error, asked)}", style="bold red")
         raise SystemExit(2) from None
+
+
+SETTING = re.compile(r"(?<![\w.-])(?<!--set )([a-z_]+)=(\{[^}]*\}|[\w.+/-]*\w)")
+
+
+def _spoken(error: UserError, command: str | None) -> str:
+    """The error with its settings as the user typed them. The code writes `key=value`, which is how Python has them; a stage's
+    command takes `--key value`, and a recipe `key: value`."""
+    from tutelage.config.base import known_keys
+    from tutelage.stages import STAGES
+
+    asked = STAGES if command == "run" else [command] if command in STAGES else []
+    known = {key for name in asked for key in known_keys(STAGES[name].config())}
+
+    def form(found: re.Match[str]) -> str:
+        key, value = found.groups()
+        if key not in known:
+            return found[0]
+        return f"{key}: {value}" if command == "run" else f"--{key.replace('_', '-')} {shlex.quote(value)}"
+
+    for part in ("message", "expected", "fix"):
+        setattr(error, part, SETTING.sub(form, text) if (text := getattr(error, part)) else text)
+    return error.render()
 
 
 def _underscores(name: str) -> str:
@@ -72,7 +116,7 @@ def _placeholder() -> None:
 
 def stage_command(name: str) -> Any:
     """A command with one option for every setting of the stage's section."""
-    from tutelage.config.base import assign, build, extra_of, parse_set, parse_value, subsection
+    from tutelage.config.base import assign, build, extra_of, parse_set, subsection
     from tutelage.stages import STAGES
 
     section = STAGES[name].config()
@@ -83,34 +127,71 @@ def stage_command(name: str) -> Any:
 
         settings, root = options.pop("set_"), options.pop("runs")
         force, dry_run = options.pop("force"), options.pop("dry_run")
-        values: dict[str, Any] = {}
-        for key, text in options.items():
-            if text is None or text == []:
-                continue
-            plain = isinstance(text, list) or _takes(section.model_fields[key]) == (str,)
-            values[key] = text if plain else parse_value(text)
+        extend = dict(parse_set(text) for text in options.pop("extend", []))
+        values = _given(section, options)
         for setting in settings:
             assign(values, *parse_set(setting))
         config = build(section, values)
         runner = Runner(STAGES, root, force=force)
-        planned = runner.plan(name, name, config)
+        planned = runner.plan(name, name, config, extend)
         if dry_run:
             planned.estimate = runner.estimate(planned)
             show_plan([planned], runner)
-            show_config(config)
+            show_config(planned.config)
             return
         print(runner.run(planned).path)
 
     fields = sorted(section.model_fields.items(), key=lambda x: (not x[1].is_required(), "artifact" not in extra_of(x[1])))
     parameters = [_option(key, field) for key, field in fields if subsection(field) is None]
-    for key, annotation, default in (
-        ("set_", Sets, []),
-        ("runs", Runs, RUNS),
-        ("force", Force, False),
-        ("dry_run", DryRun, False),
-    ):
-        parameters.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    extend = [_parameter("extend", Extend, [])] if "extends" in section.model_fields else []
+    return _with_options(command, [*parameters, _parameter("set_", Sets, []), *extend, *_this_run()])
+
+
+def generate_command() -> Any:
+    """`tutelage generate MODEL INPUT --output FILE`, with an option for every other setting of its section."""
+    from tutelage.config.base import build
+    from tutelage.config.stages import Generate
+
+    def command(**options: Any) -> None:
+        from tutelage.console import show_config
+
+        root, force, dry_run = (options.pop(key) for key in ("runs", "force", "dry_run"))
+        config = build(Generate, _given(Generate, options))
+        from tutelage.stages.generate import run
+
+        run(config, root, force=force, dry_run=dry_run)
+        show_config(config) if dry_run else print(config.output)
+
+    fields = dict(Generate.model_fields)
+    places = [_parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in ("model", "input")]
+    output = typer.Option("--output", "-o", help=fields.pop("output").description, metavar="FILE")
+    places.append(_parameter("output", Annotated[str, output]))
+    return _with_options(command, [*places, *(_option(key, field) for key, field in fields.items()), *_this_run()])
+
+
+def _given(section: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed, read as recipes read them."""
+    from tutelage.config.base import parse_value
+
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if text is None or text == []:
+            continue
+        plain = isinstance(text, list) or _takes(section.model_fields[key]) == (str,)
+        values[key] = text if plain else parse_value(text)
+    return values
+
+
+def _parameter(key: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _this_run() -> list[inspect.Parameter]:
+    return [_parameter("runs", Runs, RUNS), _parameter("force", Force, False), _parameter("dry_run", DryRun, False)]
+
+
+def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
+    command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
@@ -132,10 +213,10 @@ def _option(key: str, field: Any) -> inspect.Parameter:
         rich_help_panel=panel,
     )  # fmt: skip
     annotation: Any = Annotated[list[str], shown] if several else Annotated[str | None, shown]
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=[] if several else None, annotation=annotation)
+    return _parameter(key, annotation, [] if several else None)
 
 
-METAVARS = {int: "N", float: "X", bool: "true|false", list: "SOURCE", dict: "{KEY: VALUE}"}
+METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY: VALUE}"}
 
 
 def _takes(field: Any) -> tuple[type, ...]:
@@ -183,6 +264,7 @@ def _epilog(name: str) -> str | None:
 def run(
     recipe: Annotated[Path, typer.Argument(help="a YAML recipe")],
     set_: Sets = [],  # noqa: B006 (typer copies it)
+    extend: Extend = [],  # noqa: B006
     runs: Runs = RUNS,
     force: Force = False,
     dry_run: DryRun = False,
@@ -193,7 +275,7 @@ def run(
     from tutelage.recipe import Runner, load_recipe, plan_recipe, run_recipe
     from tutelage.stages import STAGES
 
-    loaded = load_recipe(recipe, STAGES, [parse_set(s) for s in set_])
+    loaded = load_recipe(recipe, STAGES, [parse_set(s) for s in set_], [parse_set(s) for s in extend])
     runner = Runner(STAGES, runs, loaded.name, force=force)
     show_plan(plan_recipe(loaded, runner), runner)
     if dry_run:
@@ -235,44 +317,120 @@ def chat(
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
+    no_history: Annotated[bool, typer.Option("--no-history", help="neither read nor keep what is typed")] = False,
     runs: Runs = RUNS,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal; /help there lists the commands."""
     from tutelage.rundir import find
 
     folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is told at once
     from tutelage.engine import Sampling
     from tutelage.serve.terminal import chat as talk
 
-    talk(folder, system=system, once=message, sampling=Sampling(max_tokens, temperature=temperature))
+    sampling = Sampling(max_tokens, temperature=temperature)
+    talk(folder, system=system, once=message, sampling=sampling, history=not no_history)
 
 
 @app.command(rich_help_panel="Using")
 def serve(
-    model: Annotated[str, typer.Argument(help="a model folder, a run, or recipe/stage")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="model folders, runs, or recipe/stage")],
     host: Annotated[str, typer.Option(help="address to listen on; other machines reach only what you bind")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port")] = 8000,
-    api_key: Annotated[list[str], typer.Option("--api-key", help="accept only requests with one of these keys")] = [],  # noqa: B006
-    insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="what clients call the model; default: the stage's or the folder's name")
-    ] = None,
+        list[str], typer.Option(help="what clients call a model, one for each; default: the stage's or the folder's name")
+    ] = [],  # noqa: B006
+    keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
+    api_key: Annotated[list[str], typer.Option("--api-key", help="a key without limits for inference")] = [],  # noqa: B006
+    insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
+    allow_models: Annotated[
+        list[Path], typer.Option(metavar="FOLDER", help="let keys of scope admin load models from here")
+    ] = [],  # noqa: B006
+    max_waiting: Annotated[int, typer.Option(min=1, help="answers of a model that may wait; more are refused with 429")] = 256,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="how long answers may go on after SIGTERM")] = 30.0,
+    slots: Annotated[int, typer.Option(min=1, help="answers of a model that run at a time")] = 16,
+    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's context")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or int8: smaller, faster, a little less exact")] = "float32",
+    speculate: Annotated[
+        int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
+    ] = 0,
+    prefix_cache: Annotated[bool, typer.Option(help="start prompts from what earlier ones have in common with them")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
+    ] = False,
     runs: Runs = RUNS,
 ) -> None:
-    """Serve a model behind the OpenAI API."""
+    """Serve models behind the OpenAI API."""
+    folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
+    from tutelage.serve.listen import Options
+    from tutelage.serve.listen import serve as listen
+
+    options = Options(
+        host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
+        max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
+        speculate=speculate, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
+    )  # fmt: skip
+    listen(folders, options)
+
+
+def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, Path]:
+    """Folders by the names that clients use. Raises `ConfigError` for names that are not one for each model."""
+    from tutelage.errors import ConfigError
     from tutelage.rundir import find
 
-    found = find(model, "model", runs)
-    known = name or (found.run.name.rpartition("-")[0] if found.run else found.path.resolve().name)
-    from tutelage.serve.app import serve as listen
+    found = [find(model, "model", runs) for model in models]
+    known = names or [f.name for f in found]
+    if len(known) != len(found) or len(set(known)) != len(known):
+        raise ConfigError(
+            "every model needs a name of its own", field="name", found=", ".join(known), expected=f"{len(found)} different names",
+            fix="give --name once for each model, in their order",
+        )  # fmt: skip
+    return {name: f.path for name, f in zip(known, found, strict=True)}
 
-    listen(found.path, host=host, port=port, name=known, api_keys=tuple(api_key), insecure=insecure)
+
+keys_app = typer.Typer(help="Make, list and remove the API keys of a server.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys", rich_help_panel="Using")
+KeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="a JSON file; it holds hashes, never a key")]
+
+
+@keys_app.command("add")
+def keys_add(
+    file: KeyFile,
+    name: Annotated[str, typer.Argument(help="whose key it is")],
+    scope: Annotated[list[str], typer.Option(help="inference (the default), metrics or admin; repeat it for more")] = [],  # noqa: B006
+    requests_per_minute: Annotated[int | None, typer.Option(help="default: no limit")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="of prompts and answers together; default: no limit")] = None,
+) -> None:
+    """Make a key and print it: this once, it is kept nowhere. A running server takes it at once."""
+    from tutelage.serve.keys import add_key
+
+    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    print(add_key(file, name, scopes=scope or ["inference"], **limits))
+
+
+@keys_app.command("list")
+def keys_list(file: KeyFile) -> None:
+    """List the keys: names, scopes, limits."""
+    from tutelage.serve.keys import read_keys
+
+    for key in read_keys(file):
+        limits = [f"{key.requests_per_minute} requests/min"] if key.requests_per_minute else []
+        limits += [f"{key.tokens_per_minute} tokens/min"] if key.tokens_per_minute else []
+        made = datetime.fromtimestamp(key.created).date()
+        print(f"{key.name}  {','.join(key.scopes)}  {', '.join(limits) or 'no limit'}  made {made}")
+
+
+@keys_app.command("remove")
+def keys_remove(file: KeyFile, name: Annotated[str, typer.Argument(help="whose key it is")]) -> None:
+    """Take a key away. A running server forgets it at once."""
+    from tutelage.serve.keys import remove_key
+
+    remove_key(file, name)
 
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False) -> None:
     if version:
-        print(f"tutelage {__version__}")
+        print(VERSION)
         raise typer.Exit
 
 

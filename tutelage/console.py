@@ -15,27 +15,50 @@ from rich.tree import Tree
 
 from tutelage import log
 from tutelage.config.base import Section
-from tutelage.recipe import Planned, Runner, lineage
+from tutelage.plan.time import NOTHING
+from tutelage.recipe import Estimate, Planned, Runner, Unknown, lineage
 from tutelage.rundir import RunDir, all_runs, find, held, matching
 
 
 def show_plan(plan: list[Planned], runner: Runner) -> None:
-    """The table of a plan: stage, hit or miss, time and memory; below it where each run is, and the derivations."""
+    """The table of a plan: stage, hit or miss, time and memory, with their sum; below it where each run is, and the formulas."""
     table = Table("stage", "kind", "status", "time", "memory", title=f"plan of {runner.recipe}", title_justify="left")
     notes = []
     for item in plan:
-        seconds = memory = ""
-        if item.estimate is not None:
-            seconds = f"{clock(item.estimate.seconds[0])} - {clock(item.estimate.seconds[1])}"
-            memory = f"{size(item.estimate.memory_bytes[0])} - {size(item.estimate.memory_bytes[1])}"
-            notes.append(f"{item.name}: {item.estimate.because}")
         status = "run (forced)" if runner.force and item.status == "hit" else item.status
-        table.add_row(*map(Text, (item.name, item.kind, status, seconds, memory)))
+        table.add_row(*map(Text, (item.name, item.kind, status, *_expected(item.estimate))))
+        if isinstance(item.estimate, Estimate):
+            rest = ", less what an earlier attempt has done" if item.status == "resume" else ""
+            notes.append(f"{item.name}: {item.estimate.because}{rest}; memory {item.estimate.room}")
         if item.run is not None:
             notes.append(f"{item.name}: {item.run.path}")
     log.console.print(table)
+    if len(plan) > 1:
+        log.say(_total(plan))
     for note in notes:
         log.say(note, style="dim")
+
+
+def _expected(estimate: Estimate | Unknown | None) -> tuple[str, str]:
+    """Time and memory of a stage, for people."""
+    if isinstance(estimate, Unknown):
+        return str(estimate), str(estimate)
+    if estimate is None:
+        return clock(0), size(0)
+    seconds, memory = estimate.seconds, estimate.memory_bytes
+    return f"{clock(seconds.low)} - {clock(seconds.high)}", f"{size(memory.low)} - {size(memory.high)}"
+
+
+def _total(plan: list[Planned]) -> str:
+    """The sum of the times, the largest of the memories, and what is in neither."""
+    known = [item.estimate for item in plan if isinstance(item.estimate, Estimate)]
+    seconds = sum((e.seconds for e in known), NOTHING)
+    low, high = (max((getattr(e.memory_bytes, end) for e in known), default=0) for end in ("low", "high"))
+    waiting = [item.name for item in plan if isinstance(item.estimate, Unknown)]
+    if not known and not waiting:
+        return "nothing to do: every stage is there"
+    rest = f"; + what is not known yet: {', '.join(waiting)}" if waiting else ""
+    return f"in all {clock(seconds.low)} - {clock(seconds.high)}, at most {size(low)} - {size(high)} at a time{rest}"
 
 
 def show_config(config: Section) -> None:

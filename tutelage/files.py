@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -15,18 +17,20 @@ from typing import IO, Any
 
 from tutelage.errors import StorageError, UserError
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: paths start at the working folder; swap the two
+
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusals about `path` into a `StorageError` that says what to do."""
+def storage_errors(path: Path, option: str = "--runs") -> Iterator[None]:
+    """Turns the operating system's refusals about `path`, which `option` chose, into a `StorageError` that says what to do."""
     try:
         yield
     except Exception as error:
         fixes = {
-            errno.ENOSPC: ("the disk is full", "free some space, or choose another folder with --runs"),
-            errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another folder with --runs"),
-            errno.EROFS: ("the file system is read-only", "choose a folder you may write to with --runs"),
-            errno.EACCES: ("permission denied", "choose a folder you may write to with --runs, or ask for the rights"),
+            errno.ENOSPC: ("the disk is full", f"free some space, or choose another folder with {option}"),
+            errno.EDQUOT: ("the disk quota is used up", f"free some space, or choose another folder with {option}"),
+            errno.EROFS: ("the file system is read-only", f"choose a folder you may write to with {option}"),
+            errno.EACCES: ("permission denied", f"choose a folder you may write to with {option}, or ask for the rights"),
         }
         number = _errno_of(error)
         if number not in fixes:
@@ -63,10 +67,10 @@ def sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def whole_file(path: Path, mode: str = "w", option: str = "--runs") -> Iterator[IO[Any]]:
     """Opens a temporary file that becomes `path` when the block ends well, and vanishes when it does not."""
     partial = partial_name(path, os.getpid())
-    with storage_errors(path):
+    with storage_errors(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open(mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -84,6 +88,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Gives an empty temporary folder that becomes `path` (replacing what is there) when the block ends well."""
     partial = partial_name(path, os.getpid())
     with storage_errors(path):
+        recover(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -92,14 +97,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with file.open("rb") as f:
                         os.fsync(f.fileno())
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            if path.exists():
-                path.replace(old)
-            partial.replace(path)
+            if not path.exists():
+                partial.replace(path)
+            elif not _exchange(partial, path):
+                path.replace(path.with_name(f".{path.name}.old-{os.getpid()}"))
+                partial.replace(path)
             sync_folder(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
+            recover(path)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps the names of two folders in one step; False where the system or the file system cannot, and then nothing moved."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return int(swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE))) == 0
+
+
+def recover(path: Path) -> None:
+    """Mends what a kill inside `whole_folder(path)` left where names cannot be swapped: the old folder, set aside, gets its
+    name back if the new one has not taken it, and is removed if it has."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -62,8 +62,12 @@ class Metrics:
 
     def truncate_after(self, step: int) -> None:
         """Drops the lines of steps after `step`: a resumed run writes them again."""
+        self.begin_with(self.path, step)
+
+    def begin_with(self, path: Path, step: int) -> None:
+        """Starts over with the lines up to `step` of the metrics in `path`."""
         self._file.close()
-        kept = [x for x in self.path.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
+        kept = [x for x in path.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
         with whole_file(self.path) as f:
             f.write("".join(f"{x}\n" for x in kept))
         self._file = self.path.open("a", encoding="utf-8")

@@ -11,15 +11,17 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.base import Section, artifacts_of, assign, build, identity_of, load_yaml, nearest
+from tutelage.config.base import Places, Section, artifacts_of, assign, build, identity_of, load_yaml, nearest
+from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.plan.code import code_digest
+from tutelage.plan.time import Span
 from tutelage.rundir import Artifact, RunDir, find
 
 
@@ -30,10 +32,10 @@ class Kind:
     section: str  # name of the class in config/stages.py
     module: str  # has `run(config, run) -> facts`
     help: str
+    estimate: str  # "module:function" (planned) -> Estimate, without torch; raises `Unknown`
     makes: str = ""  # kind of the artifact
     ranks: bool = False  # every rank of `torchrun` takes part
     outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
-    estimate: str | None = None  # "module:function" (planned) -> Estimate | None, without torch
 
     def config(self) -> type[Section]:
         found: type[Section] = getattr(importlib.import_module("tutelage.config.stages"), self.section)
@@ -54,9 +56,19 @@ def _function(name: str) -> Callable[..., Any]:
 class Estimate:
     """What a stage is expected to take. Ranges, never a point."""
 
-    seconds: tuple[float, float]
-    memory_bytes: tuple[float, float]
-    because: str  # the formula with its numbers
+    seconds: Span
+    memory_bytes: Span
+    because: str  # the formula of the time, with its numbers
+    room: str  # that of the memory
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """One part after another, with the memory of both."""
+        because, room = (" + ".join(filter(None, pair)) for pair in ((self.because, other.because), (self.room, other.room)))
+        return Estimate(self.seconds + other.seconds, self.memory_bytes + other.memory_bytes, because, room)
+
+
+class Unknown(Exception):
+    """An estimate that has to wait, as the plan says it: `known after corpus`."""
 
 
 @dataclass(slots=True)
@@ -69,7 +81,7 @@ class Planned:
     inputs: dict[str, Artifact] = field(default_factory=dict)
     waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs whose content is not known yet, and what makes them
     run: RunDir | None = None  # set when everything is known
-    estimate: Estimate | None = None
+    estimate: Estimate | Unknown | None = None  # None: nothing to do
 
     @property
     def status(self) -> str:
@@ -88,8 +100,11 @@ class Runner:
         self.finished: dict[str, RunDir] = {}
         self.planned: dict[str, Planned] = {}
 
-    def plan(self, name: str, kind: str, config: Section) -> Planned:
-        """Resolves inputs (a path, `recipe/stage`, or `$stage` of this recipe) and, where all are there, the run directory."""
+    def plan(self, name: str, kind: str, config: Section, extend: Mapping[str, Any] | None = None) -> Planned:
+        """Resolves inputs (a path, `recipe/stage`, or `$stage` of this recipe) and, where all are there, the run directory.
+        With `extend`: of a child of the finished run of these settings (see `config.train.extended`)."""
+        if extend:
+            config = self._child(name, kind, config, extend)
         planned = Planned(name, kind, config)
         for key, wanted in artifacts_of(type(config)).items():
             value = getattr(config, key)
@@ -115,6 +130,20 @@ class Runner:
             path = self.root / self.recipe / f"{name}-{digest[:12]}"
             planned.run = RunDir(path, kind, digest, planned.inputs, getattr(config, "seed", 0))
         return planned
+
+    def _child(self, name: str, kind: str, config: Section, extend: Mapping[str, Any]) -> Section:
+        """The settings of a child of the finished run of `config`."""
+        if not isinstance(config, Train):
+            raise ConfigError(f"`{name}` does not train, so it can't be extended", found=f"a stage of the kind {kind}")
+        found = self.plan(name, kind, config)
+        if found.run is not None and found.run.done:
+            return extended(config, str(found.run.path), extend)
+        raise ArtifactError(
+            f"there is no finished run of these settings of `{name}` to extend",
+            file=found.run.path if found.run else None,
+            found="an unfinished one" if found.status == "resume" else "none" if found.run else found.status,
+            fix="run the same without --extend (and --force) first; a run of other code or settings is named with `extends`",
+        )
 
     def digest(self, kind: str, config: Section, inputs: Mapping[str, Artifact]) -> str:
         row = self.table[kind]
@@ -146,12 +175,14 @@ class Runner:
             facts.update(row.run(planned.config, run))
         return run
 
-    def estimate(self, planned: Planned) -> Estimate | None:
-        """What a stage is expected to take; None for a finished one, and where its kind has no estimate."""
-        name = self.table[planned.kind].estimate
-        if name is None or (planned.status == "hit" and not self.force):
+    def estimate(self, planned: Planned) -> Estimate | Unknown | None:
+        """What a stage is expected to take, or what has to be known first; None for a finished one."""
+        if planned.status == "hit" and not self.force:
             return None
-        found: Estimate | None = _function(name)(planned)
+        try:
+            found: Estimate = _function(self.table[planned.kind].estimate)(planned)
+        except Unknown as reason:
+            return reason
         return found
 
     def nested(self, kind: str, values: dict[str, Any]) -> RunDir:
@@ -175,61 +206,75 @@ class Recipe:
     name: str
     about: str
     stages: dict[str, tuple[str, Section]]  # name -> (kind, config)
+    extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what `--extend` asks of its finished run
+
+    def plan(self, name: str, runner: Runner) -> Planned:
+        kind, config = self.stages[name]
+        return runner.plan(name, kind, config, self.extensions.get(name))
 
 
 TOP = ("name", "about", "scales", "stages")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def load_recipe(path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]]) -> Recipe:
-    """Reads a recipe, applies `--set` (`scale=NAME`, `stage.key=value`) and checks every key. Raises `ConfigError`."""
+def load_recipe(
+    path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]], extend: Sequence[tuple[str, Any]] = ()
+) -> Recipe:
+    """Reads a recipe, applies `--set` (`scale=NAME`, `stage.key=value`) and `--extend`, and checks every key. Raises
+    `ConfigError`."""
     values, lines = load_yaml(path)
+    places = Places(path, lines)
     for key in values:
         if key not in TOP:
             raise ConfigError(
-                f"unknown key `{key}`",
-                file=path,
-                line=lines[key],
-                expected=f"one of: {', '.join(TOP)}",
-                fix=_did_you_mean(key, list(TOP)),
+                f"unknown key `{key}`", **places.of(key), expected=f"one of: {', '.join(TOP)}", fix=_did_you_mean(key, list(TOP))
             )
     stages = values.get("stages")
     if not isinstance(stages, dict) or not stages:
-        raise ConfigError("a recipe needs `stages`: a mapping of names to stages", file=path, line=lines.get("stages"))
+        raise ConfigError("a recipe needs `stages`: a mapping of names to stages", **places.of("stages"))
     title = str(values.get("name", path.stem))
     for key, name in (("name", title), *((f"stages.{n}", str(n)) for n in stages)):
         if not NAME.fullmatch(name):  # it becomes the name of a folder, and the first part of a `--set`
-            raise ConfigError(
-                "not a name", file=path, line=lines.get(key), found=name, expected="letters, digits, - and _, as in my_base"
-            )
-    for key, value, line in _settings(values, settings, path, lines):
+            raise ConfigError("not a name", **places.of(key), found=name, expected="letters, digits, - and _, as in my_base")
+    for key, value, where in _settings(values, settings, places):
         stage = key.partition(".")[0]
         if stage not in stages:
             raise ConfigError(
                 f"unknown stage `{stage}` in the setting `{key}`",
-                file=path,
-                line=line,
+                **({"file": where} if isinstance(where, str) else {"file": path, "line": where}),
                 expected=f"one of: scale, {', '.join(stages)}",
                 fix=_did_you_mean(stage, ["scale", *stages]),
             )
         assign(stages, key, value)
-        lines.pop(f"stages.{key}", None)  # the value is not the one of that line any more
-        if line is not None:
-            lines[f"stages.{key}"] = line
+        places.replace(f"stages.{key}", where)
     out: dict[str, tuple[str, Section]] = {}
     for name, raw in stages.items():
-        out[name] = _stage(name, raw, table, path, lines, out)
-    return Recipe(title, str(values.get("about", "")), out)
+        out[name] = _stage(name, raw, table, places, out)
+    return Recipe(title, str(values.get("about", "")), out, _extensions(extend, list(out)))
 
 
-def _settings(
-    values: dict[str, Any], settings: list[tuple[str, Any]], path: Path, lines: Mapping[str, int]
-) -> Iterator[tuple[str, Any, int | None]]:
-    """(key, value, line where it has one) of the asked scale, then of each `--set`."""
+def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[str, dict[str, Any]]:
+    """What is asked of each stage that is extended."""
+    out: dict[str, dict[str, Any]] = {}
+    for key, value in extend:
+        stage, _, setting = key.partition(".")
+        if stage not in stages or not setting:
+            raise ConfigError(
+                "an extension in a recipe says which stage goes how far",
+                found=f"{key}={value}",
+                expected=f"STAGE.steps=N, with one of: {', '.join(stages)}",
+                fix=_did_you_mean(stage, stages) if stage not in stages else None,
+            )
+        out.setdefault(stage, {})[setting] = value
+    return out
+
+
+def _settings(values: dict[str, Any], settings: list[tuple[str, Any]], places: Places) -> Iterator[tuple[str, Any, int | str]]:
+    """(key, value, line or words of the command line) of the asked scale, then of each `--set`."""
     scales = values.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):
         raise ConfigError(
-            "`scales` is a mapping of names to settings", file=path, line=lines.get("scales"), expected="{smoke: {base.steps: 3}}"
+            "`scales` is a mapping of names to settings", **places.of("scales"), expected="{smoke: {base.steps: 3}}"
         )
     for key, value in settings:
         if key != "scale":
@@ -237,43 +282,43 @@ def _settings(
         if value not in scales and value != "full":
             names = ["full", *scales]
             raise ConfigError(
-                f"unknown scale `{value}`", file=path, line=lines.get("scales"), expected=f"one of: {', '.join(names)}",
+                f"unknown scale `{value}`", file=_typed(key, value), expected=f"one of: {', '.join(names)}",
                 fix=_did_you_mean(str(value), names),
             )  # fmt: skip
         for inner, given in scales.get(value, {}).items():
-            yield inner, given, lines.get(f"scales.{value}.{inner}")
-    yield from ((k, v, None) for k, v in settings if k != "scale")
+            line = places.lines.get(f"scales.{value}.{inner}")  # None: merged in from elsewhere in the file
+            yield inner, given, line or places.lines["scales"]
+    yield from ((k, v, _typed(k, v)) for k, v in settings if k != "scale")
+
+
+def _typed(key: str, value: Any) -> str:
+    """A `--set` as it was typed, or could have been."""
+    return f"--set {key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
 
 
 def _stage(
-    name: str,
-    raw: Any,
-    table: Mapping[str, Kind],
-    path: Path,
-    lines: dict[str, int],
-    before: Mapping[str, tuple[str, Section]],
+    name: str, raw: Any, table: Mapping[str, Kind], places: Places, before: Mapping[str, tuple[str, Section]]
 ) -> tuple[str, Section]:
-    line = lines.get(f"stages.{name}")
+    here = f"stages.{name}"
     if not isinstance(raw, dict) or "stage" not in raw:
         raise ConfigError(
-            f"`{name}` needs `stage:`, the kind of stage it is", file=path, line=line, expected=f"one of: {', '.join(table)}"
+            f"`{name}` needs `stage:`, the kind of stage it is", **places.of(here), expected=f"one of: {', '.join(table)}"
         )
     kind = raw["stage"]
     if kind not in table:
         raise ConfigError(
             f"unknown stage kind `{kind}`",
-            file=path,
-            line=lines.get(f"stages.{name}.stage"),
+            **places.of(f"{here}.stage"),
             expected=f"one of: {', '.join(table)}",
             fix=_did_you_mean(str(kind), list(table)),
         )
     rest = {k: v for k, v in raw.items() if k != "stage"}
-    config = build(table[kind].config(), rest, file=path, lines=lines, prefix=f"stages.{name}.")
+    config = build(table[kind].config(), rest, places=places, prefix=f"{here}.")
     for key, wanted in artifacts_of(type(config)).items():
         value = getattr(config, key)
         if not isinstance(value, str) or not value.startswith("$"):
             continue
-        where: dict[str, Any] = {"file": path, "line": lines.get(f"stages.{name}.{key}"), "field": f"stages.{name}.{key}"}
+        where = {**places.of(f"{here}.{key}"), "field": f"{here}.{key}"}
         fitting = [n for n, (k, _) in before.items() if _fits(table[k].makes, wanted)]
         if value[1:] not in before:
             raise ConfigError(
@@ -303,8 +348,8 @@ def _did_you_mean(word: str, names: list[str]) -> str | None:
 def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
     """The plan of all stages: what is there, what will run, and what it is expected to take."""
     out = []
-    for name, (kind, config) in recipe.stages.items():
-        planned = runner.plan(name, kind, config)
+    for name in recipe.stages:
+        planned = recipe.plan(name, runner)
         if planned.run is not None and planned.run.done and not runner.force:
             runner.finished[name] = planned.run
         planned.estimate = runner.estimate(planned)
@@ -314,8 +359,8 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
 
 def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
     """Runs every stage in order; stages that are there already are hits."""
-    for name, (kind, config) in recipe.stages.items():
-        runner.run(runner.plan(name, kind, config))
+    for name in recipe.stages:
+        runner.run(recipe.plan(name, runner))
     return runner.finished
 
 

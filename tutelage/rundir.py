@@ -28,7 +28,7 @@ import yaml
 
 from tutelage import __version__, log
 from tutelage.errors import ArtifactError, StorageError, UserError
-from tutelage.files import folder_digest, read_json, storage_errors, whole_file, write_json
+from tutelage.files import folder_digest, read_json, recover, storage_errors, whole_file, write_json
 
 KINDS = {
     # kind of artifact: the file that proves a folder to be one
@@ -49,6 +49,11 @@ class Artifact:
     path: Path
     digest: str  # SHA-256 of the content
     run: Path | None = None  # the run directory that it lies in, if it lies in one
+
+    @property
+    def name(self) -> str:
+        """What clients call it: the stage's name in its recipe, or the folder's."""
+        return self.run.name.rpartition("-")[0] if self.run else self.path.resolve().name
 
 
 @dataclass(slots=True)
@@ -129,10 +134,12 @@ class RunDir:
                 log.close_file()
 
     def _sweep(self) -> None:
-        """Removes the half-written files that a killed attempt left behind."""
+        """Removes the half-written files that a killed attempt left behind, and puts back what it had set aside."""
         for folder in (self.path, *(p for p in self.path.glob("*") if p.is_dir())):
-            for item in (*folder.glob(".*.partial-*"), *folder.glob(".*.old-*")):
+            for item in folder.glob(".*.partial-*"):
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
+            for old in folder.glob(".*.old-*"):
+                recover(old.with_name(old.name[1:].rpartition(".old-")[0]))
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

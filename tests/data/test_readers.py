@@ -81,6 +81,44 @@ def test_a_byte_order_mark_wins_and_is_not_text(tmp_path: Path, encoding: str) -
     assert texts(tmp_path / "a.jsonl") == ["x"]
 
 
+NO_TEXT = [
+    ("a.zip", b"PK\x03\x04\x14\0rest", "a ZIP archive or an office document"),
+    ("a.txt.gz", gzip.compress(b"some text"), "a gzip archive"),
+    ("a.png", b"\x89PNG\r\n\x1a\n", "an image"),
+    ("a.out", b"\x7fELF\x02\x01", "a program"),
+    ("a.txt", b"MZ\x90\0\x03", "binary data"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what"), NO_TEXT)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_file_without_text_is_refused_by_name(tmp_path: Path, name: str, content: bytes, what: str, encoding: str) -> None:
+    """An archive decoded as latin-1 and learnt, or an advice to convert it with iconv."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"not text but {what}") as caught:
+        texts(tmp_path / name, encoding=encoding)
+    assert (
+        caught.value.file == tmp_path / name
+        and ".jsonl.gz" in str(caught.value.expected)
+        and ".pdf" in str(caught.value.expected)
+    )
+
+
+def test_files_without_text_among_others_are_counted(tmp_path: Path) -> None:
+    """A corpus that stops at one picture among its thousand files, or that loses it without a word."""
+    for name, content, _ in NO_TEXT:
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "b.log").write_text("text under another ending")
+    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16"))
+    report = Rejections()
+    assert [d.text for d in read(str(tmp_path), ReadOptions(), report)] == ["wide"]
+    assert report.reasons == {"unknown file type": 5, "not text but binary data": 1}
+    report = Rejections()
+    assert not list(read(f"{tmp_path}/*.zip", ReadOptions(), report))
+    assert report.reasons == {"not text but a ZIP archive or an office document": 1}
+    assert texts(tmp_path / "b.log") == ["text under another ending"]
+
+
 def test_unknown_encoding_is_a_config_error() -> None:
     """Python's LookupError names no setting."""
     with pytest.raises(ConfigError, match="encoding"):

@@ -25,9 +25,9 @@ def prompts(count: int = 8) -> list[list[int]]:
     return [torch.randint(0, VOCAB, (3 + 5 * i,), generator=g).tolist() for i in range(count)]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return small.model(VOCAB)
+@pytest.fixture(scope="module", params=[16, 8], ids=["fused", "by_operation"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return small.model(VOCAB, head=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,18 @@ def test_answers_return_to_their_questions() -> None:
     assert calls == [4, 2]
 
 
+def test_a_question_longer_than_the_context_is_wrong_not_fatal() -> None:
+    """One long question among hundreds must not end an evaluation, nor count as right for saying nothing."""
+    asked = [conversation("q" * n, "", task="t") for n in (5, 90)]
+
+    def one_token_a_letter(c: Conversation) -> list[int]:
+        return [0] * len(c.messages[0].content)
+
+    short, long = qs.ask(asked, one_token_a_letter, lambda p, s: [""] * len(p), context=90)
+    assert short.correct and short.too_long is None
+    assert long.too_long and not long.correct
+
+
 @pytest.mark.parametrize(
     ("answer", "expected", "same"),
     [
@@ -103,9 +115,12 @@ def test_gallery_shows_what_really_follows_and_does_not_pick() -> None:
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
         return ["!" for _ in prompts]
 
-    rows = gallery.continuations(generate, lambda t: list(t.encode()), [0], documents=[text] * 9, documents_used=3)
+    rows = gallery.continuations(
+        generate, lambda t: list(t.encode()), [0], documents=[text, "Other words begin this one.\n"] * 9, documents_used=3
+    )
+    assert [r["prompt"] for r in rows if r["kind"] == "prompt"] == ["word0 word1 word2", "Other words begin"]
     held = [r for r in rows if r["kind"] == "held-out document"]
-    assert len(rows) == len(gallery.PROMPTS) + 3 and len(held) == 3
+    assert len(rows) == 2 + 3 and len(held) == 3
     assert all(text.startswith(r["prompt"] + r["truth"]) and len(r["prompt"]) >= 20 for r in held)
     predictions = [qs.grade(conversation(f"q{i}", "a", task="t"), "a" if i % 2 else "b") for i in range(40)]
     shown = gallery.answers(predictions, most=5)

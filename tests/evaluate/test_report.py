@@ -40,7 +40,8 @@ def curves(path: Path) -> None:
             "step": s,
             "tokens": s * 1000,
             "loss": 3 + 5 / (s + 1),
-            "lr": 1 - s / 200,
+            "lr": 0.006 * (1 - s / 200),
+            "lr_factor": 1 - s / 200,
             "tokens_per_second": 7000 + s,
             "mfu": 0.5,
             "grad_norm": 1.0,
@@ -154,6 +155,18 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
         assert shown in text, shown
     assert text.count("<svg") >= 5
     assert "too short" in text and ">7<" in text
+
+
+def test_questions_alone_have_a_verdict(finished: Path, tmp_path: Path) -> None:
+    """ "Not measured yet" at the head of a page that shows measures."""
+    both = read_story(finished).scores
+    assert both is not None
+    task = both["questions"]["tasks"][0]
+    for above, words in ((True, "Clearly better than guessing"), (False, "Not clearly better than guessing")):
+        write_json(tmp_path / "scores.json", {"questions": {"tasks": [{**task, "above_guess": above}]}})
+        write_report(finished, tmp_path / "r.html", [tmp_path])
+        text = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert words in text and "Not measured yet" not in text
 
 
 def test_lineage_is_parents_first_and_each_once(finished: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.guarantees import tiny
 from tests.models.shapes import reference, reference_logits, written
 from tutelage import log
-from tutelage.errors import ArtifactError, MissingExtra
+from tutelage.errors import MissingExtra
 from tutelage.models.export import save
 from tutelage.models.heads import LmHead
 from tutelage.models.hf import Adapter, LogitsHead, pieces
@@ -87,12 +87,6 @@ def test_the_head_is_ours_where_it_is_a_product_and_whole_where_it_is_more(pair:
     theirs, ours = pair
     scaled = theirs.config.model_type == "cohere"
     assert isinstance(ours.lm_head, LogitsHead if scaled else LmHead)
-
-
-def test_a_head_of_its_own_is_trained_where_it_is_more_than_a_product() -> None:
-    """Our stand-in has the name `lm_head`: the untied matrix behind it is still to be found among the parameters."""
-    theirs = reference({**OTHERS["cohere"], "tie_word_embeddings": False})
-    assert any(p is theirs.lm_head.weight for p in Adapter(theirs).parameters())
 
 
 @torch.no_grad()
@@ -173,15 +167,19 @@ def test_two_sharded_ranks_have_the_gradients_of_one_and_one_folder(tmp_path: Pa
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
 
 
-def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
-    """T5 behind a causal interface would give logits of something else."""
-    from transformers import T5Config, T5ForConditionalGeneration
+def test_a_loaded_model_is_in_evaluation_mode(pair: tuple[Any, Adapter]) -> None:
+    """An engine refuses a model in training; one that says it is, and is not, cannot be served."""
+    _, ours = pair
+    assert not ours.training and not ours.hf.training
 
-    T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
-        tmp_path / "m"
-    )
-    with pytest.raises(ArtifactError, match="encoder-decoder"):
-        load(tmp_path / "m")
+
+def test_a_head_of_its_own_stays_among_the_parameters(tmp_path: Path) -> None:
+    """A whole model's output matrix that no optimizer is given: it is never trained."""
+    theirs, folder = written({**OTHERS["cohere"], "tie_word_embeddings": False}, tmp_path / "m")
+    ours = load(folder)
+    assert isinstance(ours, Adapter) and ours.whole
+    assert {n for n, _ in ours.named_parameters()} == {n for n, _ in theirs.named_parameters()}
+    assert ours.get_parameter("lm_head.weight") is ours.hf.lm_head.weight
 
 
 def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,26 @@ def test_built_once_then_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (damaged / built.name).stat().st_size == built.stat().st_size
 
 
+def test_libraries_that_nobody_uses_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that grows with every release: what no process loaded for a month goes when something is built, and nothing else;
+    a library in use stays however long ago it was built."""
+    if not kernels.available():
+        pytest.skip(kernels.why_not())
+    month, ready = build.KEPT_SECONDS, max(build.default_folder().glob("*.so"), key=lambda p: p.stat().st_mtime)
+    monkeypatch.setattr(build, "_compile", lambda compiler, scratch: Path(shutil.copy(ready, scratch / "kernels.so")))
+    monkeypatch.setattr(build, "_key", lambda compiler: "old")
+    build.load(tmp_path)
+    now = (tmp_path / "old.so").stat().st_mtime
+    for name, age in (("old", month + 60), ("unused", month + 60), ("lately", month - 3600)):
+        (tmp_path / f"{name}.so").touch()
+        os.utime(tmp_path / f"{name}.so", (now - age, now - age))
+    build.load(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setattr(build, "_key", lambda compiler: "new")
+    build.load(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lately.so", "new.so", "old.so"]
+
+
 def test_unwritable_cache_builds_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only home must cost a compilation per process, not the kernels. (A file in the folder's place stops root too.)"""
     needs_compiler()

@@ -7,50 +7,24 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.engine import small
+from tests.serve.running import Running
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError
-from tutelage.serve.app import check_binding, create_app
+from tutelage.serve.app import create_app
+from tutelage.serve.listen import Options, check_binding
 from tutelage.serve.stream import EngineThread
 
 NAME, HI = "tiny", [{"role": "user", "content": "the cat"}]
-
-
-class Running:
-    """A server in a thread."""
-
-    def __init__(self, app: Any) -> None:
-        self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.started = threading.Event()
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
-        startup = self.server.startup
-
-        async def started(sockets: Any = None) -> None:
-            await startup(sockets)
-            self.started.set()
-
-        self.server.startup = started  # type: ignore[method-assign]
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
-        self.thread.start()
-        assert self.started.wait(20)
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +143,8 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 0}, "max_tokens", None),
     ({"temperature": -1}, "temperature", None),
     ({"temperature": "hot"}, "temperature", None),
+    ({"temperature": 1e-300}, "temperature", None),
+    ({"extra_body": {"repetition_penalty": 1e-300}}, "repetition_penalty", None),
     ({"n": 0}, "n", None),
     ({"stop": [""]}, "stop", None),
     ({"stop": list("abcde")}, "stop", None),
@@ -176,9 +152,6 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"top_logprobs": 3}, "top_logprobs", None),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
     ({"stream_options": {"include_usage": True}}, "stream_options", None),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
     ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
     ({"extra_body": {"web_search_options": {}}}, "web_search_options", "unsupported_parameter"),
     ({"extra_body": {"guided_json": {}}}, "guided_json", "unsupported_parameter"),
@@ -292,12 +265,12 @@ def test_api_keys(engine: Engine) -> None:
 def test_binding_beyond_this_machine_needs_a_key() -> None:
     """A model that the whole network can use by accident."""
     for host in ("127.0.0.1", "::1", "localhost"):
-        check_binding(host, [], False)
-    check_binding("0.0.0.0", ["key"], False)
-    check_binding("0.0.0.0", [], True)
+        check_binding(Options(host=host))
+    for how in ({"api_keys": ("key",)}, {"keys": Path("keys.json")}, {"insecure": True}):
+        check_binding(Options(host="0.0.0.0", **how))  # type: ignore[arg-type]
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
         with pytest.raises(ConfigError, match="--api-key"):
-            check_binding(host, [], False)
+            check_binding(Options(host=host))
 
 
 def test_a_failed_step_ends_its_requests_and_the_next_one_works(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,3 +292,4 @@ def test_a_failed_step_ends_its_requests_and_the_next_one_works(engine: Engine, 
     monkeypatch.setattr(thread.engine.runner, "logits", choose)
     assert asyncio.run(ask()) == 3
     thread.stop()
+    thread.join()

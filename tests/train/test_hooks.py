@@ -9,6 +9,7 @@ import pytest
 
 from tests.guarantees import tiny
 from tutelage import log
+from tutelage.config.train import Schedule
 from tutelage.train import hooks
 from tutelage.train.checkpoint import Progress
 from tutelage.train.loop import State, train
@@ -69,6 +70,14 @@ def test_facts_are_one_row_a_step(tmp_path):
     assert [r["step"] for r in tiny.metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_the_learning_rate_is_a_rate(tmp_path):
+    """Guards against the schedule's factor, 1.0 at the peak whatever the rate, written under the rate's name."""
+    train(tiny.job(tmp_path, steps=3, schedule=Schedule(name="linear", warmup=0.0, final=0.0), hooks={"record": hooks.Record()}))
+    rows = tiny.metrics(tmp_path)
+    assert [r["lr_factor"] for r in rows] == pytest.approx([1.0, 2 / 3, 1 / 3])
+    assert [r["lr"] for r in rows] == pytest.approx([tiny.RATES.embedding_lr * r["lr_factor"] for r in rows])
+
+
 def test_metrics_after_a_step_are_dropped(tmp_path):
     """Guards against doubled rows after a resume, against losing rows that were final, and against a line cut by a kill."""
     metrics = log.Metrics(tmp_path / "metrics.jsonl")
@@ -98,7 +107,7 @@ def test_tensorboard_reads_what_is_written(tmp_path, monkeypatch):
     reader = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     events = reader.Scalars("train/loss")
     assert [e.step for e in events] == [1, 2, 3, 4, 5, 6] and events[0].value == pytest.approx(2.5)
-    assert {"train/grad_norm", "train/tokens_per_second", "train/lr"} <= set(reader.Tags()["scalars"])
+    assert {"train/grad_norm", "train/tokens_per_second", "train/lr", "train/lr_factor"} <= set(reader.Tags()["scalars"])
 
 
 def test_samples_are_written_at_their_steps(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping
@@ -80,15 +81,36 @@ def nearest(name: str, names: list[str]) -> str | None:
     return tails[0] if tails else None
 
 
-def build(
-    section: type[S],
-    values: Mapping[str, Any],
-    *,
-    file: Path | None = None,
-    lines: Mapping[str, int] | None = None,
-    prefix: str = "",
-) -> S:
-    """The section of a mapping. Raises `ConfigError` that names the key, its line and the nearest known key."""
+@dataclasses.dataclass(slots=True)
+class Places:
+    """Where each dotted key of a recipe was written: on a line of its file, or in a `--set`."""
+
+    file: Path | None = None
+    lines: dict[str, int] = dataclasses.field(default_factory=dict)
+    typed: dict[str, str] = dataclasses.field(default_factory=dict)  # key: the words of the command line
+
+    def of(self, *keys: str) -> dict[str, Any]:
+        """`file` and `line` for an error about the first of `keys` that has a place."""
+        for key in keys:
+            if key in self.typed:
+                return {"file": self.typed[key]}
+            if key in self.lines:
+                return {"file": self.file, "line": self.lines[key]}
+        return {"file": self.file}
+
+    def replace(self, key: str, where: int | str) -> None:
+        """The value of `key`, with all that is below it, is that of a line or of a `--set` from now on."""
+        for known in (self.lines, self.typed):
+            for old in [k for k in known if k == key or k.startswith(f"{key}.")]:
+                del known[old]  # type: ignore[attr-defined]
+        if isinstance(where, int):
+            self.lines[key] = where
+        else:
+            self.typed[key] = where
+
+
+def build(section: type[S], values: Mapping[str, Any], *, places: Places | None = None, prefix: str = "") -> S:
+    """The section of a mapping. Raises `ConfigError` that names the key, its place and the nearest known key."""
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
@@ -97,8 +119,7 @@ def build(
         key = ".".join(path)
         tried = [prefix + ".".join(path[:n]) for n in range(len(path), 0, -1)]
         tried += [prefix.rstrip(".")] if first["type"] == "missing" else []
-        where: dict[str, Any] = {"file": file, "line": next((lines[k] for k in tried if k in lines), None) if lines else None}
-        where["field"] = prefix + key
+        where = {**(places or Places()).of(*tried), "field": prefix + key}
         if first["type"] == "extra_forbidden":
             names = list(known_keys(section))
             siblings = [n for n in names if n.rpartition(".")[0] == ".".join(path[:-1])]
@@ -183,6 +204,14 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
             values[part] = inner
         values = inner
     values[last] = value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -111,3 +111,30 @@ class Report(Section):
     base_scores: str | None = artifact(
         "an evaluation of the model it came from, for what `scores` has not", kind="scores", default=None
     )
+
+
+class Generate(Section):
+    """Answer every row of a file with a model. What was interrupted goes on with the same command."""
+
+    model: str = artifact("a model folder, a run, or recipe/stage", kind="model")
+    input: str = setting(
+        ..., "JSONL(.gz), JSON, CSV, Parquet; an OpenAI batch file; or text, a prompt a line; - is standard input", identity=False
+    )
+    output: str = setting(..., "JSON lines: the rows of the input, in their order, with the answers", identity=False)
+    column: str | None = setting(None, "field that holds the prompt or the messages; none: `prompt` or `messages`")
+    prompt_template: str | None = setting(None, "prompt made from a row's fields, such as 'Describe {name}: {text}'")
+    chat: bool = setting(False, "prompts are asked as a user's message; otherwise they are continued as text")
+    system: str | None = setting(None, "system prompt of every row; implies chat")
+    max_tokens: Count = setting(256, "longest answer in tokens; it ends earlier where the context does")
+    temperature: float = setting(0.0, "0: always the likeliest token")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability")
+    top_k: int = setting(0, "sample from so many of the likeliest tokens; 0: all")
+    min_p: float = setting(0.0, "sample from tokens at least this likely relative to the likeliest one")
+    n: Count = setting(1, "answers per row; more than one give a list `completions`")
+    stop: Names = setting([], "texts that end an answer")
+    seed: int = setting(0, "of sampling: row i draws from (seed, i), so that neither order nor interruptions change an answer")
+    slots: Count = setting(32, "answers in the making at a time", identity=False)
+    on_error: Literal["stop", "skip"] = setting(
+        "stop", "what a row that cannot be answered does; skipped ones get a field `error` and are counted", identity=False
+    )
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)

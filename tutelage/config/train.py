@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field as Bound
 
-from tutelage.config.base import Section, setting
+from tutelage.config.base import Section, artifact, assign, build, setting
+from tutelage.errors import ConfigError
 
 Derived = Literal["derived"]
 Share = Annotated[float, Bound(ge=0.0, le=1.0)]
@@ -40,6 +42,11 @@ def warmup_steps(schedule: Schedule, steps: int) -> int:
 
 
 class Train(Section):
+    extends: str | None = artifact(
+        "a finished run of the same stage and settings; go on from its last checkpoint: weights, optimizer, order of data",
+        kind="run",
+        default=None,
+    )
     steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
     tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")
     epochs: Positive | None = setting(None, "passes over the data, instead of a token budget")
@@ -84,3 +91,32 @@ class Train(Section):
     )
     device: str = setting("auto", "auto, cpu, cuda", identity=False)
     threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+
+
+T = TypeVar("T", bound=Train)
+HOW_FAR = {"steps": "derived", "tokens": "derived", "epochs": None}  # one of them ends a run; what they are when they do not
+MAY_CHANGE = (*HOW_FAR, "schedule")  # settings that a child run need not share with the run that it extends
+
+
+def extended(config: T, run: str, changes: Mapping[str, Any]) -> T:
+    """The settings of a child run that goes on from `run`, a run of `config`. `changes`, by dotted keys, say how far, and may
+    be of the schedule. Raises `ConfigError`."""
+    values: dict[str, Any] = {**config.model_dump(), **HOW_FAR, "extends": run}
+    for key, value in changes.items():
+        if key.partition(".")[0] not in MAY_CHANGE or key == "schedule":
+            raise ConfigError(
+                f"an extension can't change `{key}`",
+                found=value,
+                expected=f"one of: {', '.join(HOW_FAR)}, {', '.join(f'schedule.{k}' for k in Schedule.model_fields)}",
+                fix="start a new run to change anything else",
+            )
+        assign(values, key, value)
+    ends = [key for key in HOW_FAR if key in changes]
+    if len(ends) != 1:
+        raise ConfigError(
+            "an extension says once how far it goes",
+            found=", ".join(ends) or None,
+            expected=f"one of: {', '.join(HOW_FAR)}",
+            fix="for example --extend steps=2000, the number of all steps",
+        )
+    return build(type(config), values)

@@ -62,7 +62,7 @@ def sniff(row: Row) -> str:
         "unknown conversation format",
         found=f"keys {', '.join(map(str, row)) or '(none)'}",
         expected=_known(),
-        fix=f"{hint}rename the keys, or map them: fields: {{prompt: YOUR_KEY, completion: YOUR_KEY}}",
+        fix=f"{hint}rename the keys, or map them: fields={{prompt: YOUR_KEY, completion: YOUR_KEY}}",
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.config.base import flat
 from tutelage.data.pack import Ints, Pieces, Plan, RowOrder, eval_rows, shuffled
 from tutelage.data.tokens import Segments
 from tutelage.errors import ArtifactError, ConfigError
@@ -121,7 +122,7 @@ class _Source(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Accepts the state of a run over the same data with the same settings. Raises `ArtifactError` naming what differs."""
-        ours, theirs = _flat(self.identity()), _flat(state)
+        ours, theirs = flat(self.identity()), flat(state)
         different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if different:
             raise ArtifactError(
@@ -329,10 +330,3 @@ def _quotas(weights: list[float]) -> list[int]:
     for k in np.argsort(-(exact - rows), kind="stable")[: MIX_BLOCK - int(rows.sum())]:
         rows[k] += 1
     return [int(n) for n in rows]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, item in value.items():
-        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
-    return out

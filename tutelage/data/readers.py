@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from tutelage.data.readers_base import ReadOptions, Rejections, Row
+from tutelage.data.readers_base import ReadOptions, Rejections, Row, not_text
 from tutelage.data.readers_files import (
     Item,
     Reader,
@@ -102,22 +102,33 @@ def _files(source: str, options: ReadOptions, report: Rejections) -> Iterator[It
             report.unknown_suffixes[suffix_of(path) or "(none)"] += 1
             report.add("unknown file type", source=str(path), file=str(path))
             continue
-        if options.kind == "conversations" and reader not in TABLES:
-            if named:
-                fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
-                raise DataError("a text file holds no conversations", file=path, fix=fix)
-            report.add("no conversations in such a file", source=str(path), file=str(path))
-            continue
-        if path.stat().st_size == 0:
-            report.add("empty file", source=str(path), file=str(path))
-            continue
         try:
+            if reader is read_text and (what := not_text(path, options.encoding)):
+                _refuse(path, what, source, report)
+                continue
+            if options.kind == "conversations" and reader not in TABLES:
+                if named:
+                    fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
+                    raise DataError("a text file holds no conversations", file=path, fix=fix)
+                report.add("no conversations in such a file", source=str(path), file=str(path))
+                continue
+            if path.stat().st_size == 0:
+                report.add("empty file", source=str(path), file=str(path))
+                continue
             for item in reader(path, options, report):
                 if reader not in TABLES:
                     report.seen += 1
                 yield item
         except PermissionError as error:
             raise DataError("no permission to read this file", file=path, fix="chmod +r it, or leave it out") from error
+
+
+def _refuse(path: Path, what: str, source: str, report: Rejections) -> None:
+    """Counts a file that holds no text; raises `DataError` where it is all that the user named."""
+    if Path(source).expanduser().is_file():
+        fix = "unpack or convert it first; if it is text in another encoding, name that (encoding=utf-16)"
+        raise DataError(f"not text but {what}", file=path, expected=f"text, or a file named {', '.join(READERS)}", fix=fix)
+    report.add(f"not text but {what}", source=str(path), file=str(path))
 
 
 def suffix_of(path: Path) -> str:

@@ -14,6 +14,15 @@ from tutelage.errors import ConfigError, DataError
 SPLITS = ("none", "blank_lines", "form_feed", "lines")
 BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 EXCERPT_CHARS = 200
+HEAD_BYTES = 8192
+# First bytes that no text has
+MARKS = (
+    (b"PK\x03\x04", "a ZIP archive or an office document"), (b"\x1f\x8b", "a gzip archive"), (b"BZh91AY&SY", "a bzip2 archive"),
+    (b"\xfd7zXZ\0", "an xz archive"), (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"), (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive"), (b"\x89PNG\r\n", "an image"), (b"\xff\xd8\xff", "an image"),
+    (b"GIF87a", "an image"), (b"GIF89a", "an image"), (b"\x7fELF", "a program"), (b"%PDF-", "a PDF under another name"),
+    (b"SQLite format 3\0", "a database"), (b"\xd0\xcf\x11\xe0", "an old office document"),
+)  # fmt: skip
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -102,6 +111,17 @@ class Rejections:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def not_text(path: Path, encoding: str) -> str | None:
+    """What a file is that holds no text, by its first bytes; None for text. Text has no zero byte, unless its encoding does."""
+    with path.open("rb") as f:
+        head = f.read(HEAD_BYTES)
+    for mark, name in MARKS:
+        if head.startswith(mark):
+            return name
+    wide = any(head.startswith(mark) for mark, _ in BOMS) or b"\0" in " ".encode(encoding)
+    return "binary data" if b"\0" in head and not wide else None
 
 
 def decode(data: bytes, file: str, encoding: str, *, line: int | None = None, offset: int = 0) -> str:

@@ -220,7 +220,7 @@ class Renderer:
                 file=self._where(),
                 found=after[region.start :][:120],
                 expected="every message in the text, each answer followed by a control token",
-                fix="mend the template ({{ message['content'] }}, then {{ eos_token }}), or choose a style with --template",
+                fix="mend the template ({{ message['content'] }}, then {{ eos_token }}), or choose a style: template=NAME",
             )
         return region
 
@@ -230,7 +230,7 @@ class Renderer:
                 "this tokenizer has no chat template",
                 file=self.tokenizer.folder,
                 expected="chat_template.jinja, or `chat_template` in tokenizer_config.json",
-                fix=f"choose a style with --template ({', '.join(styles())}), or use prompt/completion rows",
+                fix=f"choose a style, template=NAME ({', '.join(styles())}), or use prompt/completion rows",
             )
         try:
             return self._render(
@@ -245,7 +245,7 @@ class Renderer:
                 f"the chat template refuses these messages: {error}",
                 field="messages",
                 found=" ".join(str(m["role"]) for m in messages),
-                fix="change the conversation, or choose another style with --template",
+                fix="change the conversation, or choose another style: template=NAME",
             ) from error
 
     def _where(self) -> Path:

@@ -248,7 +248,7 @@ class PieceEncoder:
                     file=self.tokenizer.folder,
                     found=text[max(0, at - 20) : at + 20],
                     expected="the ids of the prompt to begin the ids of the whole text",
-                    fix="choose a template with a control token before the answer (--template)",
+                    fix="choose a template with a control token before the answer (template=NAME)",
                 )
         parts = [encoding.ids[a:b] for a, b in itertools.pairwise(cuts)]
         return self._join(sample, parts, flags)

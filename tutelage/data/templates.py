@@ -109,5 +109,5 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
             f"the chat template is not valid Jinja ({error.message})",
             file="chat_template.jinja",
             line=error.lineno,
-            fix="correct the template, or choose a shipped style with --template",
+            fix="correct the template, or choose a shipped style: template=NAME",
         ) from error

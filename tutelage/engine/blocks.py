@@ -1,8 +1,13 @@
-"""The slotted key-value cache: a fixed number of places for sequences of a fixed length, allocated once."""
+"""The slotted key-value cache: a fixed number of places for sequences of a fixed length, allocated once.
+
+A place that is given back keeps its tokens until it is needed. A prompt that begins like a text in one of the places starts from
+there: in the same place, or in a copy of it.
+"""
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tutelage.errors import ConfigError
@@ -11,13 +16,25 @@ from tutelage.models.interface import KVCache
 CACHE_BYTES = 2 << 30
 """Default bound of the cache: 2 GiB."""
 
+SHARED_FROM = 8
+"""Tokens from which a common beginning is worth a copy."""
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """Where a prompt goes: `shared` tokens of it are in `source` already (the slot itself, or one to copy them from)."""
+
+    slot: int
+    source: int
+    shared: int
+
 
 class Slots:
-    """Which places of the cache are free. The lowest free place is taken first, so that those in use lie together."""
+    """Which places of the cache are free, and what the free ones still hold."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._free = list(range(count))
+    def __init__(self, count: int, keep: bool = True) -> None:
+        self.count, self.keep = count, keep
+        self._free: dict[int, list[int]] = {slot: [] for slot in range(count)}  # slot -> its tokens, longest unused first
 
     def __len__(self) -> int:
         """Free places."""
@@ -29,15 +46,55 @@ class Slots:
 
     @property
     def lowest(self) -> int:
-        """The free place that `take` would give."""
-        return self._free[0]
+        return min(self._free)
 
-    def take(self) -> int:
-        return heapq.heappop(self._free)
+    def place(self, prompt: list[int], running: Iterable[tuple[int, list[int]]] = ()) -> Place:
+        """Takes a free place for a prompt. `running` gives slots in use with the tokens that they hold.
 
-    def give(self, slot: int) -> None:
+        At least the prompt's last token is left to read: its logits are wanted.
+        """
+        source, shared = -1, 0
+        if self.keep:
+            for slot, tokens in (*self._free.items(), *running):
+                common = common_length(prompt, tokens, len(prompt) - 1)
+                if common > shared:
+                    source, shared = slot, common
+        if shared < SHARED_FROM:
+            slot = next((s for s, held in self._free.items() if not held), next(iter(self._free)))
+            return Place(self.take(slot), slot, 0)
+        # A text that is mostly this prompt's beginning goes on in place; a longer one is copied, for others that begin like it.
+        if source in self._free and (len(self._free) == 1 or 2 * shared >= len(self._free[source])):
+            return Place(self.take(source), source, shared)
+        others = [s for s in self._free if s != source]
+        slot = next((s for s in others if not self._free[s]), others[0])
+        return Place(self.take(slot), source, shared)
+
+    def take(self, slot: int) -> int:
+        del self._free[slot]
+        return slot
+
+    def give(self, slot: int, tokens: list[int]) -> None:
+        """Gives a place back that holds `tokens`."""
         assert 0 <= slot < self.count and slot not in self._free, f"slot {slot} is not in use"
-        heapq.heappush(self._free, slot)
+        self._free[slot] = tokens if self.keep else []
+
+    def forget(self) -> None:
+        """Free places hold nothing any more: the weights have changed."""
+        self._free = {slot: [] for slot in self._free}
+
+
+def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    """Length of the common beginning of two lists of tokens, at most `most`. By halves: comparing slices is one call."""
+    low, high = 0, min(len(a), len(b), most)
+    if high <= 0 or a[0] != b[0]:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def make_cache(model: Any, slots: int, length: int, limit_bytes: int = CACHE_BYTES) -> KVCache | None:

@@ -5,55 +5,125 @@ Shapes: S sequences of the batch, T new tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tutelage.engine.sequence import Sequence
 from tutelage.models.interface import Batch, CacheView, KVCache
+from tutelage.models.kernels.decoder import FusedDecoder
 
-SCORE_TOKENS = 4096
-"""Tokens, padding included, of one forward pass while scoring."""
+LONG_TOKENS = 128
+"""New tokens of one sequence from which the model's own products and tiled attention are faster than the fused call."""
+
+
+@dataclass(slots=True, frozen=True)
+class Work:
+    """Tokens that one sequence reads in this step, right after those in its slot."""
+
+    sequence: Sequence
+    tokens: list[int]
+    wanted: int = 1  # logits of so many last tokens; 0 inside a prompt
 
 
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    def logits(self, sequences: list[Sequence], counts: list[int]) -> Tensor:
-        """Logits [S,V] after the next `counts[s]` uncached tokens of each sequence."""
+    shares: bool  # a beginning that another slot holds can be copied
+
+    def logits(self, work: list[Work]) -> Tensor:
+        """Logits [sum of wanted, V], in the order of the work."""
         ...
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` tokens of a slot."""
+        ...
 
-class CachedRunner:
-    """A model that keeps keys and values."""
+    def release(self, slot: int) -> None:
+        """The sequence in this slot has ended. A cache that was allocated once keeps its tokens, for texts that begin alike."""
+        return None
+
+
+class FusedRunner(Runner):
+    """Our decoder through one call of our kernels: any mix of prompts and answers, without padding. A token's logits do not
+    depend on what else is in the call, bit for bit, as long as long prompts are not read by the model itself (`invariant`)."""
+
+    shares = True
+
+    def __init__(self, fused: FusedDecoder, invariant: bool) -> None:
+        self.fused, self.invariant = fused, invariant
+        self.long = None if invariant or fused.dtype != "float32" else CachedRunner(fused.model, fused.cache)
+
+    def logits(self, work: list[Work]) -> Tensor:
+        if self.long is not None:
+            long = [w for w in work if len(w.tokens) >= LONG_TOKENS]
+            if long:
+                return self._mixed(work, long)
+        return self._fused(work)
+
+    def _mixed(self, work: list[Work], long: list[Work]) -> Tensor:
+        """Long prompts through the model's own matrix products, the rest through the fused call."""
+        assert self.long is not None
+        short = [w for w in work if len(w.tokens) < LONG_TOKENS]
+        parts = dict(zip(map(id, long), self.long.logits(long).split([w.wanted for w in long]), strict=True))
+        if short:
+            parts |= dict(zip(map(id, short), self._fused(short).split([w.wanted for w in short]), strict=True))
+        return torch.cat([parts[id(w)] for w in work])
+
+    def _fused(self, work: list[Work]) -> Tensor:
+        ids: list[int] = []
+        slots: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for w in work:
+            first, count = w.sequence.cached, len(w.tokens)
+            ids += w.tokens
+            slots += [w.sequence.slot] * count
+            places += range(first, first + count)
+            wanted += range(len(ids) - w.wanted, len(ids))
+        rows = torch.tensor([ids, slots, places])
+        return self.fused(rows[0], rows[1], rows[2], torch.tensor(wanted, dtype=torch.int64))[0]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        _copy(self.fused.cache, source, target, count)
+
+
+class CachedRunner(Runner):
+    """A model that keeps keys and values, operation by operation. Rows are padded to the longest."""
+
+    shares = True
 
     def __init__(self, model: Any, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.device = cache.k[0].device if cache.k else torch.device("cpu")
         self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def logits(self, sequences: list[Sequence], counts: list[int]) -> Tensor:
-        if max(counts) == 1:
-            return self._one_each(sequences)
-        texts = [s.ids[s.cached : s.cached + n] for s, n in zip(sequences, counts, strict=True)]
+    def logits(self, work: list[Work]) -> Tensor:
+        one = [w for w in work if len(w.tokens) == 1 == w.wanted]
+        more = [w for w in work if not len(w.tokens) == 1 == w.wanted]
+        if not more:
+            return self._one_each(one)
+        parts = dict(zip(map(id, more), self._several(more).split([w.wanted for w in more]), strict=True))
+        if one:
+            parts |= dict(zip(map(id, one), self._one_each(one).split(1), strict=True))
+        return torch.cat([parts[id(w)] for w in work])
+
+    def _several(self, work: list[Work]) -> Tensor:
+        sequences = [w.sequence for w in work]
         slots = torch.tensor([s.slot for s in sequences], device=self.device)
         view = CacheView(self.cache, slots, torch.tensor([s.cached for s in sequences], device=self.device))
-        hidden = self.model(Batch.of(texts, cache=view, device=self.device)).hidden
-        last = torch.tensor(counts, device=hidden.device) - 1
-        rows = torch.arange(len(counts), device=hidden.device)
-        return self.model.lm_head.logits(hidden[rows, last])  # type: ignore[no-any-return]
+        hidden = self.model(Batch.of([w.tokens for w in work], cache=view, device=self.device)).hidden
+        return self.model.lm_head.logits(_wanted(hidden, work))  # type: ignore[no-any-return]
 
-    def _one_each(self, sequences: list[Sequence]) -> Tensor:
+    def _one_each(self, work: list[Work]) -> Tensor:
         """The step that nearly all time goes to: what does not change from token to token is kept."""
-        slots = tuple(s.slot for s in sequences)
+        slots = tuple(w.sequence.slot for w in work)
         if slots not in self._rows:
             self._rows = {slots: self._constants(slots)}
         slot, segments, zeros, weights = self._rows[slots]
-        both = torch.tensor([[s.ids[s.cached] for s in sequences], [s.cached for s in sequences]], device=self.device)
+        both = torch.tensor([[w.tokens[0] for w in work], [w.sequence.cached for w in work]], device=self.device)
         ids, lengths = both[0, :, None], both[1]
         view = CacheView(self.cache, slot, lengths)
         hidden = self.model(Batch(ids, segments, lengths[:, None], zeros, weights, cache=view)).hidden
@@ -68,71 +138,38 @@ class CachedRunner:
             torch.zeros(shape, dtype=torch.float32, device=self.device),
         )
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        _copy(self.cache, source, target, count)
 
-class RecomputingRunner:
+
+class RecomputingRunner(Runner):
     """A model without a cache: every step reads the whole sequences again. Slower, equal."""
+
+    shares = False
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
 
-    def logits(self, sequences: list[Sequence], counts: list[int]) -> Tensor:
-        texts = [s.ids[: s.cached + n] for s, n in zip(sequences, counts, strict=True)]
-        hidden = self.model(Batch.of(texts, device=self.device)).hidden
-        last = torch.tensor([len(t) - 1 for t in texts], device=hidden.device)
-        return self.model.lm_head.logits(hidden[torch.arange(len(texts), device=hidden.device), last])  # type: ignore[no-any-return]
+    def logits(self, work: list[Work]) -> Tensor:
+        texts = [w.sequence.ids[: w.sequence.cached] + w.tokens for w in work]
+        if getattr(self.model, "is_encoder_decoder", False):
+            hidden = self.model.read([w.sequence.source for w in work], texts)
+        else:
+            hidden = self.model(Batch.of(texts, device=self.device)).hidden
+        return self.model.lm_head.logits(_wanted(hidden, work, [len(t) for t in texts]))  # type: ignore[no-any-return]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        raise NotImplementedError("a model without a cache has nothing to copy")
 
 
-@dataclass(slots=True, frozen=True)
-class Scored:
-    """Log-probabilities of given tokens. n is the number of tokens scored."""
-
-    logprobs: np.ndarray  # [n] float32
-    top_ids: np.ndarray  # [n,k] int64: the most likely tokens at each place, best first
-    top_logprobs: np.ndarray  # [n,k] float32
-
-
-def score(model: Any, device: torch.device, requests: Seq[tuple[Seq[int], int]], top: int) -> list[Scored]:
-    """Log-probabilities of ids[start:], each given all ids before it. Batched by length; results in the order of `requests`."""
-    order = sorted(range(len(requests)), key=lambda i: -len(requests[i][0]))
-    out: list[Scored | None] = [None] * len(requests)
-    at = 0
-    while at < len(order):
-        # The last token of a text is only a target, so a row is one shorter.
-        width = max(len(requests[order[at]][0]) - 1, 1)
-        group = order[at : at + max(1, SCORE_TOKENS // width)]
-        for i, scored in zip(group, _score_rows(model, device, [requests[i] for i in group], top), strict=True):
-            out[i] = scored
-        at += len(group)
-    return [s for s in out if s is not None]
+def _wanted(hidden: Tensor, work: list[Work], lengths: list[int] | None = None) -> Tensor:
+    """The hidden states [sum of wanted, H] of each row's last tokens."""
+    ends = lengths or [len(w.tokens) for w in work]
+    at = [(row, place) for row, (w, end) in enumerate(zip(work, ends, strict=True)) for place in range(end - w.wanted, end)]
+    row, place = torch.tensor(at, dtype=torch.int64, device=hidden.device).reshape(-1, 2).unbind(1)
+    return hidden[row, place]
 
 
-def _score_rows(model: Any, device: torch.device, rows: list[tuple[Seq[int], int]], top: int) -> list[Scored]:
-    wanted = [(row, place - 1) for row, (ids, start) in enumerate(rows) for place in range(start, len(ids))]
-    if not wanted:
-        return [_empty(top) for _ in rows]
-    hidden = model(Batch.of([ids[:-1] or ids for ids, _ in rows], device=device)).hidden
-    row, place = torch.tensor(wanted, device=hidden.device).unbind(1)
-    picked = hidden[row, place]
-    targets = torch.tensor([t for ids, start in rows for t in ids[start:]], device=hidden.device)
-    logprobs = model.lm_head.logprobs(picked, targets).cpu().numpy()
-    top_ids, top_logprobs = _top(model.lm_head, picked, top)
-    ends = np.cumsum([len(ids) - start for ids, start in rows])[:-1]
-    parts = zip(np.split(logprobs, ends), np.split(top_ids, ends), np.split(top_logprobs, ends), strict=True)
-    return [Scored(*part) for part in parts]
-
-
-def _top(head: Any, hidden: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` most likely tokens at each place, 256 places at a time: logits of a whole batch are never held."""
-    if top == 0:
-        empty = _empty(0, len(hidden))
-        return empty.top_ids, empty.top_logprobs
-    values, ids = [], []
-    for part in hidden.split(256):
-        best = head.logits(part).float().log_softmax(-1).topk(top, dim=-1)
-        values.append(best.values)
-        ids.append(best.indices)
-    return torch.cat(ids).cpu().numpy(), torch.cat(values).cpu().numpy()
-
-
-def _empty(top: int, rows: int = 0) -> Scored:
-    return Scored(np.zeros(0, np.float32), np.zeros((rows, top), np.int64), np.zeros((rows, top), np.float32))
+def _copy(cache: KVCache, source: int, target: int, count: int) -> None:
+    for held in (*cache.k, *cache.v):
+        held[target, :count] = held[source, :count]

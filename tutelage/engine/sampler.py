@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.engine.sequence import Sampling, Sequence, TokenScore
-from tutelage.errors import ArtifactError
+from tutelage.errors import ArtifactError, ConfigError
 
 
 def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) -> list[TokenScore]:
@@ -47,7 +47,8 @@ def _check(best: Tensor) -> None:
 
 
 def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Logits with bias and penalties. A penalty counts tokens of the answer; repetition counts the prompt too."""
+    """Logits with bias and penalties, and only what a grammar allows. A penalty counts tokens of the answer; repetition counts
+    the prompt too."""
     scores = scores.clone()
     size = scores.shape[-1]
     for row, sequence in zip(scores, sequences, strict=True):
@@ -67,6 +68,11 @@ def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
             row[torch.tensor(list(known), dtype=torch.int64, device=scores.device)] += torch.tensor(list(known.values())).to(
                 scores
             )
+        if sequence.constraint is not None:
+            try:
+                sequence.constraint.apply(row)
+            except ConfigError:
+                sequence.give_up()
     return scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from tutelage.engine.blocks import Slots
+from tutelage.engine.blocks import SHARED_FROM, Place, Slots, common_length
 from tutelage.engine.sequence import Sequence
 
 
@@ -13,6 +13,7 @@ from tutelage.engine.sequence import Sequence
 class Plan:
     """One step: prompts (or parts of one) to read, and sequences that get their next token."""
 
+    admitted: list[tuple[Sequence, Place]]  # sequences that got a place, and what of their prompt is there to be had
     prefill: list[tuple[Sequence, int]]  # sequence, tokens of its prompt to read now
     decode: list[Sequence]
 
@@ -38,11 +39,32 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step. Sequences with a prompt that is read by it count as running afterwards (see `read`)."""
+        admitted = self._admit()
+        return Plan(admitted, self._prefill(), list(self.running))
+
+    def _admit(self) -> list[tuple[Sequence, Place]]:
+        """Gives places to those who wait. One whose prompt begins like one that is being read waits for that reading to end, and
+        then starts from it."""
+        admitted: list[tuple[Sequence, Place]] = []
+        later: list[Sequence] = []
         while self.waiting and len(self.slots):
             sequence = self.waiting.popleft()
-            sequence.slot = self.slots.take()
+            if self.slots.keep and any(self._gains(sequence, other) for other in self.reading):
+                later.append(sequence)
+                continue
+            held = ((s.slot, s.ids[: s.cached]) for s in (*self.running, *self.reading))
+            place = self.slots.place(sequence.ids, held)
+            sequence.slot, sequence.cached, sequence.shared = place.slot, place.shared, place.shared
             self.reading.append(sequence)
-        return Plan(self._prefill(), list(self.running))
+            admitted.append((sequence, place))
+        self.waiting.extendleft(reversed(later))
+        return admitted
+
+    @staticmethod
+    def _gains(sequence: Sequence, reader: Sequence) -> bool:
+        """True when `reader`, once it is through its prompt, will hold much of what `sequence` begins with."""
+        common = common_length(sequence.ids, reader.ids, len(sequence.ids) - 1)
+        return common >= max(4 * SHARED_FROM, reader.shared + SHARED_FROM)
 
     def _prefill(self) -> list[tuple[Sequence, int]]:
         """Prompts in order of arrival, as many as fit padded to the longest; one larger than the budget comes in parts."""
@@ -73,5 +95,5 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         if sequence.slot >= 0:
-            self.slots.give(sequence.slot)
+            self.slots.give(sequence.slot, sequence.ids[: sequence.cached])
             sequence.slot = -1

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
 
@@ -37,6 +38,8 @@ class Sampling:
     repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens in prompt or answer (CTRL, 2019)
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
     ignore_eos: bool = False  # go on after the model's own end tokens
+    grammar: Grammar | None = None  # what the answer must be; it ends when it is
+    shown_ids: tuple[int, ...] = ()  # control tokens whose names are part of the text: the marks of tool calls
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` naming the field."""
@@ -70,7 +73,7 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """True when logits change before sampling, whatever the temperature."""
-        return bool(self.logit_bias) or self.penalises
+        return bool(self.logit_bias) or self.penalises or self.grammar is not None
 
     @property
     def penalises(self) -> bool:
@@ -106,12 +109,13 @@ class Completion:
         Completion(prompt=(5, 9), ids=(7, 2), text="Hi", finish_reason="stop", index=0, scores=())
     """
 
-    prompt: tuple[int, ...]  # token ids
+    prompt: tuple[int, ...]  # token ids; of an encoder-decoder those of the source
     ids: tuple[int, ...]  # the tokens made, the one that ended it included
     text: str  # without special tokens and without the stop text
     finish_reason: FinishReason  # stop: an end token or stop text; length: max_tokens; cancelled
     index: int = 0  # which of the n answers to the prompt
     scores: tuple[TokenScore, ...] = ()  # one a token, where `Sampling.logprobs` was set
+    shared: int = 0  # tokens of the prompt that were in the cache already
 
 
 @dataclass(slots=True, frozen=True)
@@ -125,11 +129,22 @@ class Event:
     finish_reason: FinishReason | None  # set on the last event of a sequence
 
 
+@dataclass(slots=True)
+class Drafts:
+    """How guesses at the next tokens have fared for one sequence (`speculate.py`)."""
+
+    proposed: int = 0
+    accepted: int = 0
+    rest: int = 0  # tokens to make before guessing again
+
+
 class Sequence:
-    """A prompt and its continuation. Made by `Engine.submit`."""
+    """A prompt and its continuation. Made by `Engine.submit`. An encoder-decoder has its prompt as `source`, and continues what
+    every target begins with."""
 
     __slots__ = (
-        "cached", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling", "scores", "slot", "stream"
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling",
+        "scores", "shared", "slot", "source", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -142,7 +157,10 @@ class Sequence:
         index: int,
         limit: int,
         ends: frozenset[int],
+        constraint: Constraint | None = None,
+        source: list[int] | None = None,
     ) -> None:
+        self.source = source  # what the encoder reads, of an encoder-decoder
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
         self.sampling = sampling
@@ -153,8 +171,16 @@ class Sequence:
         self.stream = stream
         self.slot = -1  # place in the cache; -1 while waiting and when done
         self.cached = 0  # tokens whose keys and values are in the slot
+        self.shared = 0  # tokens of the prompt that were in the cache already
+        self.drafts = Drafts()
+        self.constraint = constraint  # of its grammar
         self.scores: list[TokenScore] = []
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens that were asked about."""
+        return self.ids[: self.prompt_length] if self.source is None else self.source
 
     @property
     def made(self) -> int:
@@ -171,13 +197,27 @@ class Sequence:
             text = self.stream.add(score.id)
             if self.stream.stopped:
                 self.finish_reason = "stop"
+            elif self._satisfied(score.id):
+                self.finish_reason, text = "stop", text + self.stream.flush()
             elif self.made >= self.limit:
                 self.finish_reason, text = "length", text + self.stream.flush()
         return Event(self, text, (score.id,), scores, self.finish_reason)
 
+    def _satisfied(self, token: int) -> bool:
+        """Tells the grammar of the token; True when nothing can follow."""
+        if self.constraint is None:
+            return False
+        self.constraint.accept(token)
+        return self.constraint.finished
+
+    def give_up(self) -> None:
+        """The grammar is past its limits: the answer ends after the next token, as one that was cut."""
+        self.constraint = None
+        self.limit = self.made + 1
+
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "the sequence is still running"
         return Completion(
-            prompt=tuple(self.ids[: self.prompt_length]), ids=tuple(self.ids[self.prompt_length :]), text=self.stream.text,
-            finish_reason=self.finish_reason, index=self.index, scores=tuple(self.scores),
+            prompt=tuple(self.prompt), ids=tuple(self.ids[self.prompt_length :]), text=self.stream.text,
+            finish_reason=self.finish_reason, index=self.index, scores=tuple(self.scores), shared=self.shared,
         )  # fmt: skip

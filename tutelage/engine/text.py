@@ -69,6 +69,12 @@ class Vocabulary:
         return self.of(token) or (self.names[token].encode() if 0 <= token < len(self.names) else b"")
 
 
+def drops_first_space(tokenizer: Any, vocabulary: Vocabulary) -> bool:
+    """Whether the space of a first word is no part of the text for this tokenizer (SentencePiece), found by decoding a word."""
+    word = next((i for i, b in enumerate(vocabulary.bytes) if b.startswith(b" ") and b.strip()), None)
+    return word is not None and not tokenizer.decode([word]).startswith(" ")
+
+
 def _byte_level(piece: str) -> bytes:
     table = _byte_of_char()
     if all(c in table for c in piece):
@@ -83,11 +89,15 @@ def _sentencepiece(piece: str) -> bytes:
 
 
 class TextStream:
-    """The text of one sequence as it grows. Pieces given out, laid end to end, are `text`."""
+    """The text of one sequence as it grows. Pieces given out, laid end to end, are `text`.
 
-    __slots__ = ("_decoder", "_held", "_longest", "_out", "_stop", "_vocabulary", "stopped")
+    `fresh`: it continues nothing, and the space that SentencePiece puts before a first word is left out.
+    """
 
-    def __init__(self, vocabulary: Vocabulary | None, stop: Sequence[str] = ()) -> None:
+    __slots__ = ("_decoder", "_fresh", "_held", "_longest", "_out", "_stop", "_vocabulary", "stopped")
+
+    def __init__(self, vocabulary: Vocabulary | None, stop: Sequence[str] = (), fresh: bool = False) -> None:
+        self._fresh = fresh
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(stop)
@@ -117,6 +127,8 @@ class TextStream:
         return out
 
     def _take(self, new: str) -> str:
+        if self._fresh and new:
+            self._fresh, new = False, new.removeprefix(" ")
         if not self._stop:
             if new:
                 self._out.append(new)

@@ -1,20 +1,13 @@
-"""What the model says, to look at: continuations of fixed prompts and of held-out documents, and questions with answers."""
+"""What the model says, to look at: continuations of opening words and of held-out documents, and questions with answers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tutelage.evaluate.questions import Generate, Prediction
 
-PROMPTS = (
-    "Return the ",
-    "The following",
-    "This function",
-    "A list of ",
-    "Raises ",
-    "If the argument is ",
-)
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}
 Encode = Callable[[str], Sequence[int]]
 
@@ -24,19 +17,20 @@ def continuations(
     encode: Encode,
     begin: Sequence[int],
     *,
-    prompts: Sequence[str] = PROMPTS,
     documents: Sequence[str] = (),
+    openings_used: int = 6,
     documents_used: int = 4,
     max_tokens: int = 96,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows `{"kind", "prompt", "continuation", "truth", "sampling"}`.
 
-    Each fixed prompt is continued once by sampling (temperature 0.8, top-p 0.95, the given seed). The beginnings (about a fifth,
-    at most 160 characters, cut at a space) of evenly spread held-out `documents` are continued greedily, beside what really
-    follows (`truth`).
+    The first words of some held-out `documents` are continued once by sampling (temperature 0.8, top-p 0.95, the given seed).
+    The beginnings (about a fifth, at most 160 characters, cut at a space) of others are continued greedily, beside what really
+    follows (`truth`). Both are evenly spread.
     """
     sampling = {**SAMPLED, "max_tokens": max_tokens, "seed": seed}
+    prompts = openings(documents, openings_used)
     texts = generate([[*begin, *encode(p)] for p in prompts], sampling) if prompts else []
     rows = [_row("prompt", p, text, None, sampling) for p, text in zip(prompts, texts, strict=True)]
     long = [d for d in documents if len(d) >= 160]
@@ -47,6 +41,12 @@ def continuations(
     for document, cut, text in zip(chosen, cuts, texts, strict=True):
         rows.append(_row("held-out document", document[:cut], text, document[cut : cut + max(80, len(text))], greedy))
     return rows
+
+
+def openings(documents: Sequence[str], most: int, words: int = 3) -> list[str]:
+    """The first words of up to `most` documents, evenly spread, each opening once."""
+    every = list(dict.fromkeys(m[0] for d in documents if (m := re.match(rf"\s*\S+(?:[^\S\n]+\S+){{0,{words - 1}}}", d))))
+    return [every[i * len(every) // min(most, len(every))] for i in range(min(most, len(every)))]
 
 
 def answers(predictions: Sequence[Prediction], most: int = 24) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ class Prediction:
     correct: bool  # exact match after `normalised`
     score: float  # word F1 with the best accepted answer, 0..1
     meta: Mapping[str, Any] | None = None
+    too_long: bool | None = None  # longer than the context: never asked, and counted as wrong
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v is not None}
@@ -78,9 +79,18 @@ class TaskScore:
 
 
 def ask(
-    conversations: Sequence[Conversation], prompt: Prompt, generate: Generate, *, max_tokens: int = 64, batch: int = 64
+    conversations: Sequence[Conversation],
+    prompt: Prompt,
+    generate: Generate,
+    *,
+    context: int | None = None,
+    max_tokens: int = 64,
+    batch: int = 64,
 ) -> list[Prediction]:
-    """Asks each conversation's last question greedily. Raises `DataError` for one that does not end with an answer."""
+    """Asks each conversation's last question greedily. Raises `DataError` for one that does not end with an answer.
+
+    A question that leaves no room for an answer in `context` tokens is not asked, and counts as wrong.
+    """
     for conversation in conversations:
         if len(conversation.messages) < 2 or conversation.messages[-1].role != "assistant":
             raise DataError(
@@ -90,18 +100,21 @@ def ask(
                 expected="a conversation that ends with an assistant turn",
             )
     order = sorted(range(len(conversations)), key=lambda i: -sum(len(m.content) for m in conversations[i].messages))
-    answers = [""] * len(conversations)
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        texts = generate([list(prompt(conversations[i])) for i in part], {"temperature": 0.0, "max_tokens": max_tokens})
+    prompts = {i: list(prompt(conversations[i])) for i in order}
+    fitting = [i for i in order if context is None or len(prompts[i]) < context]
+    answers: list[str | None] = [None] * len(conversations)
+    for start in range(0, len(fitting), batch):
+        part = fitting[start : start + batch]
+        texts = generate([prompts[i] for i in part], {"temperature": 0.0, "max_tokens": max_tokens})
         assert len(texts) == len(part)
         for i, text in zip(part, texts, strict=True):
             answers[i] = text
     return [grade(c, a) for c, a in zip(conversations, answers, strict=True)]
 
 
-def grade(conversation: Conversation, answer: str) -> Prediction:
-    """The verdict on one answer. `meta["accepted"]` may list other right answers."""
+def grade(conversation: Conversation, given: str | None) -> Prediction:
+    """The verdict on one answer; None for a question too long to be asked. `meta["accepted"]` may list other right answers."""
+    answer = given or ""
     expected = conversation.messages[-1].content
     accepted = [expected, *conversation.meta.get("accepted", [])]
     last = next((m.content for m in reversed(conversation.messages[:-1]) if m.role == "user"), conversation.messages[0].content)
@@ -111,9 +124,10 @@ def grade(conversation: Conversation, answer: str) -> Prediction:
         prompt=last,
         expected=expected,
         answer=answer,
-        correct=any(normalised(answer) == normalised(x) for x in accepted),
+        correct=given is not None and any(normalised(answer) == normalised(x) for x in accepted),
         score=max(word_f1(answer, x) for x in accepted),
         meta={k: v for k, v in conversation.meta.items() if k in ("family", "seen", "split", "level")} or None,
+        too_long=True if given is None else None,
     )
 
 

@@ -119,7 +119,7 @@ def _training(node: Node, story: Story) -> dict[str, Any]:
 PANELS = (
     ("bits_per_byte", "Held-out bits per byte"),
     ("tokens_per_second", "Tokens per second"),
-    ("lr", "Learning rate, share of its peak"),
+    ("lr", "Learning rate, first parameter group"),
     ("grad_norm", "Gradient norm before clipping"),
     ("mfu", "Share of the machine's product rate"),
 )

@@ -73,7 +73,7 @@ def evaluate(
     the train part. `stride` is the share of the context that a window keeps. Raises `DataError` with nothing to measure.
     """
     if documents is None and conversations is None:
-        raise DataError("nothing to measure", expected="documents, questions, or both", fix="give --documents or --questions")
+        raise DataError("nothing to measure", expected="documents, questions, or both", fix="set documents or questions")
     started = time.monotonic()
     result: dict[str, Any] = {"version": 1, "model": {"name": subject.name, **subject.facts}, "definitions": DEFINITIONS}
     held_out: list[Document] = []
@@ -87,9 +87,13 @@ def evaluate(
     predictions: list[questions.Prediction] = []
     if conversations is not None and subject.generate is not None and subject.prompt is not None:
         asked = _spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
-        predictions = questions.ask(asked, subject.prompt, subject.generate, max_tokens=max_tokens)
-        result["questions"] = {"count": len(predictions), "tasks": [_task(t) for t in questions.scores(predictions, chance)]}
+        predictions = questions.ask(asked, subject.prompt, subject.generate, context=subject.context, max_tokens=max_tokens)
+        tasks = [_task(t) for t in questions.scores(predictions, chance)]
+        too_long = sum(p.too_long is not None for p in predictions)
+        result["questions"] = {"count": len(predictions), "too_long": too_long, "tasks": tasks}
         log.console.print(questions_table(result["questions"]))
+        if too_long:
+            log.say(f"{too_long} of {len(predictions)} questions are longer than the context: not asked, counted as wrong")
     shown = _gallery(subject, [d.text for d in held_out], predictions, seed)
     result["seconds"] = round(time.monotonic() - started, 2)
     _write(out, result, predictions, shown)

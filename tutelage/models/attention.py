@@ -15,8 +15,8 @@ from torch import Tensor
 from tutelage.models import kernels, ops
 from tutelage.models.kernels import calls, functions
 
-CACHED_TOKENS = 16
-"""New tokens per sequence up to which our kernel reads the cache faster than matrix products do."""
+LANES = 16
+"""Head widths that our kernel for cached keys reads: multiples of this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +139,9 @@ def attend_cached(
     `lengths` [S] counts the valid tokens of each cache, the t new ones included; new token j of sequence s sees the first
     lengths[s] - t + j + 1 of them. A token that sees nothing gives 0.
     """
-    small = q.shape[1] <= CACHED_TOKENS and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
-    if small and kernels.fits(q, k, v) and q.stride(3) == k.stride(3) == v.stride(3) == 1:
+    constant = not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    readable = q.shape[3] % LANES == 0 and q.stride(3) == 1 == k.stride(3) and k.stride() == v.stride()
+    if constant and readable and kernels.fits(q, k, v):
         return calls.attention_cached(q, k, v, lengths.to("cpu", torch.int64).contiguous(), scale, window, softcap)
     return _attend_cached_torch(q, k, v, lengths, scale, window, softcap)
 

@@ -2,16 +2,16 @@
 
 Samples stay isolated because each piece of a packed row runs as a row of its own, right-padded, in groups of similar length. That
 is right for every kind of model (rotary, learned or ALiBi positions, sliding windows, recurrent states), where a four-dimensional
-mask is right for some. There is no key-value cache here yet: `supports_cache` is False, and a generator runs the whole sequence
-for each token. Encoder-decoders are refused.
+mask is right for some. Our key-value cache is not for these models (`supports_cache` is False): a generator lets them keep their
+own (`begin`, `extend`). Encoder-decoders are in `hf_seq2seq.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from tutelage.errors import ArtifactError, MissingExtra
 from tutelage.models import shard
 from tutelage.models.heads import LmHead
+from tutelage.models.hf_state import State
 from tutelage.models.interface import Batch, Output
+
+if TYPE_CHECKING:
+    from tutelage.models.hf_seq2seq import Seq2Seq
+
+
+MLP_WIDTHS = ("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim")  # what families call it
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,17 +54,17 @@ class AdapterConfig:
         text = hf.get_text_config()
         heads = getattr(text, "num_attention_heads", None) or 1
         width = text.hidden_size
-        eos = text.eos_token_id
+        eos = getattr(text, "eos_token_id", None)
         return cls(
             model_type=hf.model_type, vocab_size=text.vocab_size, hidden_size=width,
             num_hidden_layers=text.num_hidden_layers, num_attention_heads=heads,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or width // heads,
-            intermediate_size=getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * width,
+            intermediate_size=next((v for n in MLP_WIDTHS if (v := getattr(text, n, None))), 4 * width),
             max_position_embeddings=getattr(text, "max_position_embeddings", None) or 1 << 20,
-            tie_word_embeddings=bool(hf.tie_word_embeddings), bos_token_id=text.bos_token_id,
+            tie_word_embeddings=bool(hf.tie_word_embeddings), bos_token_id=getattr(text, "bos_token_id", None),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            pad_token_id=text.pad_token_id, source=hf.to_dict(),
+            pad_token_id=getattr(text, "pad_token_id", None), source=hf.to_dict(),
         )  # fmt: skip
 
     def to_hf(self) -> dict[str, Any]:
@@ -65,7 +72,18 @@ class AdapterConfig:
 
 
 class LogitsHead(nn.Module):
-    """Stands in for LmHead where a model does more after its last hidden state than a product: `hidden` is the logits."""
+    """Stands in for LmHead where a model does more after its last hidden state than a product: `hidden` is the logits.
+
+    `own` is the model's module of the same name, whose parameters are held here under the names that they had.
+    """
+
+    def __init__(self, own: nn.Module | None = None) -> None:
+        super().__init__()
+        if own is not None:
+            for name, parameter in own.named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
+            for name, module in own.named_children():
+                self.add_module(name, module)
 
     def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum of weights * cross-entropy: [N,V], [N], [N] -> scalar."""
@@ -78,8 +96,8 @@ class LogitsHead(nn.Module):
         return hidden.float().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-class Adapter(nn.Module):
-    """A `transformers` model as `model(batch) -> Output`. Its parameters keep their own names."""
+class Wrapped(nn.Module):
+    """A `transformers` model whose parameters keep their own names."""
 
     supports_cache = False
     hf: Any
@@ -92,13 +110,33 @@ class Adapter(nn.Module):
         for name, module in hf.named_children():
             self.add_module(name, module)
         self.config = AdapterConfig.of(hf.config)
-        self.whole, output = not _head_is_linear(hf), hf.get_output_embeddings()
+        self.training = hf.training
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.hf.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Buffers of its own have to move with its modules (BART has one).
+        self.hf._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+class Adapter(Wrapped):
+    """A causal model as `model(batch) -> Output`."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__(hf)
+        self.whole = not _head_is_linear(hf)
+        own = self._modules.get("lm_head")
         if self.whole:
-            self.lm_head: nn.Module = LogitsHead()
+            self.lm_head: nn.Module = LogitsHead(own)
         else:
+            output = hf.get_output_embeddings()
             self.lm_head = LmHead(output.weight, getattr(output, "bias", None))
-        if output is not None and output not in self.children():
-            self.lm_head_of_hf = output  # our head has its name; it stays among our modules, so that its weight is always ours
+        if own is not None:
+            self.lm_head_of_hf = own  # stays among our modules: who replaces its parameters by shards finds it
 
     @property
     def checkpointing(self) -> str:
@@ -112,11 +150,6 @@ class Adapter(nn.Module):
             self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif self.checkpointing == "layer":
             self.hf.gradient_checkpointing_disable()
-
-    def train(self, mode: bool = True) -> Adapter:
-        super().train(mode)
-        self.hf.train(mode)
-        return self
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states after the last norm [B,T,H] (logits where `whole`); those of padding are 0."""
@@ -143,8 +176,20 @@ class Adapter(nn.Module):
         return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
+        return self._run(ids, real, use_cache=False)
+
+    def begin(self, sources: Sequence[Sequence[int]]) -> State:
+        """Nothing read yet. A causal model has no sources; there are as many empty ones as rows."""
+        return State.new(len(sources))
+
+    def extend(self, ids: Tensor, state: State) -> Tensor:
+        """Hidden states [B,T,H] (logits where `whole`) of the next tokens [B,T] of the state's rows, taken up by the state."""
+        real = torch.ones(state.rows, state.length + ids.shape[1], dtype=torch.bool, device=ids.device)
+        return self._run(ids, real, past_key_values=state.cache, use_cache=True)
+
+    def _run(self, ids: Tensor, real: Tensor, **how: Any) -> Tensor:
         inner = self.hf if self.whole else self.hf.base_model
-        got = inner(input_ids=ids, attention_mask=real.long(), use_cache=False)
+        got = inner(input_ids=ids, attention_mask=real.long(), **how)
         return got.logits if self.whole else got.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, batch: Batch) -> Tensor:
@@ -193,29 +238,32 @@ def _head_is_linear(hf: Any) -> bool:
     return got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-3, atol=1e-3)
 
 
-def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapter:
+def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapter | Seq2Seq:
     """The adapter around the model of `folder`, from local safetensors files only.
 
-    Raises MissingExtra without `transformers`, ArtifactError for a folder that it can't load as a causal language model.
+    Raises MissingExtra without `transformers`, ArtifactError for a folder that it can't load as a language model.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     except ImportError as error:
         raise MissingExtra("transformers", "hf", "a model that is not of our own families") from error
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if config.is_encoder_decoder:
-            raise ArtifactError("an encoder-decoder model; only decoders run so far", file=folder / "config.json")
-        hf = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        hf = kind.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (ValueError, OSError, KeyError) as error:
         raise ArtifactError(
-            f"transformers can't load this as a causal language model ({error})", file=folder,
-            fix="use a decoder-only model that the installed transformers knows",
+            f"transformers can't load this as a language model ({error})", file=folder,
+            fix="use a decoder-only or encoder-decoder text model that the installed transformers knows",
         ) from error  # fmt: skip
-    moved: Any = hf.to(device)  # type: ignore[arg-type]
-    return Adapter(moved.eval())
+    moved: Any = hf.to(device).eval()
+    if not config.is_encoder_decoder:
+        return Adapter(moved)
+    from tutelage.models.hf_seq2seq import Seq2Seq
+
+    return Seq2Seq(moved)
 
 
 def save_hf(model: Adapter, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

@@ -1,56 +1,94 @@
-"""What every request passes first: an id, the size limit, the API key."""
+"""What every request passes first: an id, the API key and its scope, the size limit, the requests of its minute."""
 
 from __future__ import annotations
 
-import hmac
+import contextlib
 import json
+import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from tutelage.serve.schema import ApiError
+from tutelage.log import say
+from tutelage.serve.keys import KeyRing
+from tutelage.serve.limits import UNLIMITED, Allowance
+from tutelage.serve.schema import ApiError, server_error
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+OPEN = {"/health", "/ready", "/version"}  # whoever restarts or replaces a server has no key
+SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
 
 class Gate:
-    """ASGI middleware. Plain ASGI, so that a client's leaving reaches the stream at once."""
+    """ASGI middleware. Plain ASGI, so that a client's leaving reaches the stream at once.
 
-    def __init__(self, app: Any, api_keys: tuple[str, ...], max_body: int) -> None:
-        self.app, self.max_body = app, max_body
-        self.api_keys = [key.encode() for key in api_keys]
+    Leaves in the request's state: `allowance`, what its key may still use; `leaving`, an ExitStack that is closed when the
+    request is over, whether it was answered, failed, or its client left before the first byte.
+    """
+
+    def __init__(self, app: Any, keys: KeyRing, max_body: int) -> None:
+        self.app, self.keys, self.max_body = app, keys, max_body
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = uuid.uuid4().hex.encode()
+        request_id = _request_id(headers)
+        shared = scope.setdefault("state", {})
+        shared["allowance"] = UNLIMITED
+        started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_marked(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                started = True
+                limits = shared["allowance"].headers().items()
+                message["headers"] = [
+                    *message["headers"], (b"x-request-id", request_id), *((k.encode(), v.encode()) for k, v in limits)
+                ]  # fmt: skip
             await send(message)
 
-        error = self._refusal(scope["path"], headers)
-        if error is not None:
-            await _reply(error, send_with_id)
-            return
-        await self.app(scope, self._counted(receive), send_with_id)
+        with contextlib.ExitStack() as leaving:
+            shared["leaving"] = leaving
+            try:
+                shared["allowance"] = self._identify(scope["path"], headers)
+                self._check_size(headers)
+                if scope["method"] == "POST":
+                    shared["allowance"].take_request()
+                await self.app(scope, self._counted(receive), send_marked)
+            except ApiError as error:
+                await _reply(error, send_marked)
+            except Exception:
+                say(f"request {request_id.decode()} failed", style="red")
+                if not started:
+                    await _reply(server_error(), send_marked)
+                raise  # the server prints the traceback
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
-        if path.startswith("/v1") and self.api_keys and not self._knows(headers.get(b"authorization", b"")):
-            return ApiError(401, "a valid API key is needed", code="invalid_api_key", kind="authentication_error")
+    def _identify(self, path: str, headers: dict[bytes, bytes]) -> Allowance:
+        """Raises `ApiError`: 401 without a valid key, 403 for a key that is not for this."""
+        scope = _scope(path)
+        if scope is None or (not self.keys.closed and scope != "admin"):
+            return UNLIMITED
+        if not self.keys.closed:
+            raise _forbidden("this server has no keys, so nobody may change it; start it with --keys FILE")
+        holder = self.keys.find(headers.get(b"authorization", b""))
+        if holder is None:
+            raise ApiError(
+                401, "a valid API key is needed", code="invalid_api_key", kind="authentication_error",
+                headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        if scope not in holder.key.scopes:
+            raise _forbidden(f"this key does not have the scope {scope!r}")
+        return holder.allowance
+
+    def _check_size(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")
-        return self._too_large() if length.isdigit() and int(length) > self.max_body else None
-
-    def _knows(self, header: bytes) -> bool:
-        scheme, _, key = header.partition(b" ")
-        # Every key is compared, in constant time: neither the time nor the order tells anything.
-        same = [hmac.compare_digest(key.strip(), known) for known in self.api_keys]
-        return scheme.lower() == b"bearer" and any(same)
+        if length.isdigit() and int(length) > self.max_body:
+            raise self._too_large()
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self.max_body} bytes", code="request_too_large")
@@ -70,8 +108,28 @@ class Gate:
         return counted
 
 
+def _scope(path: str) -> str | None:
+    """What a key needs for a path; None for what is open to all. An unknown path needs a key like any other."""
+    if path in OPEN:
+        return None
+    if path == "/metrics":
+        return "metrics"
+    return "admin" if path.split("/")[1:2] == ["admin"] else "inference"
+
+
+def _request_id(headers: dict[bytes, bytes]) -> bytes:
+    """The client's own id where it is one that can stand in a log, else a new one."""
+    given = headers.get(b"x-request-id", b"")
+    return given if SANE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+
+def _forbidden(message: str) -> ApiError:
+    return ApiError(403, message, code="insufficient_scope", kind="permission_error")
+
+
 async def _reply(error: ApiError, send: Send) -> None:
     body = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

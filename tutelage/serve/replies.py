@@ -6,11 +6,12 @@ import codecs
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tutelage.engine import TokenScore
 from tutelage.engine.text import Vocabulary
+from tutelage.engine.tool_calls import ToolCall
 
 
 class Reply:
@@ -29,16 +30,29 @@ class Reply:
         kind = "chat.completion.chunk" if self.chat else self.kind
         return sse({**self.head, "object": kind, "choices": choices, **rest})
 
-    def choice(self, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        body: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        )
+    def choice(
+        self, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.to_json() for call in calls]}
+        body: dict[str, Any] = {"message": message} if self.chat else {"text": text}
         return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def delta(
-        self, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None, first: bool = False
+        self,
+        index: int,
+        text: str | dict[str, Any],
+        finish_reason: str | None,
+        logprobs: dict[str, Any] | None,
+        first: bool = False,
     ) -> dict[str, Any]:
-        delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else ({"content": text} if text or logprobs else {})
+        """A piece of one answer: text, or the delta itself."""
+        delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
+        if isinstance(text, dict):
+            delta = text
+        elif text or logprobs:
+            delta = {"content": text}
         body = {"delta": delta} if self.chat else {"text": text}
         return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -47,10 +61,10 @@ def sse(value: object) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
-def usage(prompt: int, completion: int) -> dict[str, Any]:
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
 
 

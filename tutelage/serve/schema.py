@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,17 +13,29 @@ from tutelage.engine.sequence import Sampling
 from tutelage.errors import ConfigError
 
 Whole = Annotated[int, Field(strict=True)]
+Prompts = str | list[Whole] | list[str] | list[list[Whole]]
+Request = TypeVar("Request", bound=BaseModel)
 
 
 class ApiError(Exception):
-    """An error in the shape that OpenAI's clients read."""
+    """An error in the shape that OpenAI's clients read. `headers` go with the reply (`retry-after`)."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
-    ) -> None:
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        kind: str = "invalid_request_error", headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, dict(headers or {})
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def server_error() -> ApiError:
+    return ApiError(500, "the server failed on this request; its log says why", kind="server_error")
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503 for what another server, or this one in a moment, can do."""
+    return ApiError(503, message, code=code, kind="server_error", headers={"retry-after": "1"})
 
 
 class StreamOptions(BaseModel):
@@ -50,8 +64,9 @@ class Generation(BaseModel):
     # beyond OpenAI, through `extra_body`
     top_k: Whole | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool = False
+    structured_outputs: dict[str, Any] | None = None
     # accepted, of no effect: they change nothing about the answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -74,6 +89,8 @@ class Generation(BaseModel):
         """Raises `ApiError` naming the parameter."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
+        if self.temperature and self.temperature < 1e-3:  # logits over it would not be numbers, for everyone in the batch
+            raise ApiError(400, "temperature is 0, or at least 0.001", param="temperature")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4:
             raise ApiError(400, "at most 4 stop texts", param="stop")
@@ -105,14 +122,14 @@ class ChatRequest(Generation):
     max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
-    # refused unless they ask for what happens anyway
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    # refused unless they ask for what happens anyway
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
-    parallel_tool_calls: bool | None = None
 
     def top(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -125,9 +142,6 @@ class ChatRequest(Generation):
     def refuse_unsupported(self) -> None:
         """Raises `ApiError` for what this server does not do."""
         asked = {
-            "response_format": self.response_format is not None and self.response_format != {"type": "text"},
-            "tools": bool(self.tools),
-            "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "functions": bool(self.functions),
             "function_call": self.function_call not in (None, "none", "auto"),
             "modalities": self.modalities not in (None, ["text"]),
@@ -147,12 +161,13 @@ class ChatRequest(Generation):
             content = _text(message.get("content"), where)
             if content is None and not (role == "assistant" and message.get("tool_calls")):
                 raise ApiError(400, f"{where}: content is missing", param=f"{where}.content")
+            _check_calls(message.get("tool_calls"), where)
             out.append({k: v for k, v in message.items() if v is not None} | {"role": role, "content": content or ""})
         return out
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[Whole] | list[str] | list[list[Whole]]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: Whole | None = Field(None, ge=0, le=20)
     best_of: Whole | None = None
@@ -170,16 +185,21 @@ class CompletionRequest(Generation):
             raise ApiError(400, "suffix is not supported by this model", param="suffix", code="unsupported_parameter")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of is not supported, unless it equals n", param="best_of", code="unsupported_parameter")
-        prompt: Any = self.prompt
-        many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
-        if not many or any(len(p) == 0 for p in many):
-            raise ApiError(400, "the prompt is empty", param="prompt")
-        if len(many) > 1024:
-            raise ApiError(400, "at most 1024 prompts in one request", param="prompt")
-        return many
+        return one_each(self.prompt, "prompt", most=1024)
 
 
-def parse(kind: type[Generation], body: Any) -> Any:
+def one_each(prompts: Prompts, param: str, most: int) -> list[str | list[int]]:
+    """A list of texts and token ids, whichever of the four shapes it came in. Raises `ApiError` for an empty prompt."""
+    given: Any = prompts
+    many = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not many or any(len(p) == 0 for p in many):
+        raise ApiError(400, f"the {param} is empty", param=param)
+    if len(many) > most:
+        raise ApiError(400, f"at most {most} prompts in one request", param=param)
+    return many
+
+
+def parse(kind: type[Request], body: Any) -> Request:
     """The request in `body`. Raises `ApiError` naming the first parameter that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
@@ -191,6 +211,19 @@ def parse(kind: type[Generation], body: Any) -> Any:
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"{param} is not supported by this server", param=param, code="unsupported_parameter") from error
         raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param=param) from error
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    """Raises `ApiError` for tool calls that are not in OpenAI's shape."""
+    for i, call in enumerate(calls if isinstance(calls, list) else [calls] if calls else []):
+        try:
+            function = call["function"]
+            right = isinstance(function["name"], str) and isinstance(json.loads(function["arguments"]), dict)
+        except (TypeError, KeyError, ValueError, RecursionError):
+            right = False
+        if not right:
+            param = f"{where}.tool_calls[{i}]"
+            raise ApiError(400, f"{param}: a function with a name, and arguments that are a JSON object", param=param)
 
 
 def _text(content: Any, where: str) -> str | None:

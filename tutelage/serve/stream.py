@@ -5,14 +5,40 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 from tutelage.engine import Engine, Event, Sampling, Sequence
+from tutelage.serve.schema import ApiError, unavailable
 
 T = TypeVar("T")
 Delivery = tuple[int, Event] | Exception
+
+GROUP_TOKENS = 4096
+"""Tokens, padding included, that are embedded or scored between two steps of generation."""
+
+
+class Meter:
+    """Is told what happens to answers, by any thread. This one keeps nothing. Times in seconds."""
+
+    def started(self, waited: float) -> None:
+        """An answer left the queue."""
+
+    def first_token(self, since_asked: float, prompt_tokens: int) -> None: ...
+
+    def next_token(self, since_last: float) -> None: ...
+
+    def generated(self, tokens: int) -> None: ...
+
+    def read(self, prompt_tokens: int) -> None:
+        """Prompts were read that get no answer (embeddings)."""
+
+    def finished(self, reason: str, since_asked: float) -> None:
+        """reason: stop, length, abort (the client left) or error."""
 
 
 class Ticket:
@@ -34,13 +60,26 @@ class Ticket:
             yield got
 
 
-class EngineThread:
-    """Runs an engine in a background thread. Every other thread talks to it through `call`, `submit` and `cancel`."""
+@dataclass(slots=True)
+class _Answer:
+    """A sequence that is not finished: whose it is, and when things happened to it."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    ticket: Ticket
+    number: int  # which answer of the ticket
+    asked: float
+    last: float | None = None  # when the last token came
+
+
+class EngineThread:
+    """Runs an engine in a background thread. Every other thread talks to it through `call`, `submit`, `grouped` and `cancel`."""
+
+    def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
+        self.engine, self.meter = engine, meter or Meter()
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._tickets: dict[int, tuple[Ticket, int]] = {}  # id of a sequence -> whose it is, and which answer
+        self._answers: dict[int, _Answer] = {}  # by id of the sequence
+        self._queued: set[int] = set()  # ids of those that no step has taken up yet
+        self._ordered = 0  # jobs that the thread has not come to yet
+        self._stopped = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -48,11 +87,29 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
+        """Ends what still runs with an error, and then the thread. Returns at once; to be called where `call` is called."""
+        self._stopped = True
+        self._orders.put(lambda: self._fail(_stopping()))
         self._orders.put(None)
+
+    def join(self) -> None:
+        """Waits for the end of a stopped thread."""
         self._thread.join()
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait their turn: answers without a place in the batch, prompts to embed or to score."""
+        return self._ordered + len(self.engine.scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers in the batch."""
+        return max(0, len(self._answers) - len(self.engine.scheduler.waiting))
+
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
-        """Runs `function` in the engine's thread between two steps."""
+        """Runs `function` in the engine's thread between two steps. Raises `ApiError` 503 after `stop`."""
+        if self._stopped:
+            raise _stopping()
         future: Future[T] = Future()
 
         def order() -> None:
@@ -69,79 +126,128 @@ class EngineThread:
     async def submit(self, wanted: list[tuple[list[int], Sampling, int]]) -> Ticket:
         """Queues answers: (prompt ids, sampling, which of n). All or none: an error leaves nothing behind."""
         ticket = Ticket(asyncio.get_running_loop())
+        asked = time.monotonic()
 
         def order(engine: Engine) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
                     sequence = engine.submit(ids, sampling, index)
                     ticket.sequences.append(sequence)
-                    self._tickets[id(sequence)] = (ticket, number)
+                    self._answers[id(sequence)] = _Answer(ticket, number, asked)
+                    self._queued.add(id(sequence))
             except Exception:
-                self._drop(ticket)
+                self._drop(ticket, None)
                 raise
 
-        future = self.call(order)
-        try:
-            await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            self.cancel(ticket)
-            raise
+        with self._counted(len(wanted)):
+            future = self.call(order)
+            try:
+                await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                self.cancel(ticket)
+                raise
         return ticket
+
+    async def grouped(
+        self, prompts: list[list[int]], function: Callable[[Engine, list[list[int]]], list[T]], tokens: int = GROUP_TOKENS
+    ) -> list[T]:
+        """`function` of all prompts, results in their order. They are handed over in groups of similar length, one group between
+        two steps, so that running answers wait for one group at most."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        out: dict[int, T] = {}
+        with self._counted(1):
+            while order:
+                count = max(1, tokens // len(prompts[order[0]]))
+                group, order = order[:count], order[count:]
+                texts = [prompts[i] for i in group]
+                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts)))  # type: ignore[misc]
+                out.update(zip(group, made, strict=True))
+        return [out[i] for i in range(len(prompts))]
+
+    @contextmanager
+    def _counted(self, jobs: int) -> Iterator[None]:
+        self._ordered += jobs
+        try:
+            yield
+        finally:
+            self._ordered -= jobs
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends what still runs of a request and frees its slots. Returns at once."""
-        self._orders.put(lambda: self._drop(ticket))
+        self._orders.put(lambda: self._drop(ticket, "abort"))
 
-    def _drop(self, ticket: Ticket) -> None:
+    def _drop(self, ticket: Ticket, reason: str | None) -> None:
         for sequence in ticket.sequences:
-            self._tickets.pop(id(sequence), None)
+            answer = self._answers.pop(id(sequence), None)
+            self._queued.discard(id(sequence))
+            if answer is not None and reason is not None:
+                self.meter.finished(reason, time.monotonic() - answer.asked)
             self.engine.cancel(sequence)
 
     def _work(self) -> None:
         while True:
-            order = self._next_order()
-            while order is not _NOTHING:
+            # Orders that come meanwhile wait for a step: no stream of them can hold up the answers that run.
+            for _ in range(max(self._orders.qsize(), int(self.engine.idle))):
+                order = self._orders.get()
                 if order is None:
                     return
                 order()
-                order = self._next_order()
-            try:
-                self._deliver(self.engine.step())
-            except Exception as error:
-                self._fail(error)
+            if not self.engine.idle:
+                self._step()
 
-    def _next_order(self) -> Any:
-        """The next order; without one, waits if there is nothing to run, else `_NOTHING`."""
-        if self.engine.idle:
-            return self._orders.get()
+    def _step(self) -> None:
         try:
-            return self._orders.get_nowait()
-        except queue.Empty:
-            return _NOTHING
+            began = time.monotonic()
+            events = self.engine.step()
+            self._note_started(began)
+            self._deliver(events)
+        except Exception as error:
+            self._fail(error)
+
+    def _note_started(self, began: float) -> None:
+        """Finds out which answers the step that began then took out of the queue."""
+        if not self._queued:
+            return
+        waiting = {id(sequence) for sequence in self.engine.scheduler.waiting}
+        for taken in self._queued - waiting:
+            self.meter.started(began - self._answers[taken].asked)
+        self._queued &= waiting
 
     def _deliver(self, events: list[Event]) -> None:
         """Hands a step's events over, with one wake-up a loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Delivery]]] = {}
+        now = time.monotonic()
         for event in events:
-            owner = self._tickets.get(id(event.sequence))
-            if owner is None:
+            answer = self._answers.get(id(event.sequence))
+            if answer is None:
                 continue
+            self._measure(answer, event, now)
             if event.finish_reason is not None:
-                del self._tickets[id(event.sequence)]
-            ticket, number = owner
-            by_loop.setdefault(ticket.loop, []).append((ticket, (number, event)))
+                del self._answers[id(event.sequence)]
+            by_loop.setdefault(answer.ticket.loop, []).append((answer.ticket, (answer.number, event)))
         for loop, mail in by_loop.items():
             _post(loop, mail)
 
+    def _measure(self, answer: _Answer, event: Event, now: float) -> None:
+        if answer.last is None:
+            self.meter.first_token(now - answer.asked, event.sequence.prompt_length)
+        else:
+            self.meter.next_token(now - answer.last)
+        answer.last = now
+        self.meter.generated(len(event.ids))
+        if event.finish_reason is not None:
+            self.meter.finished(event.finish_reason, now - answer.asked)
+
     def _fail(self, error: Exception) -> None:
         """A failed step ends every request with its error; the next ones find an empty engine."""
-        tickets = {id(ticket): ticket for ticket, _ in self._tickets.values()}
+        tickets = {id(answer.ticket): answer.ticket for answer in self._answers.values()}
         for ticket in tickets.values():
-            self._drop(ticket)
+            self._drop(ticket, "error")
             _post(ticket.loop, [(ticket, error)])
 
 
-_NOTHING = object()
+def _stopping() -> ApiError:
+    return unavailable("the server stopped before the answer was finished", "shutting_down")
 
 
 def _post(loop: asyncio.AbstractEventLoop, mail: list[tuple[Ticket, Delivery]]) -> None:

@@ -16,14 +16,14 @@ from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.parameters import count_config
 from tutelage.plan.shape import Derived, derive
-from tutelage.recipe import Estimate, Planned
-from tutelage.tokenizer.load import TokenizerFolder
+from tutelage.stages.extension import Parent
 
 if TYPE_CHECKING:
     from tutelage.data.tokens import Segments
     from tutelage.stages.training import Numbers
 
 MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger ones, and much leaner
+KEPT = ("sequence_length", "batch_tokens", "lr", "matrix_lr", "embedding_lr")  # a child run takes them from its parent
 FINE_TUNE_RATE, FINE_TUNE_AT = 2e-5, 7e9  # common practice for 7B; smaller models take more, by the square root
 
 
@@ -48,9 +48,15 @@ def check_start(config: Train) -> None:
 
 
 def derive_all(
-    config: Train, vocabulary: int, corpus_tokens: int | None, start: Path | None, begun: Mapping[str, Any] | None = None
+    config: Train,
+    vocabulary: int,
+    corpus_tokens: int | None,
+    start: Path | None,
+    begun: Mapping[str, Any] | None = None,
+    parent: Parent | None = None,
 ) -> Derived:
-    """What the size, or the checkpoint in `start` or of the shape `begun`, stands for, with all that the config gives."""
+    """What the size, or the checkpoint in `start` or of the shape `begun`, stands for, with all that the config gives. A child
+    run keeps what was derived for its `parent`. Raises `ConfigError`."""
     given = {
         "sequence_length": _given(config.sequence_length),
         "batch_tokens": _given(config.batch_tokens),
@@ -64,6 +70,9 @@ def derive_all(
     epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
     size, architecture = getattr(config, "size", "3m"), dict(getattr(config, "architecture", {}))
     because: dict[str, str] = {}
+    if parent is not None:
+        because = {key: f"as in {parent.name}" for key in KEPT if given[key] is None}
+        given.update({key: parent.numbers[key] for key in because})
     if start is not None or begun is not None:
         raw = dict(begun) if begun is not None else read_json(start / "config.json")  # type: ignore[operator]
         architecture = raw
@@ -71,12 +80,20 @@ def derive_all(
         size = str(parameters)
         rate = round(FINE_TUNE_RATE * math.sqrt(FINE_TUNE_AT / parameters), 8)
         reason = f"{FINE_TUNE_RATE:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5: a trained model moves in small steps"
-        because = {key: reason for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None}
+        open_rates = [key for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None]
+        because |= dict.fromkeys(open_rates, reason)
+        given.update(dict.fromkeys(open_rates, rate))
         if given["sequence_length"] is None:
             because["sequence_length"] = "the checkpoint's context, at most 2048"
             given["sequence_length"] = min(raw.get("max_position_embeddings", 2048), 2048)
-        given.update({key: rate for key in because if key != "sequence_length"})
     found = derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
+    if parent is not None and found.values["steps"] <= parent.steps:
+        raise ConfigError(
+            "a run can be extended only to more steps",
+            field="steps",
+            found=found.values["steps"],
+            expected=f"more than {parent.steps}, the steps of {parent.name}",
+        )
     warm = config.schedule.warmup
     values = {**found.values, "warmup_steps": warmup_steps(config.schedule, int(found.values["steps"]))}
     because["warmup_steps"] = f"schedule.warmup {warm:g}{' of the steps' if warm < 1 else ''}"
@@ -84,16 +101,27 @@ def derive_all(
     return replace(found, values=values, because={**found.because, **because}, given=found.given - because.keys())
 
 
-def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Path | None) -> tuple[Numbers, dict[str, Any]]:
+def derive_numbers(
+    config: Train, vocabulary: int, segments: Segments, start: Path | None, parent: Parent | None
+) -> tuple[Numbers, dict[str, Any]]:
     """All numbers of a run and the architecture of a new model. Prints the table of derivations."""
     from tutelage.stages.training import Numbers
     from tutelage.train.optim import Rates
 
-    found = derive_all(config, vocabulary, segments.totals["tokens"], start)
+    found = derive_all(config, vocabulary, segments.totals["tokens"], start, parent=parent)
     log.console.print(found.table())
-    values, shape = found.values, found.architecture
+    check_context(found)
+    values = found.values
     row = int(values["sequence_length"])
-    context = int(shape.get("max_position_embeddings", row))
+    rows = max(1, int(values["batch_tokens"]) // row)
+    rates = Rates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
+    return Numbers(int(values["steps"]), row, rows, micro_rows(config, found), rates), found.architecture
+
+
+def check_context(found: Derived) -> None:
+    """Raises `ConfigError` for rows that are longer than the model's context."""
+    row = int(found.values["sequence_length"])
+    context = int(found.architecture.get("max_position_embeddings", row))
     if row > context:
         raise ConfigError(
             "rows longer than the model's context",
@@ -102,54 +130,10 @@ def derive_numbers(config: Train, vocabulary: int, segments: Segments, start: Pa
             expected=f"at most {context}",
             fix="lower sequence_length, or set architecture.max_position_embeddings for a new model",
         )
-    rows = max(1, int(values["batch_tokens"]) // row)
-    micro = max(1, min(rows, MICRO_TOKENS // row)) if config.micro_rows == "derived" else config.micro_rows
-    rates = Rates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
-    return Numbers(int(values["steps"]), row, rows, micro, rates), shape
 
 
-def estimate(planned: Planned) -> Estimate | None:
-    """Time and memory before anything is read: the derivation at this machine's measured rate. None where the amount of data
-    decides and the data are not there yet."""
-    from tutelage.plan.flops import train_flops_per_token
-    from tutelage.plan.machine import measure
-    from tutelage.plan.memory import estimate as memory
-    from tutelage.plan.time import explain, train_seconds
-
-    config = planned.config
-    assert isinstance(config, Train)
-    if config.epochs is not None and config.steps == "derived" and config.tokens == "derived":
-        return None
-    found = _expected(planned)
-    machine = measure()
-    row, tokens = int(found.values["sequence_length"]), int(found.values["steps"]) * int(found.values["batch_tokens"])
-    flops = tokens * train_flops_per_token(found.architecture, row)
-    seconds = train_seconds(flops, machine.peak_flops())
-    rows = max(1, MICRO_TOKENS // row) if config.micro_rows == "derived" else config.micro_rows
-    need = memory(
-        found.architecture,
-        rows,
-        row,
-        config.optimizer.name,
-        config.dtype,
-        config.checkpointing,
-        config.kernels,
-        ranks=ranks_sharing(config),
-    )
-    return Estimate((seconds.low, seconds.high), (need.low, need.high), explain(flops, machine.peak_flops()))
-
-
-def _expected(planned: Planned) -> Derived:
-    """The derivation of a stage whose inputs may still have to be made, from the settings of the stages that make them."""
-    config, waits = planned.config, planned.waits_for
-    assert isinstance(config, Train)
-    check_start(config)
-    if "model" in planned.inputs:
-        start = planned.inputs["model"].path
-        return derive_all(config, int(read_json(start / "config.json")["vocab_size"]), None, start)
-    if "model" in waits:
-        before = _expected(waits["model"])
-        return derive_all(config, int(before.architecture["vocab_size"]), None, None, before.architecture)
-    if "tokenizer" in waits:
-        return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), None, None)
-    return derive_all(config, TokenizerFolder.open(planned.inputs["tokenizer"].path).vocab_size, None, None)
+def micro_rows(config: Train, found: Derived) -> int:
+    """Rows in one forward pass."""
+    row = int(found.values["sequence_length"])
+    rows = max(1, int(found.values["batch_tokens"]) // row)
+    return max(1, min(rows, MICRO_TOKENS // row)) if config.micro_rows == "derived" else config.micro_rows

@@ -70,8 +70,10 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
             return renderer.prompt_text(asked[-1].content)
         return renderer.prompt(asked, list(conversation.tools) or None)
 
+    engine = Engine(model, renderer, slots=32) if renderer is not None else None
+
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
-        engine = Engine(model, renderer, slots=32)
+        assert engine is not None
         wanted = int(sampling.pop("max_tokens"))
         room = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends where the context does
         return [c.text for c in engine.generate(prompts, [Sampling(max_tokens=min(wanted, r), **sampling) for r in room])]

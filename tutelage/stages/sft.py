@@ -15,7 +15,7 @@ from tutelage.errors import DataError
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, training
+from tutelage.stages import derived, extension, training
 from tutelage.tokenizer.load import FILES
 
 
@@ -28,6 +28,7 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
             found="documents",
             fix="make them with `tutelage data --kind conversations`, or use `tutelage pretrain --model`",
         )
+    parent = extension.parent_of(config, run)
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
     device = training.choose_device(config)
     model = training.load_start(run.input("model"), config, device)
@@ -36,8 +37,8 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     totals = segments[0].totals
     check_supervision(totals["supervised"], totals["tokens"], "chat")
     log.say(f"{totals['supervised']:,} of {totals['tokens']:,} tokens supervised ({totals['supervised'] / totals['tokens']:.0%})")
-    numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], start=run.input("model"))
-    return training.train_model(config, run, model, segments, tokenizer, numbers, device)
+    numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
+    return training.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
 
 
 def show_sample(records: Path, tokenizer: Path) -> None:

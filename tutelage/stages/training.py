@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from tutelage.plan.memory import estimate as memory
 from tutelage.plan.time import explain
 from tutelage.rundir import RunDir
 from tutelage.stages.derived import ranks_sharing
+from tutelage.stages.extension import Parent, say_rate, start_of
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Job, State, train
@@ -49,6 +50,12 @@ class Numbers:
     rows_per_step: int
     micro_rows: int
     rates: Rates
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What a child run takes over, by the names of the settings."""
+        batch = self.rows_per_step * self.sequence_length
+        return {"sequence_length": self.sequence_length, "batch_tokens": batch, **asdict(self.rates)}
 
 
 def choose_device(config: Any) -> torch.device:
@@ -113,8 +120,10 @@ def train_model(
     tokenizer: Path,
     numbers: Numbers,
     device: torch.device,
+    parent: Parent | None,
 ) -> dict[str, Any]:
-    """Trains `model` in the run's folder, writes `model/`, returns the facts of the run."""
+    """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
+    of the run."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
         check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")
@@ -125,25 +134,13 @@ def train_model(
     compile_model(model, config, device)
     distributed.start(str(device))
     place(model, config, device)
-    source = StaticSource(
-        segments[0],
-        row_length=numbers.sequence_length,
-        rows_per_step=numbers.rows_per_step,
-        micro_rows=numbers.micro_rows,
-        seed=run.seed,
-        policy=config.too_long,
-        packing=config.packing,
-        trim=config.packing == "none",
-        rank=log.rank(),
-        world=distributed.world(),
-    )
-    for line in source.describe():
-        log.say(line)
-    say_packing(source.report)
+    source = make_source(config, run, segments[0], numbers)
     parts = {"policy": model}
     shape = model.config.to_hf()
     machine = measure_machine()
-    say_plan(config, numbers, shape, machine, device)
+    if parent is not None:
+        say_rate(parent, config, numbers.steps)
+    say_plan(config, numbers, shape, machine, device, parent.steps if parent else 0)
     job = Job(
         recipe=Recipe(
             parts, objective("next_token"), clip=config.optimizer.clip, dtype=getattr(torch, config.dtype), device=device
@@ -159,6 +156,7 @@ def train_model(
         peak_flops=machine.peak_flops(str(device), config.dtype),
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
+        start_from=start_of(run, parent) if parent else None,
     )
     job.hooks = make_hooks(config, job, run, model, words, segments[1], numbers)
     try:
@@ -168,7 +166,27 @@ def train_model(
     finally:
         job.metrics.close()
         distributed.stop()
-    return facts(state, shape, machine.cpu)
+    return facts(state, shape, machine.cpu, numbers, parent)
+
+
+def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers) -> StaticSource:
+    """The batches of this rank. Says what they are made of and what packing did."""
+    source = StaticSource(
+        segments,
+        row_length=numbers.sequence_length,
+        rows_per_step=numbers.rows_per_step,
+        micro_rows=numbers.micro_rows,
+        seed=run.seed,
+        policy=config.too_long,
+        packing=config.packing,
+        trim=config.packing == "none",
+        rank=log.rank(),
+        world=distributed.world(),
+    )
+    for line in source.describe():
+        log.say(line)
+    say_packing(source.report)
+    return source
 
 
 def identity(config: Train, run: RunDir, numbers: Numbers) -> str:
@@ -236,11 +254,12 @@ def samples(model: Any, words: TokenizerFolder, prompts: list[list[int]], limit:
     return [{"prompt": words.decode(p), "text": words.decode(c.ids)} for p, c in zip(prompts, done, strict=True)]
 
 
-def say_plan(config: Train, numbers: Numbers, shape: dict[str, Any], machine: Machine, device: torch.device) -> None:
-    """Time and memory, before the first step (promise 11)."""
-    flops = (
-        numbers.steps * numbers.rows_per_step * numbers.sequence_length * train_flops_per_token(shape, numbers.sequence_length)
-    )
+def say_plan(
+    config: Train, numbers: Numbers, shape: dict[str, Any], machine: Machine, device: torch.device, done: int = 0
+) -> None:
+    """Time and memory, before the first step (promise 11); `done` steps were made by the run that this one extends."""
+    tokens = (numbers.steps - done) * numbers.rows_per_step * numbers.sequence_length
+    flops = tokens * train_flops_per_token(shape, numbers.sequence_length)
     log.say(f"time: {explain(flops, machine.peak_flops(device.type, config.dtype), device.type)}")
     need = memory(
         shape,
@@ -264,9 +283,10 @@ def say_packing(report: dict[str, float]) -> None:
             log.say(f"  {key}: {value:,.0f}")
 
 
-def facts(state: State, shape: dict[str, Any], cpu: str) -> dict[str, Any]:
-    """The run's numbers for run.json."""
+def facts(state: State, shape: dict[str, Any], cpu: str, numbers: Numbers, parent: Parent | None) -> dict[str, Any]:
+    """The run's numbers for run.json. Those of a child run include its parent's, but for the energy, which chains add up."""
     progress = state.progress
+    own_seconds = progress.seconds - (parent.facts["train_seconds"] if parent else 0.0)
     validate = state.job.hooks.get("validate")
     out: dict[str, Any] = {
         "steps": progress.step,
@@ -279,8 +299,11 @@ def facts(state: State, shape: dict[str, Any], cpu: str) -> dict[str, Any]:
         "stopped_early": state.stop,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "shape": shape,
-        "energy": energy(progress.seconds, cpu).to_json(),
+        "energy": energy(max(0.0, own_seconds), cpu).to_json(),  # the parent's seconds are rounded
+        "numbers": numbers.derived,
     }
+    if parent is not None:
+        out["extended_from"] = {"run": parent.name, "step": parent.steps}
     if isinstance(validate, hooks.Validate) and validate.latest is not None:
         out["validation_loss"] = validate.latest
         if validate.tokens_per_byte:

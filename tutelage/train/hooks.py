@@ -52,7 +52,8 @@ def facts(state: State) -> dict[str, Any]:
         "tokens": state.progress.tokens,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
-        "lr": state.lr_factor,
+        "lr": job.optimizers.rate,
+        "lr_factor": state.lr_factor,
         "tokens_per_second": round(speed, 1),
         "seconds": round(state.progress.seconds, 3),
     }

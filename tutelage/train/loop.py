@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +17,7 @@ import torch
 from tutelage import log
 from tutelage.config.train import Schedule
 from tutelage.errors import TrainingStopped
+from tutelage.files import whole_folder
 from tutelage.train import checkpoint, distributed
 from tutelage.train.checkpoint import Progress
 from tutelage.train.failure import stop_with_rows
@@ -26,6 +28,8 @@ from tutelage.train.watch import UpdateWatch
 
 if TYPE_CHECKING:
     from tutelage.data.loader import GlobalBatch
+
+OF_HOOKS = ("best", "samples")  # folders of a run directory in which hooks keep what a child run takes over
 
 
 class Source(Protocol):
@@ -67,6 +71,7 @@ class Job:
     checkpoint_seconds: float = 600.0  # time between checkpoints when checkpoint_every is 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    start_from: Path | None = None  # the last checkpoint of the run that this one extends; not asked once it has one of its own
 
 
 @dataclass(slots=True)
@@ -99,6 +104,8 @@ def train(job: Job) -> State:
     try:
         if found is None:
             dry_run(job)  # before the hooks: a first validation takes longer
+            if job.start_from is not None:
+                extend(state, job.start_from)
         for hook in job.hooks.values():
             hook.start(state)
         steps(state)
@@ -168,6 +175,7 @@ def dry_run(job: Job) -> None:
 
 
 def resume(state: State, found: Path) -> None:
+    """Goes on from a checkpoint of this run."""
     job = state.job
     progress = checkpoint.load(found, job.recipe.parts, job.optimizers)
     if progress.identity != job.identity:
@@ -177,13 +185,31 @@ def resume(state: State, found: Path) -> None:
             expected=job.identity,
             fix="start a new run with --force",
         )
+    restore(state, progress, job.metrics.path)
+    log.say(f"resuming after step {progress.step} of {job.steps}")
+
+
+def extend(state: State, found: Path) -> None:
+    """Goes on from a checkpoint of another run, whose curves, samples and best weights become the beginning of this one's."""
+    job, other = state.job, found.parent.parent
+    progress = checkpoint.load(found, job.recipe.parts, job.optimizers)
+    for name in OF_HOOKS:
+        if (other / name).exists() and log.rank() == 0:
+            with whole_folder(job.folder / name) as out:
+                shutil.copytree(other / name, out, dirs_exist_ok=True)
+    restore(state, replace(progress, identity=job.identity), other / "metrics.jsonl")
+    log.say(f"going on after step {progress.step} of {job.steps} from {found}")
+
+
+def restore(state: State, progress: Progress, metrics: Path) -> None:
+    """Gives source and hooks their state at a checkpoint, and keeps the lines of `metrics` up to it."""
+    job = state.job
     job.source.load_state_dict(progress.source)
     for name, hook in job.hooks.items():
         hook.load_state_dict(progress.hooks.get(name, {}))
     if log.rank() == 0:  # one file for all ranks
-        job.metrics.truncate_after(progress.step)
+        job.metrics.begin_with(metrics, progress.step)
     state.progress = progress
-    log.say(f"resuming after step {progress.step} of {job.steps}")
 
 
 def due(job: Job, step: int, saved_at: float) -> bool:

@@ -66,6 +66,11 @@ class Optimizers:
             for group in opt.param_groups:
                 group["peak_lr"] = group["lr"]
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first parameter group: the embedding's, where it is trained."""
+        return float(self.all[0].param_groups[0]["lr"])
+
     def set_factor(self, factor: float) -> None:
         for opt in self.all:
             for group in opt.param_groups:

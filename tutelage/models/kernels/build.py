@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -9,17 +10,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "decode.cpp", "elementwise.cpp", "loss.cpp")
-HEADERS = ("simd.h", "heads.h")
+SOURCES = ("attention.cpp", "decode.cpp", "elementwise.cpp", "forward.cpp", "loss.cpp")
+HEADERS = ("simd.h", "heads.h", "attend.h")
 COMPILERS = ("g++", "clang++", "c++")
 # Not -ffast-math: it would hide NaN, and a library linked with it makes the whole process flush denormals.
 COMMON = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # First choice first. With OpenMP the kernels share torch's thread pool; without it they start their own threads.
 CHOICES = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
 TIMEOUT_SECONDS = 300
+KEPT_SECONDS = 30 * 24 * 3600.0  # a library that no process loaded for so long is removed
 
 
 class BuildError(Exception):
@@ -51,18 +54,31 @@ def load(folder: Path | None = None, search: str | None = None) -> ctypes.CDLL:
     target = folder / f"{key}.so"
     if target.exists():
         try:
-            return ctypes.CDLL(str(target))
+            library = ctypes.CDLL(str(target))
         except OSError:
             pass  # cut short by a full disk, or of another machine: built again below
+        else:
+            with contextlib.suppress(OSError):  # of somebody else, or on a read-only disk
+                os.utime(target)  # its time is that of its last use, see `_remove_unused`
+            return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
             built = _compile(compiler, Path(scratch))
             built.replace(target)
+        _remove_unused(folder)
         return _open(target)
     except OSError:
         with tempfile.TemporaryDirectory(prefix="tutelage-kernels-") as scratch:
             return _open(_compile(compiler, Path(scratch)))
+
+
+def _remove_unused(folder: Path) -> None:
+    """Every version of source, compiler and processor leaves a library: those that nothing has loaded for a month go."""
+    for library in folder.glob("*.so"):
+        with contextlib.suppress(OSError):  # another process may be removing it
+            if time.time() - library.stat().st_mtime > KEPT_SECONDS:
+                library.unlink()
 
 
 def _open(path: Path) -> ctypes.CDLL:

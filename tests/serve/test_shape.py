@@ -1,0 +1,153 @@
+"""Structured output and tool calls with the real `openai` client: enforced or refused, never accepted and ignored."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
+
+from tests.engine import small
+from tests.serve.running import Running
+from tutelage.engine import Engine
+from tutelage.serve.app import create_app
+
+NAME, HI = "tiny", [{"role": "user", "content": "the cat"}]
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["name", "legs"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "feed", "description": "Feeds it", "parameters": PERSON}},
+    {"type": "function", "function": {"name": "call_vet", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    renderer = small.renderer(tmp_path_factory.mktemp("tokenizer") / "t")
+    engine = Engine(small.model(renderer.tokenizer.vocab_size, context=1536), renderer, slots=4)
+    running = Running(create_app(engine, renderer, NAME))
+    yield running.client()
+    running.close()
+
+
+def chat(client: openai.OpenAI, **asked: Any) -> ChatCompletion:
+    found = client.chat.completions.create(model=NAME, messages=HI, max_tokens=400, temperature=1.0, **asked)  # type: ignore[call-overload]
+    ChatCompletion.model_validate(found.model_dump(), strict=True)
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_schema_is_enforced(client: openai.OpenAI, seed: int) -> None:
+    """A model of random weights writes what the schema says, and its answer ends there."""
+    asked = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": PERSON}}
+    choice = chat(client, response_format=asked, seed=seed).choices[0]
+    pet = json.loads(choice.message.content or "")
+    assert choice.finish_reason == "stop" and set(pet) == {"name", "legs"}
+    assert isinstance(pet["name"], str) and len(pet["name"]) <= 8 and 0 <= pet["legs"] <= 9
+
+
+def test_the_clients_own_parser_reads_it(client: openai.OpenAI) -> None:
+    class Pet(BaseModel):
+        kind: Literal["cat", "dog"]
+        old: bool
+
+    found = client.chat.completions.parse(model=NAME, messages=HI, response_format=Pet, max_tokens=200, seed=1)  # type: ignore[arg-type]
+    assert isinstance(found.choices[0].message.parsed, Pet)
+
+
+def test_json_objects_end(client: openai.OpenAI) -> None:
+    """Endless digits and endless lists (vllm#52011): here also without a schema."""
+    for seed in range(3):
+        choice = chat(client, response_format={"type": "json_object"}, seed=seed).choices[0]
+        assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content or ""), dict)
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [({"choice": ["good cat", "bad cat"]}, "(good|bad) cat"), ({"regex": r"[a-c]{3}-\d{2}"}, r"[a-c]{3}-\d{2}"),
+     ({"grammar": 'start: "a" /[0-9]{2}/ "z"'}, r"a\d\dz"), ({"json": {"enum": [1, 2]}}, "[12]")],
+)  # fmt: skip
+def test_extra_kinds_of_grammar(client: openai.OpenAI, asked: dict[str, Any], pattern: str) -> None:
+    choice = chat(client, extra_body={"structured_outputs": asked}, seed=2).choices[0]
+    assert re.fullmatch(pattern, choice.message.content or "") and choice.finish_reason == "stop"
+    text = client.completions.create(
+        model=NAME, prompt="x", max_tokens=50, extra_body={"structured_outputs": asked}
+    ).choices[0].text  # fmt: skip
+    assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "feed"}}])
+def test_a_required_call_is_made(client: openai.OpenAI, choice: Any) -> None:
+    found = chat(client, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, seed=3).choices[0]
+    assert found.finish_reason == "tool_calls" and found.message.content is None
+    (call,) = found.message.tool_calls or []
+    assert call.type == "function" and call.function.name in ("feed", "call_vet")
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"name", "legs"} if call.function.name == "feed" else isinstance(arguments, dict)
+
+
+def test_a_streamed_call_is_the_whole_one(client: openai.OpenAI) -> None:
+    """Deltas that do not add up; a finish reason that differs by mode (vllm#53255)."""
+    how: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": 5}
+    whole = chat(client, **how).choices[0]
+    chunks = list(client.chat.completions.create(model=NAME, messages=HI, max_tokens=400, temperature=1.0, stream=True, **how))  # type: ignore[call-overload]
+    calls: dict[int, dict[str, str]] = {}
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk.model_dump(), strict=True)
+        for delta in chunk.choices[0].delta.tool_calls or []:
+            call = calls.setdefault(delta.index, {"name": "", "arguments": ""})
+            call["name"] += delta.function.name or ""
+            call["arguments"] += delta.function.arguments or ""
+    assert list(calls.values()) == [
+        {"name": c.function.name, "arguments": c.function.arguments} for c in whole.message.tool_calls
+    ]
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "tool_calls"
+
+
+def test_the_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
+    call = {"id": "abc123def", "type": "function", "function": {"name": "feed", "arguments": '{"name": "Tom", "legs": 4}'}}
+    messages: Any = [
+        *HI, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abc123def", "content": "fed"},
+    ]  # fmt: skip
+    found = client.chat.completions.create(model=NAME, messages=messages, tools=TOOLS, max_tokens=5)
+    assert found.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "not": {}}}}},
+         "response_format"),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS, "tool_choice": "required"}, "response_format"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, "structured_outputs"),
+        ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "structured_outputs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused(client: openai.OpenAI, asked: dict[str, Any], param: str) -> None:
+    """A schema that is accepted and ignored (llama.cpp#24097)."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, **asked)
+    assert caught.value.param == param
+
+
+def test_broken_tool_calls_in_messages_are_a_400(client: openai.OpenAI) -> None:
+    """The template would fail on them: a 500."""
+    for call in ({}, {"function": {"name": "f", "arguments": "{"}}, {"function": {"name": "f", "arguments": "3"}}, 7):
+        messages: Any = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "go on"}]
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model=NAME, messages=messages, max_tokens=2)

@@ -1,0 +1,95 @@
+"""Encoder-decoder models of `transformers` (T5, BART, Marian): a source is encoded once, a target is written token by token.
+
+Shapes: B rows, S tokens of the longest source, T of the longest target, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutelage.errors import ArtifactError, ConfigError
+from tutelage.models.hf import LogitsHead, Wrapped
+from tutelage.models.hf_state import State
+from tutelage.models.interface import Batch, Output
+
+ENCODE_TOKENS = 4096
+"""Tokens, padding included, of one pass of the encoder."""
+
+
+class Seq2Seq(Wrapped):
+    """An encoder-decoder, to generate with and to score. Its hidden states are its logits: such heads scale and add biases."""
+
+    is_encoder_decoder = True
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__(hf)
+        self.lm_head = LogitsHead(self._modules.get("lm_head"))
+        self.start = _start(hf)  # what every target begins with, before the tokens that the model makes
+        end = hf.generation_config.eos_token_id
+        self.ends: tuple[int, ...] = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+
+    def forward(self, batch: Batch) -> Output:
+        """Raises ConfigError: rows of text do not say what is source and what is target."""
+        raise ConfigError(
+            "an encoder-decoder model cannot read rows of plain text", found=self.config.model_type,
+            expected="a decoder-only model", fix="generate with it, or score targets after sources",
+        )  # fmt: skip
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self(batch).hidden  # type: ignore[no-any-return]
+
+    def begin(self, sources: Sequence[Sequence[int]]) -> State:
+        """Encodes the sources; of the targets nothing is read yet."""
+        ids, mask = self._padded(sources)
+        rows = max(1, ENCODE_TOKENS // ids.shape[1])
+        encoder = self.hf.get_encoder()
+        states = [
+            encoder(input_ids=i, attention_mask=m.long()).last_hidden_state
+            for i, m in zip(ids.split(rows), mask.split(rows), strict=True)
+        ]
+        return State.new(len(sources), torch.cat(states), mask)
+
+    def extend(self, ids: Tensor, state: State) -> Tensor:
+        """Logits [B,T,V] of the next tokens [B,T] of the state's targets; the state takes them up."""
+        from transformers.modeling_outputs import MoEModelOutput
+
+        assert state.source is not None and state.mask is not None
+        # The widest of the records that models expect here: mixtures of experts look for their routers' logits.
+        encoded = MoEModelOutput(last_hidden_state=state.source)  # type: ignore[arg-type]
+        got = self.hf(
+            encoder_outputs=encoded, attention_mask=state.mask.long(), decoder_input_ids=ids,
+            past_key_values=state.cache, use_cache=True,
+        )  # fmt: skip
+        return got.logits  # type: ignore[no-any-return]
+
+    def read(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B,T,V] of whole targets, read at once and without a cache. Targets are padded at the right."""
+        ids, mask = self._padded(sources)
+        got = self.hf(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=self._padded(targets)[0], use_cache=False)
+        return got.logits  # type: ignore[no-any-return]
+
+    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """ids [B,T], filled up at the right, and which of them are real."""
+        device = next(self.parameters()).device
+        lengths = torch.tensor([len(t) for t in texts])
+        ids = torch.full((len(texts), int(lengths.max())), self.config.pad_token_id or 0)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = torch.tensor(text)
+        return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+
+
+def _start(hf: Any) -> tuple[int, ...]:
+    """The decoder's first token, and the one that the model's settings force after it (a language, a BOS)."""
+    settings = hf.generation_config
+    first = settings.decoder_start_token_id if settings.decoder_start_token_id is not None else settings.bos_token_id
+    if first is None:
+        raise ArtifactError(
+            "the model does not say what its decoder starts with", file=hf.name_or_path or None,
+            field="decoder_start_token_id", fix="set decoder_start_token_id in generation_config.json",
+        )  # fmt: skip
+    forced = settings.forced_bos_token_id
+    return (first,) if forced is None else (first, forced)

@@ -1,0 +1,127 @@
+"""The input of `generate`: rows of a file in order, one at a time, each with its place. A broken row has its place too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tutelage.data.readers import READERS, TABLES, suffix_of
+from tutelage.data.readers_base import ReadOptions, Rejections, Row, decode
+from tutelage.data.readers_files import read_jsonl, read_text
+from tutelage.errors import DataError
+from tutelage.files import file_digest, whole_file
+
+STDIN = "-"
+
+
+@dataclass(slots=True, frozen=True)
+class Entry:
+    """One row of an archive.
+
+    Example:
+        Entry(index=0, line=1, fields={"prompt": "Once upon a time"})
+    """
+
+    index: int  # from 0, in the order of the archive; blank lines are no rows
+    line: int  # from 1; the number of the row where the format has no lines
+    fields: dict[str, Any]
+    error: DataError | None = None  # set where the row cannot be read; `fields` is empty then
+
+
+@dataclass(slots=True)
+class _Broken(Rejections):
+    """Rows that a reader could not read, until they are handed on."""
+
+    waiting: list[DataError] = field(default_factory=list)
+
+    def broken(self, error: DataError, *, source: str, excerpt: str = "") -> None:
+        self.waiting.append(error)
+
+
+class Archive:
+    """A file of rows. Raises `DataError` where there is none, or one that holds no rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise DataError("no such file", file=path, fix="check the path, or give - for standard input")
+        if not os.access(path, os.R_OK):
+            raise DataError("no permission to read this file", file=path, fix="chmod +r it")
+        self.reader = READERS.get(suffix_of(path))
+        if path.suffix == ".stdin" and _first_byte(path) == b"{":
+            self.reader = read_jsonl
+        if self.reader not in (*TABLES, read_text, None):
+            raise DataError(
+                "prompts are not read from such a file", file=path, expected="JSONL, JSON, CSV, Parquet, or a prompt a line"
+            )
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every row, in order; one pass through the file."""
+        report = _Broken()
+        index = 0
+        for row in self._rows(report):
+            while report.waiting:
+                yield _unreadable(index, report.waiting.pop(0))
+                index += 1
+            yield Entry(index, row.line, row.fields)
+            index += 1
+        for error in report.waiting:
+            yield _unreadable(index, error)
+            index += 1
+
+    def _rows(self, report: Rejections) -> Iterator[Row]:
+        if self.reader is None or self.reader is read_text:
+            yield from _lines(self.path, report)
+            return
+        for item in self.reader(self.path, ReadOptions(kind="conversations"), report):
+            assert isinstance(item, Row)
+            yield item
+
+
+def _unreadable(index: int, error: DataError) -> Entry:
+    return Entry(index, error.line or 0, {}, error)
+
+
+def _lines(path: Path, report: Rejections) -> Iterator[Row]:
+    """A prompt a line."""
+    offset = 0
+    with path.open("rb") as f:
+        for number, data in enumerate(f, 1):
+            start, offset = offset, offset + len(data)
+            if data.isspace():
+                continue
+            try:
+                text = decode(data, str(path), "utf-8", line=number, offset=start)
+            except DataError as error:
+                report.broken(error, source=f"{path}#{number}")
+                continue
+            yield Row({"prompt": text.rstrip("\r\n")}, f"{path}#{number}", str(path), number)
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as f:
+        return f.read(4096).lstrip()[:1]
+
+
+@contextlib.contextmanager
+def opened(source: str, output: Path) -> Iterator[Archive]:
+    """The archive at `source`. Standard input, which is read more than once, is copied beside the output."""
+    if source != STDIN:
+        yield Archive(Path(source).expanduser())
+        return
+    copy = output.with_name(f"{output.name}.stdin")
+    try:
+        with whole_file(copy, "wb", "--output") as f:
+            shutil.copyfileobj(sys.stdin.buffer, f)
+        yield Archive(copy)
+    finally:
+        copy.unlink(missing_ok=True)

@@ -1,0 +1,42 @@
+"""Chat and text completions."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+
+from tutelage.serve.job import Job
+from tutelage.serve.replies import Reply
+from tutelage.serve.requests import as_api_errors, read_json
+from tutelage.serve.schema import ChatRequest, CompletionRequest, parse
+from tutelage.serve.shape import shape_of
+from tutelage.serve.state import state_of
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(request: Request) -> Response:
+    asked = parse(ChatRequest, await read_json(request))
+    served = state_of(request).admit(request, asked.model)
+    asked.refuse_unsupported()
+    sampling = asked.sampling(served.engine.vocab_size)
+    turns = asked.turns()
+    shape = await shape_of(asked, served)
+    with as_api_errors("messages"):
+        ids = await asyncio.to_thread(served.renderer.prompt, turns, list(shape.tools) or None)
+    reply = Reply("chat.completion", served.name)
+    return await Job(request, served, reply, [ids], shape.sampling(sampling), "messages", shape.style).answer(asked)
+
+
+@router.post("/v1/completions", response_model=None)
+async def complete(request: Request) -> Response:
+    asked = parse(CompletionRequest, await read_json(request))
+    served = state_of(request).admit(request, asked.model)
+    sampling = (await shape_of(asked, served)).sampling(asked.sampling(served.engine.vocab_size))
+    prompts = asked.prompts()
+    with as_api_errors("prompt"):
+        ids = await asyncio.to_thread(lambda: [served.engine.encode(prompt) for prompt in prompts])
+    job = Job(request, served, Reply("text_completion", served.name), ids, sampling, "prompt")
+    return await job.answer(asked, echo=prompts if asked.echo else ())

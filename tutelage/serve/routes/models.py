@@ -1,0 +1,64 @@
+"""Which models there are, and how they come and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from tutelage.serve.requests import as_api_errors, read_json
+from tutelage.serve.schema import ApiError, parse
+from tutelage.serve.state import ServerState, state_of
+
+router = APIRouter()
+
+
+class LoadRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^\w[\w.:/@+-]{0,127}$")
+    path: str = Field(pattern=r"^[^\x00]{1,4096}$")
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [served.card for served in state_of(request).models]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    return state_of(request).models.get(name).card
+
+
+@router.post("/admin/models")
+async def load(request: Request) -> dict[str, Any]:
+    """Loads a model folder and replies with its card once it is served."""
+    state = state_of(request)
+    asked = parse(LoadRequest, await read_json(request))
+    state.refuse_draining()
+    folder = _allowed(state, asked.path)
+    try:
+        with as_api_errors("path"):
+            return (await state.models.load(asked.name, folder)).card
+    except OSError as error:
+        raise ApiError(400, f"the folder cannot be read: {error.strerror}", param="path") from error
+
+
+@router.delete("/admin/models/{name:path}")
+async def unload(request: Request, name: str) -> dict[str, Any]:
+    """Replies when the model's last request is finished and its memory is free."""
+    await state_of(request).models.unload(name)
+    return {"id": name, "object": "model", "deleted": True}
+
+
+def _allowed(state: ServerState, path: str) -> Path:
+    """The folder, links followed. Raises `ApiError` 403 for one that is elsewhere, whether it exists or not."""
+    folder = Path(path).resolve()
+    if not any(folder.is_relative_to(allowed) for allowed in state.allowed):
+        raise ApiError(
+            403, "models are loaded only from folders given by --allow-models", param="path", code="path_not_allowed",
+            kind="permission_error",
+        )  # fmt: skip
+    return folder

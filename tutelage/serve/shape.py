@@ -1,0 +1,135 @@
+"""What a request asks of the shape of its answer: a format, a schema, tools and whether they must be called."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tutelage.engine import Sampling
+from tutelage.engine.grammar import Grammar
+from tutelage.engine.tool_calls import CallStyle
+from tutelage.engine.tool_choice import tool_grammar
+from tutelage.errors import ConfigError
+from tutelage.serve.models import Served
+from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest
+
+STRUCTURED = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark", "json_object": "json_object"}
+"""Keys of `structured_outputs`, as vLLM has them, and our kinds of grammar."""
+
+
+@dataclass(slots=True, frozen=True)
+class Shape:
+    """`tools` are shown to the model; `style` is how it writes calls, None where it may make none."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    style: CallStyle | None = None
+    grammar: Grammar | None = None
+
+    def sampling(self, plain: Sampling) -> Sampling:
+        shown = tuple(sorted(self.style.visible)) if self.style else ()
+        return replace(plain, grammar=self.grammar, shown_ids=shown)
+
+
+async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Shape:
+    """Raises `ApiError` naming the parameter that cannot be honoured. A grammar is compiled when this returns."""
+    tools: tuple[dict[str, Any], ...] = ()
+    style: CallStyle | None = None
+    formats: dict[str, Grammar] = {}
+    if (structured := _structured(asked.structured_outputs)) is not None:
+        formats["structured_outputs"] = structured
+    if isinstance(asked, ChatRequest):
+        if (wanted := _response_format(asked.response_format)) is not None:
+            formats["response_format"] = wanted
+        tools, mode, name = _tools(asked)
+        if tools:
+            style = _named("tools", served.call_style)
+            if mode == "required":
+                parallel = asked.parallel_tool_calls is not False
+                formats["tool_choice"] = _named("tools", tool_grammar, style, tools, name, parallel=parallel)
+    if len(formats) > 1:
+        raise ApiError(400, f"{' and '.join(formats)} exclude each other", param=next(iter(formats)))
+    for param, grammar in formats.items():
+        await asyncio.to_thread(_named, param, served.engine.constrain, grammar)
+        return Shape(tools, style, grammar)
+    return Shape(tools, style)
+
+
+def _named(param: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls a function whose `ConfigError` is the fault of `param`."""
+    try:
+        return function(*arguments, **options)
+    except ConfigError as error:
+        detail = f" at {error.field}" if error.field and error.field != param else ""
+        found = f": {error.found}" if error.found is not None else ""
+        fix = f"; {error.fix}" if error.fix else ""
+        raise ApiError(400, f"{param}{detail}: {error.message}{found}{fix}"[:2000], param=param) from error
+
+
+def _response_format(given: dict[str, Any] | None) -> Grammar | None:
+    kind = (given or {}).get("type", "text")
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar("json_object")
+    outer = given.get("json_schema")
+    if kind != "json_schema" or not isinstance(outer, dict) or not isinstance(outer.get("schema"), dict | bool):
+        raise ApiError(
+            400, "response_format is text, json_object, or json_schema with json_schema.schema", param="response_format"
+        )
+    return _named("response_format", Grammar.of_schema, outer["schema"])  # type: ignore[no-any-return]
+
+
+def _structured(given: dict[str, Any] | None) -> Grammar | None:
+    if given is None:
+        return None
+    asked = {key: value for key, value in given.items() if value is not None}
+    if len(asked) != 1 or next(iter(asked)) not in STRUCTURED:
+        raise ApiError(400, f"structured_outputs has one of {', '.join(STRUCTURED)}", param="structured_outputs")
+    ((key, value),) = asked.items()
+    if key == "json" and not isinstance(value, str):
+        return _named("structured_outputs", Grammar.of_schema, value)  # type: ignore[no-any-return]
+    if key == "choice" and isinstance(value, list):
+        return _named("structured_outputs", Grammar.of_choices, value)  # type: ignore[no-any-return]
+    source = "" if key == "json_object" else value
+    return _named("structured_outputs", Grammar, STRUCTURED[key], source)  # type: ignore[no-any-return]
+
+
+def _tools(asked: ChatRequest) -> tuple[tuple[dict[str, Any], ...], str, str | None]:
+    """The tools to show, whether a call is required, and of which tool."""
+    tools = tuple(_checked(tool, i) for i, tool in enumerate(asked.tools or ()))
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "two tools have one name", param="tools")
+    choice = asked.tool_choice
+    if choice in (None, "auto", "none"):
+        return (() if choice == "none" else tools), "auto", None
+    if not tools:
+        raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
+    if choice == "required":
+        return tools, "required", None
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _allowed(choice.get("allowed_tools"), tools)
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(function, dict) or function.get("name") not in names:
+        raise ApiError(400, "tool_choice is none, auto, required, or names one of the tools", param="tool_choice")
+    return tools, "required", function["name"]
+
+
+def _allowed(given: Any, tools: tuple[dict[str, Any], ...]) -> tuple[tuple[dict[str, Any], ...], str, str | None]:
+    given = given if isinstance(given, dict) else {}
+    wanted = [(t.get("function") or {}).get("name") for t in given.get("tools") or () if isinstance(t, dict)]
+    chosen = tuple(tool for tool in tools if tool["function"]["name"] in wanted)
+    if given.get("mode", "auto") not in ("auto", "required") or not wanted or len(chosen) != len(set(wanted)):
+        raise ApiError(400, "allowed_tools has a mode (auto or required) and names given tools", param="tool_choice")
+    return chosen, given.get("mode", "auto"), None
+
+
+def _checked(tool: Any, number: int) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ApiError(400, f"tools[{number}] is a function with a name", param="tools")
+    if not isinstance(function.get("parameters", {}), dict | None):
+        raise ApiError(400, f"tools[{number}].function.parameters is a JSON schema", param="tools")
+    known = {"name", "description", "parameters", "strict"}
+    return {"type": "function", "function": {k: v for k, v in function.items() if k in known and k != "strict" and v is not None}}

@@ -1,0 +1,171 @@
+"""What each kind of stage is expected to take, before it runs and without torch: one function a row of the table of stages.
+
+Each raises `Unknown` where a stage that has not run decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tutelage.config.stages import Data, Evaluate, Tokens
+from tutelage.config.train import Train
+from tutelage.data.encode import CHUNK_BYTES
+from tutelage.errors import ArtifactError, ConfigError
+from tutelage.files import read_json
+from tutelage.plan import stages as parts
+from tutelage.plan.machine import Machine, core_count, find_compiler, measure
+from tutelage.plan.memory import estimate as training_memory
+from tutelage.plan.parameters import Shape
+from tutelage.plan.shape import Derived
+from tutelage.plan.time import NOTHING, Span
+from tutelage.recipe import Estimate, Planned, Unknown
+from tutelage.stages import amounts
+from tutelage.stages.amounts import Records, records_of
+from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows, ranks_sharing
+from tutelage.stages.extension import Parent, parent_of
+from tutelage.tokenizer.load import TokenizerFolder
+
+SOME_TOKENS = 10**8  # of data, where only what does not depend on them is asked for
+CONTROL = {True: Span(4, 20), False: Span(1, 2)}  # tokens of a record beside its text: 8.7 in a conversation of two turns
+
+
+def data(planned: Planned) -> Estimate:
+    """Text out of its files, then cleaned, deduplicated and written."""
+    config = planned.config
+    assert isinstance(config, Data)
+    found = [amounts.source(name, config) for name in (*config.sources, *config.validation_sources)]
+    text, reading = (sum(spans, NOTHING) for spans in ((s.text for s in found), (s.seconds for s in found)))
+    out = parts.START + parts.collect(text, config.kind, max(s.largest for s in found))
+    return out + Estimate(reading, NOTHING, f"{reading.said('s')} to find it in its files", "") if reading.high else out
+
+
+def tokenizer(planned: Planned) -> Estimate:
+    """Learning from one part of the records, measured on the other."""
+    found = records_of(planned, "data")
+    return parts.START + parts.learn(found.train_bytes + found.held_out_bytes)
+
+
+def tokens(planned: Planned) -> Estimate:
+    """Encoding both parts."""
+    assert isinstance(planned.config, Tokens)
+    return parts.START + _encoding(records_of(planned, "data"), planned.config.workers)
+
+
+def training(planned: Planned) -> Estimate:
+    """The derivation at this machine's measured rate, for the least and the most data that there may be."""
+    config = planned.config
+    assert isinstance(config, Train)
+    found = derived(planned, SOME_TOKENS)
+    check_context(found)
+    shape, row = found.architecture, int(found.values["sequence_length"])
+    ends, making = [found], None
+    try:
+        records = records_of(planned, "data")
+        most = corpus_tokens(records, Shape.of(shape).vocab)
+        ends, making = [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
+    except Unknown:
+        if config.steps == config.tokens == "derived":
+            raise
+    machine = measure()
+    device = _device(config.device, machine)
+    kernels = config.kernels and device == "cpu" and find_compiler() is not None
+    rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
+    need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    parent = _parent(planned)
+    done = parent.steps if parent else 0
+    steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
+    out = parts.train(shape, Span(steps[0], steps[-1]), row, machine.peak_flops(device, config.dtype), device, need)
+    out = parts.START_TORCH + out
+    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+
+
+def evaluate(planned: Planned) -> Estimate:
+    """Reading the held-out documents, the yardsticks, and answering the held-out questions."""
+    config = planned.config
+    assert isinstance(config, Evaluate)
+    shape = shape_of(planned)
+    machine = measure()
+    device = _device(config.device, machine)
+    peak, out = machine.peak_flops(device), parts.START_TORCH
+    try:
+        vocabulary = Shape.of(shape).vocab
+        if config.documents:
+            found = records_of(planned, "documents")
+            part = min(1.0, config.max_documents / found.held_out.high) if config.max_documents else 1.0
+            text = Span(found.held_out_bytes.low * part, found.held_out_bytes.high * part)
+            read = text / parts.bytes_per_token(vocabulary) + found.held_out * part
+            out += parts.read(shape, read, config.stride, peak, device) + parts.gallery(shape)
+            out = out + parts.yardsticks(found.train_bytes, text) if config.yardsticks else out
+        if config.questions:
+            asked = records_of(planned, "questions").held_out
+            most = config.max_questions or asked.high
+            asked = Span(min(asked.low, most), min(asked.high, most))
+            out += parts.answer(shape, asked, config.max_tokens, peak, device)
+    except ConfigError as error:  # of a family that is not ours: `transformers` runs it, and its shape has other names
+        raise Unknown(f"not known: {error.message} ({error.field})") from None
+    return out
+
+
+def report(planned: Planned) -> Estimate:
+    """A page, whose size hardly depends on its runs."""
+    return parts.START + parts.REPORT
+
+
+def derived(planned: Planned, corpus_tokens: int) -> Derived:
+    """The derivation of a training stage whose inputs may still have to be made, on so many tokens of data."""
+    config, waits = planned.config, planned.waits_for
+    if not isinstance(config, Train):
+        raise Unknown(f"known after {planned.name}")
+    check_start(config)
+    parent = _parent(planned)
+    if "model" in planned.inputs:
+        start = planned.inputs["model"].path
+        return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start, parent=parent)
+    if "model" in waits:
+        before = derived(waits["model"], SOME_TOKENS).architecture
+        return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before)
+    if "tokenizer" in waits:
+        return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), corpus_tokens, None)
+    words = TokenizerFolder.open(planned.inputs["tokenizer"].path)
+    return derive_all(config, words.vocab_size, corpus_tokens, None, parent=parent)
+
+
+def _parent(planned: Planned) -> Parent | None:
+    """The run that a training stage extends. Raises `Unknown` where its inputs have still to be made."""
+    assert isinstance(planned.config, Train)
+    if planned.config.extends is not None and planned.run is None:
+        raise Unknown(f"known after {next(iter(planned.waits_for.values())).name}")
+    return None if planned.run is None else parent_of(planned.config, planned.run)
+
+
+def shape_of(planned: Planned) -> Mapping[str, Any]:
+    """The config.json of the model that a stage reads, there or still to be made."""
+    if "model" in planned.inputs:
+        return _config_json(planned.inputs["model"].path)
+    return derived(planned.waits_for["model"], SOME_TOKENS).architecture
+
+
+def _config_json(model: Path) -> Mapping[str, Any]:
+    file = model / "config.json"
+    try:
+        found: dict[str, Any] = read_json(file)
+    except ValueError as error:
+        raise ArtifactError(f"not valid JSON ({error})", file=file, fix="export or download the model again") from None
+    return found
+
+
+def corpus_tokens(records: Records, vocabulary: int) -> Span:
+    """Tokens of the training part."""
+    return records.train_bytes / parts.bytes_per_token(vocabulary) + records.train * CONTROL[records.conversations]
+
+
+def _encoding(records: Records, workers: int) -> Estimate:
+    few = records.lines.high <= 4 * CHUNK_BYTES  # data/tokens.py: not worth the start of a process
+    return parts.encode(records.lines, workers or (1 if few else core_count()))
+
+
+def _device(asked: str, machine: Machine) -> str:
+    return ("cuda" if machine.accelerators else "cpu") if asked == "auto" else asked
