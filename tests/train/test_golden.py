@@ -80,3 +80,17 @@ def test_the_first_golden_loss_is_plain_cross_entropy():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps({name: losses(name) for name in ("adamw", "muon")}, indent=1) + "\n", encoding="utf-8")
+
+
+def test_bfloat16_trains_as_float32_does_to_its_rounding() -> None:
+    """Products in bfloat16, weights and sums in float32: a head that mixes the two types fails in its first step."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = {"policy": model().float()}
+        recipe = Recipe(parts, objective("next_token"), dtype=dtype)
+        optimizers = Optimizers(parts, Optimizer(name="adamw"), tiny.RATES)
+        optimizers.set_factor(1.0)
+        found[dtype] = [train_step(recipe, batch, optimizers).loss for batch in batches()]
+        assert all(p.dtype == torch.float32 for p in parts["policy"].parameters())
+    assert found[torch.bfloat16] == pytest.approx(found[torch.float32], rel=0.02)
+    assert found[torch.bfloat16] != found[torch.float32]

@@ -103,12 +103,24 @@ class _Gradients:
         self.bias = torch.zeros_like(bias) if bias is not None and wanted[2] else None
 
     def add(self, part: slice, dz: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        if not dz.dtype == hidden.dtype == weight.dtype:
+            self._add_mixed(part, dz, hidden, weight)
+            return
         if self.hidden is not None:
             torch.mm(dz, weight, out=self.hidden[part])
         if self.weight is not None:
             self.weight.addmm_(dz.t(), hidden)
         if self.bias is not None:
             self.bias.add_(dz.sum(0))
+
+    def _add_mixed(self, part: slice, dz: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Under autocast: products in the type of the logits, sums in that of the weights."""
+        if self.hidden is not None:
+            self.hidden[part] = dz @ weight.to(dz.dtype)
+        if self.weight is not None:
+            self.weight += dz.t() @ hidden.to(dz.dtype)
+        if self.bias is not None:
+            self.bias += dz.sum(0)
 
     def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         for x in (self.hidden, self.weight, self.bias):
