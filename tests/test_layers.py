@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelage"
 
 # Left imports right; names on one line may import one another.
 LAYERS = [
-    {"cli", "api", "console"},
+    {"cli", "api", "console", "options"},
     {"stages"},
     {"web"},
     {"improve"},

@@ -8,12 +8,13 @@ import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from tutelage import __version__
 from tutelage.errors import UserError
+from tutelage.options import option, parameter, takes
 
 STAGE_HELP = {
     # name: one line of help; the stages themselves are described in stages/__init__.py
@@ -142,9 +143,9 @@ def stage_command(name: str) -> Any:
         print(runner.run(planned).path)
 
     fields = sorted(section.model_fields.items(), key=lambda x: (not x[1].is_required(), "artifact" not in extra_of(x[1])))
-    parameters = [_option(key, field) for key, field in fields if subsection(field) is None]
-    extend = [_parameter("extend", Extend, [])] if "extends" in section.model_fields else []
-    return _with_options(command, [*parameters, _parameter("set_", Sets, []), *extend, *_this_run()])
+    parameters = [option(key, field) for key, field in fields if subsection(field) is None]
+    extend = [parameter("extend", Extend, [])] if "extends" in section.model_fields else []
+    return _with_options(command, [*parameters, parameter("set_", Sets, []), *extend, *_this_run()])
 
 
 def generate_command() -> Any:
@@ -163,10 +164,10 @@ def generate_command() -> Any:
         show_config(config) if dry_run else print(config.output)
 
     fields = dict(Generate.model_fields)
-    places = [_parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in ("model", "input")]
+    places = [parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in ("model", "input")]
     output = typer.Option("--output", "-o", help=fields.pop("output").description, metavar="FILE")
-    places.append(_parameter("output", Annotated[str, output]))
-    return _with_options(command, [*places, *(_option(key, field) for key, field in fields.items()), *_this_run()])
+    places.append(parameter("output", Annotated[str, output]))
+    return _with_options(command, [*places, *(option(key, field) for key, field in fields.items()), *_this_run()])
 
 
 def _given(section: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -177,74 +178,19 @@ def _given(section: Any, options: dict[str, Any]) -> dict[str, Any]:
     for key, text in options.items():
         if text is None or text == []:
             continue
-        plain = isinstance(text, list) or _takes(section.model_fields[key]) == (str,)
+        plain = isinstance(text, list) or takes(section.model_fields[key]) == (str,)
         values[key] = text if plain else parse_value(text)
     return values
 
 
-def _parameter(key: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
 def _this_run() -> list[inspect.Parameter]:
-    return [_parameter("runs", Runs, RUNS), _parameter("force", Force, False), _parameter("dry_run", DryRun, False)]
+    return [parameter("runs", Runs, RUNS), parameter("force", Force, False), parameter("dry_run", DryRun, False)]
 
 
 def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
-
-
-def _option(key: str, field: Any) -> inspect.Parameter:
-    """One setting as an option. The value stays text: the section checks it, for commands, recipes and Python alike."""
-    from tutelage.config.base import extra_of
-
-    required, kinds = field.is_required(), _takes(field)
-    facts = [" | ".join(choices)] if (choices := _choices(field)) else []
-    if not required and field.default not in (None, "", [], {}):
-        facts.append(f"default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}")
-    metavar = str(extra_of(field).get("artifact", "")).upper() or METAVARS.get(kinds[0], "VALUE")
-    panel = "Required" if required else "Inputs" if "artifact" in extra_of(field) else "Settings"
-    text = (f"{field.description} ({'; '.join(facts)})" if facts else str(field.description)).replace("[", "\\[")
-    several = list in kinds
-    shown = typer.Option(
-        f"--{key}", help=text + ("; repeat it for more" if several else ""), show_default=False, metavar=metavar,
-        rich_help_panel=panel,
-    )  # fmt: skip
-    annotation: Any = Annotated[list[str], shown] if several else Annotated[str | None, shown]
-    return _parameter(key, annotation, [] if several else None)
-
-
-METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY: VALUE}"}
-
-
-def _takes(field: Any) -> tuple[type, ...]:
-    """The plain types of a setting's value, without None: (str,), (int, str), (list,)."""
-    found: list[type] = []
-
-    def walk(annotation: Any) -> None:
-        origin = get_origin(annotation)
-        if origin is Annotated:
-            walk(get_args(annotation)[0])
-        elif origin is Literal:
-            found.append(Literal)  # type: ignore[arg-type]
-        elif origin in (list, dict):
-            found.append(origin)
-        elif origin is not None:
-            for inner in get_args(annotation):
-                walk(inner)
-        elif annotation is not type(None):
-            found.append(annotation)
-
-    walk(field.annotation)
-    return tuple(found)
-
-
-def _choices(field: Any) -> list[str]:
-    """The words that a setting takes, where it takes nothing else."""
-    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return [w for w in words if w not in (field.description or "")] and list(words)
 
 
 def _epilog(name: str) -> str | None:
