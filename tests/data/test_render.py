@@ -398,3 +398,12 @@ def test_real_conversations(make: Callable[[str], Renderer], shared_data: Path, 
         assert len(rendered) == 1 and 0 < rendered[0].supervised < len(rendered[0].ids), conversation
         last = [m for m in conversation.messages if m.role == "assistant"][-1]
         assert last.content.strip() in supervised(renderer, rendered[0])
+
+
+def test_a_template_without_its_control_tokens_names_one_that_works(tmp_path: Path) -> None:
+    """A checkpoint whose only control token is the end token: advice to choose the style that just failed."""
+    train(CORPUS, vocab_size=300, out=tmp_path / "t", template="plain")
+    (tmp_path / "t" / "chat_template.jinja").write_text(styles()["chatml"].source)
+    with pytest.raises(ArtifactError) as caught:
+        Renderer(tmp_path / "t").render(CHAT)
+    assert "template=plain" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,9 @@ import pytest
 
 from tests.engine import small
 from tests.pipeline import environment, tutelage
+from tutelage.errors import ConfigError
 from tutelage.models.export import save
+from tutelage.serve.listen import Options, serve
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,13 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, folder: Path, capsys: pyte
     for words, text in (([str(tmp_path)], "error:"), ([tiny, tiny], "--name"), ([tiny, "--keys", "none"], "keys add")):
         done = tutelage(capsys, "serve", *words, "--port", "0")
         assert done.code == 2 and text in done.err and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.parametrize("port", [99999, "taken"])
+def test_a_port_that_cannot_be_had_is_named_before_anything_is_loaded(port: int | str) -> None:
+    """A traceback, or "serving at" on a port that belongs to somebody else."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wanted = taken.getsockname()[1] if port == "taken" else port
+        with pytest.raises(ConfigError, match="cannot listen") as caught:
+            serve({"m": Path("nowhere")}, Options(port=wanted))  # type: ignore[arg-type]
+    assert "--port" in str(caught.value)

@@ -100,3 +100,14 @@ def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(tmp_path, parts, optimizers, Progress(2))
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+    """A library's traceback that names no file, in front of someone whose disk was full."""
+    parts, optimizers = made()
+    path = checkpoint.save(tmp_path, parts, optimizers, Progress(step=3))
+    weights = path / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="damaged") as caught:
+        checkpoint.load(path, parts, optimizers)
+    assert "policy.safetensors" in str(caught.value) and f"remove {path}" in str(caught.value)

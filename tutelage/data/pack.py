@@ -104,7 +104,7 @@ def plan_rows(
         raise DataError(
             "no row to train on: every segment is dropped or has no supervised token",
             found=", ".join(f"{k} {v:.0f}" for k, v in report.items()),
-            fix=f"use a longer row than {row_length} tokens, another policy than {policy!r}, or check the loss mask of the data",
+            fix=f"raise sequence_length (now {row_length}), set too_long to other than {policy!r}, or check the loss mask",
         )
     order = shuffled(len(pieces), seed, epoch, 1)
     pieces = pieces[order]

@@ -220,7 +220,8 @@ class Renderer:
                 file=self._where(),
                 found=after[region.start :][:120],
                 expected="every message in the text, each answer followed by a control token",
-                fix="mend the template ({{ message['content'] }}, then {{ eos_token }}), or choose a style: template=NAME",
+                fix="mend the template ({{ message['content'] }}, then {{ eos_token }}), or choose template=plain, which "
+                "needs no control token but the end token",
             )
         return region
 
@@ -230,7 +231,8 @@ class Renderer:
                 "this tokenizer has no chat template",
                 file=self.tokenizer.folder,
                 expected="chat_template.jinja, or `chat_template` in tokenizer_config.json",
-                fix=f"choose a style, template=NAME ({', '.join(styles())}), or use prompt/completion rows",
+                fix=f"fine-tune it with a style, template=NAME ({', '.join(styles())}; plain suits any checkpoint), or use "
+                "prompt/completion rows",
             )
         try:
             return self._render(

@@ -152,14 +152,15 @@ def verdict(sums: bits.DocumentSums, measured: Sequence[Yardstick], seed: int = 
     saving = relative_saving(paid, best.bits, seed=seed)
     size, low, high = abs(saving.value), min(abs(saving.low), abs(saving.high)), max(abs(saving.low), abs(saving.high))
     theirs = best.bits.sum() / best.bytes.sum()
+    interval = f" ({low:.1%} to {high:.1%})" if saving.n > 1 else " (one document: no interval)"
     numbers = f"{ours.value:.3f} against {theirs:.3f} bits per byte"
     if saving.low > 0:
-        text = f"{size:.1%} fewer bits than the better yardstick ({low:.1%} to {high:.1%}): {best.label}, {numbers}."
+        text = f"{size:.1%} fewer bits than the better yardstick{interval}: {best.label}, {numbers}."
     elif saving.high < 0:
-        text = f"Worse than a yardstick: {size:.1%} more bits ({low:.1%} to {high:.1%}) than {best.label}, {numbers}."
+        text = f"Worse than a yardstick: {size:.1%} more bits{interval} than {best.label}, {numbers}."
     else:
-        interval = f"saving {saving.low:+.1%} to {saving.high:+.1%}"
-        text = f"No clear difference from the better yardstick: {best.label}, {numbers} ({interval})."
+        span = f"saving {saving.low:+.1%} to {saving.high:+.1%}"
+        text = f"No clear difference from the better yardstick: {best.label}, {numbers} ({span})."
     return {
         "text": text, "better_yardstick": best.name, "yardstick_label": best.label,
         "saving": number(saving, f"share of bits, per {best.unit}", DEFINITIONS["saving"]),
@@ -217,7 +218,8 @@ def documents_table(documents: dict[str, Any]) -> Table:
     for row in sorted(documents["rows"], key=lambda r: float(r["bits_per_byte"]["value"])):
         b = row["bits_per_byte"]
         style = "bold" if row["name"] == "model" else None
-        table.add_row(row["label"], f"{b['value']:.3f}", f"{b['low']:.3f} to {b['high']:.3f}", style=style)
+        interval = f"{b['low']:.3f} to {b['high']:.3f}" if b["n"] > 1 else "one document"
+        table.add_row(row["label"], f"{b['value']:.3f}", interval, style=style)
     return table
 
 

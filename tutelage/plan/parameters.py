@@ -89,6 +89,8 @@ class Shape:
                 raise ConfigError("config.json lacks a key", field=keys.get(key, key), expected="a positive whole number")
             return value
 
+        if name not in FAMILIES:
+            config = _renamed(config)
         hidden, heads = get("hidden_size"), get("num_attention_heads")
         layers = get("num_hidden_layers")
         return cls(
@@ -105,6 +107,27 @@ class Shape:
             windows=_windows(traits, config, layers),
             exact=name in FAMILIES,
         )
+
+
+OTHER_NAMES = {
+    "hidden_size": ("d_model", "n_embd", "dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "decoder_attention_heads"),
+    "intermediate_size": ("ffn_dim", "d_ff", "decoder_ffn_dim", "n_inner"),
+}
+"""What families that are not ours call the numbers of a shape."""
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the usual names. What it does not say is as in most models: counts of such a family are estimates."""
+    out = dict(config)
+    for key, names in OTHER_NAMES.items():
+        if out.get(key) is None:
+            out[key] = next((config[n] for n in names if config.get(n)), None)
+    out["num_attention_heads"] = out["num_attention_heads"] or 1  # recurrent models have none
+    if out["intermediate_size"] is None and out["hidden_size"]:
+        out["intermediate_size"] = 4 * out["hidden_size"]
+    return out
 
 
 def _with_biases(traits: Traits, config: Mapping[str, Any]) -> Traits:

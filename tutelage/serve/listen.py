@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import secrets
 import signal
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def serve(models: Mapping[str, Path], options: Options) -> None:
     Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model.
     """
     check_binding(options)
+    check_port(options)
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
@@ -82,6 +84,22 @@ def check_binding(options: Options) -> None:
             found=options.host, expected="a loopback address, or keys",
             fix="give --keys FILE or --api-key KEY, or --insecure if the network is trusted",
         )  # fmt: skip
+
+
+def check_port(options: Options) -> None:
+    """Raises `ConfigError` for a port that cannot be had, before a model is loaded."""
+    try:
+        if not 0 <= options.port <= 65535:
+            raise OverflowError("ports go from 0 to 65535")
+        for family, kind, protocol, _, address in socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"the server cannot listen there ({error})", field="port", found=f"{options.host}:{options.port}",
+            fix="choose another with --port, 0 for any free one",
+        ) from error  # fmt: skip
 
 
 def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:

@@ -76,7 +76,10 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
         assert engine is not None
         wanted = int(sampling.pop("max_tokens"))
         room = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends where the context does
-        return [c.text for c in engine.generate(prompts, [Sampling(max_tokens=min(wanted, r), **sampling) for r in room])]
+        seed = sampling.pop("seed", None)  # each prompt has noise of its own
+        seeds = [None if seed is None else (int(seed) << 20) + i for i in range(len(prompts))]
+        how = [Sampling(max_tokens=min(wanted, r), seed=s, **sampling) for r, s in zip(room, seeds, strict=True)]
+        return [c.text for c in engine.generate(prompts, how)]
 
     return Subject(
         name=run.inputs["model"].run.name if run.inputs["model"].run else folder.name,

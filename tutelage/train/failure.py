@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tutelage import log
 from tutelage.errors import TrainingStopped
 from tutelage.files import read_json, whole_folder, write_json
-from tutelage.models.shard import leaves
+from tutelage.models.shard import leaves, local
 from tutelage.train import distributed
 from tutelage.train.step import Recipe, StepResult
 
@@ -40,11 +40,16 @@ def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step:
     names = [name for row in facts for record in row["records"] for name in record]
     what = "gradient" if math.isfinite(result.loss) else "loss"
     where = f"rows {[r for row in facts for r in row['rows']]}, records {names[:8]}" if known else "no row alone makes it so"
+    damaged = [n for part in recipe.parts.values() for n, p in part.named_parameters() if not bool(local(p).isfinite().all())]
+    if damaged:
+        where = f"weights that were not finite before: {', '.join(damaged[:3])}"
+    advice = "look at these records; if they are sound, lower the learning rate or warm up longer"
+    kept = "; the last checkpoint is intact" if any((folder / "checkpoints").glob("step_*")) else ""
     raise TrainingStopped(
         f"the {what} of step {step} is not finite; nothing was updated",
         file=target,
         found=f"loss {result.loss}, gradient norm {result.grad_norm}; {where}",
-        fix="look at these records; if they are sound, lower the learning rate or warm up longer; the last checkpoint is intact",
+        fix="start from a model whose weights are sound" if damaged else advice + kept,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,7 +66,13 @@ class Saved:
             )  # fmt: skip
         pieces: dict[str, list[Any]] = {}
         for name in index["files"]:
-            file = safe_open(path.with_name(name), framework="pt")
+            try:
+                file = safe_open(path.with_name(name), framework="pt")
+            except SafetensorError as error:
+                raise ArtifactError(
+                    f"a checkpoint is damaged ({error})", file=path.with_name(name),
+                    fix=f"remove {path.parent}: the run goes on from the checkpoint before it, or from its start",
+                ) from error  # fmt: skip
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 pieces.setdefault(key, []).append(file)
         shapes = index.get("shapes") or {key: files[0].get_slice(key).get_shape() for key, files in pieces.items()}
