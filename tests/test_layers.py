@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelage"
 
 # Left imports right; names on one line may import one another.
 LAYERS = [
-    {"cli", "api", "console", "options"},
+    {"cli", "api", "console", "options", "using"},
     {"stages"},
     {"web"},
     {"improve"},

@@ -1,11 +1,16 @@
-"""A setting of a section as an option of a command line."""
+"""Options of the command line: a setting of a section as one, and those that every command has."""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+
+THIS_RUN = "This run"
+Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER")]
+RUNS = Path("runs")
 
 METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY: VALUE}"}
 

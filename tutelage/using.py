@@ -1,0 +1,125 @@
+"""Commands that use a model: chat, serve, and the keys of a server."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tutelage.options import RUNS, Runs
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="a model folder, a run, or recipe/stage")],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="ask once, print the answer, leave")] = None,
+    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
+    no_history: Annotated[bool, typer.Option("--no-history", help="neither read nor keep what is typed")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Talk to a model in the terminal; /help there lists the commands."""
+    from tutelage.rundir import find
+
+    folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is told at once
+    from tutelage.engine import Sampling
+    from tutelage.serve.terminal import chat as talk
+
+    sampling = Sampling(max_tokens, temperature=temperature)
+    talk(folder, system=system, once=message, sampling=sampling, history=not no_history)
+
+
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="model folders, runs, or recipe/stage")],
+    host: Annotated[str, typer.Option(help="address to listen on; other machines reach only what you bind")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one")] = 8000,
+    name: Annotated[
+        list[str], typer.Option(help="what clients call a model, one for each; default: the stage's or the folder's name")
+    ] = [],  # noqa: B006
+    keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
+    api_key: Annotated[list[str], typer.Option("--api-key", help="a key without limits for inference")] = [],  # noqa: B006
+    insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
+    allow_models: Annotated[
+        list[Path], typer.Option(metavar="FOLDER", help="let keys of scope admin load models from here")
+    ] = [],  # noqa: B006
+    max_waiting: Annotated[int, typer.Option(min=1, help="answers of a model that may wait; more are refused with 429")] = 256,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="how long answers may go on after SIGTERM")] = 30.0,
+    slots: Annotated[int, typer.Option(min=1, help="answers of a model that run at a time")] = 16,
+    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's context")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or int8: smaller, faster, a little less exact")] = "float32",
+    speculate: Annotated[
+        int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
+    ] = 0,
+    prefix_cache: Annotated[bool, typer.Option(help="start prompts from what earlier ones have in common with them")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
+    ] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Serve models behind the OpenAI API."""
+    folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
+    from tutelage.serve.listen import Options
+    from tutelage.serve.listen import serve as listen
+
+    options = Options(
+        host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
+        max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
+        speculate=speculate, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
+    )  # fmt: skip
+    listen(folders, options)
+
+
+def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, Path]:
+    """Folders by the names that clients use. Raises `ConfigError` for names that are not one for each model."""
+    from tutelage.errors import ConfigError
+    from tutelage.rundir import find
+
+    found = [find(model, "model", runs) for model in models]
+    known = names or [f.name for f in found]
+    if len(known) != len(found) or len(set(known)) != len(known):
+        raise ConfigError(
+            "every model needs a name of its own", field="name", found=", ".join(known), expected=f"{len(found)} different names",
+            fix="give --name once for each model, in their order",
+        )  # fmt: skip
+    return {name: f.path for name, f in zip(known, found, strict=True)}
+
+
+keys_app = typer.Typer(help="Make, list and remove the API keys of a server.", no_args_is_help=True)
+KeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="a JSON file; it holds hashes, never a key")]
+
+
+@keys_app.command("add")
+def keys_add(
+    file: KeyFile,
+    name: Annotated[str, typer.Argument(help="whose key it is")],
+    scope: Annotated[list[str], typer.Option(help="inference (the default), metrics or admin; repeat it for more")] = [],  # noqa: B006
+    requests_per_minute: Annotated[int | None, typer.Option(help="default: no limit")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="of prompts and answers together; default: no limit")] = None,
+) -> None:
+    """Make a key and print it: this once, it is kept nowhere. A running server takes it at once."""
+    from tutelage.serve.keys import add_key
+
+    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    print(add_key(file, name, scopes=scope or ["inference"], **limits))
+
+
+@keys_app.command("list")
+def keys_list(file: KeyFile) -> None:
+    """List the keys: names, scopes, limits."""
+    from tutelage.serve.keys import read_keys
+
+    for key in read_keys(file):
+        limits = [f"{key.requests_per_minute} requests/min"] if key.requests_per_minute else []
+        limits += [f"{key.tokens_per_minute} tokens/min"] if key.tokens_per_minute else []
+        made = datetime.fromtimestamp(key.created).date()
+        print(f"{key.name}  {','.join(key.scopes)}  {', '.join(limits) or 'no limit'}  made {made}")
+
+
+@keys_app.command("remove")
+def keys_remove(file: KeyFile, name: Annotated[str, typer.Argument(help="whose key it is")]) -> None:
+    """Take a key away. A running server forgets it at once."""
+    from tutelage.serve.keys import remove_key
+
+    remove_key(file, name)
