@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,7 @@ import typer
 
 from tutelage import __version__
 from tutelage.errors import UserError
-from tutelage.options import RUNS, THIS_RUN, Runs, option, parameter, takes
+from tutelage.options import RUNS, THIS_RUN, Runs, epilog, option, parameter, spoken, takes
 from tutelage.using import chat, keys_app, serve
 
 STAGE_HELP = {
@@ -64,7 +62,7 @@ def main() -> None:
         return
     asked = next((a for a in sys.argv[1:] if not a.startswith("-")), None)
     for name, text in STAGE_HELP.items():
-        add = app.command(name, help=text, rich_help_panel="Stages", epilog=_epilog(name) if name == asked else None,
+        add = app.command(name, help=text, rich_help_panel="Stages", epilog=epilog(name) if name == asked else None,
                           context_settings={"token_normalize_func": _underscores})  # fmt: skip
         add(stage_command(name) if name == asked else _placeholder)
     add = app.command(
@@ -76,31 +74,8 @@ def main() -> None:
     except UserError as error:
         from tutelage import log
 
-        log.say(f"error: {_spoken(error, asked)}", style="bold red")
+        log.say(f"error: {spoken(error, asked)}", style="bold red")
         raise SystemExit(2) from None
-
-
-SETTING = re.compile(r"(?<![\w.-])(?<!--set )([a-z_]+)=(\{[^}]*\}|[\w.+/-]*\w)")
-
-
-def _spoken(error: UserError, command: str | None) -> str:
-    """The error with its settings as the user typed them. The code writes `key=value`, which is how Python has them; a stage's
-    command takes `--key value`, and a recipe `key: value`."""
-    from tutelage.config.base import known_keys
-    from tutelage.stages import STAGES
-
-    asked = STAGES if command == "run" else [command] if command in STAGES else []
-    known = {key for name in asked for key in known_keys(STAGES[name].config())}
-
-    def form(found: re.Match[str]) -> str:
-        key, value = found.groups()
-        if key not in known:
-            return found[0]
-        return f"{key}: {value}" if command == "run" else f"--{key.replace('_', '-')} {shlex.quote(value)}"
-
-    for part in ("message", "expected", "fix"):
-        setattr(error, part, SETTING.sub(form, text) if (text := getattr(error, part)) else text)
-    return error.render()
 
 
 def _underscores(name: str) -> str:
@@ -188,19 +163,6 @@ def _with_options(command: Any, parameters: list[inspect.Parameter]) -> Any:
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
-
-
-def _epilog(name: str) -> str | None:
-    """The nested settings, which have no options of their own."""
-    from tutelage.config.base import subsection
-    from tutelage.stages import STAGES
-
-    lines = []
-    for key, field in STAGES[name].config().model_fields.items():
-        inner = subsection(field)
-        if inner is not None:
-            lines += [f"--set {key}.{k}={f.default}  {f.description}" for k, f in inner.model_fields.items()]
-    return "More settings, with their defaults:\n\n" + "\n\n".join(x.replace("[", "\\[") for x in lines) if lines else None
 
 
 @app.command(rich_help_panel="Whole recipes")

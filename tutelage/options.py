@@ -1,12 +1,16 @@
-"""Options of the command line: a setting of a section as one, and those that every command has."""
+"""Settings as a command line has them: as options, in help, and in the words of errors."""
 
 from __future__ import annotations
 
 import inspect
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+
+from tutelage.errors import UserError
 
 THIS_RUN = "This run"
 Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER")]
@@ -65,3 +69,39 @@ def _choices(field: Any) -> list[str]:
     """The words that a setting takes, where it takes nothing else."""
     words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     return [w for w in words if w not in (field.description or "")] and list(words)
+
+
+def epilog(name: str) -> str | None:
+    """The nested settings, which have no options of their own."""
+    from tutelage.config.base import subsection
+    from tutelage.stages import STAGES
+
+    lines = []
+    for key, field in STAGES[name].config().model_fields.items():
+        inner = subsection(field)
+        if inner is not None:
+            lines += [f"--set {key}.{k}={f.default}  {f.description}" for k, f in inner.model_fields.items()]
+    return "More settings, with their defaults:\n\n" + "\n\n".join(x.replace("[", "\\[") for x in lines) if lines else None
+
+
+SETTING = re.compile(r"(?<![\w.-])(?<!--set )([a-z_]+)=(\{[^}]*\}|[\w.+/-]*\w)")
+
+
+def spoken(error: UserError, command: str | None) -> str:
+    """The error with its settings as the user typed them. The code writes `key=value`, which is how Python has them; a stage's
+    command takes `--key value`, and a recipe `key: value`."""
+    from tutelage.config.base import known_keys
+    from tutelage.stages import STAGES
+
+    asked = STAGES if command == "run" else [command] if command in STAGES else []
+    known = {key for name in asked for key in known_keys(STAGES[name].config())}
+
+    def form(found: re.Match[str]) -> str:
+        key, value = found.groups()
+        if key not in known:
+            return found[0]
+        return f"{key}: {value}" if command == "run" else f"--{key.replace('_', '-')} {shlex.quote(value)}"
+
+    for part in ("message", "expected", "fix"):
+        setattr(error, part, SETTING.sub(form, text) if (text := getattr(error, part)) else text)
+    return error.render()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tutelage.data.render import Renderer
+from tutelage.engine import Engine
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
+from tutelage.models.export import save
 from tutelage.models.init import build
 from tutelage.tokenizer.train import train
 
@@ -32,3 +34,16 @@ def model(vocab_size: int, context: int = 128, seed: int = 0, head: int = 16) ->
 def renderer(folder: Path) -> Renderer:
     train(TEXTS, vocab_size=320, out=folder)
     return Renderer(folder)
+
+
+def engine(folder: Path, context: int, slots: int) -> Engine:
+    """An engine with its tokenizer, which is trained into `folder`."""
+    made = renderer(folder)
+    return Engine(model(made.tokenizer.vocab_size, context), made, slots=slots)
+
+
+def saved(base: Path, name: str, context: int) -> Path:
+    """A model folder `base/name`."""
+    made = renderer(base / "tokenizer")
+    save(model(made.tokenizer.vocab_size, context), base / name, base / "tokenizer", stop_ids=made.stop_ids)
+    return base / name

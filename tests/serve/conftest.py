@@ -9,16 +9,12 @@ import pytest
 from tests.engine import small
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine
-from tutelage.models.export import save
 from tutelage.models.load import load
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("answers")
-    renderer = small.renderer(base / "tokenizer")
-    save(small.model(renderer.tokenizer.vocab_size, 256), base / "model", base / "tokenizer", stop_ids=renderer.stop_ids)
-    return base / "model"
+    return small.saved(tmp_path_factory.mktemp("answers"), "model", 256)
 
 
 @pytest.fixture(scope="module")

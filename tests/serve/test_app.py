@@ -29,8 +29,7 @@ NAME, HI = "tiny", [{"role": "user", "content": "the cat"}]
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    renderer = small.renderer(tmp_path_factory.mktemp("tokenizer") / "t")
-    return Engine(small.model(renderer.tokenizer.vocab_size, context=512), renderer, slots=8)
+    return small.engine(tmp_path_factory.mktemp("tokenizer") / "t", context=512, slots=8)
 
 
 @pytest.fixture(scope="module")

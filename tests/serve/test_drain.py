@@ -19,16 +19,12 @@ import pytest
 from tests.engine import small
 from tests.pipeline import environment, tutelage
 from tutelage.errors import ConfigError
-from tutelage.models.export import save
 from tutelage.serve.listen import Options, serve
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("drain")
-    renderer = small.renderer(base / "tokenizer")
-    save(small.model(renderer.tokenizer.vocab_size, 8192), base / "tiny", base / "tokenizer", stop_ids=renderer.stop_ids)
-    return base / "tiny"
+    return small.saved(tmp_path_factory.mktemp("drain"), "tiny", 8192)
 
 
 class Process:

@@ -26,8 +26,7 @@ NAME, TEXTS = "tiny", ["the cat sat on the mat", "one", "naïve 🙂 café", "th
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    renderer = small.renderer(tmp_path_factory.mktemp("tokenizer") / "t")
-    return Engine(small.model(renderer.tokenizer.vocab_size, context=128), renderer, slots=4)
+    return small.engine(tmp_path_factory.mktemp("tokenizer") / "t", context=128, slots=4)
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,7 @@ LONG: dict[str, Any] = {"model": NAME, "prompt": "x", "max_tokens": 400, "ignore
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    renderer = small.renderer(tmp_path_factory.mktemp("tokenizer") / "t")
-    return Engine(small.model(renderer.tokenizer.vocab_size, context=512), renderer, slots=4)
+    return small.engine(tmp_path_factory.mktemp("tokenizer") / "t", context=512, slots=4)
 
 
 @pytest.fixture

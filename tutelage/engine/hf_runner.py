@@ -62,7 +62,7 @@ class HfRunner(Runner):
         return state  # type: ignore[no-any-return]
 
     def copy(self, source: int, target: int, count: int) -> None:
-        raise NotImplementedError("texts do not share beginnings here")
+        raise AssertionError("never asked for where `shares` is False")
 
     def release(self, slot: int) -> None:
         """Forgets the sequence of a slot. Its row goes when the others of its state read on, the state when it has no other."""

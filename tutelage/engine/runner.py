@@ -38,7 +38,7 @@ class Runner(Protocol):
         ...
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copies the first `count` tokens of a slot."""
+        """Copies the first `count` tokens of a slot. Asked for only where `shares` is True."""
         ...
 
     def release(self, slot: int) -> None:
@@ -159,7 +159,7 @@ class RecomputingRunner(Runner):
         return self.model.lm_head.logits(_wanted(hidden, work, [len(t) for t in texts]))  # type: ignore[no-any-return]
 
     def copy(self, source: int, target: int, count: int) -> None:
-        raise NotImplementedError("a model without a cache has nothing to copy")
+        raise AssertionError("never asked for where `shares` is False")
 
 
 def _wanted(hidden: Tensor, work: list[Work], lengths: list[int] | None = None) -> Tensor:
