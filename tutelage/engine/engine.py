@@ -33,6 +33,7 @@ from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models import kernels
 from tutelage.models.interface import KVCache
 from tutelage.models.kernels.decoder import FusedDecoder
+from tutelage.models.lora import Lora, applied
 
 Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
 """A text to continue, token ids, or a conversation to answer (OpenAI messages)."""
@@ -111,11 +112,14 @@ class Engine:
             return list(self.renderer.prompt(list(prompt)))
         return [int(t) for t in prompt]  # type: ignore[arg-type]
 
-    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0) -> Sequence:
-        """Queues a prompt; `step` makes it run. `index` says which of the n answers this is.
+    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None) -> Sequence:
+        """Queues a prompt; `step` makes it run. `index` says which of the n answers this is, `lora` what the model wears for it.
 
-        Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
+        Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer, an
+        adapter of an encoder-decoder).
         """
+        if lora is not None and self.encodes:
+            raise ConfigError("an encoder-decoder's adapter has to be merged into it", field="lora")
         ids, source = [int(t) for t in prompt_ids], None
         self._check_tokens(ids)
         if self.encodes:
@@ -138,7 +142,7 @@ class Engine:
         stream = TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh)
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
         sequence = Sequence(
-            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source
+            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source, lora=lora
         )  # fmt: skip
         self.scheduler.add(sequence)
         return sequence
@@ -172,7 +176,8 @@ class Engine:
             )
 
     def weights_changed(self) -> None:
-        """Call after the model's weights were changed in place: what the cache holds of finished texts is forgotten.
+        """Call after the weights of the model or of an adapter were changed in place: what the cache holds of finished texts is
+        forgotten.
 
         Sequences that run go on with keys and values of the old weights; drain the engine first where that matters.
         """
@@ -268,20 +273,24 @@ class Engine:
             last = running.pop()
             old, last.slot = last.slot, slots.take(slots.lowest)
             self.runner.copy(old, last.slot, last.cached)
-            slots.give(old, [])
+            slots.give(old)
 
-    def generate(self, prompts: Seq[Prompt], sampling: Sampling | Seq[Sampling]) -> list[Completion]:
-        """Answers in the order of the prompts, the n answers of one prompt together: sum of n completions.
+    def generate(
+        self, prompts: Seq[Prompt], sampling: Sampling | Seq[Sampling], lora: Lora | Seq[Lora | None] | None = None
+    ) -> list[Completion]:
+        """Answers in the order of the prompts, the n answers of one prompt together: sum of n completions. `lora`: the adapter
+        of all prompts, or of each.
 
         Equal for greedy and for seeded sampling whatever else is in the list and in whatever order, up to ties within rounding.
         All prompts are checked before the first runs.
         """
         wanted = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        worn = [lora] * len(prompts) if lora is None or isinstance(lora, Lora) else list(lora)
         sequences: list[Sequence] = []
         try:
-            for prompt, how in zip(prompts, wanted, strict=True):
+            for prompt, how, own in zip(prompts, wanted, worn, strict=True):
                 ids = self.encode(prompt)
-                sequences += [self.submit(ids, how, index) for index in range(how.n)]
+                sequences += [self.submit(ids, how, index, own) for index in range(how.n)]
             with evaluating(self.model):
                 while any(s.finish_reason is None for s in sequences):
                     self.step()
@@ -301,11 +310,11 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def score(self, requests: Seq[tuple[Seq[int], int]]) -> list[np.ndarray]:
+    def score(self, requests: Seq[tuple[Seq[int], int]], lora: Lora | None = None) -> list[np.ndarray]:
         """Log-probabilities of given tokens: for each (ids, start) a float32 array over ids[start:], given the ids before."""
-        return [s.logprobs for s in self.score_top(requests, 0)]
+        return [s.logprobs for s in self.score_top(requests, 0, lora)]
 
-    def score_top(self, requests: Seq[tuple[Seq[int], int]], top: int) -> list[Scored]:
+    def score_top(self, requests: Seq[tuple[Seq[int], int]], top: int, lora: Lora | None = None) -> list[Scored]:
         """Like `score`, with the `top` most likely tokens at each place.
 
         Raises `DataError` for `start` outside 1..len(ids) (a first token has nothing to be conditioned on), `ContextOverflow`,
@@ -320,7 +329,7 @@ class Engine:
             if not 1 <= start <= len(ids):
                 raise DataError("nothing to condition on", field="start", found=start, expected=f"from 1 to {len(ids)}")
             self._check_length(ids)
-        with evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode(), applied(self.model, lora):
             return score(self.model, self.device, requests, min(top, self.vocab_size))
 
     def score_targets(self, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
