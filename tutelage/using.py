@@ -52,6 +52,9 @@ def serve(
     speculate: Annotated[
         int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
     ] = 0,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="a smaller model with the same tokenizer, which makes the guesses")
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="start prompts from what earlier ones have in common with them")] = True,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
@@ -60,13 +63,14 @@ def serve(
 ) -> None:
     """Serve models behind the OpenAI API."""
     folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
+    from tutelage.rundir import find
     from tutelage.serve.listen import Options
     from tutelage.serve.listen import serve as listen
 
     options = Options(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
-        speculate=speculate, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
+        speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
     )  # fmt: skip
     listen(folders, options)
 

@@ -19,20 +19,18 @@ import numpy as np
 import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
+from tutelage.engine.draft import GUESSES, Draft
 from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
-from tutelage.engine.hf_runner import HfRunner
-from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Work
+from tutelage.engine.runner import CachedRunner, FusedRunner, Work
+from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
-from tutelage.engine.speculate import note, propose
+from tutelage.engine.speculate import Guesser, Lookup, guesses, note
 from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
 from tutelage.engine.tool_calls import showing
 from tutelage.errors import ArtifactError, ConfigError, DataError
-from tutelage.models import kernels
-from tutelage.models.interface import KVCache
-from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.lora import Lora, applied
 
 Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
@@ -52,7 +50,8 @@ class Engine:
     max_length: tokens of prompt and answer together (of an encoder-decoder, of each); the model's own context where None.
     seed: of prompts whose `Sampling.seed` is None, each with a seed of its own.
     prefix_cache: prompts start from what an earlier or running text has in common with them.
-    speculate: guesses checked per step and sequence (`speculate.py`); 0 for none. Never changes a result.
+    speculate: guesses checked per step and sequence (`speculate.py`); 0 for none, or 4 with a draft. Never changes a result.
+    draft: a small decoder that makes the guesses; without one they are looked up in the text.
     batch_invariant: bitwise equal log-probabilities whatever else runs; long prompts are then read more slowly. Our kernels only.
     dtype: "int8" reads matrices as 8-bit copies. Our kernels only.
     """
@@ -60,7 +59,7 @@ class Engine:
     def __init__(
         self, model: Any, renderer: Any = None, slots: int = 16, max_length: int | None = None, *,
         cache_bytes: int = CACHE_BYTES, prefill_tokens: int = 2048, seed: int = 0, prefix_cache: bool = True,
-        speculate: int = 0, batch_invariant: bool = False, dtype: str = "float32",
+        speculate: int = 0, draft: Any = None, batch_invariant: bool = False, dtype: str = "float32",
     ) -> None:  # fmt: skip
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
@@ -70,7 +69,8 @@ class Engine:
             self.runner = make_runner(model, cache, self.device, batch_invariant, dtype)
         keep = prefix_cache and self.runner.shares
         self.scheduler = Scheduler(Slots(slots if cache is None else cache.slots, keep), prefill_tokens)
-        self.speculate = speculate
+        self.speculate = speculate or (0 if draft is None else GUESSES)
+        self.guesser = self._guesser(draft, cache_bytes)
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
@@ -83,6 +83,14 @@ class Engine:
         if renderer is not None:
             self._read_tokenizer(renderer)
         self._submitted = count()
+
+    def _guesser(self, draft: Any, cache_bytes: int) -> Guesser | None:
+        if not self.speculate:
+            return None
+        if draft is None:
+            return Lookup()
+        with torch.inference_mode():
+            return Draft(draft, self.model, self.scheduler.slots.count, self.context_length, cache_bytes)
 
     def _read_tokenizer(self, renderer: Any) -> None:
         tokenizer = renderer.tokenizer
@@ -216,7 +224,9 @@ class Engine:
             self.prefix_cache_hits += place.shared
             if place.shared and place.source != place.slot:
                 self.runner.copy(place.source, place.slot, place.shared)
-        work = [self._reading(s, n) for s, n in plan.prefill] + [self._running(s) for s in plan.decode]
+        work = [self._reading(s, n) for s, n in plan.prefill]
+        for s, guessed in zip(plan.decode, guesses(self.guesser, plan.decode, self.speculate), strict=True):
+            work.append(Work(s, [s.ids[-1], *guessed], wanted=1 + len(guessed)))
         if not work:
             return []
         logits = self.runner.logits(work)
@@ -229,10 +239,6 @@ class Engine:
     def _reading(self, sequence: Sequence, count: int) -> Work:
         last = sequence.cached + count == sequence.prompt_length
         return Work(sequence, sequence.ids[sequence.cached : sequence.cached + count], wanted=int(last))
-
-    def _running(self, sequence: Sequence) -> Work:
-        guesses = propose(sequence, self.speculate) if self.speculate else []
-        return Work(sequence, [sequence.ids[-1], *guesses], wanted=1 + len(guesses))
 
     def _choose(self, work: list[Work], logits: torch.Tensor) -> list[Event]:
         """Next tokens; where guesses were checked too, one after the other as long as they prove right."""
@@ -251,16 +257,15 @@ class Engine:
                 self._remove(event.sequence)
         return events
 
-    @staticmethod
-    def _goes_on(work: Work, place: int, token: int) -> bool:
+    def _goes_on(self, work: Work, place: int, token: int) -> bool:
         """Whether the guess after `place` was right, so that the next logits hold. Counts it."""
         if work.wanted == 1:
             return False
         right = place + 1 < work.wanted and work.sequence.finish_reason is None and work.tokens[place + 1] == token
         if right:
             work.sequence.cached += 1
-        else:
-            note(work.sequence, work.wanted - 1, place)
+        elif self.guesser is not None:
+            note(work.sequence, work.wanted - 1, place, self.guesser.worth)
         return right
 
     def _close_gaps(self) -> None:
@@ -348,24 +353,6 @@ class Engine:
             self._check_length(decoded)
         with evaluating(self.model), torch.inference_mode():
             return score_targets(self.model, pairs)
-
-
-def make_runner(model: Any, cache: KVCache | None, device: torch.device, invariant: bool, dtype: str) -> Runner:
-    """The fastest way to run a model. Raises `ConfigError` where only our kernels could do what is asked."""
-    if dtype not in ("float32", "int8"):
-        raise ConfigError("no such type of weights", field="dtype", found=dtype, expected="float32 or int8")
-    fused = FusedDecoder.of(model, cache, dtype)
-    if fused is not None:
-        return FusedRunner(fused, invariant)
-    if invariant or dtype != "float32":
-        raise ConfigError(
-            "our kernels cannot run this model as a whole", field="batch_invariant" if invariant else "dtype",
-            found=kernels.why_not() or "a model or device that they do not know",
-            expected="one of our decoder families in float32 on a CPU, and a C++ compiler",
-        )  # fmt: skip
-    if cache is not None:
-        return CachedRunner(model, cache)
-    return HfRunner.of(model, device) or RecomputingRunner(model, device)
 
 
 @contextmanager

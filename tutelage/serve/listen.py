@@ -47,6 +47,7 @@ class Options:
     dtype: str = "float32"  # of the weights: float32, or int8 through our kernels
     prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
     speculate: int = 0  # guesses at the next tokens that are checked per step
+    draft: Path | None = None  # a smaller model with the same tokens, which makes the guesses
     batch_invariant: bool = False  # bitwise equal answers whatever else runs
 
 
@@ -103,14 +104,18 @@ def check_port(options: Options) -> None:
 
 
 def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
-    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model."""
+    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
+    tokens are others."""
     from tutelage.data.render import Renderer
     from tutelage.models.load import load
 
-    renderer = Renderer(folder)
+    renderer, draft = Renderer(folder), None
+    if options.draft is not None:
+        renderer.tokenizer.check_same(Renderer(options.draft).tokenizer)
+        draft = load(options.draft, device=options.device)
     engine = Engine(
         load(folder, device=options.device), renderer, options.slots, options.max_length, seed=secrets.randbits(31),
-        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate,
+        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate, draft=draft,
         batch_invariant=options.batch_invariant,
     )  # fmt: skip
     return engine, renderer
