@@ -70,7 +70,8 @@ def serve(
     options = Options(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
-        speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
+        speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     listen(folders, options)
 
