@@ -7,20 +7,23 @@ for completion in engine.generate(["Once upon a time"], Sampling(64)):
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from itertools import accumulate, count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
+from tutelage.engine.codec import Codec, Prompt
 from tutelage.engine.draft import GUESSES, Draft
-from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
+from tutelage.engine.embedding import embed
+from tutelage.engine.grammar import Constraint, Grammar
+from tutelage.engine.limits import answer_limit, check_length, check_start, check_tokens
 from tutelage.engine.runner import CachedRunner, FusedRunner, Work
 from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import choose
@@ -28,17 +31,9 @@ from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
 from tutelage.engine.speculate import Guesser, Lookup, guesses, note
-from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
-from tutelage.engine.tool_calls import showing
-from tutelage.errors import ArtifactError, ConfigError, DataError
-from tutelage.models.lora import Lora, applied
-
-Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
-"""A text to continue, token ids, or a conversation to answer (OpenAI messages)."""
-
-
-class ContextOverflow(DataError):
-    """A prompt, or a prompt with the answer asked for, is longer than the context. Nothing is ever cut."""
+from tutelage.engine.text import Vocabulary
+from tutelage.errors import ConfigError
+from tutelage.models.lora import Lora, applied, read_lora
 
 
 class Engine:
@@ -74,14 +69,8 @@ class Engine:
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
-        self.vocabulary: Vocabulary | None = None
         self.encodes: bool = getattr(model, "is_encoder_decoder", False)
-        self.ends: frozenset[int] = frozenset(model.ends if self.encodes else ())
-        self.fresh = False  # answers are texts of their own, whose first word has no space before it
-        self.grammars: Callable[[], GrammarCompiler] | None = None  # made when the first grammar comes
-        self._showing: dict[tuple[int, ...], Vocabulary] = {}
-        if renderer is not None:
-            self._read_tokenizer(renderer)
+        self.codec = Codec(renderer, self.vocab_size, model.ends if self.encodes else (), sources=self.encodes)
         self._submitted = count()
 
     def _guesser(self, draft: Any, cache_bytes: int) -> Guesser | None:
@@ -92,65 +81,51 @@ class Engine:
         with torch.inference_mode():
             return Draft(draft, self.model, self.scheduler.slots.count, self.context_length, cache_bytes)
 
-    def _read_tokenizer(self, renderer: Any) -> None:
-        tokenizer = renderer.tokenizer
-        if tokenizer.vocab_size > self.vocab_size:
-            raise ArtifactError(
-                "the tokenizer does not fit the model", file=tokenizer.folder, found=f"{tokenizer.vocab_size} tokens",
-                expected=f"at most the model's {self.vocab_size}", fix="use the tokenizer that the model was trained with",
-            )  # fmt: skip
-        self.vocabulary = Vocabulary(json.loads(tokenizer.tokenizer.to_str()), control=tokenizer.control_ids)
-        self.ends |= frozenset(renderer.stop_ids)
-        self.fresh = self.encodes and drops_first_space(tokenizer, self.vocabulary)
-        vocabulary, ends, size = self.vocabulary, self.ends, self.vocab_size
-        self.grammars = functools.cache(lambda: GrammarCompiler(vocabulary, ends, size, tokenizer.encode_text))
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        return self.codec.vocabulary
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def start(self) -> None:
+        self.model.eval()
+
+    def close(self) -> None:
+        """All of this engine is in this object, and goes with it."""
 
     # -- asking
 
+    def adapter(self, folder: Path) -> Lora:
+        """The adapter in a folder, for `submit`, `generate` and `score`. Raises `ArtifactError`, `ConfigError` for an
+        encoder-decoder."""
+        if self.encodes:
+            raise ConfigError("an encoder-decoder's adapter has to be merged into it", field="adapter")
+        return read_lora(folder, self.model)
+
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a text as a document begins (for an encoder-decoder, as its tokenizer writes a source),
-        messages as they were trained, ids as they are."""
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            if self.renderer is None:
-                raise ConfigError("this engine has no tokenizer", field="prompt", expected="token ids")
-            if isinstance(prompt, str):
-                if self.encodes:
-                    return list(self.renderer.tokenizer.tokenizer.encode(prompt).ids)
-                return list(self.renderer.prompt_text(prompt))
-            return list(self.renderer.prompt(list(prompt)))
-        return [int(t) for t in prompt]  # type: ignore[arg-type]
+        """Token ids of a prompt; see `Codec.encode`."""
+        return self.codec.encode(prompt)
 
     def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None) -> Sequence:
         """Queues a prompt; `step` makes it run. `index` says which of the n answers this is, `lora` what the model wears for it.
 
-        Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer, an
-        adapter of an encoder-decoder).
+        Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
         """
-        if lora is not None and self.encodes:
-            raise ConfigError("an encoder-decoder's adapter has to be merged into it", field="lora")
         ids, source = [int(t) for t in prompt_ids], None
-        self._check_tokens(ids)
+        check_tokens(ids, self.vocab_size)
         if self.encodes:
-            self._check_length(ids)
+            check_length(ids, self.context_length)
             ids, source = list(self.model.start), ids
-        room = self.context_length - len(ids)
-        limit = sampling.max_tokens if sampling.max_tokens is not None else room
-        if room < max(limit, 1):
-            raise ContextOverflow(
-                "the prompt and the answer asked for are longer than the context", field="max_tokens",
-                found=f"{len(ids)} tokens of prompt and {max(limit, 1)} of answer",
-                expected=f"at most {self.context_length} together",
-                fix="shorten the prompt or ask for fewer tokens",
-            )  # fmt: skip
-        if sampling.stop and self.vocabulary is None:
-            raise ConfigError("stop texts need a tokenizer", field="stop", expected="stop_ids")
+        limit = answer_limit(ids, sampling, self.context_length)
+        stream = self.codec.stream(sampling)
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
-        ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
-        stream = TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh)
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
         sequence = Sequence(
-            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source, lora=lora
+            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=self.codec.ends_of(sampling),
+            constraint=constraint, source=source, lora=lora,
         )  # fmt: skip
         self.scheduler.add(sequence)
         return sequence
@@ -158,30 +133,7 @@ class Engine:
     def constrain(self, grammar: Grammar) -> Constraint:
         """The constraint of one answer. Compiling takes its time, the first time: call this from another thread before `submit`
         where nothing may wait. Raises `ConfigError` for a grammar that cannot be used, or without a tokenizer."""
-        if self.grammars is None:
-            raise ConfigError("structured output needs a tokenizer", field="grammar")
-        return self.grammars().compile(grammar)
-
-    def _vocabulary_of(self, sampling: Sampling) -> Vocabulary | None:
-        """The vocabulary for an answer's text."""
-        if not sampling.shown_ids or self.vocabulary is None:
-            return self.vocabulary
-        if sampling.shown_ids not in self._showing:
-            self._showing[sampling.shown_ids] = showing(self.vocabulary, sampling.shown_ids)
-        return self._showing[sampling.shown_ids]
-
-    def _check_tokens(self, ids: list[int]) -> None:
-        if not ids:
-            raise DataError("the prompt is empty", field="prompt", expected="at least one token")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            wrong = next(t for t in ids if not 0 <= t < self.vocab_size)
-            raise DataError("no such token", field="prompt", found=wrong, expected=f"ids from 0 to {self.vocab_size - 1}")
-
-    def _check_length(self, ids: Seq[int]) -> None:
-        if len(ids) > self.context_length:
-            raise ContextOverflow(
-                "longer than the context", found=f"{len(ids)} tokens", expected=f"at most {self.context_length}"
-            )
+        return self.codec.constrain(grammar)
 
     def weights_changed(self) -> None:
         """Call after the weights of the model or of an adapter were changed in place: what the cache holds of finished texts is
@@ -207,6 +159,15 @@ class Engine:
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
+
+    @property
+    def waiting(self) -> deque[Sequence]:
+        return self.scheduler.waiting
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache's places that are taken; 0 for a model without one."""
+        return 0.0 if self.cache is None else self.scheduler.slots.used / self.cache.slots
 
     # -- running
 
@@ -330,10 +291,9 @@ class Engine:
                 "an encoder-decoder does not say how likely a text is, only a target after a source", fix="use score_targets"
             )
         for ids, start in requests:
-            self._check_tokens(list(ids))
-            if not 1 <= start <= len(ids):
-                raise DataError("nothing to condition on", field="start", found=start, expected=f"from 1 to {len(ids)}")
-            self._check_length(ids)
+            check_tokens(ids, self.vocab_size)
+            check_start(ids, start)
+            check_length(ids, self.context_length)
         with evaluating(self.model), torch.inference_mode(), applied(self.model, lora):
             return score(self.model, self.device, requests, min(top, self.vocab_size))
 
@@ -347,12 +307,17 @@ class Engine:
             return self.score([((*prompt, *target), len(prompt)) for prompt, target in pairs])
         for prompt, target in pairs:
             decoded = [*self.model.start, *target]
-            self._check_tokens(list(prompt))
-            self._check_tokens(decoded)
-            self._check_length(prompt)
-            self._check_length(decoded)
+            check_tokens(prompt, self.vocab_size)
+            check_tokens(decoded, self.vocab_size)
+            check_length(prompt, self.context_length)
+            check_length(decoded, self.context_length)
         with evaluating(self.model), torch.inference_mode():
             return score_targets(self.model, pairs)
+
+    def embed(self, prompts: Seq[Seq[int]], lora: Lora | None = None) -> list[np.ndarray]:
+        """For each list of token ids the mean of its last hidden states, float32 [H], of length 1. One forward pass."""
+        with evaluating(self.model), torch.inference_mode(), applied(self.model, lora):
+            return embed(self.model, self.device, prompts)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from tutelage.engine import Engine, Event, Sampling, TokenScore
+from tutelage.engine import Event, Sampling, TokenScore
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.scoring import Scored
 from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
 from tutelage.serve.models import Served
@@ -61,7 +62,7 @@ class Job:
         if top is None:
             return
 
-        def score(engine: Engine, prompts: list[list[int]]) -> list[Scored]:
+        def score(engine: EngineProtocol, prompts: list[list[int]]) -> list[Scored]:
             return engine.score_top([(p, 1) for p in prompts], top)
 
         scored = await self.thread.grouped(self.prompts, score)

@@ -102,13 +102,7 @@ class _Live(Collector):
             label, engine = [served.name], served.thread.engine
             running.add_metric(label, served.thread.running)
             waiting.add_metric(label, served.thread.waiting)
-            usage.add_metric(label, _cache_usage(served))
+            usage.add_metric(label, engine.cache_usage)
             queries.add_metric(label, engine.prefix_cache_queries)
             hits.add_metric(label, engine.prefix_cache_hits)
         yield from (running, waiting, usage, queries, hits)
-
-
-def _cache_usage(served: Served) -> float:
-    """The share of the cache's places that are taken; 0 for a model without one."""
-    engine = served.thread.engine
-    return 0.0 if engine.cache is None else engine.scheduler.slots.used / engine.cache.slots

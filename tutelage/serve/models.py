@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutelage.engine import Engine
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import call_style
 from tutelage.serve.metrics import Metrics, ModelMeter
 from tutelage.serve.schema import ApiError, unavailable
 from tutelage.serve.stream import EngineThread
 
-Loader = Callable[[Path], tuple[Engine, Any]]
+Loader = Callable[[Path], tuple[EngineProtocol, Any]]
 """From a model folder to an engine and its renderer; takes its time."""
 
 
 class Served:
     """One model behind the API."""
 
-    def __init__(self, name: str, engine: Engine, renderer: Any, metrics: Metrics) -> None:
+    def __init__(self, name: str, engine: EngineProtocol, renderer: Any, metrics: Metrics) -> None:
         self.name, self.renderer, self.created = name, renderer, int(time.time())
         self.meter = ModelMeter(metrics, name)
         self.thread = EngineThread(engine, self.meter)
@@ -33,7 +33,7 @@ class Served:
         self._idle.set()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> EngineProtocol:
         return self.thread.engine
 
     def call_style(self) -> CallStyle:
@@ -98,7 +98,7 @@ class Models:
             )
         return self._served[name]
 
-    def add(self, name: str, engine: Engine, renderer: Any) -> Served:
+    def add(self, name: str, engine: EngineProtocol, renderer: Any) -> Served:
         """Serves an engine that is there already."""
         served = self._served[name] = Served(name, engine, renderer, self.metrics)
         if self._open:

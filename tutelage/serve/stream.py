@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tutelage.engine import Engine, Event, Sampling, Sequence
+from tutelage.engine import Event, Sampling, Sequence
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.serve.schema import ApiError, unavailable
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class _Answer:
 class EngineThread:
     """Runs an engine in a background thread. Every other thread talks to it through `call`, `submit`, `grouped` and `cancel`."""
 
-    def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
+    def __init__(self, engine: EngineProtocol, meter: Meter | None = None) -> None:
         self.engine, self.meter = engine, meter or Meter()
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by id of the sequence
@@ -83,7 +84,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        self.engine.model.eval()
+        self.engine.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,14 +100,14 @@ class EngineThread:
     @property
     def waiting(self) -> int:
         """Jobs that wait their turn: answers without a place in the batch, prompts to embed or to score."""
-        return self._ordered + len(self.engine.scheduler.waiting)
+        return self._ordered + len(self.engine.waiting)
 
     @property
     def running(self) -> int:
         """Answers in the batch."""
-        return max(0, len(self._answers) - len(self.engine.scheduler.waiting))
+        return max(0, len(self._answers) - len(self.engine.waiting))
 
-    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+    def call(self, function: Callable[[EngineProtocol], T]) -> Future[T]:
         """Runs `function` in the engine's thread between two steps. Raises `ApiError` 503 after `stop`."""
         if self._stopped:
             raise _stopping()
@@ -128,7 +129,7 @@ class EngineThread:
         ticket = Ticket(asyncio.get_running_loop())
         asked = time.monotonic()
 
-        def order(engine: Engine) -> None:
+        def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
                     sequence = engine.submit(ids, sampling, index)
@@ -149,7 +150,7 @@ class EngineThread:
         return ticket
 
     async def grouped(
-        self, prompts: list[list[int]], function: Callable[[Engine, list[list[int]]], list[T]], tokens: int = GROUP_TOKENS
+        self, prompts: list[list[int]], function: Callable[[EngineProtocol, list[list[int]]], list[T]], tokens: int = GROUP_TOKENS
     ) -> list[T]:
         """`function` of all prompts, results in their order. They are handed over in groups of similar length, one group between
         two steps, so that running answers wait for one group at most."""
@@ -190,6 +191,7 @@ class EngineThread:
             for _ in range(max(self._orders.qsize(), int(self.engine.idle))):
                 order = self._orders.get()
                 if order is None:
+                    self.engine.close()
                     return
                 order()
             if not self.engine.idle:
@@ -208,7 +210,7 @@ class EngineThread:
         """Finds out which answers the step that began then took out of the queue."""
         if not self._queued:
             return
-        waiting = {id(sequence) for sequence in self.engine.scheduler.waiting}
+        waiting = {id(sequence) for sequence in self.engine.waiting}
         for taken in self._queued - waiting:
             self.meter.started(began - self._answers[taken].asked)
         self._queued &= waiting
