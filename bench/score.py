@@ -4,8 +4,9 @@
 
 The 5.77M Qwen3 shape, random weights, written once as a folder that both read. The peer's lmeval.py (in `--peer-scripts`) writes
 the questions and scores them; ours reads the same file, encodes each pair as the harness does, and must get the same accuracies.
-`alone` is the time inside the scoring call, `whole` from the file of questions to the accuracy, the model being loaded. Prints a
-JSON line per contender and round, then the ratios: ours over theirs, median over rounds with a 95% bootstrap interval.
+`alone` is the time inside the scoring call; `whole` from the file of questions to the accuracy, the model being loaded; `command`
+from the start of the program, less what the peer's scores of texts take after it. Prints a JSON line per contender and round,
+then the ratios: ours over theirs, median over rounds with a 95% bootstrap interval.
 """
 
 from __future__ import annotations
@@ -72,12 +73,15 @@ def compare_all(args: argparse.Namespace, scratch: Path) -> None:
             rows = [r for r in found if r["job"] == "lmeval_choice"]
             if not rows:
                 raise SystemExit(f"{name} failed:\n{errors[-1500:]}")
+            after = sum(r["seconds"] for r in found if r["job"] == "lmeval_rolling")
+            rows[-1]["requests_per_s_command"] = round(1000 / (rows[-1]["wall_s"] - after), 2)
             records.append({**rows[-1], "peer": name, "round": number, "disturbed": rows[-1]["other_cpu"] > 0.1})
             print(json.dumps(records[-1]), flush=True)
     scores = {json.dumps(r["score"]) for r in records}
     assert len(scores) == 1, f"the contenders do not agree: {scores}"
-    for key, what in (("requests_per_s_scoring_only", "alone"), ("requests_per_s", "whole")):
-        found_ratios = compare.ratios(records, "lmeval_choice", key)
+    suffixes = {"alone": "_scoring_only", "whole": "", "command": "_command"}
+    for what, suffix in suffixes.items():
+        found_ratios = compare.ratios(records, "lmeval_choice", f"requests_per_s{suffix}")
         print(json.dumps({"job": f"score, {what}", "ratios": [r.to_json() for r in found_ratios]}), flush=True)
 
 

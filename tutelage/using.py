@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,9 @@ def serve(
     name: Annotated[
         list[str], typer.Option(help="what clients call a model, one for each; default: the stage's or the folder's name")
     ] = [],  # noqa: B006
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=FOLDER", help="serve the first model with this LoRA too, under a name of its own")
+    ] = [],  # noqa: B006
     keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
     api_key: Annotated[list[str], typer.Option("--api-key", help="a key without limits for inference")] = [],  # noqa: B006
     insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
@@ -63,6 +67,7 @@ def serve(
 ) -> None:
     """Serve models behind the OpenAI API."""
     folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
+    adapters = _named_adapters(adapter, folders)
     from tutelage.rundir import find
     from tutelage.serve.listen import Options
     from tutelage.serve.listen import serve as listen
@@ -73,7 +78,7 @@ def serve(
         speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
         batch_invariant=batch_invariant,
     )  # fmt: skip
-    listen(folders, options)
+    listen(folders, options, adapters)
 
 
 def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, Path]:
@@ -89,6 +94,21 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
             fix="give --name once for each model, in their order",
         )  # fmt: skip
     return {name: f.path for name, f in zip(known, found, strict=True)}
+
+
+def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path]:
+    """Folders by the names that clients use. Raises `ConfigError` for one that is no NAME=FOLDER, or whose name is taken."""
+    from tutelage.errors import ConfigError
+
+    out: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not (name and folder and Path(folder).is_dir()):
+            raise ConfigError("an adapter has a name and a folder", field="adapter", found=text, expected="NAME=FOLDER")
+        if name in out or name in models:
+            raise ConfigError("every model and adapter needs a name of its own", field="adapter", found=name)
+        out[name] = Path(folder)
+    return out
 
 
 keys_app = typer.Typer(help="Make, list and remove the API keys of a server.", no_args_is_help=True)

@@ -104,6 +104,10 @@ class Engine:
             raise ConfigError("an encoder-decoder's adapter has to be merged into it", field="adapter")
         return read_lora(folder, self.model)
 
+    def forget(self, lora: Lora) -> None:
+        """What the cache holds of an adapter's finished texts is of no more use."""
+        self.scheduler.slots.forget(lora)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; see `Codec.encode`."""
         return self.codec.encode(prompt)

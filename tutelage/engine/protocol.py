@@ -48,6 +48,9 @@ class EngineProtocol(Protocol):
     def adapter(self, folder: Path) -> Any:
         """The adapter in a folder, for `lora` below. Raises `ArtifactError`, and `ConfigError` where this engine takes none."""
 
+    def forget(self, lora: Any) -> None:
+        """An adapter that nobody will ask for again."""
+
     def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Any = None) -> Sequence:
         """Queues answer `index` of n. Raises `ContextOverflow`, `DataError` for an empty prompt and an unknown token,
         `ConfigError` for what this engine cannot do."""

@@ -62,8 +62,8 @@ class Job:
         if top is None:
             return
 
-        def score(engine: EngineProtocol, prompts: list[list[int]]) -> list[Scored]:
-            return engine.score_top([(p, 1) for p in prompts], top)
+        def score(engine: EngineProtocol, prompts: list[list[int]], lora: Any) -> list[Scored]:
+            return engine.score_top([(p, 1) for p in prompts], top, lora)
 
         scored = await self.thread.grouped(self.prompts, score)
         for i, (ids, s) in enumerate(zip(self.prompts, scored, strict=True)):

@@ -51,8 +51,8 @@ class Options:
     batch_invariant: bool = False  # bitwise equal answers whatever else runs
 
 
-def serve(models: Mapping[str, Path], options: Options) -> None:
-    """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait.
+def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
+    """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait. `adapters` are of the first model.
 
     Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model.
     """
@@ -66,7 +66,7 @@ def serve(models: Mapping[str, Path], options: Options) -> None:
         build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",
         timeout_graceful_shutdown=5,
     )  # fmt: skip
-    listener = Listener(config, state, models, options.drain_seconds)
+    listener = Listener(config, state, models, adapters or {}, options.drain_seconds)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run()
     if listener.failure is not None:
@@ -124,9 +124,12 @@ def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
 class Listener(uvicorn.Server):
     """Listens first and loads then, so that /health and /ready answer meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], adapters: Mapping[str, Path],
+        drain_seconds: float,
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self.state, self.models, self.drain_seconds = state, models, drain_seconds
+        self.state, self.models, self.adapters, self.drain_seconds = state, models, adapters, drain_seconds
         self.failure: Exception | None = None  # of loading; ends the server
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,7 +137,7 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         # Begun before the port is open: nobody is told that a model does not exist which only is not there yet.
-        loading = asyncio.gather(*(self.state.models.load(name, path) for name, path in self.models.items()))
+        loading = asyncio.ensure_future(self._load())
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._tasks.add(asyncio.create_task(self._announce(loading)))
@@ -146,6 +149,12 @@ class Listener(uvicorn.Server):
             self._loop.call_soon_threadsafe(lambda: self._tasks.add(asyncio.create_task(self._drain())))
         else:
             super().handle_exit(sig, frame)
+
+    async def _load(self) -> list[Served]:
+        served = await asyncio.gather(*(self.state.models.load(name, path) for name, path in self.models.items()))
+        for name, path in self.adapters.items():
+            served.append(await self.state.models.adapt(name, path, served[0].name))
+        return served
 
     async def _announce(self, loading: asyncio.Future[list[Served]]) -> None:
         try:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tutelage.engine import Event, Sampling, Sequence
 from tutelage.engine.protocol import EngineProtocol
@@ -21,6 +21,8 @@ Delivery = tuple[int, Event] | Exception
 
 GROUP_TOKENS = 4096
 """Tokens, padding included, that are embedded or scored between two steps of generation."""
+Grouped = Callable[[EngineProtocol, list[list[int]], Any], list[T]]
+"""From an engine, some prompts and an adapter to a result for each prompt."""
 
 
 class Meter:
@@ -124,15 +126,15 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]]) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n). All or none: an error leaves nothing behind."""
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind."""
         ticket = Ticket(asyncio.get_running_loop())
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
-                    sequence = engine.submit(ids, sampling, index)
+                    sequence = engine.submit(ids, sampling, index, lora)
                     ticket.sequences.append(sequence)
                     self._answers[id(sequence)] = _Answer(ticket, number, asked)
                     self._queued.add(id(sequence))
@@ -150,10 +152,10 @@ class EngineThread:
         return ticket
 
     async def grouped(
-        self, prompts: list[list[int]], function: Callable[[EngineProtocol, list[list[int]]], list[T]], tokens: int = GROUP_TOKENS
+        self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS, lora: Any = None
     ) -> list[T]:
-        """`function` of all prompts, results in their order. They are handed over in groups of similar length, one group between
-        two steps, so that running answers wait for one group at most."""
+        """`function` of all prompts, results in their order, with one adapter. They are handed over in groups of similar length,
+        one group between two steps, so that running answers wait for one group at most."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         out: dict[int, T] = {}
         with self._counted(1):
@@ -161,7 +163,7 @@ class EngineThread:
                 count = max(1, tokens // len(prompts[order[0]]))
                 group, order = order[:count], order[count:]
                 texts = [prompts[i] for i in group]
-                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts)))  # type: ignore[misc]
+                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts, lora)))  # type: ignore[misc]
                 out.update(zip(group, made, strict=True))
         return [out[i] for i in range(len(prompts))]
 

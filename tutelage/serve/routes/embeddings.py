@@ -59,7 +59,7 @@ async def embeddings(request: Request) -> Response:
 
 
 async def _vectors(served: Served, prompts: list[list[int]]) -> list[np.ndarray]:
-    vectors = await served.thread.grouped(prompts, lambda engine, texts: engine.embed(texts))
+    vectors = await served.thread.grouped(prompts, lambda engine, texts, lora: engine.embed(texts, lora))
     served.meter.read(sum(map(len, prompts)))
     return vectors
 
