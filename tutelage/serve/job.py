@@ -44,7 +44,7 @@ class Job:
         with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
             if echo:
                 await self._read_prompts(echo)
-            ticket = await self.thread.submit(wanted)
+            ticket = await self.thread.submit(wanted, every=bool(asked.stream))
         self.request.state.leaving.callback(self.thread.cancel, ticket)
         if asked.stream:
             options = asked.stream_options
@@ -81,11 +81,12 @@ class Job:
 
     async def _collect(self, ticket: Ticket) -> dict[str, Any]:
         """The reply in one."""
-        async for _ in self._events(ticket):
+        async for _ in ticket.events():
             pass
         choices = []
         for number, sequence in enumerate(ticket.sequences):
             done = sequence.completion()
+            self.allowance.spend(len(done.ids))
             scores = [s for s in done.scores if s.id not in sequence.ends]
             text = self.echoes[number // self.sampling.n] + done.text
             logprobs = self._logprobs(number, scores, first=True)

@@ -45,10 +45,10 @@ class Meter:
 
 
 class Ticket:
-    """The answers to one request, while they come."""
+    """The answers to one request, while they come. `every`: each token is an event, not only the last."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, every: bool = True) -> None:
+        self.loop, self.every = loop, every
         self.inbox: asyncio.Queue[Delivery] = asyncio.Queue()
         self.sequences: list[Sequence] = []
 
@@ -126,9 +126,10 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind."""
-        ticket = Ticket(asyncio.get_running_loop())
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None, every: bool = True) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind.
+        Without `every`, only the last event of each answer is handed over."""
+        ticket = Ticket(asyncio.get_running_loop(), every)
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
@@ -228,6 +229,8 @@ class EngineThread:
             self._measure(answer, event, now)
             if event.finish_reason is not None:
                 del self._answers[id(event.sequence)]
+            elif not answer.ticket.every:
+                continue
             by_loop.setdefault(answer.ticket.loop, []).append((answer.ticket, (answer.number, event)))
         for loop, mail in by_loop.items():
             _post(loop, mail)

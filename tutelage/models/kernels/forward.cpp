@@ -242,7 +242,7 @@ struct Buffers {
     int64_t qkv_width;
 };
 
-// One layer's work of one thread. BARRIER stands wherever the next lines read what another thread wrote.
+// One layer's work of one thread. A barrier stands wherever the next lines read what another thread wrote.
 struct Worker {
     const DecoderPlan& plan;
     const Buffers& to;
@@ -251,13 +251,10 @@ struct Worker {
     int64_t rows;
     int thread, threads;
     Scratch& scores;
+    Meeting& meeting;
     int64_t depth = 0;  // of the layer
 
-    void barrier() const {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-    }
+    void barrier() const { meeting.wait(threads); }
     template <class Body>
     void each_row(const Body& body) const {
         for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; r++) body(r);
@@ -377,10 +374,11 @@ EXPORT void decoder_forward(const DecoderPlan* plan, const int64_t* ids, const i
         at += rows * width;
     }
     float* chosen = at;
+    Meeting meeting;
     const auto work = [&](int thread, int threads) {
         FlushDenormals flush;
         static thread_local Scratch scores;
-        Worker worker{*plan, to, slots, places, adapters, rows, thread, threads, scores};
+        Worker worker{*plan, to, slots, places, adapters, rows, thread, threads, scores, meeting};
         worker.each_row([&](int64_t r) {
             const float *e = plan->embeddings + ids[r] * H, *p = plan->positions ? plan->positions + places[r] * H : nullptr;
             for (int64_t i = 0; i < H; i++) to.x[r * H + i] = e[i] * plan->embedding_scale + (p ? p[i] : 0.0f);
