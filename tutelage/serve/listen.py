@@ -20,6 +20,7 @@ from tutelage.log import say
 from tutelage.serve.app import MAX_BODY, build_app
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.models import Served
+from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.state import ServerState
 
 try:
@@ -48,18 +49,22 @@ class Options:
     prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
     speculate: int = 0  # guesses at the next tokens that are checked per step
     batch_invariant: bool = False  # bitwise equal answers whatever else runs
+    store: Path | None = None  # a file that keeps responses; made where there is none
+    store_days: int = 30  # how long a response is kept after it was made or last continued
 
 
 def serve(models: Mapping[str, Path], options: Options) -> None:
     """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait.
 
-    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model.
+    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model,
+    `StorageError` for a store that cannot be used.
     """
     check_binding(options)
     check_port(options)
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
+        store=None if options.store is None else ResponseStore(options.store, options.store_days),
     )  # fmt: skip
     config = uvicorn.Config(
         build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",
