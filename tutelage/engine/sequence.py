@@ -10,6 +10,7 @@ from typing import Literal
 from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
+from tutelage.models.lora import Lora
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -143,8 +144,8 @@ class Sequence:
     every target begins with."""
 
     __slots__ = (
-        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling",
-        "scores", "shared", "slot", "source", "stream",
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "prompt_length",
+        "sampling", "scores", "shared", "slot", "source", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -159,8 +160,10 @@ class Sequence:
         ends: frozenset[int],
         constraint: Constraint | None = None,
         source: list[int] | None = None,
+        lora: Lora | None = None,
     ) -> None:
         self.source = source  # what the encoder reads, of an encoder-decoder
+        self.lora = lora  # the adapter that the model wears for it
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
         self.sampling = sampling

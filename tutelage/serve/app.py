@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from tutelage import __version__
-from tutelage.engine import Engine
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import MissingExtra
 
 try:
@@ -33,8 +33,8 @@ MAX_BODY = 4 << 20
 
 
 def create_app(
-    engine: Engine, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY, max_waiting: int = 256,
-    store: ResponseStore | None = None,
+    engine: EngineProtocol, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY,
+    max_waiting: int = 256, store: ResponseStore | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application that serves `engine` as model `name`. The engine runs in a thread of its own from start-up to shutdown.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from tutelage.engine import Engine, Event, Sampling, TokenScore
+from tutelage.engine import Event, Sampling, TokenScore
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.scoring import Scored
 from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
 from tutelage.serve.models import Served
@@ -47,8 +48,8 @@ class Job:
         if top is None:
             return
 
-        def score(engine: Engine, prompts: list[list[int]]) -> list[Scored]:
-            return engine.score_top([(p, 1) for p in prompts], top)
+        def score(engine: EngineProtocol, prompts: list[list[int]], lora: Any) -> list[Scored]:
+            return engine.score_top([(p, 1) for p in prompts], top, lora)
 
         scored = await self.thread.grouped(self.prompts, score)
         for i, (ids, s) in enumerate(zip(self.prompts, scored, strict=True)):

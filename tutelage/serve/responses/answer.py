@@ -45,8 +45,7 @@ class Answer:
             yield self._failed(server_error())
 
     async def _finished(self) -> dict[str, Any]:
-        used = usage(self.work.served.engine, self.work.sequences[0])
-        response = self.reply.finished(self.draft.items, self.draft.cut, used)
+        response = self.reply.finished(self.draft.items, self.draft.cut, usage(self.work.sequences[0]))
         await self.keep(response)
         return response
 

@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any
 
-from tutelage.engine import Engine, Sampling, Sequence
+from tutelage.engine import Sampling, Sequence
 from tutelage.serve.responses.items import Item
 from tutelage.serve.responses.request import ResponsesRequest
 from tutelage.serve.schema import ApiError
@@ -64,13 +64,12 @@ class Reply:
         }  # fmt: skip
 
 
-def usage(engine: Engine, sequence: Sequence) -> dict[str, Any]:
-    """Tokens of a finished answer. What of a prompt was not in the prefix cache is there now, for the next one."""
+def usage(sequence: Sequence) -> dict[str, Any]:
+    """Tokens of a finished answer. The prefix cache is no client's to write to: what it holds is a by-product, and may go."""
     read, made = len(sequence.prompt), sequence.made
-    written = read - sequence.shared if engine.scheduler.slots.keep else 0
     return {
         "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": sequence.shared, "cache_write_tokens": written},
+        "input_tokens_details": {"cached_tokens": sequence.shared, "cache_write_tokens": 0},
         "output_tokens": made,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": read + made,
