@@ -63,6 +63,10 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
     ] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="a file that keeps what /v1/responses answers; default: nothing is kept")
+    ] = None,
+    store_days: Annotated[int, typer.Option(min=1, help="days to keep a response that is not continued any more")] = 30,
     runs: Runs = RUNS,
 ) -> None:
     """Serve models behind the OpenAI API."""
@@ -76,7 +80,7 @@ def serve(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
         speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
-        batch_invariant=batch_invariant,
+        batch_invariant=batch_invariant, store=store, store_days=store_days,
     )  # fmt: skip
     listen(folders, options, adapters)
 

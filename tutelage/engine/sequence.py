@@ -129,6 +129,12 @@ class Event:
     scores: tuple[TokenScore, ...]  # of the new tokens, where asked for
     finish_reason: FinishReason | None  # set on the last event of a sequence
 
+    def __add__(self, later: Event) -> Event:
+        """Both as one."""
+        return Event(
+            self.sequence, self.text + later.text, self.ids + later.ids, self.scores + later.scores, later.finish_reason
+        )  # fmt: skip
+
 
 @dataclass(slots=True)
 class Drafts:

@@ -20,6 +20,7 @@ from tutelage.log import say
 from tutelage.serve.app import MAX_BODY, build_app
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.models import Served
+from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.state import ServerState
 
 try:
@@ -49,18 +50,22 @@ class Options:
     speculate: int = 0  # guesses at the next tokens that are checked per step
     draft: Path | None = None  # a smaller model with the same tokens, which makes the guesses
     batch_invariant: bool = False  # bitwise equal answers whatever else runs
+    store: Path | None = None  # a file that keeps responses; made where there is none
+    store_days: int = 30  # how long a response is kept after it was made or last continued
 
 
 def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
     """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait. `adapters` are of the first model.
 
-    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model.
+    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model,
+    `StorageError` for a store that cannot be used.
     """
     check_binding(options)
     check_port(options)
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
+        store=None if options.store is None else ResponseStore(options.store, options.store_days),
     )  # fmt: skip
     config = uvicorn.Config(
         build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",

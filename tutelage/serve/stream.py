@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ Delivery = tuple[int, Event] | Exception
 
 GROUP_TOKENS = 4096
 """Tokens, padding included, that are embedded or scored between two steps of generation."""
+PACE = 0.02
+"""Seconds between two events of a request. A small model makes a token in less, and chunks would cost more than tokens."""
 Grouped = Callable[[EngineProtocol, list[list[int]], Any], list[T]]
 """From an engine, some prompts and an adapter to a result for each prompt."""
 
@@ -45,22 +49,58 @@ class Meter:
 
 
 class Ticket:
-    """The answers to one request, while they come. `every`: each token is an event, not only the last."""
+    """The answers to one request, while they come. The engine's thread posts, the loop reads.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, every: bool = True) -> None:
-        self.loop, self.every = loop, every
-        self.inbox: asyncio.Queue[Delivery] = asyncio.Queue()
+    The loop is woken only where it listens: while it pauses between two events, what comes is left for it to find.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.sequences: list[Sequence] = []
+        self._inbox: deque[Delivery] = deque()
+        self._bell = asyncio.Event()
+        self._listening = False
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(number of the answer, event) until all are finished. Raises what stopped the engine."""
-        left = len(self.sequences)
+    def post(self, delivery: Delivery) -> bool:
+        """Leaves something for the loop; True where it has to be woken."""
+        self._inbox.append(delivery)
+        return self._listening or isinstance(delivery, Exception) or delivery[1].finish_reason is not None
+
+    def wake(self) -> None:
+        """Called on the loop."""
+        self._bell.set()
+
+    async def events(self, whole: bool = False) -> AsyncIterator[tuple[int, Event]]:
+        """(number of the answer, event) until all are finished. Those that come faster than PACE are merged; the first and the
+        last do not wait. With `whole`, only ends are waited for. Raises what stopped the engine."""
+        left, pause = len(self.sequences), None if whole else 0.0
         while left:
-            got = await self.inbox.get()
-            if isinstance(got, Exception):
-                raise got
-            left -= got[1].finish_reason is not None
-            yield got
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(pause):
+                    await self._bell.wait()
+            self._listening = True
+            while not self._inbox:
+                await self._bell.wait()
+                self._bell.clear()
+            self._listening = False
+            self._bell.clear()
+            inbox = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            for number, event in _merged(inbox):
+                left -= event.finish_reason is not None
+                yield number, event
+            if isinstance(inbox[-1], Exception):
+                raise inbox[-1]
+            pause = None if whole else self.loop.time() + PACE
+
+
+def _merged(inbox: list[Delivery]) -> list[tuple[int, Event]]:
+    """One event for each answer."""
+    found: dict[int, Event] = {}
+    for delivery in inbox:
+        if not isinstance(delivery, Exception):
+            number, event = delivery
+            found[number] = found[number] + event if number in found else event
+    return list(found.items())
 
 
 @dataclass(slots=True)
@@ -126,10 +166,9 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None, every: bool = True) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind.
-        Without `every`, only the last event of each answer is handed over."""
-        ticket = Ticket(asyncio.get_running_loop(), every)
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind."""
+        ticket = Ticket(asyncio.get_running_loop())
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
@@ -220,7 +259,7 @@ class EngineThread:
 
     def _deliver(self, events: list[Event]) -> None:
         """Hands a step's events over, with one wake-up a loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Delivery]]] = {}
+        woken: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
         now = time.monotonic()
         for event in events:
             answer = self._answers.get(id(event.sequence))
@@ -229,11 +268,10 @@ class EngineThread:
             self._measure(answer, event, now)
             if event.finish_reason is not None:
                 del self._answers[id(event.sequence)]
-            elif not answer.ticket.every:
-                continue
-            by_loop.setdefault(answer.ticket.loop, []).append((answer.ticket, (answer.number, event)))
-        for loop, mail in by_loop.items():
-            _post(loop, mail)
+            if answer.ticket.post((answer.number, event)):
+                woken.setdefault(answer.ticket.loop, []).append(answer.ticket)
+        for loop, tickets in woken.items():
+            _wake(loop, tickets)
 
     def _measure(self, answer: _Answer, event: Event, now: float) -> None:
         if answer.last is None:
@@ -250,17 +288,18 @@ class EngineThread:
         tickets = {id(answer.ticket): answer.ticket for answer in self._answers.values()}
         for ticket in tickets.values():
             self._drop(ticket, "error")
-            _post(ticket.loop, [(ticket, error)])
+            ticket.post(error)
+            _wake(ticket.loop, [ticket])
 
 
 def _stopping() -> ApiError:
     return unavailable("the server stopped before the answer was finished", "shutting_down")
 
 
-def _post(loop: asyncio.AbstractEventLoop, mail: list[tuple[Ticket, Delivery]]) -> None:
-    def put() -> None:
-        for ticket, delivery in mail:
-            ticket.inbox.put_nowait(delivery)
+def _wake(loop: asyncio.AbstractEventLoop, tickets: list[Ticket]) -> None:
+    def ring() -> None:
+        for ticket in tickets:
+            ticket.wake()
 
     if not loop.is_closed():
-        loop.call_soon_threadsafe(put)
+        loop.call_soon_threadsafe(ring)
