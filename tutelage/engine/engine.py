@@ -135,7 +135,7 @@ class Engine:
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
-        stream = TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh)
+        stream = TextStream(self.vocabulary_of(sampling), sampling.stop, self.fresh, sampling.include_stop)
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
         sequence = Sequence(
             ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source
@@ -150,7 +150,7 @@ class Engine:
             raise ConfigError("structured output needs a tokenizer", field="grammar")
         return self.grammars().compile(grammar)
 
-    def _vocabulary_of(self, sampling: Sampling) -> Vocabulary | None:
+    def vocabulary_of(self, sampling: Sampling) -> Vocabulary | None:
         """The vocabulary for an answer's text."""
         if not sampling.shown_ids or self.vocabulary is None:
             return self.vocabulary

@@ -47,8 +47,8 @@ def _check(best: Tensor) -> None:
 
 
 def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Logits with bias and penalties, and only what a grammar allows. A penalty counts tokens of the answer; repetition counts
-    the prompt too."""
+    """Logits with bias and penalties, and only what a grammar and `min_tokens` allow. A penalty counts tokens of the answer;
+    repetition counts the prompt too."""
     scores = scores.clone()
     size = scores.shape[-1]
     for row, sequence in zip(scores, sequences, strict=True):
@@ -68,6 +68,8 @@ def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
             row[torch.tensor(list(known), dtype=torch.int64, device=scores.device)] += torch.tensor(list(known.values())).to(
                 scores
             )
+        if sequence.made < s.min_tokens:
+            row[torch.tensor([t for t in sequence.ends if t < size], dtype=torch.int64, device=scores.device)] = -torch.inf
         if sequence.constraint is not None:
             try:
                 sequence.constraint.apply(row)

@@ -31,6 +31,8 @@ class Sampling:
     seed: int | None = None  # equal seed, prompt and settings give equal tokens; None: drawn from the engine's own seed
     stop: tuple[str, ...] = ()  # texts that end the answer; never part of it
     stop_ids: tuple[int, ...] = ()  # tokens that end the answer, beside the model's own
+    include_stop: bool = False  # what ended the answer is part of its text
+    min_tokens: int = 0  # none of the first so many tokens ends the answer
     n: int = 1  # answers per prompt, sample i of which is keyed by (seed, i)
     logprobs: int | None = None  # None: none; k: of the sampled token and of the k most likely ones
     presence_penalty: float = 0.0  # taken off the logit of a token that the answer already has
@@ -43,8 +45,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` naming the field."""
-        whole = (("max_tokens", self.max_tokens, 1, None), ("n", self.n, 1, 1024), ("top_k", self.top_k, 0, None))
-        for name, value, least, most in (*whole, ("logprobs", self.logprobs, 0, 100)):
+        for name, value, least, most in (
+            ("max_tokens", self.max_tokens, 1, None), ("n", self.n, 1, 1024), ("top_k", self.top_k, 0, None),
+            ("logprobs", self.logprobs, 0, 100), ("min_tokens", self.min_tokens, 0, self.max_tokens),
+        ):  # fmt: skip
             if value is not None:
                 _within(name, value, least, most, int)
         for name, low, high in (
@@ -60,6 +64,10 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             if not isinstance(bias, int | float) or not -100 <= bias <= 100:
                 raise ConfigError("out of range", field="logit_bias", found={token: bias}, expected="from -100 to 100")
+        if self.min_tokens and self.grammar is not None:
+            raise ConfigError(
+                "a grammar alone says where its answer ends", field="min_tokens", found=self.min_tokens, expected="0"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -73,7 +81,7 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """True when logits change before sampling, whatever the temperature."""
-        return bool(self.logit_bias) or self.penalises or self.grammar is not None
+        return bool(self.logit_bias) or self.penalises or self.grammar is not None or self.min_tokens > 0
 
     @property
     def penalises(self) -> bool:
@@ -192,9 +200,10 @@ class Sequence:
         scores = () if self.sampling.logprobs is None else (score,)
         self.scores.extend(scores)
         if score.id in self.ends:
-            self.finish_reason, text = "stop", self.stream.flush()
+            text = self.stream.add(score.id, stops=False) if self.sampling.include_stop else ""
+            self.finish_reason, text = "stop", text + self.stream.flush()
         else:
-            text = self.stream.add(score.id)
+            text = self.stream.add(score.id, stops=self.made > self.sampling.min_tokens)
             if self.stream.stopped:
                 self.finish_reason = "stop"
             elif self._satisfied(score.id):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from tutelage.engine import Engine, Event, Sampling, TokenScore
-from tutelage.engine.scoring import Scored
+from tutelage.engine import Completion, Event, Sampling, Sequence, TokenScore
 from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
 from tutelage.serve.models import Served
+from tutelage.serve.prompt_scores import PromptScores, score_prompts
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
 from tutelage.serve.requests import GONE, as_api_errors, unless_gone
 from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, server_error
 from tutelage.serve.state import allowance_of
 from tutelage.serve.stream import Ticket
+
+NOTHING = Completion(prompt=(), ids=(), text="", finish_reason="length")
+"""The answer to a request for none: `max_tokens` is 0."""
 
 
 class Job:
@@ -30,19 +34,23 @@ class Job:
         self.prompts, self.sampling, self.param = prompts, sampling, param
         self.style = style  # of tool calls, where the model may make some
         self.allowance = allowance_of(request)
-        vocabulary = served.engine.vocabulary
+        vocabulary = served.engine.vocabulary_of(sampling)
         assert vocabulary is not None, "a server needs a tokenizer"
         self.vocabulary = vocabulary
-        self.legacy = [LegacyLogprobs(vocabulary) for _ in range(len(prompts) * sampling.n)]
+        self.count = len(prompts) * sampling.n  # of answers
+        self.legacy = [LegacyLogprobs(vocabulary) for _ in range(self.count)]
         self.echoes = [""] * len(prompts)
-        self.prompt_scores: list[list[TokenScore | int]] = [[] for _ in prompts]
+        self.prompt_scores: list[PromptScores] = []
+        self.echoed = self.gives_ids = False
+        self.prompt_logprobs: int | None = None
 
-    async def answer(self, asked: ChatRequest | CompletionRequest, echo: Sequence[str | list[int]] = ()) -> Response:
+    async def answer(self, asked: ChatRequest | CompletionRequest, echo: Seq[str | list[int]] = ()) -> Response:
         """The reply. `echo`: prompts that it begins with."""
-        wanted = [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)]
+        self.gives_ids, self.prompt_logprobs = bool(asked.return_token_ids), asked.prompt_logprobs
+        only_prompts = isinstance(asked, CompletionRequest) and asked.prompt_only
+        wanted = [] if only_prompts else [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)]
         with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
-            if echo:
-                await self._read_prompts(echo)
+            await self._read_prompts(echo)
             ticket = await self.thread.submit(wanted)
         self.request.state.leaving.callback(self.thread.cancel, ticket)
         if asked.stream:
@@ -52,25 +60,17 @@ class Job:
         whole = await unless_gone(self.request, self._collect(ticket))
         return GONE if whole is None else JSONResponse(whole)
 
-    async def _read_prompts(self, prompts: Sequence[str | list[int]]) -> None:
-        """For `echo`: the prompts' texts, and their log-probabilities where asked for."""
-        for i, (prompt, ids) in enumerate(zip(prompts, self.prompts, strict=True)):
+    async def _read_prompts(self, echo: Seq[str | list[int]]) -> None:
+        """The prompts' texts for `echo`, and their log-probabilities where asked for."""
+        for i, (prompt, ids) in enumerate(zip(echo, self.prompts, strict=bool(echo))):
             text = b"".join(self.vocabulary.of(t) for t in ids).decode("utf-8", "replace")
             self.echoes[i] = prompt if isinstance(prompt, str) else text
-        top = self.sampling.logprobs
-        if top is None:
-            return
-
-        def score(engine: Engine, prompts: list[list[int]]) -> list[Scored]:
-            return engine.score_top([(p, 1) for p in prompts], top)
-
-        scored = await self.thread.grouped(self.prompts, score)
-        for i, (ids, s) in enumerate(zip(self.prompts, scored, strict=True)):
-            rest = [
-                TokenScore(t, float(p), tuple(zip(a.tolist(), b.tolist(), strict=True)))
-                for t, p, a, b in zip(ids[1:], s.logprobs, s.top_ids, s.top_logprobs, strict=True)
-            ]
-            self.prompt_scores[i] = [ids[0], *rest]
+        self.echoed = bool(echo) and self.sampling.logprobs is not None
+        if self.prompt_logprobs is not None and self.thread.engine.encodes:
+            raise ApiError(400, "an encoder-decoder does not say how likely its source is", param="prompt_logprobs")
+        if self.echoed or self.prompt_logprobs is not None:
+            ranked = 0 if self.prompt_logprobs is None else max(self.prompt_logprobs, 1)  # ranks come with alternatives
+            self.prompt_scores = await score_prompts(self.thread, self.prompts, max(self.sampling.logprobs or 0, ranked))
 
     async def _events(self, ticket: Ticket) -> AsyncIterator[tuple[int, Event]]:
         """The ticket's events, their tokens taken off what the key may use."""
@@ -83,37 +83,43 @@ class Job:
         async for _ in self._events(ticket):
             pass
         choices = []
-        for number, sequence in enumerate(ticket.sequences):
-            done = sequence.completion()
-            scores = [s for s in done.scores if s.id not in sequence.ends]
+        for number in range(self.count):
+            done = ticket.sequences[number].completion() if ticket.sequences else NOTHING
+            scores = self._shown(ticket.sequences[number], done.scores) if done.scores else []
             text = self.echoes[number // self.sampling.n] + done.text
             logprobs = self._logprobs(number, scores, first=True)
             text, calls = parse_calls(text, self.style) if self.style else (text, [])
-            choices.append(self.reply.choice(number, text, finish_reason(done.finish_reason, calls), logprobs, calls))
-        return self.reply.whole(choices, self._usage(ticket))
+            reason = finish_reason(done.finish_reason, calls)
+            more = self._of_prompt(number) | ({"token_ids": list(done.ids)} if self.gives_ids else {})
+            choices.append(self.reply.choice(number, text, reason, logprobs, calls, **more))
+        return self.reply.whole(choices, self._usage(ticket), **self._of_prompt(None))
 
     async def _pieces(self, ticket: Ticket, include_usage: bool) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""
         extra = {"usage": None} if include_usage else {}
+        no_ids: dict[str, Any] = {"token_ids": []} if self.gives_ids else {}
         try:
-            for number in range(len(ticket.sequences)):
+            for number in range(self.count):
+                echo, more = self.echoes[number // self.sampling.n], self._of_prompt(number) | no_ids
                 if self.reply.chat:
-                    yield self.reply.piece([self.reply.delta(number, "", None, None, first=True)], **extra)
-                elif self.echoes[number // self.sampling.n]:
-                    logprobs = self._logprobs(number, [], first=True)
-                    yield self.reply.piece(
-                        [self.reply.delta(number, self.echoes[number // self.sampling.n], None, logprobs)], **extra
-                    )
+                    top = self._of_prompt(None) if number == 0 else {}
+                    yield self.reply.piece([self.reply.delta(number, "", None, None, first=True, **more)], **extra, **top)
+                elif echo or more:
+                    logprobs = self._logprobs(number, [], first=True) if echo else None
+                    yield self.reply.piece([self.reply.delta(number, echo, None, logprobs, **more)], **extra)
+                if not ticket.sequences:
+                    yield self.reply.piece([self.reply.delta(number, "", NOTHING.finish_reason, None, **no_ids)], **extra)
             readers = {n: ToolCallStream(self.style) for n in range(len(ticket.sequences))} if self.style else {}
             async for number, event in self._events(ticket):
-                scores = [s for s in event.scores if s.id not in event.sequence.ends]
+                scores = self._shown(event.sequence, event.scores)
                 logprobs = self._logprobs(number, scores) if scores else None
-                for text in self._texts(readers.get(number), event) or ([""] if logprobs else []):
-                    yield self.reply.piece([self.reply.delta(number, text, None, logprobs)], **extra)
-                    logprobs = None
+                more = {"token_ids": list(event.ids)} if self.gives_ids else {}
+                for text in self._texts(readers.get(number), event) or ([""] if logprobs or more else []):
+                    yield self.reply.piece([self.reply.delta(number, text, None, logprobs, **more)], **extra)
+                    logprobs, more = None, no_ids
                 if event.finish_reason:
                     reason = finish_reason(event.finish_reason, readers[number].calls if readers else ())
-                    yield self.reply.piece([self.reply.delta(number, "", reason, None)], **extra)
+                    yield self.reply.piece([self.reply.delta(number, "", reason, None, **no_ids)], **extra)
             if include_usage:
                 yield self.reply.piece([], usage=self._usage(ticket))
             yield b"data: [DONE]\n\n"
@@ -136,8 +142,23 @@ class Job:
             return None
         if self.reply.chat:
             return chat_logprobs(self.vocabulary, scores)
-        before = self.prompt_scores[number // self.sampling.n] if first else []
-        return self.legacy[number].of([*before, *scores])
+        if not (first and self.echoed):
+            return self.legacy[number].of(scores)
+        return self.legacy[number].of([*self.prompt_scores[number // self.sampling.n].echoed(self.sampling.logprobs), *scores])
+
+    def _shown(self, sequence: Sequence, scores: Iterable[TokenScore]) -> list[TokenScore]:
+        """Scores of an answer's text: without its end token, unless they go with token ids."""
+        return [s for s in scores if self.gives_ids or s.id not in sequence.ends]
+
+    def _of_prompt(self, number: int | None) -> dict[str, Any]:
+        """What was asked for of an answer's prompt. vLLM puts it beside a text's answer, but beside all answers of a chat."""
+        if (number is None) != self.reply.chat:
+            return {}
+        at = (number or 0) // self.sampling.n
+        out: dict[str, Any] = {"prompt_token_ids": self.prompts[at]} if self.gives_ids else {}
+        if self.prompt_logprobs is not None:
+            out["prompt_logprobs"] = self.prompt_scores[at].listed(self.prompt_logprobs, self.vocabulary)
+        return out
 
     def _usage(self, ticket: Ticket) -> dict[str, Any]:
         cached = sum(s.shared for s in ticket.sequences[:: self.sampling.n])  # the n answers of a prompt count it once
