@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.engine.beams import search
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
 from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
 from tutelage.engine.hf_runner import HfRunner
@@ -25,7 +26,7 @@ from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner,
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
-from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
+from tutelage.engine.sequence import Completion, Event, Rules, Sampling, Sequence
 from tutelage.engine.speculate import note, propose
 from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
 from tutelage.engine.tool_calls import showing
@@ -112,7 +113,15 @@ class Engine:
         return [int(t) for t in prompt]  # type: ignore[arg-type]
 
     def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0) -> Sequence:
-        """Queues a prompt; `step` makes it run. `index` says which of the n answers this is.
+        """Queues a prompt; `step` makes it run. Raises what `prepare` does, and `ConfigError` for beams: see `generate`."""
+        if sampling.beams > 1:
+            raise ConfigError("beam search gives whole answers", field="beams", found=sampling.beams, fix="use Engine.generate")
+        sequence = self.prepare(prompt_ids, sampling, index)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def prepare(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0) -> Sequence:
+        """A sequence that is not queued yet. `index` says which of the n answers this is.
 
         Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
         """
@@ -137,11 +146,11 @@ class Engine:
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
         stream = TextStream(self.vocabulary_of(sampling), sampling.stop, self.fresh, sampling.include_stop)
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
-        sequence = Sequence(
-            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source
+        rules = Rules.of(self.model.generation, sampling) if self.encodes else None
+        return Sequence(
+            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source,
+            rules=rules,
         )  # fmt: skip
-        self.scheduler.add(sequence)
-        return sequence
 
     def constrain(self, grammar: Grammar) -> Constraint:
         """The constraint of one answer. Compiling takes its time, the first time: call this from another thread before `submit`
@@ -277,6 +286,9 @@ class Engine:
         All prompts are checked before the first runs.
         """
         wanted = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if any(how.beams > 1 for how in wanted):
+            with evaluating(self.model):
+                return search(self, [self.prepare(self.encode(p), how) for p, how in zip(prompts, wanted, strict=True)])
         sequences: list[Sequence] = []
         try:
             for prompt, how in zip(prompts, wanted, strict=True):
