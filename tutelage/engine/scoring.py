@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage.engine.blocks import caches
 from tutelage.models.interface import Batch, CacheView
 
 SCORE_TOKENS = 4096
@@ -37,7 +38,7 @@ class Scored:
 
 def score(model: Any, device: torch.device, requests: Seq[Request], top: int) -> list[Scored]:
     """Log-probabilities of ids[start:], each given all ids before it. Results in the order of `requests`."""
-    families = _families(requests) if getattr(model, "supports_cache", False) else {}
+    families = _families(requests) if caches(model, max((len(ids) for ids, _ in requests), default=0)) else {}
     shared = {i for members in families.values() for i in members}
     out: dict[int, Scored] = {}
     for group in _by_length([i for i in range(len(requests)) if i not in shared], lambda i: len(requests[i][0]) - 1):
