@@ -30,7 +30,7 @@ HOW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "two": ({"num_beams": 2}, {"beams": 2}),
     "early": ({"early_stopping": True}, {"early_stopping": True}),
-    "never": ({"early_stopping": "never", "length_penalty": 0.5}, {"early_stopping": "never", "length_penalty": 0.5}),
+    "never": ({"early_stopping": "never", "length_penalty": 2.0}, {"early_stopping": "never", "length_penalty": 2.0}),
     "long": ({"length_penalty": 3.0}, {"length_penalty": 3.0}),
     "short": ({"length_penalty": -1.0}, {"length_penalty": -1.0}),
     "ngrams": ({"no_repeat_ngram_size": 2, "min_new_tokens": 6}, {"no_repeat_ngram": 2, "min_tokens": 6}),
@@ -83,7 +83,8 @@ def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     theirs, folder = reference(T5 if request.param == "t5" else BART), tmp_path_factory.mktemp("model")
     if request.param == "bart-forced":
         theirs.generation_config.forced_bos_token_id, theirs.generation_config.forced_eos_token_id = 7, 2
-        theirs.generation_config.bad_words_ids, theirs.generation_config.suppress_tokens = [[33], [2]], [41, 80]
+        often = [t for s in sources() for t in generated(theirs, s, 2, max_new_tokens=5)[0]]
+        theirs.generation_config.bad_words_ids, theirs.generation_config.suppress_tokens = [[often[1]], [2]], [often[5], often[8]]
     theirs.save_pretrained(folder)
     return theirs, Engine(load(folder), slots=9, max_length=60)
 
@@ -94,12 +95,12 @@ def test_equals_transformers_from_sources(seq2seq: tuple[Any, Engine], name: str
     theirs, engine = seq2seq
     asked, how = HOW[name]
     start = len(engine.model.start)
-    ends = list(engine.model.ends)
+    ends = [t for t in (*engine.model.ends, *ENDS) if t not in engine.model.start]
     asked = {"num_beams": 4, "max_new_tokens": 12 + start - 1, "eos_token_id": ends, **asked}
     if "min_new_tokens" in asked:
         asked["min_new_tokens"] += start - 1
     want = [answer for s in sources() for answer in generated(theirs, s, start, **asked)]
-    assert [c.ids for c in engine.generate(sources(), Sampling(12, **{"beams": 4, **how}))] == want
+    assert [c.ids for c in engine.generate(sources(), Sampling(12, stop_ids=tuple(ends), **{"beams": 4, **how}))] == want
 
 
 @pytest.mark.parametrize("how", [{}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 9}], ids=str)
