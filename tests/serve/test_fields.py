@@ -200,6 +200,15 @@ def test_what_cannot_be_done_is_refused(client: openai.OpenAI, body: dict[str, A
         assert caught.value.param == param
 
 
+def test_null_asks_for_nothing(client: openai.OpenAI) -> None:
+    """Clients that send every field of theirs, and null where nothing is meant; a required one is still missed."""
+    nothing: dict[str, Any] = dict.fromkeys(("audio", "prediction", "web_search_options", "ignore_eos", "guided_json", "top_k"))
+    assert chat(client, extra_body=nothing).choices[0].message.content == chat(client).choices[0].message.content
+    with pytest.raises(openai.BadRequestError) as caught:
+        text(client, None)
+    assert caught.value.param == "prompt"
+
+
 def test_only_the_prompt(client: openai.OpenAI, engine: Engine) -> None:
     """`max_tokens: 0` of evaluation harnesses: an error, or a token that nobody asked for."""
     ids = engine.encode("the cat sat")

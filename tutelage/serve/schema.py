@@ -81,6 +81,7 @@ class Generation(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
@@ -233,11 +234,11 @@ def one_each(prompts: Prompts, param: str, most: int) -> list[str | list[int]]:
 
 
 def parse(kind: type[Request], body: Any) -> Request:
-    """The request in `body`. Raises `ApiError` naming the first parameter that is wrong."""
+    """The request in `body`. A null asks for nothing. Raises `ApiError` naming the first parameter that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
-        return kind.model_validate(body)
+        return kind.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
