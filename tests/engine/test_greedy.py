@@ -104,7 +104,7 @@ def test_angles_that_change_with_length(tmp_path: Path) -> None:
     ours = load(folder, adapter=False)
     requests = [([*range(3, 19), *ending], 16) for ending in ([40, 41, 42], [50, 51])]  # 16 tokens in common stay steady
     short = [(ids[:10], 4) for ids, _ in requests] + [([*range(40, 53), 9, 9], 13)]
-    for asked in (requests, [(ids[3:], 14) for ids, _ in requests], short):
+    for asked in (requests, [(ids[3:], 14) for ids, _ in requests], short, [*requests, *short]):
         for (ids, start), got in zip(asked, Engine(ours).score(asked), strict=True):
             rows = shapes.reference_logits(theirs, torch.tensor([ids[:-1]]))[0].log_softmax(-1)
             want = [float(rows[i - 1, ids[i]]) for i in range(start, len(ids))]

@@ -100,7 +100,7 @@ def test_groups_take_turns_with_answers(engine: Engine) -> None:
     async def ask() -> list[int]:
         ticket = await thread.submit([([1, 2], Sampling(60, ignore_eos=True), 0)])
 
-        def read(_: Engine, prompts: list[list[int]]) -> list[int]:
+        def read(_: Any, prompts: list[list[int]], lora: Any) -> list[int]:
             groups.append((len(prompts), ticket.sequences[0].made))
             return [len(p) for p in prompts]
 

@@ -79,8 +79,8 @@ def test_prompt_logprobs(client: openai.OpenAI, engine: Engine) -> None:
 def test_token_ids(client: openai.OpenAI, engine: Engine) -> None:
     """Text does not always tokenize back: who trains on answers needs the tokens, each with its log-probability, the last too."""
     how: dict[str, Any] = {"n": 3, "max_tokens": 40, "extra_body": {"return_token_ids": True}}
-    how["logit_bias"] = {str(t): 4 for t in engine.ends}
-    sampling = Sampling(40, temperature=1.3, seed=4, n=3, logit_bias=dict.fromkeys(engine.ends, 4.0))
+    how["logit_bias"] = {str(t): 4 for t in engine.codec.ends}
+    sampling = Sampling(40, temperature=1.3, seed=4, n=3, logit_bias=dict.fromkeys(engine.codec.ends, 4.0))
     for ask, prompt, logprobs in ((chat, HI, {"logprobs": True}), (text, "the cat", {"logprobs": 0})):
         want = engine_answers(engine, prompt, sampling)
         whole = ask(client, prompt, **how, **logprobs)
@@ -107,7 +107,7 @@ def engine_answers(engine: Engine, prompt: Any, sampling: Sampling) -> Any:
 
 def test_min_tokens_and_stops(client: openai.OpenAI, engine: Engine) -> None:
     """An answer that ends too early, a stop token that is shown, or one that is not although it was asked for."""
-    end = next(iter(engine.ends))
+    end = next(iter(engine.codec.ends))
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "logit_bias": {str(end): 100}}
     assert text(client, "the cat", **asked).usage.completion_tokens == 1
     late = text(client, "the cat", **asked, extra_body={"min_tokens": 7, "return_token_ids": True}).choices[0]

@@ -105,7 +105,7 @@ def fork(of: Sequence, ids: list[int]) -> Sequence:
     """A sequence of the same prompt that has come to `ids`."""
     out = Sequence(
         of.ids[: of.prompt_length], of.sampling, of.stream, seed=0, index=0, limit=of.limit, ends=of.ends, source=of.source,
-        rules=of.rules,
+        lora=of.lora, rules=of.rules,
     )  # fmt: skip
     out.ids = ids
     return out
@@ -148,13 +148,13 @@ def search(engine: Engine, firsts: list[Sequence]) -> list[Completion]:
 def _leave(group: Group, engine: Engine) -> None:
     for slot in group.slots:
         engine.runner.release(slot)
-        engine.scheduler.slots.give(slot, [])
+        engine.scheduler.slots.give(slot)
 
 
 def _answers(group: Group, engine: Engine) -> list[Completion]:
     out = []
     for index, ended in enumerate(group.ended[: group.sampling.n]):
-        answer = engine.prepare(group.first.prompt, group.sampling, index)
+        answer = engine.prepare(group.first.prompt, group.sampling, index, group.first.lora)
         for token in ended.ids:
             answer.append(TokenScore(token, 0.0))
         out.append(answer.completion())

@@ -11,6 +11,7 @@ from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
 from tutelage.models.generation import GenerationSettings
+from tutelage.models.lora import Lora
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -192,8 +193,8 @@ class Sequence:
     every target begins with."""
 
     __slots__ = (
-        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "rules",
-        "sampling", "scores", "shared", "slot", "source", "stream",
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "prompt_length",
+        "rules", "sampling", "scores", "shared", "slot", "source", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -208,9 +209,11 @@ class Sequence:
         ends: frozenset[int],
         constraint: Constraint | None = None,
         source: list[int] | None = None,
+        lora: Lora | None = None,
         rules: Rules | None = None,
     ) -> None:
         self.source = source  # what the encoder reads, of an encoder-decoder
+        self.lora = lora  # the adapter that the model wears for it
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
         self.sampling = sampling

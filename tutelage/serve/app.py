@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from tutelage import __version__
-from tutelage.engine import Engine
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import MissingExtra
 
 try:
@@ -32,8 +32,9 @@ MAX_BODY = 4 << 20
 
 
 def create_app(
-    engine: Engine, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY, max_waiting: int = 256
-) -> FastAPI:
+    engine: EngineProtocol, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY,
+    max_waiting: int = 256,
+) -> FastAPI:  # fmt: skip
     """The application that serves `engine` as model `name`. The engine runs in a thread of its own from start-up to shutdown.
 
     api_keys: where given, every request must carry one as a Bearer token. For key files, several models, and models that come and

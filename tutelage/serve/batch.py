@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tutelage import log
 from tutelage.engine import Completion, Engine, Sampling, Sequence
 from tutelage.engine.beams import search
-from tutelage.errors import DataError, UserError
+from tutelage.engine.protocol import EngineProtocol
+from tutelage.errors import ConfigError, DataError, UserError
 from tutelage.serve.archive import Archive, Entry
 from tutelage.serve.part import PartFile
 from tutelage.serve.prompts import Asked, Prompting
@@ -31,7 +32,7 @@ class Kind(Protocol):
     def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
         """The output row of a row that has no answer."""
 
-    def answer(self, job: Job, engine: Engine, slots: int) -> None:
+    def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
         """Answers all rows of `job.todo()`, each with one call of `job.take` or `job.refuse`."""
 
 
@@ -126,8 +127,8 @@ class Prompts:
     def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
         return {**entry.fields, "error": one_line(error)}
 
-    def answer(self, job: Job, engine: Engine, slots: int) -> None:
-        engine.model.eval()
+    def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
+        engine.start()
         if self.sampling.beams > 1:
             self._search(job, engine, slots)
             return
@@ -150,8 +151,10 @@ class Prompts:
             for sequence in running:
                 engine.cancel(sequence)
 
-    def _search(self, job: Job, engine: Engine, slots: int) -> None:
+    def _search(self, job: Job, engine: EngineProtocol, slots: int) -> None:
         """Beam search, over as many rows as fill the slots a few times."""
+        if not isinstance(engine, Engine):
+            raise ConfigError("this engine has no beam search", field="beams", found=self.sampling.beams, expected="1")
         todo = job.todo()
         while group := list(islice(todo, max(1, 4 * slots // self.sampling.beams))):
             found = [(entry, first) for entry in group for first in self._asked(job, engine, entry, engine.prepare)]
@@ -159,18 +162,19 @@ class Prompts:
             for entry, _ in found:
                 self._done(job, entry, list(islice(answers, self.sampling.n)))
 
-    def _submit(self, job: Job, engine: Engine, entry: Entry) -> dict[Sequence, _Open]:
+    def _submit(self, job: Job, engine: EngineProtocol, entry: Entry) -> dict[Sequence, _Open]:
         sequences = self._asked(job, engine, entry, engine.submit, self.sampling.n)
         return dict.fromkeys(sequences, _Open(entry, sequences, len(sequences)))
 
     def _asked(
-        self, job: Job, engine: Engine, entry: Entry, make: Callable[[list[int], Sampling, int], Sequence], count: int = 1
+        self, job: Job, engine: EngineProtocol, entry: Entry, make: Callable[[list[int], Sampling, int], Sequence], count: int = 1
     ) -> list[Sequence]:
         """The row's sequences, made by `make`; none for a row that cannot be answered."""
         try:
             ids = encode(engine, self.prompting.ask(entry.fields))
-            # An answer ends where the context does; a prompt is never cut.
-            room = max(1, engine.context_length - len(engine.model.start if engine.encodes else ids))
+            # An answer ends where the context does; a prompt is never cut. An encoder-decoder's prompt takes nothing of it.
+            read = engine.model.start if isinstance(engine, Engine) and engine.encodes else ids
+            room = max(1, engine.context_length - len(read))
             limit = room if self.sampling.max_tokens is None else min(self.sampling.max_tokens, room)
             sampling = replace(self.sampling, max_tokens=limit, seed=row_seed(self.seed, entry.index))
             return [make(ids, sampling, index) for index in range(count)]
@@ -189,7 +193,7 @@ class Prompts:
         job.take(entry, {**entry.fields, **answer}, prompt, made)
 
 
-def encode(engine: Engine, asked: Asked) -> list[int]:
+def encode(engine: EngineProtocol, asked: Asked) -> list[int]:
     """Token ids of a row's prompt. Raises `DataError` for messages that the template refuses, `ArtifactError` without one."""
     if asked.tools and asked.chat:
         return list(engine.renderer.prompt(asked.prompt, asked.tools))

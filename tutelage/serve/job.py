@@ -10,7 +10,8 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from tutelage.engine import Completion, Event, Sampling, Sequence, TokenScore
-from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
+from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls, showing
+from tutelage.errors import ConfigError
 from tutelage.serve.models import Served
 from tutelage.serve.prompt_scores import PromptScores, score_prompts
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
@@ -34,9 +35,9 @@ class Job:
         self.prompts, self.sampling, self.param = prompts, sampling, param
         self.style = style  # of tool calls, where the model may make some
         self.allowance = allowance_of(request)
-        vocabulary = served.engine.vocabulary_of(sampling)
+        vocabulary = served.engine.vocabulary
         assert vocabulary is not None, "a server needs a tokenizer"
-        self.vocabulary = vocabulary
+        self.vocabulary = vocabulary = showing(vocabulary, sampling.shown_ids)
         self.count = len(prompts) * sampling.n  # of answers
         self.legacy = [LegacyLogprobs(vocabulary) for _ in range(self.count)]
         self.echoes = [""] * len(prompts)
@@ -51,7 +52,7 @@ class Job:
         wanted = [] if only_prompts else [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)]
         with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
             await self._read_prompts(echo)
-            ticket = await self.thread.submit(wanted)
+            ticket = await self.thread.submit(wanted, every=bool(asked.stream))
         self.request.state.leaving.callback(self.thread.cancel, ticket)
         if asked.stream:
             options = asked.stream_options
@@ -66,11 +67,13 @@ class Job:
             text = b"".join(self.vocabulary.of(t) for t in ids).decode("utf-8", "replace")
             self.echoes[i] = prompt if isinstance(prompt, str) else text
         self.echoed = bool(echo) and self.sampling.logprobs is not None
-        if self.prompt_logprobs is not None and self.thread.engine.encodes:
-            raise ApiError(400, "an encoder-decoder does not say how likely its source is", param="prompt_logprobs")
-        if self.echoed or self.prompt_logprobs is not None:
-            ranked = 0 if self.prompt_logprobs is None else max(self.prompt_logprobs, 1)  # ranks come with alternatives
+        if not self.echoed and self.prompt_logprobs is None:
+            return
+        ranked = 0 if self.prompt_logprobs is None else max(self.prompt_logprobs, 1)  # ranks come with alternatives
+        try:
             self.prompt_scores = await score_prompts(self.thread, self.prompts, max(self.sampling.logprobs or 0, ranked))
+        except ConfigError as error:  # an encoder-decoder
+            raise ApiError(400, str(error), param="prompt_logprobs" if ranked else self.param) from error
 
     async def _events(self, ticket: Ticket) -> AsyncIterator[tuple[int, Event]]:
         """The ticket's events, their tokens taken off what the key may use."""
@@ -80,11 +83,12 @@ class Job:
 
     async def _collect(self, ticket: Ticket) -> dict[str, Any]:
         """The reply in one."""
-        async for _ in self._events(ticket):
+        async for _ in ticket.events():
             pass
         choices = []
         for number in range(self.count):
             done = ticket.sequences[number].completion() if ticket.sequences else NOTHING
+            self.allowance.spend(len(done.ids))
             scores = self._shown(ticket.sequences[number], done.scores) if done.scores else []
             text = self.echoes[number // self.sampling.n] + done.text
             logprobs = self._logprobs(number, scores, first=True)

@@ -47,11 +47,12 @@ class Options:
     dtype: str = "float32"  # of the weights: float32, or int8 through our kernels
     prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
     speculate: int = 0  # guesses at the next tokens that are checked per step
+    draft: Path | None = None  # a smaller model with the same tokens, which makes the guesses
     batch_invariant: bool = False  # bitwise equal answers whatever else runs
 
 
-def serve(models: Mapping[str, Path], options: Options) -> None:
-    """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait.
+def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
+    """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait. `adapters` are of the first model.
 
     Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model.
     """
@@ -65,7 +66,7 @@ def serve(models: Mapping[str, Path], options: Options) -> None:
         build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",
         timeout_graceful_shutdown=5,
     )  # fmt: skip
-    listener = Listener(config, state, models, options.drain_seconds)
+    listener = Listener(config, state, models, adapters or {}, options.drain_seconds)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run()
     if listener.failure is not None:
@@ -103,14 +104,18 @@ def check_port(options: Options) -> None:
 
 
 def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
-    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model."""
+    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
+    tokens are others."""
     from tutelage.data.render import Renderer
     from tutelage.models.load import load
 
-    renderer = Renderer(folder)
+    renderer, draft = Renderer(folder), None
+    if options.draft is not None:
+        renderer.tokenizer.check_same(Renderer(options.draft).tokenizer)
+        draft = load(options.draft, device=options.device)
     engine = Engine(
         load(folder, device=options.device), renderer, options.slots, options.max_length, seed=secrets.randbits(31),
-        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate,
+        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate, draft=draft,
         batch_invariant=options.batch_invariant,
     )  # fmt: skip
     return engine, renderer
@@ -119,9 +124,12 @@ def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
 class Listener(uvicorn.Server):
     """Listens first and loads then, so that /health and /ready answer meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], adapters: Mapping[str, Path],
+        drain_seconds: float,
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self.state, self.models, self.drain_seconds = state, models, drain_seconds
+        self.state, self.models, self.adapters, self.drain_seconds = state, models, adapters, drain_seconds
         self.failure: Exception | None = None  # of loading; ends the server
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +137,7 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         # Begun before the port is open: nobody is told that a model does not exist which only is not there yet.
-        loading = asyncio.gather(*(self.state.models.load(name, path) for name, path in self.models.items()))
+        loading = asyncio.ensure_future(self._load())
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._tasks.add(asyncio.create_task(self._announce(loading)))
@@ -141,6 +149,12 @@ class Listener(uvicorn.Server):
             self._loop.call_soon_threadsafe(lambda: self._tasks.add(asyncio.create_task(self._drain())))
         else:
             super().handle_exit(sig, frame)
+
+    async def _load(self) -> list[Served]:
+        served = await asyncio.gather(*(self.state.models.load(name, path) for name, path in self.models.items()))
+        for name, path in self.adapters.items():
+            served.append(await self.state.models.adapt(name, path, served[0].name))
+        return served
 
     async def _announce(self, loading: asyncio.Future[list[Served]]) -> None:
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tutelage.engine import Engine, TokenScore
+from tutelage.engine import TokenScore
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.scoring import Scored
 from tutelage.engine.text import Vocabulary
 from tutelage.serve.stream import EngineThread
+from tutelage.serve.worn import WornThread
 
 
 @dataclass(slots=True, frozen=True)
@@ -41,11 +43,11 @@ class PromptScores:
         return out
 
 
-async def score_prompts(thread: EngineThread, prompts: list[list[int]], top: int) -> list[PromptScores]:
+async def score_prompts(thread: EngineThread | WornThread, prompts: list[list[int]], top: int) -> list[PromptScores]:
     """Raises what `Engine.score_top` does: `ConfigError` for an encoder-decoder."""
 
-    def score(engine: Engine, group: list[list[int]]) -> list[Scored]:
-        return engine.score_top([(ids, 1) for ids in group], top)
+    def score(engine: EngineProtocol, group: list[list[int]], lora: Any) -> list[Scored]:
+        return engine.score_top([(ids, 1) for ids in group], top, lora)
 
     scored = await thread.grouped(prompts, score)
     return [PromptScores(ids, one) for ids, one in zip(prompts, scored, strict=True)]

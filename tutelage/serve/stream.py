@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from tutelage.engine import Engine, Event, Sampling, Sequence
+from tutelage.engine import Event, Sampling, Sequence
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.serve.schema import ApiError, unavailable
 
 T = TypeVar("T")
@@ -20,6 +21,8 @@ Delivery = tuple[int, Event] | Exception
 
 GROUP_TOKENS = 4096
 """Tokens, padding included, that are embedded or scored between two steps of generation."""
+Grouped = Callable[[EngineProtocol, list[list[int]], Any], list[T]]
+"""From an engine, some prompts and an adapter to a result for each prompt."""
 
 
 class Meter:
@@ -42,10 +45,10 @@ class Meter:
 
 
 class Ticket:
-    """The answers to one request, while they come."""
+    """The answers to one request, while they come. `every`: each token is an event, not only the last."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, every: bool = True) -> None:
+        self.loop, self.every = loop, every
         self.inbox: asyncio.Queue[Delivery] = asyncio.Queue()
         self.sequences: list[Sequence] = []
 
@@ -73,7 +76,7 @@ class _Answer:
 class EngineThread:
     """Runs an engine in a background thread. Every other thread talks to it through `call`, `submit`, `grouped` and `cancel`."""
 
-    def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
+    def __init__(self, engine: EngineProtocol, meter: Meter | None = None) -> None:
         self.engine, self.meter = engine, meter or Meter()
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by id of the sequence
@@ -83,7 +86,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        self.engine.model.eval()
+        self.engine.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,14 +102,14 @@ class EngineThread:
     @property
     def waiting(self) -> int:
         """Jobs that wait their turn: answers without a place in the batch, prompts to embed or to score."""
-        return self._ordered + len(self.engine.scheduler.waiting)
+        return self._ordered + len(self.engine.waiting)
 
     @property
     def running(self) -> int:
         """Answers in the batch."""
-        return max(0, len(self._answers) - len(self.engine.scheduler.waiting))
+        return max(0, len(self._answers) - len(self.engine.waiting))
 
-    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+    def call(self, function: Callable[[EngineProtocol], T]) -> Future[T]:
         """Runs `function` in the engine's thread between two steps. Raises `ApiError` 503 after `stop`."""
         if self._stopped:
             raise _stopping()
@@ -123,15 +126,16 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]]) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n). All or none: an error leaves nothing behind."""
-        ticket = Ticket(asyncio.get_running_loop())
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None, every: bool = True) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind.
+        Without `every`, only the last event of each answer is handed over."""
+        ticket = Ticket(asyncio.get_running_loop(), every)
         asked = time.monotonic()
 
-        def order(engine: Engine) -> None:
+        def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
-                    sequence = engine.submit(ids, sampling, index)
+                    sequence = engine.submit(ids, sampling, index, lora)
                     ticket.sequences.append(sequence)
                     self._answers[id(sequence)] = _Answer(ticket, number, asked)
                     self._queued.add(id(sequence))
@@ -149,10 +153,10 @@ class EngineThread:
         return ticket
 
     async def grouped(
-        self, prompts: list[list[int]], function: Callable[[Engine, list[list[int]]], list[T]], tokens: int = GROUP_TOKENS
+        self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS, lora: Any = None
     ) -> list[T]:
-        """`function` of all prompts, results in their order. They are handed over in groups of similar length, one group between
-        two steps, so that running answers wait for one group at most."""
+        """`function` of all prompts, results in their order, with one adapter. They are handed over in groups of similar length,
+        one group between two steps, so that running answers wait for one group at most."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         out: dict[int, T] = {}
         with self._counted(1):
@@ -160,7 +164,7 @@ class EngineThread:
                 count = max(1, tokens // len(prompts[order[0]]))
                 group, order = order[:count], order[count:]
                 texts = [prompts[i] for i in group]
-                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts)))  # type: ignore[misc]
+                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts, lora)))  # type: ignore[misc]
                 out.update(zip(group, made, strict=True))
         return [out[i] for i in range(len(prompts))]
 
@@ -190,6 +194,7 @@ class EngineThread:
             for _ in range(max(self._orders.qsize(), int(self.engine.idle))):
                 order = self._orders.get()
                 if order is None:
+                    self.engine.close()
                     return
                 order()
             if not self.engine.idle:
@@ -208,7 +213,7 @@ class EngineThread:
         """Finds out which answers the step that began then took out of the queue."""
         if not self._queued:
             return
-        waiting = {id(sequence) for sequence in self.engine.scheduler.waiting}
+        waiting = {id(sequence) for sequence in self.engine.waiting}
         for taken in self._queued - waiting:
             self.meter.started(began - self._answers[taken].asked)
         self._queued &= waiting
@@ -224,6 +229,8 @@ class EngineThread:
             self._measure(answer, event, now)
             if event.finish_reason is not None:
                 del self._answers[id(event.sequence)]
+            elif not answer.ticket.every:
+                continue
             by_loop.setdefault(answer.ticket.loop, []).append((answer.ticket, (answer.number, event)))
         for loop, mail in by_loop.items():
             _post(loop, mail)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from tutelage.serve.embed import check, embed
+from tutelage.engine.limits import check_length, check_tokens
 from tutelage.serve.models import Served
 from tutelage.serve.requests import GONE, as_api_errors, read_json, unless_gone
 from tutelage.serve.schema import ApiError, Prompts, Whole, one_each, parse
@@ -36,13 +36,15 @@ class EmbeddingRequest(BaseModel):
 async def embeddings(request: Request) -> Response:
     asked = parse(EmbeddingRequest, await read_json(request))
     served = state_of(request).admit(request, asked.model)
-    width = served.engine.model.config.hidden_size
+    width = served.engine.hidden_size
     if asked.dimensions not in (None, width):
         raise ApiError(400, f"the vectors of this model have {width} dimensions, no fewer", param="dimensions")
     texts = one_each(asked.input, "input", most=2048)
     with as_api_errors("input"):
         prompts = await asyncio.to_thread(lambda: [served.engine.encode(text) for text in texts])
-        check(served.engine, prompts)
+        for ids in prompts:
+            check_tokens(ids, served.engine.vocab_size)
+            check_length(ids, served.engine.context_length)
     tokens = sum(map(len, prompts))
     with allowance_of(request).admitting(tokens):
         vectors = await unless_gone(request, _vectors(served, prompts))
@@ -57,7 +59,7 @@ async def embeddings(request: Request) -> Response:
 
 
 async def _vectors(served: Served, prompts: list[list[int]]) -> list[np.ndarray]:
-    vectors = await served.thread.grouped(prompts, embed)
+    vectors = await served.thread.grouped(prompts, lambda engine, texts, lora: engine.embed(texts, lora))
     served.meter.read(sum(map(len, prompts)))
     return vectors
 
