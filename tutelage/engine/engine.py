@@ -106,7 +106,7 @@ class Engine:
                 raise ConfigError("this engine has no tokenizer", field="prompt", expected="token ids")
             if isinstance(prompt, str):
                 if self.encodes:
-                    return list(self.renderer.tokenizer.tokenizer.encode(prompt).ids)
+                    return list(self.renderer.tokenizer.tokenizer.encode_batch_fast([prompt])[0].ids)
                 return list(self.renderer.prompt_text(prompt))
             return list(self.renderer.prompt(list(prompt)))
         return [int(t) for t in prompt]  # type: ignore[arg-type]
@@ -185,10 +185,11 @@ class Engine:
         if sequence.finish_reason is None:
             sequence.finish_reason = "cancelled"
             sequence.stream.flush()
-            self._remove(sequence)
+        self._remove(sequence)  # one that ended in a step which then failed still has its slot
 
     def _remove(self, sequence: Sequence) -> None:
-        self.runner.release(sequence.slot)
+        if sequence.slot >= 0:
+            self.runner.release(sequence.slot)
         self.scheduler.remove(sequence)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
+from tutelage.engine import Engine
 from tutelage.serve.embed import check, embed
 from tutelage.serve.models import Served
 from tutelage.serve.requests import GONE, as_api_errors, read_json, unless_gone
@@ -57,9 +59,24 @@ async def embeddings(request: Request) -> Response:
 
 
 async def _vectors(served: Served, prompts: list[list[int]]) -> list[np.ndarray]:
-    vectors = await served.thread.grouped(prompts, embed)
-    served.meter.read(sum(map(len, prompts)))
-    return vectors
+    """A vector for each prompt. Counts how each ended, whether they all did or the client left before."""
+    asked, left = time.monotonic(), len(prompts)
+
+    def measured(engine: Engine, texts: list[list[int]]) -> list[np.ndarray]:
+        nonlocal left
+        began = time.monotonic()
+        vectors = embed(engine, texts)
+        left -= len(texts)
+        for ids in texts:
+            served.meter.embedded(began - asked, time.monotonic() - asked, len(ids))
+        return vectors
+
+    try:
+        return await served.thread.grouped(prompts, measured)
+    except BaseException as error:
+        for _ in range(left):
+            served.meter.finished("abort" if isinstance(error, asyncio.CancelledError) else "error", time.monotonic() - asked)
+        raise
 
 
 def _written(vector: np.ndarray, encoding_format: str) -> Any:
