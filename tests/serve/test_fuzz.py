@@ -264,7 +264,9 @@ def test_bytes_that_are_hardly_http(target: Target) -> None:
                 got = b""
                 while part := raw.recv(65536):
                     got += part
-            except (ConnectionResetError, BrokenPipeError):
+            except TimeoutError:
+                raise
+            except OSError:  # the server has closed the connection already
                 return
             assert b" 500 " not in got.split(b"\r\n")[0], got[:200]
 
