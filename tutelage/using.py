@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,9 @@ def serve(
     name: Annotated[
         list[str], typer.Option(help="what clients call a model, one for each; default: the stage's or the folder's name")
     ] = [],  # noqa: B006
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=FOLDER", help="serve the first model with this LoRA too, under a name of its own")
+    ] = [],  # noqa: B006
     keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
     api_key: Annotated[list[str], typer.Option("--api-key", help="a key without limits for inference")] = [],  # noqa: B006
     insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
@@ -52,23 +56,33 @@ def serve(
     speculate: Annotated[
         int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
     ] = 0,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="a smaller model with the same tokenizer, which makes the guesses")
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="start prompts from what earlier ones have in common with them")] = True,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
     ] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="a file that keeps what /v1/responses answers; default: nothing is kept")
+    ] = None,
+    store_days: Annotated[int, typer.Option(min=1, help="days to keep a response that is not continued any more")] = 30,
     runs: Runs = RUNS,
 ) -> None:
     """Serve models behind the OpenAI API."""
     folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
+    adapters = _named_adapters(adapter, folders)
+    from tutelage.rundir import find
     from tutelage.serve.listen import Options
     from tutelage.serve.listen import serve as listen
 
     options = Options(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
-        speculate=speculate, prefix_cache=prefix_cache, batch_invariant=batch_invariant,
+        speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
+        batch_invariant=batch_invariant, store=store, store_days=store_days,
     )  # fmt: skip
-    listen(folders, options)
+    listen(folders, options, adapters)
 
 
 def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, Path]:
@@ -84,6 +98,21 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
             fix="give --name once for each model, in their order",
         )  # fmt: skip
     return {name: f.path for name, f in zip(known, found, strict=True)}
+
+
+def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path]:
+    """Folders by the names that clients use. Raises `ConfigError` for one that is no NAME=FOLDER, or whose name is taken."""
+    from tutelage.errors import ConfigError
+
+    out: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not (name and folder and Path(folder).is_dir()):
+            raise ConfigError("an adapter has a name and a folder", field="adapter", found=text, expected="NAME=FOLDER")
+        if name in out or name in models:
+            raise ConfigError("every model and adapter needs a name of its own", field="adapter", found=name)
+        out[name] = Path(folder)
+    return out
 
 
 keys_app = typer.Typer(help="Make, list and remove the API keys of a server.", no_args_is_help=True)

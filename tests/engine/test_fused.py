@@ -10,7 +10,7 @@ import torch
 from tests.engine import small
 from tests.models.shapes import CASES
 from tutelage.engine import Engine, Sampling
-from tutelage.engine.blocks import Slots, common_length
+from tutelage.engine.blocks import Held, Slots, common_length
 from tutelage.engine.runner import FusedRunner
 from tutelage.engine.speculate import lookup
 from tutelage.errors import ConfigError
@@ -201,11 +201,11 @@ def test_places_keep_what_pays() -> None:
     slots = Slots(2)
     long = list(range(100))
     first = slots.place(long)
-    slots.give(first.slot, long)
+    slots.give(first.slot, Held(long))
     short = [*long[:20], 7, 7]
     place = slots.place(short)
     assert place.shared == 20 and place.slot != place.source  # the long text stays for others
-    slots.give(place.slot, short)
+    slots.give(place.slot, Held(short))
     place = slots.place([*long, 1])
     assert place.shared == 100 and place.slot == place.source == first.slot
     assert common_length([1, 2, 3], [1, 2, 4], 3) == 2

@@ -90,11 +90,11 @@ def test_answers_do_not_depend_on_their_company(tmp_path: Path) -> None:
     model = small.model(renderer.tokenizer.vocab_size)
     if not isinstance(Engine(model).runner, FusedRunner):
         pytest.skip("bitwise equality needs our kernels")
-    compiler = functools.cache(Engine(model, renderer).grammars or (lambda: None))
+    compiler = functools.cache(Engine(model, renderer).codec.grammars or (lambda: None))
 
     def made(**how: Any) -> Engine:
         engine = Engine(model, renderer, batch_invariant=True, **how)
-        engine.grammars = compiler  # type: ignore[assignment]
+        engine.codec.grammars = compiler  # type: ignore[assignment]
         return engine
 
     @functools.cache

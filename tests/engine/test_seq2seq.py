@@ -13,8 +13,8 @@ import torch
 from tests.engine import small
 from tests.engine.watched import Watch
 from tutelage.engine import Engine, Sampling
-from tutelage.engine.engine import ContextOverflow
 from tutelage.engine.hf_runner import HfRunner
+from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models.hf_seq2seq import Seq2Seq
 from tutelage.models.interface import Batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,30 @@ def test_what_is_a_call(style: str, text: str, content: str | None, names: list[
     """Guards against calls lost to a careless model, and content taken for a call."""
     got, calls = parse_calls(text, STYLE[style])
     assert (got, [c.name for c in calls]) == (text if content is None else content, names)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.sampled_from(MADE), max_size=10))
+def test_content_says_where_it_stood(style: Any, parts: list[str]) -> None:
+    """Guards log-probabilities of tokens: those of a call are not those of the content around it."""
+    stream, deltas = ToolCallStream(style), []
+    for part in parts:
+        deltas += stream.feed(part)
+    deltas += stream.finish()
+    text = "".join(parts)
+    assert all(text[d.at :].startswith(d.content) for d in deltas if d.index is None)
+    assert [d.at for d in deltas if d.index is None] == sorted({d.at for d in deltas if d.index is None})
+
+
+@pytest.mark.parametrize("style", ["tagged", "qwen", "mistral"])
+def test_no_more_calls_than_were_asked_for(make: Callable[[str], Renderer], style: str) -> None:
+    """`parallel_tool_calls: false` that was accepted, and two calls all the same."""
+    template = {"tagged": "default", "qwen": "qwen", "mistral": "mistral"}[style]
+    text = generated(make(template), "Look", [("a", {}), ("b", {"x": 1})])
+    assert [c.name for c in parse_calls(text, STYLE[style])[1]] == ["a", "b"]
+    content, calls = parse_calls(text, replace(STYLE[style], most=1))
+    assert content == "Look" and [c.name for c in calls] == ["a"]
 
 
 def test_content_is_not_held_back() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from tutelage.serve.responses.request import ResponsesRequest
 from tutelage.serve.routes.embeddings import EmbeddingRequest
 from tutelage.serve.routes.models import LoadRequest
 from tutelage.serve.routes.tokens import DetokenizeRequest, TokenizeRequest
@@ -22,6 +23,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/admin/models": LoadRequest,
+    "/v1/responses": ResponsesRequest,
 }
 Strategy = st.SearchStrategy[Any]
 
@@ -128,7 +130,27 @@ SPECIAL: dict[str, Strategy] = {
     ),
 }
 """Fields whose JSON schema says too little, or too much for a short run."""
-RARE = {"tools", "tool_choice", "response_format", "structured_outputs", "functions", "function_call", "suffix", "dimensions"}
+kept = st.one_of(st.none(), st.floats(0.0, 1.0), st.integers(-1, 3))
+RESPONSES: dict[str, Strategy] = {
+    "input": st.one_of(texts.filter(bool), st.lists(messages, min_size=1, max_size=3)),
+    "max_output_tokens": st.integers(1, 12),
+    "text": st.builds(lambda kind: {"format": kind}, SPECIAL["response_format"]),
+    "tools": st.lists(functions.map(lambda function: {"type": "function", **function}), max_size=2),
+    "include": st.just(["message.output_text.logprobs"]),
+} | dict.fromkeys(["temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p"], kept)
+"""Fields of `/v1/responses` that are others there, or untyped."""
+RARE = {
+    "tools",
+    "tool_choice",
+    "response_format",
+    "structured_outputs",
+    "functions",
+    "function_call",
+    "suffix",
+    "dimensions",
+    "text",
+    "previous_response_id",
+}
 
 
 def of_schema(schema: dict[str, Any]) -> Strategy:
@@ -153,10 +175,10 @@ def of_schema(schema: dict[str, Any]) -> Strategy:
 def bodies(path: str) -> Strategy:
     """Requests to an endpoint that are right, or all but right."""
     schema = KINDS[path].model_json_schema()
-    fields = {name: SPECIAL[name] if name in SPECIAL else of_schema(about) for name, about in schema["properties"].items()}
+    special = SPECIAL | (RESPONSES if path == "/v1/responses" else {})
+    fields = {name: special[name] if name in special else of_schema(about) for name, about in schema["properties"].items()}
     needed = {name: fields[name] for name in schema.get("required", ())}
-    if "max_tokens" in fields:
-        needed["max_tokens"] = fields["max_tokens"]
+    needed |= {name: fields[name] for name in ("max_tokens", "max_output_tokens") if name in fields}
     rest = {name: value for name, value in fields.items() if name not in needed}
     often = st.lists(st.sampled_from(sorted(rest)), max_size=5, unique=True) if rest else st.just([])
     names = often.map(lambda found: found if len([n for n in found if n in RARE]) < 2 else [n for n in found if n not in RARE])

@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from openai.types import Completion, CreateEmbeddingResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from tests.engine import small
 from tests.serve.requests_at_random import KINDS, NAME, corrupted, odd_texts, spelled
@@ -33,6 +35,7 @@ SECONDS = 120
 """What one request may take. All of them are small: what takes longer hangs."""
 FIXED = {"model": NAME, "prompt": "the cat sat", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 1}
 JSON = {"content-type": "application/json"}
+EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
 def fuzz(examples: int) -> settings:
@@ -102,7 +105,11 @@ def check_error(reply: httpx.Response) -> dict[str, Any]:
 
 def check_stream(path: str, text: str) -> None:
     """Every piece has the right shape, every answer one end, and the stream its own."""
-    pieces = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    pieces = [line.partition("data: ")[2] for line in text.split("\n\n") if line]
+    if path == "/v1/responses":
+        kinds = [EVENT.validate_python(json.loads(piece), strict=True).type for piece in pieces]
+        assert kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete"), kinds
+        return
     assert pieces.pop() == "[DONE]", text[-300:]
     kind = ChatCompletionChunk if path == "/v1/chat/completions" else Completion
     ends: dict[int, int] = {}
@@ -126,6 +133,8 @@ def check_answer(path: str, body: Any, reply: httpx.Response) -> None:
             # As OpenAI had it, and as evaluation harnesses need it: nothing predicts the first token of a prompt.
             assert about["token_logprobs"].pop(0) is None and about["top_logprobs"].pop(0) is None
         assert Completion.model_validate(got, strict=True).choices
+    elif path == "/v1/responses":
+        assert Response.model_validate(reply.json(), strict=True).status in ("completed", "incomplete")
     elif path == "/v1/embeddings":
         vectors = reply.json()
         for row in vectors["data"]:
@@ -142,7 +151,7 @@ def check_answer(path: str, body: Any, reply: httpx.Response) -> None:
 def test_requests_with_something_wrong(target: Target, path: str) -> None:
     """A crash, a hang or a slot lost to a request that nobody thought of; a refusal that does not say what was wrong."""
 
-    @fuzz(300 if "completions" in path else 100)
+    @fuzz(300 if path.startswith(("/v1/chat", "/v1/comp", "/v1/resp")) else 100)
     @given(st.data())
     def run(data: st.DataObject) -> None:
         body = data.draw(corrupted(path))

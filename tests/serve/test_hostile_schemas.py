@@ -119,7 +119,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     made = small.engine(tmp_path_factory.mktemp("hostile") / "t", context=256, slots=4)
     vocabulary, encode = made.vocabulary, made.renderer.tokenizer.encode_text
     assert vocabulary is not None
-    made.grammars = functools.cache(lambda: GrammarCompiler(vocabulary, made.ends, made.vocab_size, encode, seconds=SECONDS))
+    made.codec.grammars = functools.cache(
+        lambda: GrammarCompiler(vocabulary, made.ends, made.vocab_size, encode, seconds=SECONDS)
+    )
     return made
 
 
@@ -180,8 +182,8 @@ def test_tools(running: Running, others: Pinger) -> None:
 
 def test_grammars_that_wait_too_long_may_come_again(running: Running, engine: Engine) -> None:
     """400 would say that there is something wrong with the schema; clients try a 503 again."""
-    assert engine.grammars is not None
-    free = engine.grammars()._trials._free
+    assert engine.codec.grammars is not None
+    free = engine.codec.grammars()._trials._free
     for _ in range(2):
         free.acquire()
     asked = {"model": NAME, "prompt": "x", "max_tokens": 1, "structured_outputs": {"regex": "never seen"}}
@@ -208,8 +210,8 @@ def test_nobody_else_waited(running: Running, others: Pinger, engine: Engine) ->
 
 def test_a_grammar_past_its_limits_ends_its_answer_only(engine: Engine) -> None:
     """A token after which the library gives up fails the step, and with it everybody's answers."""
-    assert engine.grammars is not None
-    compiler, grammar = engine.grammars(), Grammar("lark", OTHERS["rules that double"][1])
+    assert engine.codec.grammars is not None
+    compiler, grammar = engine.codec.grammars(), Grammar("lark", OTHERS["rules that double"][1])
     constraint = Constraint(compiler._build(grammar, compiler._text(grammar)), "lark")
     alone = Engine(engine.model, engine.renderer).generate(["the cat"], Sampling(8, seed=1))[0]
     both = Engine(engine.model, engine.renderer)

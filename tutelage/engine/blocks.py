@@ -12,6 +12,7 @@ from typing import Any
 
 from tutelage.errors import ConfigError
 from tutelage.models.interface import KVCache
+from tutelage.models.lora import Lora
 
 CACHE_BYTES = 2 << 30
 """Default bound of the cache: 2 GiB."""
@@ -29,12 +30,23 @@ class Place:
     shared: int
 
 
+@dataclass(slots=True, frozen=True)
+class Held:
+    """Tokens whose keys and values a place has, made by the model with an adapter or without."""
+
+    tokens: list[int]
+    lora: Lora | None = None
+
+
+_NOTHING = Held([])
+
+
 class Slots:
     """Which places of the cache are free, and what the free ones still hold."""
 
     def __init__(self, count: int, keep: bool = True) -> None:
         self.count, self.keep = count, keep
-        self._free: dict[int, list[int]] = {slot: [] for slot in range(count)}  # slot -> its tokens, longest unused first
+        self._free: dict[int, Held] = dict.fromkeys(range(count), _NOTHING)  # by slot, longest unused first
 
     def __len__(self) -> int:
         """Free places."""
@@ -48,39 +60,39 @@ class Slots:
     def lowest(self) -> int:
         return min(self._free)
 
-    def place(self, prompt: list[int], running: Iterable[tuple[int, list[int]]] = ()) -> Place:
-        """Takes a free place for a prompt. `running` gives slots in use with the tokens that they hold.
+    def place(self, prompt: list[int], running: Iterable[tuple[int, Held]] = (), lora: Lora | None = None) -> Place:
+        """Takes a free place for a prompt. `running` gives slots in use with what they hold.
 
         At least the prompt's last token is left to read: its logits are wanted.
         """
         source, shared = -1, 0
         if self.keep:
-            for slot, tokens in (*self._free.items(), *running):
-                common = common_length(prompt, tokens, len(prompt) - 1)
+            for slot, held in (*self._free.items(), *running):
+                common = common_length(prompt, held.tokens, len(prompt) - 1) if held.lora is lora else 0
                 if common > shared:
                     source, shared = slot, common
         if shared < SHARED_FROM:
-            slot = next((s for s, held in self._free.items() if not held), next(iter(self._free)))
+            slot = next((s for s, held in self._free.items() if not held.tokens), next(iter(self._free)))
             return Place(self.take(slot), slot, 0)
         # A text that is mostly this prompt's beginning goes on in place; a longer one is copied, for others that begin like it.
-        if source in self._free and (len(self._free) == 1 or 2 * shared >= len(self._free[source])):
+        if source in self._free and (len(self._free) == 1 or 2 * shared >= len(self._free[source].tokens)):
             return Place(self.take(source), source, shared)
         others = [s for s in self._free if s != source]
-        slot = next((s for s in others if not self._free[s]), others[0])
+        slot = next((s for s in others if not self._free[s].tokens), others[0])
         return Place(self.take(slot), source, shared)
 
     def take(self, slot: int) -> int:
         del self._free[slot]
         return slot
 
-    def give(self, slot: int, tokens: list[int]) -> None:
-        """Gives a place back that holds `tokens`."""
+    def give(self, slot: int, held: Held = _NOTHING) -> None:
+        """Gives a place back, and says what it holds."""
         assert 0 <= slot < self.count and slot not in self._free, f"slot {slot} is not in use"
-        self._free[slot] = tokens if self.keep else []
+        self._free[slot] = held if self.keep else _NOTHING
 
-    def forget(self) -> None:
-        """Free places hold nothing any more: the weights have changed."""
-        self._free = {slot: [] for slot in self._free}
+    def forget(self, lora: Lora | None = None) -> None:
+        """Free places hold nothing any more (with `lora`, nothing of that adapter): the weights have changed."""
+        self._free = {s: held if lora is not None and held.lora is not lora else _NOTHING for s, held in self._free.items()}
 
 
 def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:

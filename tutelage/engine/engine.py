@@ -7,39 +7,33 @@ for completion in engine.generate(["Once upon a time"], Sampling(64)):
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from itertools import accumulate, count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
-from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
-from tutelage.engine.hf_runner import HfRunner
-from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner, Work
+from tutelage.engine.codec import Codec, Prompt
+from tutelage.engine.draft import GUESSES, Draft
+from tutelage.engine.embedding import embed
+from tutelage.engine.grammar import Constraint, Grammar
+from tutelage.engine.limits import answer_limit, check_length, check_start, check_tokens
+from tutelage.engine.runner import CachedRunner, FusedRunner, Work
+from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
 from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
-from tutelage.engine.speculate import note, propose
-from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
-from tutelage.engine.tool_calls import showing
-from tutelage.errors import ArtifactError, ConfigError, DataError
-from tutelage.models import kernels
-from tutelage.models.interface import KVCache
-from tutelage.models.kernels.decoder import FusedDecoder
-
-Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
-"""A text to continue, token ids, or a conversation to answer (OpenAI messages)."""
-
-
-class ContextOverflow(DataError):
-    """A prompt, or a prompt with the answer asked for, is longer than the context. Nothing is ever cut."""
+from tutelage.engine.speculate import Guesser, Lookup, guesses, note
+from tutelage.engine.text import Vocabulary
+from tutelage.errors import ConfigError
+from tutelage.models.lora import Lora, applied, read_lora
 
 
 class Engine:
@@ -51,7 +45,8 @@ class Engine:
     max_length: tokens of prompt and answer together (of an encoder-decoder, of each); the model's own context where None.
     seed: of prompts whose `Sampling.seed` is None, each with a seed of its own.
     prefix_cache: prompts start from what an earlier or running text has in common with them.
-    speculate: guesses checked per step and sequence (`speculate.py`); 0 for none. Never changes a result.
+    speculate: guesses checked per step and sequence (`speculate.py`); 0 for none, or 4 with a draft. Never changes a result.
+    draft: a small decoder that makes the guesses; without one they are looked up in the text.
     batch_invariant: bitwise equal log-probabilities whatever else runs; long prompts are then read more slowly. Our kernels only.
     dtype: "int8" reads matrices as 8-bit copies. Our kernels only.
     """
@@ -59,7 +54,7 @@ class Engine:
     def __init__(
         self, model: Any, renderer: Any = None, slots: int = 16, max_length: int | None = None, *,
         cache_bytes: int = CACHE_BYTES, prefill_tokens: int = 2048, seed: int = 0, prefix_cache: bool = True,
-        speculate: int = 0, batch_invariant: bool = False, dtype: str = "float32",
+        speculate: int = 0, draft: Any = None, batch_invariant: bool = False, dtype: str = "float32",
     ) -> None:  # fmt: skip
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
@@ -69,76 +64,72 @@ class Engine:
             self.runner = make_runner(model, cache, self.device, batch_invariant, dtype)
         keep = prefix_cache and self.runner.shares
         self.scheduler = Scheduler(Slots(slots if cache is None else cache.slots, keep), prefill_tokens)
-        self.speculate = speculate
+        self.speculate = speculate or (0 if draft is None else GUESSES)
+        self.guesser = self._guesser(draft, cache_bytes)
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
-        self.vocabulary: Vocabulary | None = None
         self.encodes: bool = getattr(model, "is_encoder_decoder", False)
-        self.ends: frozenset[int] = frozenset(model.ends if self.encodes else ())
-        self.fresh = False  # answers are texts of their own, whose first word has no space before it
-        self.grammars: Callable[[], GrammarCompiler] | None = None  # made when the first grammar comes
-        self._showing: dict[tuple[int, ...], Vocabulary] = {}
-        if renderer is not None:
-            self._read_tokenizer(renderer)
+        self.codec = Codec(renderer, self.vocab_size, model.ends if self.encodes else (), sources=self.encodes)
         self._submitted = count()
 
-    def _read_tokenizer(self, renderer: Any) -> None:
-        tokenizer = renderer.tokenizer
-        if tokenizer.vocab_size > self.vocab_size:
-            raise ArtifactError(
-                "the tokenizer does not fit the model", file=tokenizer.folder, found=f"{tokenizer.vocab_size} tokens",
-                expected=f"at most the model's {self.vocab_size}", fix="use the tokenizer that the model was trained with",
-            )  # fmt: skip
-        self.vocabulary = Vocabulary(json.loads(tokenizer.tokenizer.to_str()), control=tokenizer.control_ids)
-        self.ends |= frozenset(renderer.stop_ids)
-        self.fresh = self.encodes and drops_first_space(tokenizer, self.vocabulary)
-        vocabulary, ends, size = self.vocabulary, self.ends, self.vocab_size
-        self.grammars = functools.cache(lambda: GrammarCompiler(vocabulary, ends, size, tokenizer.encode_text))
+    def _guesser(self, draft: Any, cache_bytes: int) -> Guesser | None:
+        if not self.speculate:
+            return None
+        if draft is None:
+            return Lookup()
+        with torch.inference_mode():
+            return Draft(draft, self.model, self.scheduler.slots.count, self.context_length, cache_bytes)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        return self.codec.vocabulary
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def start(self) -> None:
+        self.model.eval()
+
+    def close(self) -> None:
+        """All of this engine is in this object, and goes with it."""
 
     # -- asking
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a text as a document begins (for an encoder-decoder, as its tokenizer writes a source),
-        messages as they were trained, ids as they are."""
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            if self.renderer is None:
-                raise ConfigError("this engine has no tokenizer", field="prompt", expected="token ids")
-            if isinstance(prompt, str):
-                if self.encodes:
-                    return list(self.renderer.tokenizer.tokenizer.encode_batch_fast([prompt])[0].ids)
-                return list(self.renderer.prompt_text(prompt))
-            return list(self.renderer.prompt(list(prompt)))
-        return [int(t) for t in prompt]  # type: ignore[arg-type]
+    def adapter(self, folder: Path) -> Lora:
+        """The adapter in a folder, for `submit`, `generate` and `score`. Raises `ArtifactError`, `ConfigError` for an
+        encoder-decoder."""
+        if self.encodes:
+            raise ConfigError("an encoder-decoder's adapter has to be merged into it", field="adapter")
+        return read_lora(folder, self.model)
 
-    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0) -> Sequence:
-        """Queues a prompt; `step` makes it run. `index` says which of the n answers this is.
+    def forget(self, lora: Lora) -> None:
+        """What the cache holds of an adapter's finished texts is of no more use."""
+        self.scheduler.slots.forget(lora)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; see `Codec.encode`."""
+        return self.codec.encode(prompt)
+
+    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None) -> Sequence:
+        """Queues a prompt; `step` makes it run. `index` says which of the n answers this is, `lora` what the model wears for it.
 
         Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
         """
         ids, source = [int(t) for t in prompt_ids], None
-        self._check_tokens(ids)
+        check_tokens(ids, self.vocab_size)
         if self.encodes:
-            self._check_length(ids)
+            check_length(ids, self.context_length)
             ids, source = list(self.model.start), ids
-        room = self.context_length - len(ids)
-        limit = sampling.max_tokens if sampling.max_tokens is not None else room
-        if room < max(limit, 1):
-            raise ContextOverflow(
-                "the prompt and the answer asked for are longer than the context", field="max_tokens",
-                found=f"{len(ids)} tokens of prompt and {max(limit, 1)} of answer",
-                expected=f"at most {self.context_length} together",
-                fix="shorten the prompt or ask for fewer tokens",
-            )  # fmt: skip
-        if sampling.stop and self.vocabulary is None:
-            raise ConfigError("stop texts need a tokenizer", field="stop", expected="stop_ids")
+        limit = answer_limit(ids, sampling, self.context_length)
+        stream = self.codec.stream(sampling)
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
-        ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.ends)
-        stream = TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh)
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
         sequence = Sequence(
-            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=ends, constraint=constraint, source=source
+            ids, sampling, stream, seed=seed, index=index, limit=limit, ends=self.codec.ends_of(sampling),
+            constraint=constraint, source=source, lora=lora,
         )  # fmt: skip
         self.scheduler.add(sequence)
         return sequence
@@ -146,33 +137,11 @@ class Engine:
     def constrain(self, grammar: Grammar) -> Constraint:
         """The constraint of one answer. Compiling takes its time, the first time: call this from another thread before `submit`
         where nothing may wait. Raises `ConfigError` for a grammar that cannot be used, or without a tokenizer."""
-        if self.grammars is None:
-            raise ConfigError("structured output needs a tokenizer", field="grammar")
-        return self.grammars().compile(grammar)
-
-    def _vocabulary_of(self, sampling: Sampling) -> Vocabulary | None:
-        """The vocabulary for an answer's text."""
-        if not sampling.shown_ids or self.vocabulary is None:
-            return self.vocabulary
-        if sampling.shown_ids not in self._showing:
-            self._showing[sampling.shown_ids] = showing(self.vocabulary, sampling.shown_ids)
-        return self._showing[sampling.shown_ids]
-
-    def _check_tokens(self, ids: list[int]) -> None:
-        if not ids:
-            raise DataError("the prompt is empty", field="prompt", expected="at least one token")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            wrong = next(t for t in ids if not 0 <= t < self.vocab_size)
-            raise DataError("no such token", field="prompt", found=wrong, expected=f"ids from 0 to {self.vocab_size - 1}")
-
-    def _check_length(self, ids: Seq[int]) -> None:
-        if len(ids) > self.context_length:
-            raise ContextOverflow(
-                "longer than the context", found=f"{len(ids)} tokens", expected=f"at most {self.context_length}"
-            )
+        return self.codec.constrain(grammar)
 
     def weights_changed(self) -> None:
-        """Call after the model's weights were changed in place: what the cache holds of finished texts is forgotten.
+        """Call after the weights of the model or of an adapter were changed in place: what the cache holds of finished texts is
+        forgotten.
 
         Sequences that run go on with keys and values of the old weights; drain the engine first where that matters.
         """
@@ -196,6 +165,15 @@ class Engine:
     def idle(self) -> bool:
         return self.scheduler.idle
 
+    @property
+    def waiting(self) -> deque[Sequence]:
+        return self.scheduler.waiting
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache's places that are taken; 0 for a model without one."""
+        return 0.0 if self.cache is None else self.scheduler.slots.used / self.cache.slots
+
     # -- running
 
     @torch.inference_mode()
@@ -212,7 +190,9 @@ class Engine:
             self.prefix_cache_hits += place.shared
             if place.shared and place.source != place.slot:
                 self.runner.copy(place.source, place.slot, place.shared)
-        work = [self._reading(s, n) for s, n in plan.prefill] + [self._running(s) for s in plan.decode]
+        work = [self._reading(s, n) for s, n in plan.prefill]
+        for s, guessed in zip(plan.decode, guesses(self.guesser, plan.decode, self.speculate), strict=True):
+            work.append(Work(s, [s.ids[-1], *guessed], wanted=1 + len(guessed)))
         if not work:
             return []
         logits = self.runner.logits(work)
@@ -225,10 +205,6 @@ class Engine:
     def _reading(self, sequence: Sequence, count: int) -> Work:
         last = sequence.cached + count == sequence.prompt_length
         return Work(sequence, sequence.ids[sequence.cached : sequence.cached + count], wanted=int(last))
-
-    def _running(self, sequence: Sequence) -> Work:
-        guesses = propose(sequence, self.speculate) if self.speculate else []
-        return Work(sequence, [sequence.ids[-1], *guesses], wanted=1 + len(guesses))
 
     def _choose(self, work: list[Work], logits: torch.Tensor) -> list[Event]:
         """Next tokens; where guesses were checked too, one after the other as long as they prove right."""
@@ -247,16 +223,15 @@ class Engine:
                 self._remove(event.sequence)
         return events
 
-    @staticmethod
-    def _goes_on(work: Work, place: int, token: int) -> bool:
+    def _goes_on(self, work: Work, place: int, token: int) -> bool:
         """Whether the guess after `place` was right, so that the next logits hold. Counts it."""
         if work.wanted == 1:
             return False
         right = place + 1 < work.wanted and work.sequence.finish_reason is None and work.tokens[place + 1] == token
         if right:
             work.sequence.cached += 1
-        else:
-            note(work.sequence, work.wanted - 1, place)
+        elif self.guesser is not None:
+            note(work.sequence, work.wanted - 1, place, self.guesser.worth)
         return right
 
     def _close_gaps(self) -> None:
@@ -269,20 +244,24 @@ class Engine:
             last = running.pop()
             old, last.slot = last.slot, slots.take(slots.lowest)
             self.runner.copy(old, last.slot, last.cached)
-            slots.give(old, [])
+            slots.give(old)
 
-    def generate(self, prompts: Seq[Prompt], sampling: Sampling | Seq[Sampling]) -> list[Completion]:
-        """Answers in the order of the prompts, the n answers of one prompt together: sum of n completions.
+    def generate(
+        self, prompts: Seq[Prompt], sampling: Sampling | Seq[Sampling], lora: Lora | Seq[Lora | None] | None = None
+    ) -> list[Completion]:
+        """Answers in the order of the prompts, the n answers of one prompt together: sum of n completions. `lora`: the adapter
+        of all prompts, or of each.
 
         Equal for greedy and for seeded sampling whatever else is in the list and in whatever order, up to ties within rounding.
         All prompts are checked before the first runs.
         """
         wanted = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        worn = [lora] * len(prompts) if lora is None or isinstance(lora, Lora) else list(lora)
         sequences: list[Sequence] = []
         try:
-            for prompt, how in zip(prompts, wanted, strict=True):
+            for prompt, how, own in zip(prompts, wanted, worn, strict=True):
                 ids = self.encode(prompt)
-                sequences += [self.submit(ids, how, index) for index in range(how.n)]
+                sequences += [self.submit(ids, how, index, own) for index in range(how.n)]
             with evaluating(self.model):
                 while any(s.finish_reason is None for s in sequences):
                     self.step()
@@ -302,11 +281,11 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def score(self, requests: Seq[tuple[Seq[int], int]]) -> list[np.ndarray]:
+    def score(self, requests: Seq[tuple[Seq[int], int]], lora: Lora | None = None) -> list[np.ndarray]:
         """Log-probabilities of given tokens: for each (ids, start) a float32 array over ids[start:], given the ids before."""
-        return [s.logprobs for s in self.score_top(requests, 0)]
+        return [s.logprobs for s in self.score_top(requests, 0, lora)]
 
-    def score_top(self, requests: Seq[tuple[Seq[int], int]], top: int) -> list[Scored]:
+    def score_top(self, requests: Seq[tuple[Seq[int], int]], top: int, lora: Lora | None = None) -> list[Scored]:
         """Like `score`, with the `top` most likely tokens at each place.
 
         Raises `DataError` for `start` outside 1..len(ids) (a first token has nothing to be conditioned on), `ContextOverflow`,
@@ -317,11 +296,10 @@ class Engine:
                 "an encoder-decoder does not say how likely a text is, only a target after a source", fix="use score_targets"
             )
         for ids, start in requests:
-            self._check_tokens(list(ids))
-            if not 1 <= start <= len(ids):
-                raise DataError("nothing to condition on", field="start", found=start, expected=f"from 1 to {len(ids)}")
-            self._check_length(ids)
-        with evaluating(self.model), torch.inference_mode():
+            check_tokens(ids, self.vocab_size)
+            check_start(ids, start)
+            check_length(ids, self.context_length)
+        with evaluating(self.model), torch.inference_mode(), applied(self.model, lora):
             return score(self.model, self.device, requests, min(top, self.vocab_size))
 
     def score_targets(self, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
@@ -334,30 +312,17 @@ class Engine:
             return self.score([((*prompt, *target), len(prompt)) for prompt, target in pairs])
         for prompt, target in pairs:
             decoded = [*self.model.start, *target]
-            self._check_tokens(list(prompt))
-            self._check_tokens(decoded)
-            self._check_length(prompt)
-            self._check_length(decoded)
+            check_tokens(prompt, self.vocab_size)
+            check_tokens(decoded, self.vocab_size)
+            check_length(prompt, self.context_length)
+            check_length(decoded, self.context_length)
         with evaluating(self.model), torch.inference_mode():
             return score_targets(self.model, pairs)
 
-
-def make_runner(model: Any, cache: KVCache | None, device: torch.device, invariant: bool, dtype: str) -> Runner:
-    """The fastest way to run a model. Raises `ConfigError` where only our kernels could do what is asked."""
-    if dtype not in ("float32", "int8"):
-        raise ConfigError("no such type of weights", field="dtype", found=dtype, expected="float32 or int8")
-    fused = FusedDecoder.of(model, cache, dtype)
-    if fused is not None:
-        return FusedRunner(fused, invariant)
-    if invariant or dtype != "float32":
-        raise ConfigError(
-            "our kernels cannot run this model as a whole", field="batch_invariant" if invariant else "dtype",
-            found=kernels.why_not() or "a model or device that they do not know",
-            expected="one of our decoder families in float32 on a CPU, and a C++ compiler",
-        )  # fmt: skip
-    if cache is not None:
-        return CachedRunner(model, cache)
-    return HfRunner.of(model, device) or RecomputingRunner(model, device)
+    def embed(self, prompts: Seq[Seq[int]], lora: Lora | None = None) -> list[np.ndarray]:
+        """For each list of token ids the mean of its last hidden states, float32 [H], of length 1. One forward pass."""
+        with evaluating(self.model), torch.inference_mode(), applied(self.model, lora):
+            return embed(self.model, self.device, prompts)
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.engine.runner import RecomputingRunner, Runner, Work
+from tutelage.engine.runner import OneAdapter, RecomputingRunner, Work
 from tutelage.engine.sequence import Sampling, Sequence
 from tutelage.engine.text import TextStream
 from tutelage.models.hf import Wrapped
 from tutelage.models.hf_state import State
 
 
-class HfRunner(Runner):
+class HfRunner(OneAdapter):
     """Each sequence is a row of a state. Those that have read equally many tokens and read equally many now share one: n
     answers to a prompt stay together from its first token to their ends. Nothing is padded but sources."""
 
@@ -33,7 +33,7 @@ class HfRunner(Runner):
             return None
         return cls(model, device) if _agrees(cls(model, device), RecomputingRunner(model, device)) else None
 
-    def logits(self, work: list[Work]) -> Tensor:
+    def read(self, work: list[Work]) -> Tensor:
         together: dict[tuple[int, int], list[Work]] = {}
         for w in work:
             together.setdefault((w.sequence.cached, len(w.tokens)), []).append(w)

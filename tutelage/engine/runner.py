@@ -5,6 +5,7 @@ Shapes: S sequences of the batch, T new tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tutelage.engine.sequence import Sequence
 from tutelage.models.interface import Batch, CacheView, KVCache
 from tutelage.models.kernels.decoder import FusedDecoder
+from tutelage.models.lora import Lora, applied
 
 LONG_TOKENS = 128
 """New tokens of one sequence from which the model's own products and tiled attention are faster than the fused call."""
@@ -54,7 +56,8 @@ class FusedRunner(Runner):
 
     def __init__(self, fused: FusedDecoder, invariant: bool) -> None:
         self.fused, self.invariant = fused, invariant
-        self.long = None if invariant or fused.dtype != "float32" else CachedRunner(fused.model, fused.cache)
+        plain = not invariant and fused.dtype == "float32"
+        self.long = CachedRunner(fused.model, fused.cache) if plain else None
 
     def logits(self, work: list[Work]) -> Tensor:
         if self.long is not None:
@@ -77,20 +80,46 @@ class FusedRunner(Runner):
         slots: list[int] = []
         places: list[int] = []
         wanted: list[int] = []
+        loras: list[Lora | None] = []
         for w in work:
             first, count = w.sequence.cached, len(w.tokens)
+            loras += [w.sequence.lora] * count
             ids += w.tokens
             slots += [w.sequence.slot] * count
             places += range(first, first + count)
             wanted += range(len(ids) - w.wanted, len(ids))
         rows = torch.tensor([ids, slots, places])
-        return self.fused(rows[0], rows[1], rows[2], torch.tensor(wanted, dtype=torch.int64))[0]
+        last = torch.tensor(wanted, dtype=torch.int64)
+        return self.fused(rows[0], rows[1], rows[2], last, loras=loras if any(loras) else None)[0]
 
     def copy(self, source: int, target: int, count: int) -> None:
         _copy(self.fused.cache, source, target, count)
 
 
-class CachedRunner(Runner):
+class OneAdapter(Runner):
+    """A runner that reads with one adapter at a time: a call of `read` for the sequences of each."""
+
+    model: Any
+
+    def logits(self, work: list[Work]) -> Tensor:
+        groups: dict[Lora | None, list[Work]] = {}
+        for w in work:
+            groups.setdefault(w.sequence.lora, []).append(w)
+        parts: dict[int, Tensor] = {}
+        for lora, same in groups.items():
+            with applied(self.model, lora):
+                logits = self.read(same)
+            if len(groups) == 1:
+                return logits
+            parts |= dict(zip(map(id, same), logits.split([w.wanted for w in same]), strict=True))
+        return torch.cat([parts[id(w)] for w in work])
+
+    @abstractmethod
+    def read(self, work: list[Work]) -> Tensor:
+        """`logits` of sequences with the same adapter."""
+
+
+class CachedRunner(OneAdapter):
     """A model that keeps keys and values, operation by operation. Rows are padded to the longest."""
 
     shares = True
@@ -100,7 +129,7 @@ class CachedRunner(Runner):
         self.device = cache.k[0].device if cache.k else torch.device("cpu")
         self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def logits(self, work: list[Work]) -> Tensor:
+    def read(self, work: list[Work]) -> Tensor:
         one = [w for w in work if len(w.tokens) == 1 == w.wanted]
         more = [w for w in work if not len(w.tokens) == 1 == w.wanted]
         if not more:
@@ -142,7 +171,7 @@ class CachedRunner(Runner):
         _copy(self.cache, source, target, count)
 
 
-class RecomputingRunner(Runner):
+class RecomputingRunner(OneAdapter):
     """A model without a cache: every step reads the whole sequences again. Slower, equal."""
 
     shares = False
@@ -150,7 +179,7 @@ class RecomputingRunner(Runner):
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
 
-    def logits(self, work: list[Work]) -> Tensor:
+    def read(self, work: list[Work]) -> Tensor:
         texts = [w.sequence.ids[: w.sequence.cached] + w.tokens for w in work]
         if getattr(self.model, "is_encoder_decoder", False):
             hidden = self.model.read([w.sequence.source for w in work], texts)

@@ -32,6 +32,16 @@ def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) ->
     return _with_logprobs(logits, tokens, sequences)
 
 
+def likely(logits: Tensor, sequences: list[Sequence], ahead: int) -> list[int]:
+    """What a sequence might choose `ahead` tokens after its next one, logits [S,V] being a guess at those of that place. Without
+    bias, penalties and grammars: a guess may be wrong."""
+    scores = logits.float()
+    if any(not s.sampling.greedy for s in sequences):
+        scores = _noisy(scores, sequences, ahead)
+    tokens: list[int] = scores.argmax(-1).tolist()
+    return tokens
+
+
 def _largest(scores: Tensor) -> list[int]:
     best, tokens = scores.max(-1)
     _check(best)
@@ -76,7 +86,7 @@ def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     return scores
 
 
-def _noisy(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+def _noisy(scores: Tensor, sequences: list[Sequence], ahead: int = 0) -> Tensor:
     """Scores whose largest entry is a sample: filtered logits / temperature + Gumbel noise. Greedy rows pass unchanged."""
     wanted = [s.sampling for s in sequences]
     temperature = torch.tensor([s.temperature or 1.0 for s in wanted]).to(scores)[:, None]
@@ -85,15 +95,15 @@ def _noisy(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     if rows:
         scores[rows] = _filtered(scores[rows], [wanted[i] for i in rows])
     rows = [i for i, s in enumerate(wanted) if not s.greedy]
-    noise = np.stack([_noise(sequences[i], scores.shape[-1]) for i in rows])
+    noise = np.stack([_noise(sequences[i], scores.shape[-1], ahead) for i in rows])
     scores[rows] += torch.from_numpy(noise).to(scores)
     return scores
 
 
-def _noise(sequence: Sequence, size: int) -> np.ndarray:
+def _noise(sequence: Sequence, size: int, ahead: int = 0) -> np.ndarray:
     """Gumbel noise [V] float32, a pure function of (seed, sample, token index): Philox is a counter-based generator."""
     seed, sample = sequence.key
-    key = np.array([seed & (2**64 - 1), (sample << 40) + sequence.made], dtype=np.uint64)
+    key = np.array([seed & (2**64 - 1), (sample << 40) + sequence.made + ahead], dtype=np.uint64)
     exponential = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size, dtype=np.float32)
     # A draw of exactly 0 would be infinite.
     return -np.log(np.maximum(exponential, np.float32(1e-30)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from tutelage.engine.blocks import SHARED_FROM, Place, Slots, common_length
+from tutelage.engine.blocks import SHARED_FROM, Held, Place, Slots, common_length
 from tutelage.engine.sequence import Sequence
 
 
@@ -52,8 +52,8 @@ class Scheduler:
             if self.slots.keep and any(self._gains(sequence, other) for other in self.reading):
                 later.append(sequence)
                 continue
-            held = ((s.slot, s.ids[: s.cached]) for s in (*self.running, *self.reading))
-            place = self.slots.place(sequence.ids, held)
+            held = ((s.slot, _held(s)) for s in (*self.running, *self.reading))
+            place = self.slots.place(sequence.ids, held, sequence.lora)
             sequence.slot, sequence.cached, sequence.shared = place.slot, place.shared, place.shared
             self.reading.append(sequence)
             admitted.append((sequence, place))
@@ -63,6 +63,8 @@ class Scheduler:
     @staticmethod
     def _gains(sequence: Sequence, reader: Sequence) -> bool:
         """True when `reader`, once it is through its prompt, will hold much of what `sequence` begins with."""
+        if sequence.lora is not reader.lora:
+            return False
         common = common_length(sequence.ids, reader.ids, len(sequence.ids) - 1)
         return common >= max(4 * SHARED_FROM, reader.shared + SHARED_FROM)
 
@@ -95,5 +97,9 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         if sequence.slot >= 0:
-            self.slots.give(sequence.slot, sequence.ids[: sequence.cached])
+            self.slots.give(sequence.slot, _held(sequence))
             sequence.slot = -1
+
+
+def _held(sequence: Sequence) -> Held:
+    return Held(sequence.ids[: sequence.cached], sequence.lora)

@@ -1,4 +1,4 @@
-"""Scoring: log-probabilities of given tokens, batched by length. A beginning that several requests share is read once.
+"""Scoring: log-probabilities of given tokens, packed without padding. A beginning that several requests share is read once.
 
 Shapes: n tokens scored, k alternatives, V vocabulary.
 """
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage.models.interface import Batch, CacheView
+from tutelage.models.interface import Batch
 
 SCORE_TOKENS = 4096
-"""Tokens, padding included, of one forward pass."""
+"""Tokens of one forward pass."""
 SCORE_LOGITS = 1 << 24
 """Logits held at a time (64 MiB of float32) while an encoder-decoder scores targets."""
 SHARED_TOKENS = 16
-"""Tokens from which a beginning that several requests have is read once and kept."""
+"""Tokens from which a beginning that several requests have is read once."""
 
 Request = tuple[Seq[int], int]  # ids, and the place of the first one that is scored
 
@@ -36,84 +36,79 @@ class Scored:
 
 def score(model: Any, device: torch.device, requests: Seq[Request], top: int) -> list[Scored]:
     """Log-probabilities of ids[start:], each given all ids before it. Results in the order of `requests`."""
-    families = _families(requests) if getattr(model, "supports_cache", False) else {}
-    shared = {i for members in families.values() for i in members}
+    families = _families(requests, shared=getattr(model, "supports_cache", False))
     out: dict[int, Scored] = {}
-    for group in _by_length([i for i in range(len(requests)) if i not in shared], lambda i: len(requests[i][0]) - 1):
-        out |= zip(group, _score_rows(model, device, [requests[i] for i in group], top), strict=True)
-    for part in _by_length(list(families), lambda key: sum(len(requests[i][0]) for i in families[key])):
-        out |= _score_families(model, device, requests, {key: families[key] for key in part}, top)
-    return [out[i] for i in range(len(requests))]
+    for pack in _packs(families):
+        out |= _score_pack(model, device, requests, pack, top)
+    return [out[i] if i in out else _empty(top) for i in range(len(requests))]
 
 
-def _families(requests: Seq[Request]) -> dict[tuple[int, ...], list[int]]:
-    """Requests whose tokens before the first scored one are the same, where that pays."""
+@dataclass(slots=True, frozen=True)
+class _Family:
+    """Requests whose tokens before the first scored one are the same, or one request alone."""
+
+    members: list[int]
+    beginning: Seq[int]
+    endings: list[Seq[int]]  # without the last token of each, which predicts nothing
+
+    @property
+    def size(self) -> int:
+        return len(self.beginning) + sum(map(len, self.endings))
+
+
+def _families(requests: Seq[Request], shared: bool) -> list[_Family]:
+    """All requests that score anything; together those with the same beginning, where that pays."""
     found: dict[tuple[int, ...], list[int]] = {}
+    alone: list[int] = []
     for i, (ids, start) in enumerate(requests):
-        if start >= SHARED_TOKENS and len(ids) > start:
-            found.setdefault(tuple(ids[:start]), []).append(i)
-    return {key: members for key, members in found.items() if len(members) > 1}
+        if len(ids) > start:
+            if shared and start >= SHARED_TOKENS:
+                found.setdefault(tuple(ids[:start]), []).append(i)
+            else:
+                alone.append(i)
+    families = [_Family([i], requests[i][0][:-1], []) for i in alone]
+    for beginning, members in found.items():
+        if len(members) == 1:
+            families.append(_Family(members, requests[members[0]][0][:-1], []))
+        else:
+            families.append(_Family(members, beginning, [requests[i][0][len(beginning) : -1] for i in members]))
+    return families
 
 
-def _by_length(items: list[Any], length: Any) -> list[list[Any]]:
-    """Items of similar length together, as many as make SCORE_TOKENS padded to the longest."""
-    left, out = sorted(items, key=length, reverse=True), []
-    while left:
-        count = max(1, SCORE_TOKENS // max(length(left[0]), 1))
-        out.append(left[:count])
-        left = left[count:]
-    return out
+def _packs(families: list[_Family]) -> list[list[_Family]]:
+    """Families of similar size together, as many as have SCORE_TOKENS tokens."""
+    packs: list[list[_Family]] = []
+    room = 0
+    for family in sorted(families, key=lambda f: f.size, reverse=True):
+        if family.size > room:
+            packs.append([])
+            room = SCORE_TOKENS
+        packs[-1].append(family)
+        room -= family.size
+    return packs
 
 
-def _score_families(
-    model: Any, device: torch.device, requests: Seq[Request], families: dict[tuple[int, ...], list[int]], top: int
-) -> dict[int, Scored]:
-    """Beginnings first, one slot each; then every ending in a slot of its own that starts as a copy."""
-    order = [i for members in families.values() for i in members]
-    before = [s for s, members in enumerate(families.values()) for _ in members]
-    endings = [list(requests[i][0][requests[i][1] :]) for i in order]
-    lengths = torch.tensor([requests[i][1] for i in order], device=device)
-    cache = model.new_cache(len(families) + len(order), max(len(requests[i][0]) for i in order))
-    first = CacheView(
-        cache, torch.arange(len(families), device=device), torch.zeros(len(families), dtype=torch.int64, device=device)
-    )
-    hidden = model(Batch.of([list(key) for key in families], cache=first, device=device)).hidden
-    last = hidden[torch.arange(len(families), device=device), torch.tensor([len(key) - 1 for key in families], device=device)]
-    states = [last[before]]  # what the first token of each ending is predicted from
-    more = [r for r, ending in enumerate(endings) if len(ending) > 1]
-    if more:
-        own = torch.tensor(more, device=device) + len(families)
-        for held in (*cache.k, *cache.v):
-            held[own] = held[[before[r] for r in more]]
-        batch = Batch.of([endings[r][:-1] for r in more], cache=CacheView(cache, own, lengths[more]), device=device)
-        rows = model(batch).hidden
-        states += [rows[i, : len(endings[r]) - 1] for i, r in enumerate(more)]
-    # Rows lie as: every ending's first token, then the other tokens of each longer ending.
-    places = _places([len(e) for e in endings])
-    targets = torch.tensor([endings[r][at] for r, at in places], device=device)
-    logprobs, top_ids, top_logprobs = _measured(model, torch.cat(states), targets, top)
-    at_of = {place: i for i, place in enumerate(places)}
-    out = {}
-    for r, i in enumerate(order):
-        picked = [at_of[r, at] for at in range(len(endings[r]))]
-        out[i] = Scored(logprobs[picked], top_ids[picked], top_logprobs[picked])
-    return out
-
-
-def _places(lengths: list[int]) -> list[tuple[int, int]]:
-    return [(r, 0) for r in range(len(lengths))] + [(r, at) for r, n in enumerate(lengths) for at in range(1, n)]
-
-
-def _score_rows(model: Any, device: torch.device, rows: list[Request], top: int) -> list[Scored]:
-    wanted = [(row, place - 1) for row, (ids, start) in enumerate(rows) for place in range(start, len(ids))]
-    if not wanted:
-        return [_empty(top) for _ in rows]
-    hidden = model(Batch.of([ids[:-1] or ids for ids, _ in rows], device=device)).hidden
-    row, place = torch.tensor(wanted, device=hidden.device).unbind(1)
-    targets = torch.tensor([t for ids, start in rows for t in ids[start:]], device=hidden.device)
-    found = _measured(model, hidden[row, place], targets, top)
-    ends = np.cumsum([len(ids) - start for ids, start in rows])[:-1]
-    return [Scored(*part) for part in zip(*(np.split(x, ends) for x in found), strict=True)]
+def _score_pack(model: Any, device: torch.device, requests: Seq[Request], pack: list[_Family], top: int) -> dict[int, Scored]:
+    """One forward pass over the tokens of all families, side by side in one row."""
+    batch = Batch.of_families([(f.beginning, f.endings) for f in pack], device)
+    places: list[int] = []  # whose hidden states the scored tokens are predicted from, request by request
+    order: list[int] = []
+    first = 0
+    for family in pack:
+        at = first + len(family.beginning)
+        if not family.endings:
+            (member,) = family.members
+            places += range(first + requests[member][1] - 1, at)
+        for ending in family.endings:
+            places += (first + len(family.beginning) - 1, *range(at, at + len(ending)))
+            at += len(ending)
+        order += family.members
+        first = at
+    targets = torch.tensor([t for i in order for t in requests[i][0][requests[i][1] :]], device=device)
+    hidden = model(batch).hidden[0, torch.tensor(places, device=device)]
+    found = _measured(model, hidden, targets, top)
+    ends = np.cumsum([len(requests[i][0]) - requests[i][1] for i in order])[:-1]
+    return dict(zip(order, (Scored(*part) for part in zip(*(np.split(x, ends) for x in found), strict=True)), strict=True))
 
 
 def _measured(model: Any, hidden: Tensor, targets: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

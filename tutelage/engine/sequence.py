@@ -10,6 +10,7 @@ from typing import Literal
 from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
+from tutelage.models.lora import Lora
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -128,6 +129,12 @@ class Event:
     scores: tuple[TokenScore, ...]  # of the new tokens, where asked for
     finish_reason: FinishReason | None  # set on the last event of a sequence
 
+    def __add__(self, later: Event) -> Event:
+        """Both as one."""
+        return Event(
+            self.sequence, self.text + later.text, self.ids + later.ids, self.scores + later.scores, later.finish_reason
+        )  # fmt: skip
+
 
 @dataclass(slots=True)
 class Drafts:
@@ -143,8 +150,8 @@ class Sequence:
     every target begins with."""
 
     __slots__ = (
-        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "prompt_length", "sampling",
-        "scores", "shared", "slot", "source", "stream",
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "prompt_length",
+        "sampling", "scores", "shared", "slot", "source", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -159,8 +166,10 @@ class Sequence:
         ends: frozenset[int],
         constraint: Constraint | None = None,
         source: list[int] | None = None,
+        lora: Lora | None = None,
     ) -> None:
         self.source = source  # what the encoder reads, of an encoder-decoder
+        self.lora = lora  # the adapter that the model wears for it
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
         self.sampling = sampling

@@ -53,6 +53,7 @@ class CallStyle:
     key: str = "arguments"  # of the arguments in a call's JSON object
     listed: bool = False  # one JSON list holds all calls
     many: bool = True  # whether a turn may hold several
+    most: int | None = None  # calls to give out of one answer, where the client wants no more; those beyond are left out
     control: tuple[tuple[str, int], ...] = ()  # marks that are control tokens in a tokenizer, with their ids
 
     @property
@@ -111,6 +112,7 @@ class Delta:
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+    at: int = field(default=0, compare=False)  # where content begins in the text that was fed, calls included
 
     def to_json(self) -> dict[str, Any]:
         """The `delta` of a streamed chat completion."""
@@ -130,6 +132,7 @@ class ToolCallStream:
         self.calls: list[ToolCall] = []
         self._content: list[str] = []
         self._held = ""  # not given out: it may be a call, or white space around one
+        self._fed = 0  # characters so far
         self._json: _JsonEnd | None = None  # inside what may be a call
         self._start = 0  # where its JSON begins in the held text
         self._read: list[ToolCall] = []  # of the JSON that was just completed
@@ -143,6 +146,7 @@ class ToolCallStream:
     def feed(self, text: str) -> list[Delta]:
         """What can be given out after this piece of text."""
         self._held += text
+        self._fed += len(text)
         return list(self._advance(final=False))
 
     def finish(self) -> list[Delta]:
@@ -202,7 +206,8 @@ class ToolCallStream:
             return
         self._json, self._held = None, self._held[end:]
         self._after_call = True
-        for call in self._read:
+        room = None if self.style.most is None else self.style.most - len(self.calls)
+        for call in self._read[:room]:
             if call.id in {earlier.id for earlier in self.calls}:  # a model may write one twice
                 call = ToolCall(call.name, call.arguments)
             index = len(self.calls)
@@ -235,12 +240,13 @@ class ToolCallStream:
         return after
 
     def _give(self, size: int) -> Iterator[Delta]:
+        at = self._fed - len(self._held)
         text, self._held = self._held[:size], self._held[size:]
         if text:
             self._content.append(text)
             self._line_start = text[-1] == "\n"
             self._after_call = False
-            yield Delta(content=text)
+            yield Delta(content=text, at=at)
 
 
 class _BrokenError(Exception):

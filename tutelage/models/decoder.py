@@ -101,6 +101,8 @@ class Decoder(nn.Module):
 
     def context(self, batch: Batch, dtype: torch.dtype) -> Context:
         """Attention layout, rotary positions and cache places, shared by the layers."""
+        if batch.tree is not None:
+            return Context(layout(batch.tree.segments), self.rotary(batch.positions[:, batch.tree.index], dtype), tree=batch.tree)
         turns = self.rotary(batch.positions, dtype)
         if batch.cache is None:
             return Context(layout(batch.segments), turns)

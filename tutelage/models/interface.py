@@ -45,12 +45,31 @@ class CacheView:
 
 
 @dataclass(slots=True, frozen=True)
+class Tree:
+    """Texts that share their beginnings, each token once. What a layer does to one token is done once for all texts; attention
+    runs over the texts, E tokens laid end to end.
+
+    Example:
+        texts a b c and a b d e: tokens a b c d e, index 0 1 2 0 1 3 4, segments 1 1 1 2 2 2 2, back 0 1 2 5 6
+    """
+
+    index: Tensor  # [E] int64: the token at each place of the texts
+    segments: Tensor  # [1,E] int32: the text of each place
+    back: Tensor  # [T] int64: one place of each token
+
+    def to(self, device: str | torch.device) -> Tree:
+        return Tree(self.index.to(device), self.segments.to(device), self.back.to(device))
+
+
+@dataclass(slots=True, frozen=True)
 class Batch:
     """Rows of tokens.
 
     With `cache`, row s holds the next tokens of the sequence in slot `cache.slots[s]`: one segment a row, padding only at the
     right, positions counted from the start of the sequence. Tokens of the row see those in the slot and those before them in the
     row; the forward pass writes their keys and values to the slot. Padding is never written.
+
+    With `tree`, the one row holds families of texts that share a beginning, one segment a family. Our decoder alone knows trees.
 
     Example:
         two pieces of 3 and 2 tokens and 1 place of padding in a row of 6:
@@ -63,6 +82,7 @@ class Batch:
     targets: Tensor  # [B,T] int64: the next token of the same segment
     weights: Tensor  # [B,T] float32: supervision of the target; 0 on the last token of a segment
     cache: CacheView | None = None
+    tree: Tree | None = None
     embeds: Tensor | None = None  # [B,T,H] in place of the embeddings of `ids`
     attention: str = "causal"
     rows: tuple[tuple[str, ...], ...] | None = None  # names of the records in each row
@@ -71,9 +91,42 @@ class Batch:
     def shape(self) -> tuple[int, int]:
         return self.ids.shape[0], self.ids.shape[1]
 
+    @classmethod
+    def of_families(
+        cls, families: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: str | torch.device = "cpu"
+    ) -> Batch:
+        """Beginnings, each with the endings that follow it, in one row: a beginning, then its endings one after the other.
+        Without targets. `tree` is None where no beginning has several endings."""
+        ids: list[int] = []
+        segments: list[int] = []
+        positions: list[int] = []
+        index: list[int] = []
+        texts: list[int] = []  # their lengths
+        back: list[int] = []
+        for number, (beginning, endings) in enumerate(families, 1):
+            first = len(ids)
+            ids += beginning
+            positions += range(len(beginning))
+            back += range(len(index), len(index) + len(beginning))
+            for ending in endings or ((),):
+                index += range(first, first + len(beginning))
+                back += range(len(index), len(index) + len(ending))
+                index += range(len(ids), len(ids) + len(ending))
+                ids += ending
+                positions += range(len(beginning), len(beginning) + len(ending))
+                texts.append(len(beginning) + len(ending))
+            segments += [number] * (len(ids) - first)
+        row, marks = torch.tensor([ids, positions]), torch.tensor([segments], dtype=torch.int32)
+        tree = None
+        if len(texts) > len(families):
+            of = torch.arange(1, len(texts) + 1, dtype=torch.int32).repeat_interleave(torch.tensor(texts))
+            tree = Tree(torch.tensor(index), of[None], torch.tensor(back))
+        nothing = torch.zeros(1, len(ids))
+        return cls(row[:1], marks, row[1:], nothing.long(), nothing, tree=tree).to(device)
+
     def to(self, device: str | torch.device) -> Batch:
         """The batch with its tensors on `device`."""
-        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache")
+        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache", "tree")
         moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
         return replace(self, **moved)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tutelage.models import ops
 from tutelage.models.attention import Layout, attend, attend_cached, attend_qkv
 from tutelage.models.config import DecoderConfig
-from tutelage.models.interface import CacheView
+from tutelage.models.interface import CacheView, Tree
 from tutelage.models.rotary import Turns
 
 FUSE_FROM = 64
@@ -85,6 +85,15 @@ class Context:
     layout: Layout | None  # None when attention reads the cache
     turns: Turns
     places: Places | None = None
+    tree: Tree | None = None  # `layout` and `turns` are then of the texts, not of the tokens
+
+    def spread(self, x: Tensor) -> Tensor:
+        """From tokens [1,T,..] to what attention runs over."""
+        return x if self.tree is None else x[:, self.tree.index]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return x if self.tree is None else x[:, self.tree.back]
 
 
 class RMSNorm(nn.Module):
@@ -145,8 +154,9 @@ class Attention(nn.Module):
         """Attention of norm(x), [B,T,H] -> [B,T,H]."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         if context.places is None and context.layout is not None and self.qk_norm != "full" and fusable(x, parts):
-            return self.o_proj(self.merged(fused_linear(x, norm, parts), context.layout, context.turns))  # type: ignore[no-any-return]
-        q, k, v = self.project(x, norm)
+            merged = self.merged(context.spread(fused_linear(x, norm, parts)), context.layout, context.turns)
+            return self.o_proj(context.gather(merged))  # type: ignore[no-any-return]
+        q, k, v = (context.spread(each) for each in self.project(x, norm))
         q, k = self.position(q, k, context.turns)
         if context.places is not None:
             context.places.write(self.layer, k, v)
@@ -158,7 +168,7 @@ class Attention(nn.Module):
             q, totals = context.places.push(q), context.places.totals
             out = attend_cached(q, held_k, held_v, totals, scale=self.scale, window=self.window, softcap=self.softcap)
             out = context.places.push(out, back=True)
-        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+        return self.o_proj(context.gather(out).flatten(2))  # type: ignore[no-any-return]
 
     def merged(self, qkv: Tensor, layout: Layout, turns: Turns) -> Tensor:
         """Norms, positions and attention on a merged projection: nothing else is kept for the backward pass."""

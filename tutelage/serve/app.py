@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from tutelage import __version__
-from tutelage.engine import Engine
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import MissingExtra
 
 try:
@@ -20,26 +20,28 @@ try:
 
     from tutelage.serve.gate import Gate
     from tutelage.serve.keys import KeyRing
-    from tutelage.serve.routes import embeddings, generation, models, operations, tokens
+    from tutelage.serve.responses.store import ResponseStore, tended
+    from tutelage.serve.routes import embeddings, generation, models, operations, responses, tokens
     from tutelage.serve.schema import ApiError
     from tutelage.serve.state import ServerState
 except ModuleNotFoundError as error:
     raise MissingExtra(error.name or "fastapi", "serve", "the server") from error
 
-ROUTERS = [generation.router, embeddings.router, models.router, tokens.router, operations.router]
+ROUTERS = [generation.router, responses.router, embeddings.router, models.router, tokens.router, operations.router]
 MAX_BODY = 4 << 20
 """Bytes of a request."""
 
 
 def create_app(
-    engine: Engine, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY, max_waiting: int = 256
-) -> FastAPI:
+    engine: EngineProtocol, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY,
+    max_waiting: int = 256, store: ResponseStore | None = None,
+) -> FastAPI:  # fmt: skip
     """The application that serves `engine` as model `name`. The engine runs in a thread of its own from start-up to shutdown.
 
-    api_keys: where given, every request must carry one as a Bearer token. For key files, several models, and models that come and
-    go, see `build_app`.
+    api_keys: where given, every request must carry one as a Bearer token. store: keeps responses; closed with the application.
+    For key files, several models, and models that come and go, see `build_app`.
     """
-    state = ServerState(KeyRing(api_keys), max_waiting=max_waiting)
+    state = ServerState(KeyRing(api_keys), max_waiting=max_waiting, store=store)
     state.models.add(name, engine, renderer)
     return build_app(state, max_body)
 
@@ -49,9 +51,10 @@ def build_app(state: ServerState, max_body: int = MAX_BODY) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        state.models.open()
-        yield
-        await state.models.close()
+        async with tended(state.store):
+            state.models.open()
+            yield
+            await state.models.close()
 
     app = FastAPI(title="Tutelage", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = state

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tutelage import log
-from tutelage.engine import Engine, Sampling, Sequence
+from tutelage.engine import Sampling, Sequence
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import DataError, UserError
 from tutelage.serve.archive import Archive, Entry
 from tutelage.serve.part import PartFile
@@ -29,7 +30,7 @@ class Kind(Protocol):
     def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
         """The output row of a row that has no answer."""
 
-    def answer(self, job: Job, engine: Engine, slots: int) -> None:
+    def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
         """Answers all rows of `job.todo()`, each with one call of `job.take` or `job.refuse`."""
 
 
@@ -124,8 +125,8 @@ class Prompts:
     def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
         return {**entry.fields, "error": one_line(error)}
 
-    def answer(self, job: Job, engine: Engine, slots: int) -> None:
-        engine.model.eval()
+    def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
+        engine.start()
         running: dict[Sequence, _Open] = {}
         todo = job.todo()
         try:
@@ -145,7 +146,7 @@ class Prompts:
             for sequence in running:
                 engine.cancel(sequence)
 
-    def _submit(self, job: Job, engine: Engine, entry: Entry) -> dict[Sequence, _Open]:
+    def _submit(self, job: Job, engine: EngineProtocol, entry: Entry) -> dict[Sequence, _Open]:
         try:
             ids = encode(engine, self.prompting.ask(entry.fields))
             room = max(1, engine.context_length - len(ids))  # an answer ends where the context does; a prompt is never cut
@@ -170,7 +171,7 @@ class Prompts:
         job.take(row.entry, {**row.entry.fields, **answer}, prompt, made)
 
 
-def encode(engine: Engine, asked: Asked) -> list[int]:
+def encode(engine: EngineProtocol, asked: Asked) -> list[int]:
     """Token ids of a row's prompt. Raises `DataError` for messages that the template refuses, `ArtifactError` without one."""
     if asked.tools and asked.chat:
         return list(engine.renderer.prompt(asked.prompt, asked.tools))

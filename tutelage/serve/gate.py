@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from tutelage.log import say
-from tutelage.serve.keys import KeyRing
-from tutelage.serve.limits import UNLIMITED, Allowance
+from tutelage.serve.keys import Holder, KeyRing
+from tutelage.serve.limits import UNLIMITED
 from tutelage.serve.schema import ApiError, server_error
 
 Message = MutableMapping[str, Any]
@@ -25,8 +25,9 @@ SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 class Gate:
     """ASGI middleware. Plain ASGI, so that a client's leaving reaches the stream at once.
 
-    Leaves in the request's state: `allowance`, what its key may still use; `leaving`, an ExitStack that is closed when the
-    request is over, whether it was answered, failed, or its client left before the first byte.
+    Leaves in the request's state: `allowance`, what its key may still use; `owner`, whose is what the request makes (empty where
+    no key is needed); `leaving`, an ExitStack that is closed when the request is over, whether it was answered, failed, or its
+    client left before the first byte.
     """
 
     def __init__(self, app: Any, keys: KeyRing, max_body: int) -> None:
@@ -39,7 +40,7 @@ class Gate:
         headers = dict(scope["headers"])
         request_id = _request_id(headers)
         shared = scope.setdefault("state", {})
-        shared["allowance"] = UNLIMITED
+        shared["allowance"], shared["owner"] = UNLIMITED, ""
         started = False
 
         async def send_marked(message: Message) -> None:
@@ -55,7 +56,8 @@ class Gate:
         with contextlib.ExitStack() as leaving:
             shared["leaving"] = leaving
             try:
-                shared["allowance"] = self._identify(scope["path"], headers)
+                if (holder := self._identify(scope["path"], headers)) is not None:
+                    shared["allowance"], shared["owner"] = holder.allowance, holder.owner
                 self._check_size(headers)
                 if scope["method"] == "POST":
                     shared["allowance"].take_request()
@@ -68,11 +70,14 @@ class Gate:
                     await _reply(server_error(), send_marked)
                 raise  # the server prints the traceback
 
-    def _identify(self, path: str, headers: dict[bytes, bytes]) -> Allowance:
-        """Raises `ApiError`: 401 without a valid key, 403 for a key that is not for this."""
+    def _identify(self, path: str, headers: dict[bytes, bytes]) -> Holder | None:
+        """The request's key; None where none is needed.
+
+        Raises `ApiError`: 401 without a valid key, 403 for a key that is not for this.
+        """
         scope = _scope(path)
         if scope is None or (not self.keys.closed and scope != "admin"):
-            return UNLIMITED
+            return None
         if not self.keys.closed:
             raise _forbidden("this server has no keys, so nobody may change it; start it with --keys FILE")
         holder = self.keys.find(headers.get(b"authorization", b""))
@@ -83,7 +88,7 @@ class Gate:
             )  # fmt: skip
         if scope not in holder.key.scopes:
             raise _forbidden(f"this key does not have the scope {scope!r}")
-        return holder.allowance
+        return holder
 
     def _check_size(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")

@@ -1,4 +1,4 @@
-"""One request that generates, on its way: prompts in, answers out, whole or as a stream."""
+"""Chat and text completions: prompts in, answers out, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 
-from tutelage.engine import Engine, Event, Sampling, TokenScore
+from tutelage.engine import Event, Sampling, TokenScore
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.scoring import Scored
 from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
 from tutelage.serve.models import Served
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
-from tutelage.serve.requests import GONE, as_api_errors, unless_gone
 from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, server_error
-from tutelage.serve.state import allowance_of
-from tutelage.serve.stream import Ticket
+from tutelage.serve.work import Work
 
 
 class Job:
@@ -26,31 +24,20 @@ class Job:
         self, request: Request, served: Served, reply: Reply, prompts: list[list[int]], sampling: Sampling, param: str,
         style: CallStyle | None = None,
     ) -> None:  # fmt: skip
-        self.request, self.thread, self.reply = request, served.thread, reply
-        self.prompts, self.sampling, self.param = prompts, sampling, param
+        self.work = Work(request, served, prompts, sampling, param)
+        self.thread, self.reply = served.thread, reply
+        self.prompts, self.sampling = prompts, sampling
         self.style = style  # of tool calls, where the model may make some
-        self.allowance = allowance_of(request)
-        vocabulary = served.engine.vocabulary
-        assert vocabulary is not None, "a server needs a tokenizer"
-        self.vocabulary = vocabulary
-        self.legacy = [LegacyLogprobs(vocabulary) for _ in range(len(prompts) * sampling.n)]
+        self.vocabulary = self.work.vocabulary
+        self.legacy = [LegacyLogprobs(self.vocabulary) for _ in range(len(prompts) * sampling.n)]
         self.echoes = [""] * len(prompts)
         self.prompt_scores: list[list[TokenScore | int]] = [[] for _ in prompts]
 
     async def answer(self, asked: ChatRequest | CompletionRequest, echo: Sequence[str | list[int]] = ()) -> Response:
         """The reply. `echo`: prompts that it begins with."""
-        wanted = [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)]
-        with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
-            if echo:
-                await self._read_prompts(echo)
-            ticket = await self.thread.submit(wanted)
-        self.request.state.leaving.callback(self.thread.cancel, ticket)
-        if asked.stream:
-            options = asked.stream_options
-            pieces = self._pieces(ticket, bool(options and options.include_usage))
-            return StreamingResponse(pieces, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        whole = await unless_gone(self.request, self._collect(ticket))
-        return GONE if whole is None else JSONResponse(whole)
+        await self.work.submit((lambda: self._read_prompts(echo)) if echo else None)
+        include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return await self.work.respond(bool(asked.stream), lambda: self._pieces(include_usage), self._collect)
 
     async def _read_prompts(self, prompts: Sequence[str | list[int]]) -> None:
         """For `echo`: the prompts' texts, and their log-probabilities where asked for."""
@@ -61,8 +48,8 @@ class Job:
         if top is None:
             return
 
-        def score(engine: Engine, prompts: list[list[int]]) -> list[Scored]:
-            return engine.score_top([(p, 1) for p in prompts], top)
+        def score(engine: EngineProtocol, prompts: list[list[int]], lora: Any) -> list[Scored]:
+            return engine.score_top([(p, 1) for p in prompts], top, lora)
 
         scored = await self.thread.grouped(self.prompts, score)
         for i, (ids, s) in enumerate(zip(self.prompts, scored, strict=True)):
@@ -72,31 +59,25 @@ class Job:
             ]
             self.prompt_scores[i] = [ids[0], *rest]
 
-    async def _events(self, ticket: Ticket) -> AsyncIterator[tuple[int, Event]]:
-        """The ticket's events, their tokens taken off what the key may use."""
-        async for number, event in ticket.events():
-            self.allowance.spend(len(event.ids))
-            yield number, event
-
-    async def _collect(self, ticket: Ticket) -> dict[str, Any]:
+    async def _collect(self) -> dict[str, Any]:
         """The reply in one."""
-        async for _ in self._events(ticket):
+        async for _ in self.work.events(whole=True):
             pass
         choices = []
-        for number, sequence in enumerate(ticket.sequences):
+        for number, sequence in enumerate(self.work.sequences):
             done = sequence.completion()
             scores = [s for s in done.scores if s.id not in sequence.ends]
             text = self.echoes[number // self.sampling.n] + done.text
             logprobs = self._logprobs(number, scores, first=True)
             text, calls = parse_calls(text, self.style) if self.style else (text, [])
             choices.append(self.reply.choice(number, text, finish_reason(done.finish_reason, calls), logprobs, calls))
-        return self.reply.whole(choices, self._usage(ticket))
+        return self.reply.whole(choices, self._usage())
 
-    async def _pieces(self, ticket: Ticket, include_usage: bool) -> AsyncIterator[bytes]:
+    async def _pieces(self, include_usage: bool) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""
         extra = {"usage": None} if include_usage else {}
         try:
-            for number in range(len(ticket.sequences)):
+            for number in range(len(self.work.sequences)):
                 if self.reply.chat:
                     yield self.reply.piece([self.reply.delta(number, "", None, None, first=True)], **extra)
                 elif self.echoes[number // self.sampling.n]:
@@ -104,8 +85,8 @@ class Job:
                     yield self.reply.piece(
                         [self.reply.delta(number, self.echoes[number // self.sampling.n], None, logprobs)], **extra
                     )
-            readers = {n: ToolCallStream(self.style) for n in range(len(ticket.sequences))} if self.style else {}
-            async for number, event in self._events(ticket):
+            readers = {n: ToolCallStream(self.style) for n in range(len(self.work.sequences))} if self.style else {}
+            async for number, event in self.work.events():
                 scores = [s for s in event.scores if s.id not in event.sequence.ends]
                 logprobs = self._logprobs(number, scores) if scores else None
                 for text in self._texts(readers.get(number), event) or ([""] if logprobs else []):
@@ -115,7 +96,7 @@ class Job:
                     reason = finish_reason(event.finish_reason, readers[number].calls if readers else ())
                     yield self.reply.piece([self.reply.delta(number, "", reason, None)], **extra)
             if include_usage:
-                yield self.reply.piece([], usage=self._usage(ticket))
+                yield self.reply.piece([], usage=self._usage())
             yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield sse(error.body)
@@ -139,6 +120,6 @@ class Job:
         before = self.prompt_scores[number // self.sampling.n] if first else []
         return self.legacy[number].of([*before, *scores])
 
-    def _usage(self, ticket: Ticket) -> dict[str, Any]:
-        cached = sum(s.shared for s in ticket.sequences[:: self.sampling.n])  # the n answers of a prompt count it once
-        return usage(sum(map(len, self.prompts)), sum(s.made for s in ticket.sequences), cached)
+    def _usage(self) -> dict[str, Any]:
+        cached = sum(s.shared for s in self.work.sequences[:: self.sampling.n])  # the n answers of a prompt count it once
+        return usage(sum(map(len, self.prompts)), sum(s.made for s in self.work.sequences), cached)

@@ -111,6 +111,7 @@ class Holder:
 
     key: Key
     allowance: Allowance
+    owner: str  # of what the key has made: the same after a restart, and for no other key
 
 
 class KeyRing:
@@ -124,7 +125,7 @@ class KeyRing:
         """Raises what `read_keys` raises."""
         self.file = file
         self.closed = bool(api_keys) or file is not None  # whether a request needs a key at all
-        self._given = [Holder(make_key(f"--api-key {i}", key), Allowance(None, None)) for i, key in enumerate(api_keys, 1)]
+        self._given = [_give(i, key) for i, key in enumerate(api_keys, 1)]
         self._stamp = None if file is None else _stamp(file)
         self._filed = [] if file is None else [_hold(key) for key in read_keys(file)]
 
@@ -148,7 +149,14 @@ class KeyRing:
 
 
 def _hold(key: Key) -> Holder:
-    return Holder(key, Allowance(key.requests_per_minute, key.tokens_per_minute))
+    return Holder(key, Allowance(key.requests_per_minute, key.tokens_per_minute), key.hash)
+
+
+def _give(number: int, secret: str) -> Holder:
+    """A key of the command line. Its salt is new at every start, so what it owns goes by a hash without one: a slow one, for
+    people choose such keys themselves."""
+    owner = hashlib.pbkdf2_hmac("sha256", secret.encode(), b"tutelage --api-key", 200_000).hex()
+    return Holder(make_key(f"--api-key {number}", secret), Allowance(None, None), owner)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

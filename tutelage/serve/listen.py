@@ -20,6 +20,7 @@ from tutelage.log import say
 from tutelage.serve.app import MAX_BODY, build_app
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.models import Served
+from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.state import ServerState
 
 try:
@@ -47,25 +48,30 @@ class Options:
     dtype: str = "float32"  # of the weights: float32, or int8 through our kernels
     prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
     speculate: int = 0  # guesses at the next tokens that are checked per step
+    draft: Path | None = None  # a smaller model with the same tokens, which makes the guesses
     batch_invariant: bool = False  # bitwise equal answers whatever else runs
+    store: Path | None = None  # a file that keeps responses; made where there is none
+    store_days: int = 30  # how long a response is kept after it was made or last continued
 
 
-def serve(models: Mapping[str, Path], options: Options) -> None:
-    """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait.
+def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
+    """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait. `adapters` are of the first model.
 
-    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model.
+    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model,
+    `StorageError` for a store that cannot be used.
     """
     check_binding(options)
     check_port(options)
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
+        store=None if options.store is None else ResponseStore(options.store, options.store_days),
     )  # fmt: skip
     config = uvicorn.Config(
         build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",
         timeout_graceful_shutdown=5,
     )  # fmt: skip
-    listener = Listener(config, state, models, options.drain_seconds)
+    listener = Listener(config, state, models, adapters or {}, options.drain_seconds)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run()
     if listener.failure is not None:
@@ -103,14 +109,18 @@ def check_port(options: Options) -> None:
 
 
 def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
-    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model."""
+    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
+    tokens are others."""
     from tutelage.data.render import Renderer
     from tutelage.models.load import load
 
-    renderer = Renderer(folder)
+    renderer, draft = Renderer(folder), None
+    if options.draft is not None:
+        renderer.tokenizer.check_same(Renderer(options.draft).tokenizer)
+        draft = load(options.draft, device=options.device)
     engine = Engine(
         load(folder, device=options.device), renderer, options.slots, options.max_length, seed=secrets.randbits(31),
-        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate,
+        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate, draft=draft,
         batch_invariant=options.batch_invariant,
     )  # fmt: skip
     return engine, renderer
@@ -119,9 +129,12 @@ def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
 class Listener(uvicorn.Server):
     """Listens first and loads then, so that /health and /ready answer meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], adapters: Mapping[str, Path],
+        drain_seconds: float,
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self.state, self.models, self.drain_seconds = state, models, drain_seconds
+        self.state, self.models, self.adapters, self.drain_seconds = state, models, adapters, drain_seconds
         self.failure: Exception | None = None  # of loading; ends the server
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +142,7 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         # Begun before the port is open: nobody is told that a model does not exist which only is not there yet.
-        loading = asyncio.gather(*(self.state.models.load(name, path) for name, path in self.models.items()))
+        loading = asyncio.ensure_future(self._load())
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._tasks.add(asyncio.create_task(self._announce(loading)))
@@ -141,6 +154,12 @@ class Listener(uvicorn.Server):
             self._loop.call_soon_threadsafe(lambda: self._tasks.add(asyncio.create_task(self._drain())))
         else:
             super().handle_exit(sig, frame)
+
+    async def _load(self) -> list[Served]:
+        served = await asyncio.gather(*(self.state.models.load(name, path) for name, path in self.models.items()))
+        for name, path in self.adapters.items():
+            served.append(await self.state.models.adapt(name, path, served[0].name))
+        return served
 
     async def _announce(self, loading: asyncio.Future[list[Served]]) -> None:
         try:

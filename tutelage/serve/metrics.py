@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from tutelage.serve.stream import Meter
 
 if TYPE_CHECKING:
-    from tutelage.serve.models import Served
+    from tutelage.serve.models import Base
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REASONS = ("stop", "length", "abort", "error")
@@ -45,7 +45,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"vllm:{name}", text, LABEL, buckets=buckets, registry=self.registry)
 
-    def watch(self, models: Callable[[], Iterable[Served]]) -> None:
+    def watch(self, models: Callable[[], Iterable[Base]]) -> None:
         """Adds what is read from the engines themselves at every scrape."""
         self.registry.register(_Live(models))
 
@@ -92,7 +92,7 @@ class ModelMeter(Meter):
 
 
 class _Live(Collector):
-    def __init__(self, models: Callable[[], Iterable[Served]]) -> None:
+    def __init__(self, models: Callable[[], Iterable[Base]]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
@@ -105,13 +105,7 @@ class _Live(Collector):
             label, engine = [served.name], served.thread.engine
             running.add_metric(label, served.thread.running)
             waiting.add_metric(label, served.thread.waiting)
-            usage.add_metric(label, _cache_usage(served))
+            usage.add_metric(label, engine.cache_usage)
             queries.add_metric(label, engine.prefix_cache_queries)
             hits.add_metric(label, engine.prefix_cache_hits)
         yield from (running, waiting, usage, queries, hits)
-
-
-def _cache_usage(served: Served) -> float:
-    """The share of the cache's places that are taken; 0 for a model without one."""
-    engine = served.thread.engine
-    return 0.0 if engine.cache is None else engine.scheduler.slots.used / engine.cache.slots

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutelage.engine import Engine
+from tutelage.data.render import Renderer
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import call_style
 from tutelage.serve.metrics import Metrics, ModelMeter
 from tutelage.serve.schema import ApiError, unavailable
 from tutelage.serve.stream import EngineThread
+from tutelage.serve.worn import WornThread
 
-Loader = Callable[[Path], tuple[Engine, Any]]
+Loader = Callable[[Path], tuple[EngineProtocol, Any]]
 """From a model folder to an engine and its renderer; takes its time."""
 
 
 class Served:
-    """One model behind the API."""
+    """One name behind the API: a model, or one with an adapter (`Adapted`)."""
 
-    def __init__(self, name: str, engine: Engine, renderer: Any, metrics: Metrics) -> None:
-        self.name, self.renderer, self.created = name, renderer, int(time.time())
-        self.meter = ModelMeter(metrics, name)
-        self.thread = EngineThread(engine, self.meter)
+    thread: EngineThread | WornThread
+
+    def __init__(self, name: str, renderer: Any, meter: ModelMeter) -> None:
+        self.name, self.renderer, self.created, self.meter = name, renderer, int(time.time()), meter
         self._style: CallStyle | None = None
         self._busy = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> EngineProtocol:
         return self.thread.engine
 
     def call_style(self) -> CallStyle:
@@ -66,8 +69,41 @@ class Served:
         await self._idle.wait()
 
     async def stop(self) -> None:
+        """Ends what belongs to this name alone."""
+
+
+class Base(Served):
+    """A model with an engine of its own."""
+
+    def __init__(self, name: str, engine: EngineProtocol, renderer: Any, metrics: Metrics) -> None:
+        super().__init__(name, renderer, ModelMeter(metrics, name))
+        self.thread: EngineThread = EngineThread(engine, self.meter)
+
+    async def stop(self) -> None:
         self.thread.stop()
         await asyncio.to_thread(self.thread.join)
+
+
+class Adapted(Served):
+    """A model with an adapter. It answers in its base's batch and counts as its base, as vLLM's metrics have it."""
+
+    def __init__(self, name: str, base: Base, lora: Any, renderer: Any) -> None:
+        super().__init__(name, renderer, base.meter)
+        self.base, self.lora = base, lora
+        self.thread: WornThread = WornThread(base.thread, lora)
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return super().card | {"parent": self.base.name}
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        with super().working(), self.base.working():
+            yield
+
+    async def stop(self) -> None:
+        with contextlib.suppress(ApiError):  # the base has stopped, and everything with it
+            await asyncio.wrap_future(self.thread.base.call(lambda engine: engine.forget(self.lora)))
 
 
 class Models:
@@ -79,7 +115,7 @@ class Models:
         self._loading: set[str] = set()
         self._unloading: set[Served] = set()
         self._open = False
-        metrics.watch(lambda: tuple(self._served.values()))
+        metrics.watch(lambda: tuple(s for s in self._served.values() if isinstance(s, Base)))
 
     def __iter__(self) -> Iterator[Served]:
         return iter(tuple(self._served.values()))
@@ -98,9 +134,9 @@ class Models:
             )
         return self._served[name]
 
-    def add(self, name: str, engine: Engine, renderer: Any) -> Served:
+    def add(self, name: str, engine: EngineProtocol, renderer: Any) -> Served:
         """Serves an engine that is there already."""
-        served = self._served[name] = Served(name, engine, renderer, self.metrics)
+        served = self._served[name] = Base(name, engine, renderer, self.metrics)
         if self._open:
             served.thread.start()
         return served
@@ -111,18 +147,41 @@ class Models:
         Raises `ApiError` 409 for a name that is taken, `UserError` for a folder that is no model.
         """
         assert self._loader is not None, "this server was made to load nothing"
+        with self._naming(name):
+            engine, renderer = await asyncio.to_thread(self._loader, folder)
+            return self.add(name, engine, renderer)
+
+    async def adapt(self, name: str, folder: Path, base: str) -> Served:
+        """Serves model `base` with the adapter in a folder, under a name of its own. Where the folder has a tokenizer too, its
+        template is used.
+
+        Raises what `load` and `get` raise, and `UserError` for an adapter that does not fit.
+        """
+        own = self.get(base)
+        if not isinstance(own, Base):
+            raise ApiError(400, f"{base!r} is an adapter itself", param="base")
+        with self._naming(name), own.working():
+            lora, renderer = await asyncio.to_thread(_read_adapter, own, folder)
+            served = self._served[name] = Adapted(name, own, lora, renderer)
+            return served
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
         if name in self._served or name in self._loading:
             raise ApiError(409, f"there is a model {name!r} already", param="name", code="model_exists")
         self._loading.add(name)
         try:
-            engine, renderer = await asyncio.to_thread(self._loader, folder)
-            return self.add(name, engine, renderer)
+            yield
         finally:
             self._loading.discard(name)
 
     async def unload(self, name: str) -> None:
-        """Takes no more requests for a model, waits for those that run, and frees its memory. Raises what `get` raises."""
+        """Takes no more requests for a model, waits for those that run, and frees its memory. Raises what `get` raises, and
+        `ApiError` 409 for one that adapters still need."""
         served = self.get(name)
+        worn = [s.name for s in self if isinstance(s, Adapted) and s.base is served]
+        if worn:
+            raise ApiError(409, f"adapters of this model are served: {', '.join(worn)}", param="name", code="model_in_use")
         del self._served[name]
         self._unloading.add(served)
         await served.idle()
@@ -133,7 +192,8 @@ class Models:
         """Starts the engines."""
         self._open = True
         for served in self:
-            served.thread.start()
+            if isinstance(served, Base):
+                served.thread.start()
 
     async def idle(self) -> None:
         """Waits until no model has a request left."""
@@ -143,6 +203,16 @@ class Models:
     async def close(self) -> None:
         """Stops the engines; requests that still run end with an error."""
         self._open = False
-        stopping = [served.stop() for served in (*self, *self._unloading)]
+        stopping = [served.stop() for served in (*self, *self._unloading) if isinstance(served, Base)]
         self._served.clear()
         await asyncio.gather(*stopping)
+
+
+def _read_adapter(base: Base, folder: Path) -> tuple[Any, Any]:
+    """An adapter, and the renderer for it."""
+    lora = base.engine.adapter(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return lora, base.renderer
+    renderer = Renderer(folder)
+    base.renderer.tokenizer.check_same(renderer.tokenizer)
+    return lora, renderer

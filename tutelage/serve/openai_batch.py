@@ -11,7 +11,7 @@ import uuid
 from typing import Any
 
 from tutelage import log
-from tutelage.engine import Engine
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import DataError, UserError
 from tutelage.serve.app import create_app
 from tutelage.serve.archive import Entry
@@ -63,12 +63,12 @@ class Requests:
     def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
         return _output(entry, None, {"code": "invalid_row", "message": one_line(error)})
 
-    def answer(self, job: Job, engine: Engine, slots: int) -> None:
+    def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
         asyncio.run(self._answer(job, engine, 2 * slots))
         if self.renamed:
             log.say(f"rows that asked for {', '.join(sorted(self.renamed))} were answered by {self.name}")
 
-    async def _answer(self, job: Job, engine: Engine, at_once: int) -> None:
+    async def _answer(self, job: Job, engine: EngineProtocol, at_once: int) -> None:
         app = create_app(engine, engine.renderer, self.name, max_body=MAX_BODY)
         running = app.router.lifespan_context(app)
         tasks: set[asyncio.Task[None]] = set()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from tutelage.engine.engine import ContextOverflow
+from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ConfigError, UserError
 from tutelage.serve.schema import ApiError
 

@@ -49,9 +49,9 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
             formats["response_format"] = wanted
         tools, mode, name = _tools(asked)
         if tools:
-            style = _named("tools", served.call_style)
+            parallel = asked.parallel_tool_calls is not False
+            style = replace(_named("tools", served.call_style), most=None if parallel else 1)
             if mode == "required":
-                parallel = asked.parallel_tool_calls is not False
                 formats["tool_choice"] = await _apart("tools", partial(tool_grammar, style, tools, name, parallel=parallel))
     if len(formats) > 1:
         raise ApiError(400, f"{' and '.join(formats)} exclude each other", param=next(iter(formats)))

@@ -12,6 +12,7 @@ from tutelage.serve.keys import KeyRing
 from tutelage.serve.limits import Allowance
 from tutelage.serve.metrics import Metrics
 from tutelage.serve.models import Loader, Models, Served
+from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.schema import ApiError, unavailable
 
 Status = Literal["ready", "loading", "draining", "no model"]
@@ -21,13 +22,14 @@ class ServerState:
     """The state of one server.
 
     keys: who may do what. max_waiting: jobs of one model that may wait for their turn. allowed: folders that models may be
-    loaded from. loader: loads them; None where the server never loads.
+    loaded from. loader: loads them; None where the server never loads. store: keeps responses; None where nothing is kept.
     """
 
     def __init__(
-        self, keys: KeyRing, *, max_waiting: int = 256, allowed: Sequence[Path] = (), loader: Loader | None = None
-    ) -> None:
-        self.keys, self.max_waiting = keys, max_waiting
+        self, keys: KeyRing, *, max_waiting: int = 256, allowed: Sequence[Path] = (), loader: Loader | None = None,
+        store: ResponseStore | None = None,
+    ) -> None:  # fmt: skip
+        self.keys, self.max_waiting, self.store = keys, max_waiting, store
         self.allowed = [folder.resolve() for folder in allowed]
         self.metrics = Metrics()
         self.models = Models(self.metrics, loader)
@@ -70,4 +72,9 @@ def state_of(request: Request) -> ServerState:
 
 def allowance_of(request: Request) -> Allowance:
     found: Allowance = request.state.allowance
+    return found
+
+
+def owner_of(request: Request) -> str:
+    found: str = request.state.owner
     return found

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from tutelage.engine import Engine, Event, Sampling, Sequence
+from tutelage.engine import Event, Sampling, Sequence
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.serve.schema import ApiError, unavailable
 
 T = TypeVar("T")
@@ -20,6 +23,10 @@ Delivery = tuple[int, Event] | Exception
 
 GROUP_TOKENS = 4096
 """Tokens, padding included, that are embedded or scored between two steps of generation."""
+PACE = 0.02
+"""Seconds between two events of a request. A small model makes a token in less, and chunks would cost more than tokens."""
+Grouped = Callable[[EngineProtocol, list[list[int]], Any], list[T]]
+"""From an engine, some prompts and an adapter to a result for each prompt."""
 
 
 class Meter:
@@ -42,22 +49,58 @@ class Meter:
 
 
 class Ticket:
-    """The answers to one request, while they come."""
+    """The answers to one request, while they come. The engine's thread posts, the loop reads.
+
+    The loop is woken only where it listens: while it pauses between two events, what comes is left for it to find.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.inbox: asyncio.Queue[Delivery] = asyncio.Queue()
         self.sequences: list[Sequence] = []
+        self._inbox: deque[Delivery] = deque()
+        self._bell = asyncio.Event()
+        self._listening = False
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(number of the answer, event) until all are finished. Raises what stopped the engine."""
-        left = len(self.sequences)
+    def post(self, delivery: Delivery) -> bool:
+        """Leaves something for the loop; True where it has to be woken."""
+        self._inbox.append(delivery)
+        return self._listening or isinstance(delivery, Exception) or delivery[1].finish_reason is not None
+
+    def wake(self) -> None:
+        """Called on the loop."""
+        self._bell.set()
+
+    async def events(self, whole: bool = False) -> AsyncIterator[tuple[int, Event]]:
+        """(number of the answer, event) until all are finished. Those that come faster than PACE are merged; the first and the
+        last do not wait. With `whole`, only ends are waited for. Raises what stopped the engine."""
+        left, pause = len(self.sequences), None if whole else 0.0
         while left:
-            got = await self.inbox.get()
-            if isinstance(got, Exception):
-                raise got
-            left -= got[1].finish_reason is not None
-            yield got
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(pause):
+                    await self._bell.wait()
+            self._listening = True
+            while not self._inbox:
+                await self._bell.wait()
+                self._bell.clear()
+            self._listening = False
+            self._bell.clear()
+            inbox = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            for number, event in _merged(inbox):
+                left -= event.finish_reason is not None
+                yield number, event
+            if isinstance(inbox[-1], Exception):
+                raise inbox[-1]
+            pause = None if whole else self.loop.time() + PACE
+
+
+def _merged(inbox: list[Delivery]) -> list[tuple[int, Event]]:
+    """One event for each answer."""
+    found: dict[int, Event] = {}
+    for delivery in inbox:
+        if not isinstance(delivery, Exception):
+            number, event = delivery
+            found[number] = found[number] + event if number in found else event
+    return list(found.items())
 
 
 @dataclass(slots=True)
@@ -73,7 +116,7 @@ class _Answer:
 class EngineThread:
     """Runs an engine in a background thread. Every other thread talks to it through `call`, `submit`, `grouped` and `cancel`."""
 
-    def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
+    def __init__(self, engine: EngineProtocol, meter: Meter | None = None) -> None:
         self.engine, self.meter = engine, meter or Meter()
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[int, _Answer] = {}  # by id of the sequence
@@ -83,7 +126,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        self.engine.model.eval()
+        self.engine.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,14 +142,14 @@ class EngineThread:
     @property
     def waiting(self) -> int:
         """Jobs that wait their turn: answers without a place in the batch, prompts to embed or to score."""
-        return self._ordered + len(self.engine.scheduler.waiting)
+        return self._ordered + len(self.engine.waiting)
 
     @property
     def running(self) -> int:
         """Answers in the batch."""
-        return max(0, len(self._answers) - len(self.engine.scheduler.waiting))
+        return max(0, len(self._answers) - len(self.engine.waiting))
 
-    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+    def call(self, function: Callable[[EngineProtocol], T]) -> Future[T]:
         """Runs `function` in the engine's thread between two steps. Raises `ApiError` 503 after `stop`."""
         if self._stopped:
             raise _stopping()
@@ -123,15 +166,15 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]]) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n). All or none: an error leaves nothing behind."""
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind."""
         ticket = Ticket(asyncio.get_running_loop())
         asked = time.monotonic()
 
-        def order(engine: Engine) -> None:
+        def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
-                    sequence = engine.submit(ids, sampling, index)
+                    sequence = engine.submit(ids, sampling, index, lora)
                     ticket.sequences.append(sequence)
                     self._answers[id(sequence)] = _Answer(ticket, number, asked)
                     self._queued.add(id(sequence))
@@ -149,10 +192,10 @@ class EngineThread:
         return ticket
 
     async def grouped(
-        self, prompts: list[list[int]], function: Callable[[Engine, list[list[int]]], list[T]], tokens: int = GROUP_TOKENS
+        self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS, lora: Any = None
     ) -> list[T]:
-        """`function` of all prompts, results in their order. They are handed over in groups of similar length, one group between
-        two steps, so that running answers wait for one group at most."""
+        """`function` of all prompts, results in their order, with one adapter. They are handed over in groups of similar length,
+        one group between two steps, so that running answers wait for one group at most."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         out: dict[int, T] = {}
         with self._counted(1):
@@ -160,7 +203,7 @@ class EngineThread:
                 count = max(1, tokens // len(prompts[order[0]]))
                 group, order = order[:count], order[count:]
                 texts = [prompts[i] for i in group]
-                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts)))  # type: ignore[misc]
+                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts, lora)))  # type: ignore[misc]
                 out.update(zip(group, made, strict=True))
         return [out[i] for i in range(len(prompts))]
 
@@ -189,6 +232,7 @@ class EngineThread:
             # Orders that come meanwhile wait for a step: no stream of them can hold up the answers that run.
             for _ in range(max(self._orders.qsize(), int(self.engine.idle))):
                 if not self._follow():
+                    self.engine.close()
                     return
             if not self.engine.idle:
                 self._step()
@@ -213,14 +257,14 @@ class EngineThread:
         """Finds out which answers the step that began then took out of the queue."""
         if not self._queued:
             return
-        waiting = {id(sequence) for sequence in self.engine.scheduler.waiting}
+        waiting = {id(sequence) for sequence in self.engine.waiting}
         for taken in self._queued - waiting:
             self.meter.started(began - self._answers[taken].asked)
         self._queued &= waiting
 
     def _deliver(self, events: list[Event]) -> None:
         """Hands a step's events over, with one wake-up a loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Delivery]]] = {}
+        woken: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
         now = time.monotonic()
         for event in events:
             answer = self._answers.get(id(event.sequence))
@@ -229,9 +273,10 @@ class EngineThread:
             self._measure(answer, event, now)
             if event.finish_reason is not None:
                 del self._answers[id(event.sequence)]
-            by_loop.setdefault(answer.ticket.loop, []).append((answer.ticket, (answer.number, event)))
-        for loop, mail in by_loop.items():
-            _post(loop, mail)
+            if answer.ticket.post((answer.number, event)):
+                woken.setdefault(answer.ticket.loop, []).append(answer.ticket)
+        for loop, tickets in woken.items():
+            _wake(loop, tickets)
 
     def _measure(self, answer: _Answer, event: Event, now: float) -> None:
         if answer.last is None:
@@ -248,17 +293,18 @@ class EngineThread:
         tickets = {id(answer.ticket): answer.ticket for answer in self._answers.values()}
         for ticket in tickets.values():
             self._drop(ticket, "error")
-            _post(ticket.loop, [(ticket, error)])
+            ticket.post(error)
+            _wake(ticket.loop, [ticket])
 
 
 def _stopping() -> ApiError:
     return unavailable("the server stopped before the answer was finished", "shutting_down")
 
 
-def _post(loop: asyncio.AbstractEventLoop, mail: list[tuple[Ticket, Delivery]]) -> None:
-    def put() -> None:
-        for ticket, delivery in mail:
-            ticket.inbox.put_nowait(delivery)
+def _wake(loop: asyncio.AbstractEventLoop, tickets: list[Ticket]) -> None:
+    def ring() -> None:
+        for ticket in tickets:
+            ticket.wake()
 
     if not loop.is_closed():
-        loop.call_soon_threadsafe(put)
+        loop.call_soon_threadsafe(ring)

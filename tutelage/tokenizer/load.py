@@ -83,6 +83,16 @@ class TokenizerFolder:
     def vocabulary(self) -> int:
         return self.vocab_size
 
+    def check_same(self, other: TokenizerFolder) -> None:
+        """Raises `ArtifactError` where the other's tokens are not these."""
+        mine, theirs = (x.tokenizer.get_vocab(with_added_tokens=True) for x in (self, other))
+        if mine != theirs:
+            different = sorted(mine.items() ^ theirs.items(), key=lambda item: item[1])
+            raise ArtifactError(
+                "two models that work together need the same tokens", file=other.folder, found=f"{different[0][0]!r} differs",
+                expected=f"the tokens of {self.folder}", fix="take a model that was trained with the same tokenizer",
+            )  # fmt: skip
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (64 hex digits) over the tokenizer's files; weights beside them do not count."""

@@ -23,7 +23,7 @@ _SIGNATURES = {
     "heads_backward": "p lll ppp llll p ff pp ll l",
     "embedding_backward": "ppp ll l",
     "cross_entropy": "pppp ll ff l",
-    "decoder_forward": "pppp l p l pp",
+    "decoder_forward": "ppppp l p l pp",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
 _TENSORS = ("q", "k", "v")

@@ -8,7 +8,9 @@ each with a scale of its own (largest value / 127), while activations stay float
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from tutelage.models.decoder import Decoder
 from tutelage.models.interface import KVCache
 from tutelage.models.kernels.calls import call
 from tutelage.models.layers import Layer, is_plain
+from tutelage.models.lora import Lora, LowRank
 
 LANES = 16
 """Widths must be multiples of this: the kernels read whole vectors."""
@@ -52,6 +55,14 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _LowRank(ctypes.Structure):
+    _fields_ = (*_fields(_POINTER, "a b"), ("rank", _LONG), *_fields(_FLOAT, "scale unused"))
+
+
+class _LayerAdapter(ctypes.Structure):
+    _fields_ = (*_fields(_LowRank, "q k v o gate up down"),)
+
+
 class _Plan(ctypes.Structure):
     _fields_ = (
         ("layers", _POINTER),
@@ -84,6 +95,7 @@ class FusedDecoder:
         """Reads the model's weights anew: addresses, and with int8 the values. Called by itself when an address has changed;
         with int8, call it after weights changed in place."""
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._adapters: WeakKeyDictionary[Lora, tuple[Any, list[Tensor]]] = WeakKeyDictionary()  # structures, what they point to
         self._parameters = list(self.model.parameters())
         self._addresses = self._now()
         config, model = self.model.config, self.model.model
@@ -102,11 +114,13 @@ class FusedDecoder:
         )  # fmt: skip
 
     def __call__(
-        self, ids: Tensor, slots: Tensor, places: Tensor, wanted: Tensor, hidden: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, ids: Tensor, slots: Tensor, places: Tensor, wanted: Tensor, hidden: bool = False,
+        loras: Sequence[Lora | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Logits [n,V] of rows `wanted` [n], and all hidden states [N,H] after the last norm if asked.
 
         ids, slots and places are int64 [N]: a token, its slot of the cache and its place there; rows of one slot are in order.
+        loras: the adapter of each row.
         """
         if self._now() != self._addresses:
             self.refresh()
@@ -115,7 +129,8 @@ class FusedDecoder:
         self._plan.threads = torch.get_num_threads()
         logits = torch.empty(len(wanted), config.vocab_size)
         states = torch.empty(rows, config.hidden_size) if hidden else None
-        call("decoder_forward", self._plan, ids, slots, places, rows, wanted, len(wanted), logits, states)
+        adapters = None if loras is None else torch.tensor([self._adapter(lora) for lora in loras])
+        call("decoder_forward", self._plan, ids, slots, places, adapters, rows, wanted, len(wanted), logits, states)
         return logits, states
 
     def _now(self) -> list[int]:
@@ -142,6 +157,21 @@ class FusedDecoder:
             out.cos, out.sin, out.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         return out
 
+    def _adapter(self, lora: Lora | None) -> int:
+        """The address of an adapter's structures [layers], 0 for none."""
+        if lora is None:
+            return 0
+        if lora not in self._adapters:
+            layers, held = (_LayerAdapter * len(self._layers))(), []
+            for name, part in lora.parts.items():
+                _, _, layer, _, module = name.split(".")  # model.layers.3.mlp.up_proj
+                a, b = whole_vectors(part)
+                held += [a, b]
+                low = _LowRank(a=a.data_ptr(), b=b.data_ptr(), rank=len(a), scale=part.scale)
+                setattr(layers[int(layer)], module.removesuffix("_proj"), low)
+            self._adapters[lora] = layers, held
+        return ctypes.addressof(self._adapters[lora][0])
+
     def _linear(self, module: nn.Linear) -> _Matrix:
         return self._matrix(module.weight, module.bias)
 
@@ -167,6 +197,14 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] float32 -> int8 of the same shape and scales [out]: weight is about int8 * scale, row by row."""
     scale = weight.abs().amax(1).clamp(min=1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def whole_vectors(part: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B as they are, or filled up with zeros to a rank that is a multiple of LANES."""
+    missing = -len(part.a) % LANES
+    if not missing:
+        return part.a, part.b
+    return nn.functional.pad(part.a, (0, 0, 0, missing)), nn.functional.pad(part.b, (0, missing))
 
 
 def _norm(module: nn.Module | None) -> _Norm:

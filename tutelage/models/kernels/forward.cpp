@@ -28,6 +28,14 @@ struct LayerPlan {
     int64_t rotary, window;    // window 0: unlimited
     float scale, unused;
 };
+struct LowRank {  // y += scale * B A x; rank is a multiple of 16, or 0 for none
+    const float *a, *b;  // [rank, in], [out, rank]
+    int64_t rank;
+    float scale, unused;
+};
+struct LayerAdapter {
+    LowRank q, k, v, o, gate, up, down;
+};
 struct DecoderPlan {
     const LayerPlan* layers;
     int64_t count, hidden, heads, kv_heads, width, wide, gated, activation, qk_norm;  // qk_norm: 0 none, 1 each head, 2 all heads
@@ -120,6 +128,15 @@ struct Target {
     Target from(int64_t t) const { return {to + t * stride, stride, add}; }
 };
 
+struct Share {
+    int64_t first, last;
+};
+// The output columns that a thread makes.
+Share share_of(int64_t out, int thread, int threads) {
+    const int64_t grains = (out + GRAIN - 1) / GRAIN;
+    return {grains * thread / threads * GRAIN, min_(out, grains * (thread + 1) / threads * GRAIN)};
+}
+
 // Products of `count` tokens (rows of x, `stride` apart) with weight rows first .. last. With O > 1, both are multiples of O.
 template <int kind, int T, int O>
 void products(const float* x, int64_t stride, int64_t count, const Matrix& m, int64_t first, int64_t last, const Target& target) {
@@ -159,12 +176,22 @@ void products_of(const float* x, int64_t stride, int64_t count, const Matrix& m,
 
 // This thread's share of y = x W^T + b.
 void multiply(const float* x, int64_t stride, int64_t count, const Matrix& m, int thread, int threads, const Target& target) {
-    const int64_t grains = (m.out + GRAIN - 1) / GRAIN;
-    const int64_t first = grains * thread / threads * GRAIN, last = min_(m.out, grains * (thread + 1) / threads * GRAIN);
+    const auto [first, last] = share_of(m.out, thread, threads);
     if (first >= last) return;
     if (m.kind == 0) products_of<0>(x, stride, count, m, first, last, target);
     if (m.kind == 1) products_of<1>(x, stride, count, m, first, last, target);
     if (m.kind == 2) products_of<2>(x, stride, count, m, first, last, target);
+}
+
+// Adds the low-rank part of one row to columns first .. last, multiples of 16. Every thread makes A x anew: less work than a barrier.
+void adapt(const float* x, int64_t in, const LowRank& low, Share share, float* y, Scratch& memory) {
+    float* inner = memory.get(low.rank);
+    alignas(64) float dots[16];
+    for (int64_t r = 0; r < low.rank; r += 16) tile<0, 1, 16>(&x, (const char*)(low.a + r * in), in, inner + r);
+    for (int64_t o = share.first; o < share.last; o += 16) {
+        tile<0, 1, 16>((const float* const*)&inner, (const char*)(low.b + o * low.rank), low.rank, dots);
+        for (int64_t j = 0; j < 16; j++) y[o + j] += low.scale * dots[j];
+    }
 }
 
 void normalise(const Norm& norm, const float* x, float* y, int64_t n, float eps, float offset) {
@@ -215,37 +242,45 @@ struct Buffers {
     int64_t qkv_width;
 };
 
-// One layer's work of one thread. BARRIER stands wherever the next lines read what another thread wrote.
+// One layer's work of one thread. A barrier stands wherever the next lines read what another thread wrote.
 struct Worker {
     const DecoderPlan& plan;
     const Buffers& to;
     const int64_t *slots, *places;
+    const LayerAdapter* const* adapters;  // [rows], each with a part per layer, or none
     int64_t rows;
     int thread, threads;
     Scratch& scores;
+    Meeting& meeting;
+    int64_t depth = 0;  // of the layer
 
-    void barrier() const {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-    }
+    void barrier() const { meeting.wait(threads); }
     template <class Body>
     void each_row(const Body& body) const {
         for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; r++) body(r);
+    }
+    // This thread's share of a product, with what adapters add to it.
+    void multiply_adapted(const float* x, int64_t stride, const Matrix& m, LowRank LayerAdapter::* part, const Target& target) const {
+        multiply(x, stride, rows, m, thread, threads, target);
+        for (int64_t r = 0; adapters && r < rows; r++) {
+            if (!adapters[r]) continue;
+            const LowRank& low = adapters[r][depth].*part;
+            if (low.rank) adapt(x + r * stride, m.in, low, share_of(m.out, thread, threads), target.to + r * target.stride, scores);
+        }
     }
     void norm_rows(const Norm& norm, const float* from, float* onto, int64_t width) const {
         each_row([&](int64_t r) { normalise(norm, from + r * width, onto + r * width, width, plan.eps, plan.offset); });
         barrier();
     }
     // Adds a block's output to x, through the norm behind the block where there is one.
-    void add_block(const float* from, int64_t width, const Matrix& m, const Norm& norm) const {
+    void add_block(const float* from, int64_t width, const Matrix& m, LowRank LayerAdapter::* part, const Norm& norm) const {
         const int64_t H = plan.hidden;
         if (norm.kind == 0) {
-            multiply(from, width, rows, m, thread, threads, {to.x, H, true});
+            multiply_adapted(from, width, m, part, {to.x, H, true});
             barrier();
             return;
         }
-        multiply(from, width, rows, m, thread, threads, {to.block, H});
+        multiply_adapted(from, width, m, part, {to.block, H});
         barrier();
         each_row([&](int64_t r) {
             float* b = to.block + r * H;
@@ -256,11 +291,9 @@ struct Worker {
     }
     void project(const LayerPlan& layer) const {
         const int64_t width = to.qkv_width;
-        int64_t at = 0;
-        for (const Matrix* m : {&layer.q, &layer.k, &layer.v}) {
-            multiply(to.normed, plan.hidden, rows, *m, thread, threads, {to.qkv + at, width});
-            at += m->out;
-        }
+        multiply_adapted(to.normed, plan.hidden, layer.q, &LayerAdapter::q, {to.qkv, width});
+        multiply_adapted(to.normed, plan.hidden, layer.k, &LayerAdapter::k, {to.qkv + layer.q.out, width});
+        multiply_adapted(to.normed, plan.hidden, layer.v, &LayerAdapter::v, {to.qkv + layer.q.out + layer.k.out, width});
         barrier();
     }
     // Norms and positions of query and key heads; keys and values go to the cache.
@@ -301,12 +334,10 @@ struct Worker {
     void mlp(const LayerPlan& layer) const {
         // Each thread activates the columns that it made itself: no barrier between.
         const int64_t W = plan.wide;
-        const Matrix& first = plan.gated ? layer.gate : layer.up;
-        multiply(to.normed, plan.hidden, rows, first, thread, threads, {to.wide, W});
-        float* up = to.wide + rows * W;
-        if (plan.gated) multiply(to.normed, plan.hidden, rows, layer.up, thread, threads, {up, W});
-        const int64_t grains = (W + GRAIN - 1) / GRAIN, from = grains * thread / threads * GRAIN;
-        const int64_t end = min_(W, grains * (thread + 1) / threads * GRAIN);
+        float* up = plan.gated ? to.wide + rows * W : to.wide;
+        if (plan.gated) multiply_adapted(to.normed, plan.hidden, layer.gate, &LayerAdapter::gate, {to.wide, W});
+        multiply_adapted(to.normed, plan.hidden, layer.up, &LayerAdapter::up, {up, W});
+        const auto [from, end] = share_of(W, thread, threads);
         for (int64_t r = 0; r < rows && from < end; r++)
             activate_all(to.wide + r * W + from, plan.gated ? up + r * W + from : nullptr, end - from, plan.activation);
         barrier();
@@ -316,19 +347,21 @@ struct Worker {
         project(layer);
         place(layer);
         attention(layer);
-        add_block(to.mixed, plan.heads * plan.width, layer.o, layer.attention_out);
+        add_block(to.mixed, plan.heads * plan.width, layer.o, &LayerAdapter::o, layer.attention_out);
         norm_rows(layer.mlp_in, to.x, to.normed, plan.hidden);
         mlp(layer);
-        add_block(to.wide, plan.wide, layer.down, layer.mlp_out);
+        add_block(to.wide, plan.wide, layer.down, &LayerAdapter::down, layer.mlp_out);
     }
 };
 
 }  // namespace
 
 // Tokens ids [rows] at `places` [rows] of the cache's `slots` [rows]; rows of one slot are in order and follow what is cached.
+// `adapters` [rows] are addresses of each row's LayerAdapter [layers], or 0; none where no row has one.
 // Writes hidden states after the last norm to hidden [rows,H] where asked, and the logits of rows wanted [n] to logits [n,V].
-EXPORT void decoder_forward(const DecoderPlan* plan, const int64_t* ids, const int64_t* slots, const int64_t* places, int64_t rows,
-                            const int64_t* wanted, int64_t n, float* logits, float* hidden) {
+EXPORT void decoder_forward(const DecoderPlan* plan, const int64_t* ids, const int64_t* slots, const int64_t* places,
+                            const LayerAdapter* const* adapters, int64_t rows, const int64_t* wanted, int64_t n, float* logits,
+                            float* hidden) {
     static thread_local Scratch memory;
     const int64_t H = plan->hidden, queries = plan->heads * plan->width, V = plan->head.out;
     const int64_t qkv = queries + 2 * plan->kv_heads * plan->width;
@@ -341,16 +374,17 @@ EXPORT void decoder_forward(const DecoderPlan* plan, const int64_t* ids, const i
         at += rows * width;
     }
     float* chosen = at;
+    Meeting meeting;
     const auto work = [&](int thread, int threads) {
         FlushDenormals flush;
         static thread_local Scratch scores;
-        Worker worker{*plan, to, slots, places, rows, thread, threads, scores};
+        Worker worker{*plan, to, slots, places, adapters, rows, thread, threads, scores, meeting};
         worker.each_row([&](int64_t r) {
             const float *e = plan->embeddings + ids[r] * H, *p = plan->positions ? plan->positions + places[r] * H : nullptr;
             for (int64_t i = 0; i < H; i++) to.x[r * H + i] = e[i] * plan->embedding_scale + (p ? p[i] : 0.0f);
         });
         worker.barrier();
-        for (int64_t l = 0; l < plan->count; l++) worker.run(plan->layers[l]);
+        for (; worker.depth < plan->count; worker.depth++) worker.run(plan->layers[worker.depth]);
         worker.norm_rows(plan->last, to.x, to.normed, H);
         if (hidden)
             worker.each_row([&](int64_t r) { memcpy(hidden + r * H, to.normed + r * H, H * 4); });

@@ -5,11 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <atomic>
+#include <thread>
 #ifdef _OPENMP
 #include <omp.h>
 #else
-#include <atomic>
-#include <thread>
 #include <vector>
 #endif
 #if defined(__x86_64__) || defined(__i386__)
@@ -147,6 +147,36 @@ struct FlushDenormals {
     FlushDenormals() { _mm_setcsr(before | 0x8040); }
     ~FlushDenormals() { _mm_setcsr(before); }
 #endif
+};
+
+// Where the threads of one call wait for each other. libgomp's own barrier puts threads to sleep after a microsecond once a process
+// has more OpenMP threads than cores, as one with an engine thread beside its main thread has: half the time of a small model.
+class Meeting {
+    std::atomic<int> arrived{0}, round{0};
+    static constexpr int SPINS = 20000;  // some tenths of a millisecond; then others may have the core
+
+public:
+    void wait(int threads) {
+        if (threads == 1) return;
+        const int now = round.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+            if (spins >= SPINS)
+                std::this_thread::yield();
+            else
+#if defined(__x86_64__) || defined(__i386__)
+                _mm_pause();
+#elif defined(__aarch64__)
+                asm volatile("yield");
+#else
+                continue;
+#endif
+        }
+    }
 };
 
 // Scratch memory of one thread: grows, is kept for the next call, and is given back when the thread ends.

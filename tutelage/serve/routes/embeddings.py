@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from tutelage.engine import Engine
-from tutelage.serve.embed import check, embed
+from tutelage.engine.limits import check_length, check_tokens
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.serve.models import Served
 from tutelage.serve.requests import GONE, as_api_errors, read_json, unless_gone
 from tutelage.serve.schema import ApiError, Prompts, Whole, one_each, parse
@@ -38,13 +38,15 @@ class EmbeddingRequest(BaseModel):
 async def embeddings(request: Request) -> Response:
     asked = parse(EmbeddingRequest, await read_json(request))
     served = state_of(request).admit(request, asked.model)
-    width = served.engine.model.config.hidden_size
+    width = served.engine.hidden_size
     if asked.dimensions not in (None, width):
         raise ApiError(400, f"the vectors of this model have {width} dimensions, no fewer", param="dimensions")
     texts = one_each(asked.input, "input", most=2048)
     with as_api_errors("input"):
         prompts = await asyncio.to_thread(lambda: [served.engine.encode(text) for text in texts])
-        check(served.engine, prompts)
+        for ids in prompts:
+            check_tokens(ids, served.engine.vocab_size)
+            check_length(ids, served.engine.context_length)
     tokens = sum(map(len, prompts))
     with allowance_of(request).admitting(tokens):
         vectors = await unless_gone(request, _vectors(served, prompts))
@@ -62,10 +64,10 @@ async def _vectors(served: Served, prompts: list[list[int]]) -> list[np.ndarray]
     """A vector for each prompt. Counts how each ended, whether they all did or the client left before."""
     asked, left = time.monotonic(), len(prompts)
 
-    def measured(engine: Engine, texts: list[list[int]]) -> list[np.ndarray]:
+    def measured(engine: EngineProtocol, texts: list[list[int]], lora: Any) -> list[np.ndarray]:
         nonlocal left
         began = time.monotonic()
-        vectors = embed(engine, texts)
+        vectors = engine.embed(texts, lora)
         left -= len(texts)
         for ids in texts:
             served.meter.embedded(began - asked, time.monotonic() - asked, len(ids))

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from tutelage.models.lora import is_lora
+from tutelage.serve.models import Base
 from tutelage.serve.requests import as_api_errors, read_json
 from tutelage.serve.schema import ApiError, parse
 from tutelage.serve.state import ServerState, state_of
@@ -20,6 +22,7 @@ class LoadRequest(BaseModel):
 
     name: str = Field(pattern=r"^\w[\w.:/@+-]{0,127}$")
     path: str = Field(pattern=r"^[^\x00]{1,4096}$")
+    base: str | None = None  # of an adapter: the model that wears it; not needed where there is only one
 
 
 @router.get("/v1/models")
@@ -34,14 +37,18 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 
 @router.post("/admin/models")
 async def load(request: Request) -> dict[str, Any]:
-    """Loads a model folder and replies with its card once it is served."""
+    """Loads a model folder, or an adapter's, and replies with its card once it is served."""
     state = state_of(request)
     asked = parse(LoadRequest, await read_json(request))
     state.refuse_draining()
     folder = _allowed(state, asked.path)
     try:
         with as_api_errors("path"):
-            return (await state.models.load(asked.name, folder)).card
+            if not is_lora(folder):
+                if asked.base is not None:
+                    raise ApiError(400, "only an adapter has a base, and this folder holds none", param="base")
+                return (await state.models.load(asked.name, folder)).card
+            return (await state.models.adapt(asked.name, folder, asked.base or _only_base(state))).card
     except OSError as error:
         raise ApiError(400, f"the folder cannot be read: {error.strerror}", param="path") from error
 
@@ -51,6 +58,13 @@ async def unload(request: Request, name: str) -> dict[str, Any]:
     """Replies when the model's last request is finished and its memory is free."""
     await state_of(request).models.unload(name)
     return {"id": name, "object": "model", "deleted": True}
+
+
+def _only_base(state: ServerState) -> str:
+    bases = [served.name for served in state.models if isinstance(served, Base)]
+    if len(bases) != 1:
+        raise ApiError(400, f"an adapter's base is one of {', '.join(map(repr, bases)) or 'no models'}", param="base")
+    return bases[0]
 
 
 def _allowed(state: ServerState, path: str) -> Path:

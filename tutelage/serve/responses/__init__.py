@@ -1,0 +1,1 @@
+"""`/v1/responses`: the Open Responses core of OpenAI's Responses API."""
