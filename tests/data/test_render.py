@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from tutelage.data.formats import to_conversation
 from tutelage.data.render import Renderer, check_supervision, coloured_sample, plain_messages
-from tutelage.data.templates import compile_template, style, styles
+from tutelage.data.templates import compile_template, style, styles, variables
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.records import Conversation, Message
 from tutelage.tokenizer.load import TokenizerFolder
@@ -295,6 +295,46 @@ def test_variables_reach_the_template(make: Callable[[str], Renderer]) -> None:
     template = BODY + "{% if thinking is not defined %}" + ask + "{% else %}" + ASK + "{% endif %}"
     renderer = Renderer(make("chatml").tokenizer, template, variables={"thinking": False})
     assert supervised(renderer, renderer.render(talk(("user", "a"), ("assistant", "b")))[0]) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("name", styles())
+def test_a_begun_answer_ends_open(make: Callable[[str], Renderer], name: str) -> None:
+    """A prompt that closes the turn it is to go on with; a word of the template taken for the answer's; other ids than training's
+    before the answer."""
+    renderer = make(name)
+    for begun in ("end", "4. ", "It is 6 — “six”, <|im_end|> "):
+        messages = [*CHAT.messages[:-1], Message(role="assistant", content=begun)]
+        try:
+            ids = renderer.continued(messages)
+        except DataError as error:
+            assert begun.endswith(" ") and "does not write" in error.message  # a template that strips answers
+            continue
+        asked = renderer.prompt(messages[:-1])
+        assert ids[: len(asked)] == asked
+        assert renderer.tokenizer.decode(ids[len(asked) :]) == begun
+        assert ids[len(asked) :] == renderer.tokenizer.encode_text(begun)
+
+
+def test_only_what_an_assistant_began_is_continued(make: Callable[[str], Renderer]) -> None:
+    """A user's words finished by the model; a template that drops the answer, and a prompt that ends somewhere else."""
+    renderer = make("chatml")
+    for last in (Message(role="user", content="x"), Message(role="assistant", content=""), TOOLS.messages[2]):
+        with pytest.raises(DataError, match="can be continued"):
+            renderer.continued([*CHAT.messages[:-1], last])
+    for change in ("| trim", "| upper"):
+        source = renderer.source.replace("+ message['content'] }}", f"+ message['content'] {change} }}}}")
+        with pytest.raises(DataError, match="does not write"):
+            Renderer(renderer.tokenizer, source).continued([*CHAT.messages[:-1], Message(role="assistant", content="4 or four ")])
+
+
+def test_variables_of_a_template() -> None:
+    """A name that a template gives a default is its own to be told; those that it makes or loops over are not."""
+    source = (
+        "{% if not date is defined %}{% set date = 'today' %}{% endif %}{% set made = 1 %}{{ date }}{{ made }}"
+        "{% for m in messages %}{{ m.content }}{{ loop.index }}{% generation %}{{ style }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%Y') }}{{ raise_exception('x') if namespace() }}"
+    )
+    assert variables(source) == {"date", "messages", "style"}
 
 
 def test_sandbox() -> None:

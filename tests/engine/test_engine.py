@@ -267,6 +267,16 @@ def test_stop_text_is_held_back_and_never_shown(renderer: Any) -> None:
     assert run("aab aaab", "aaab") == ("aab ", True)
 
 
+def test_a_stop_text_that_came_too_early_ends_nothing_later(renderer: Any) -> None:
+    """Text that is held for a longer stop text has a shorter one in it, which was not to end anything."""
+    vocabulary = Vocabulary(json.loads(renderer.tokenizer.tokenizer.to_str()))
+    first, second = (renderer.tokenizer.encode_text(x)[0] for x in "aq")
+    stops = ("a", "abc")
+    stream = TextStream(vocabulary, stops)
+    assert stream.add(first, stops=False) == "" and stream.add(second) == "aq" and not stream.stopped
+    assert stream.add(first) == "" and stream.stopped and stream.text == "aq"
+
+
 def test_generation_with_a_tokenizer(renderer: Any) -> None:
     """End tokens end, their text is not shown, padding of the vocabulary is never sampled, ignore_eos goes on."""
     size = renderer.tokenizer.vocab_size

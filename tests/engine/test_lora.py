@@ -111,6 +111,20 @@ def test_a_mixed_batch_equals_peft(made: Made, compiled: bool) -> None:
     assert len(answers) > len(prompts()), "the adapters change nothing"
 
 
+def test_beams_wear_their_prompts_adapter(made: Made) -> None:
+    """A fork that goes on without what its prompt wears."""
+    engine, loras = made.engine()
+    pairs = [(ids, lora, theirs) for ids in prompts()[:2] for lora, theirs in zip(loras, made.theirs, strict=True)]
+    done = engine.generate([ids for ids, _, _ in pairs], Sampling(8, beams=3), [lora for _, lora, _ in pairs])
+    for (ids, _, theirs), got in zip(pairs, done, strict=True):
+        prompt = torch.tensor([ids])
+        out = theirs.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=3, max_new_tokens=8,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert list(got.ids) == out[0, len(ids) :].tolist()
+
+
 def test_the_fused_call_takes_adapters(qwen3: Made) -> None:
     """The mixed batch above must have been one call of the kernels, not one for each adapter."""
     engine, loras = qwen3.engine(batch_invariant=True)

@@ -117,6 +117,20 @@ def test_several_answers_and_stop_texts(model: Path, engine: Engine, tmp_path: P
     assert not any(stop in row["completion"] for row in ended) and any(row["finish_reason"] == "stop" for row in ended)
 
 
+def test_beams(model: Path, engine: Engine, tmp_path: Path) -> None:
+    """A search that is greedy, whose answers go to other rows, or that one bad row ends."""
+    rows: list[dict[str, Any]] = [*ROWS[:9], {"id": 9, "prompt": "cat " * 300}, *ROWS[10:14]]
+    how = {"length_penalty": 0.5, "no_repeat_ngram": 2, "n": 2}
+    source = write(tmp_path / "in.jsonl", rows)
+    got = answers(model, tmp_path, source, max_tokens=12, slots=7, beams=3, on_error="skip", **how)
+    assert "longer than the context" in got.pop(9)["error"]
+    prompts = [row["prompt"] for row in rows[:9] + rows[10:]]
+    want = engine.generate(prompts, Sampling(12, beams=3, **how))
+    assert [text for row in got for text in row["completions"]] == [c.text for c in want]
+    assert [row["id"] for row in got] == [*range(9), *range(10, 14)]
+    assert [row["completions"][0] for row in got] != [c.text for c in engine.generate(prompts, Sampling(12, temperature=0))]
+
+
 def test_every_format_of_input(model: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that must be converted first; a blank line or a byte-order mark that is a prompt; standard input not read."""
     import pyarrow

@@ -132,6 +132,10 @@ class Generate(Section):
     min_p: float = setting(0.0, "sample from tokens at least this likely relative to the likeliest one")
     n: Count = setting(1, "answers per row; more than one give a list `completions`")
     stop: Names = setting([], "texts that end an answer")
+    beams: Count = setting(1, "beginnings of an answer that are searched together for the likeliest whole; 1: no search")
+    length_penalty: float = setting(1.0, "of beams: an answer's log-probability is divided by its length to this power")
+    early_stopping: bool = setting(False, "of beams: the search ends with as many answers as beams")
+    no_repeat_ngram: int = setting(0, "no so many tokens in a row come twice; 0: they may")
     seed: int = setting(0, "of sampling: row i draws from (seed, i), so that neither order nor interruptions change an answer")
     slots: Count = setting(32, "answers in the making at a time", identity=False)
     on_error: Literal["stop", "skip"] = setting(

@@ -18,6 +18,7 @@ rendering and taken out when the text is tokenized, so they stay characters. (`t
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ import jinja2
 import numpy as np
 from rich.text import Text
 
-from tutelage.data import spans
+from tutelage.data import spans, templates
 from tutelage.data.formats import text_content
 from tutelage.data.spans import Sample
 from tutelage.data.templates import compile_template, style, styles
@@ -39,6 +40,8 @@ from tutelage.records import Conversation, Message
 from tutelage.tokenizer.load import TokenizerFolder
 
 CHUNK = 512  # conversations tokenized in one call
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+"""What a template is told by the renderer alone."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -139,8 +142,46 @@ class Renderer:
         """Ids to serve: exactly the ids before the assistant's next answer in a training sample of the same messages."""
         turns, offered, mark = self._encoder.guard(plain_messages(messages), list(tools or []))
         text = self._text(turns, offered, add_generation_prompt)
-        earlier = [self._border(turns, offered, i) for i, m in enumerate(turns) if i and m["role"] == "assistant"]
-        return self._encoder.prompt(text, _inside(text, earlier), mark)
+        return self._encoder.prompt(text, _inside(text, self._earlier(turns, offered)), mark)
+
+    def continued(
+        self, messages: Iterable[Message | Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids to serve so that the model goes on with the last message, which is the assistant's: they end where its content
+        does. Raises `DataError` for another last message, and for a template that does not write it as it is."""
+        turns, offered, mark = self._encoder.guard(plain_messages(messages), list(tools or []))
+        last = turns[-1]
+        if last["role"] != "assistant" or not last["content"] or last.get("tool_calls"):
+            raise DataError(
+                "only a text that the assistant began can be continued", field="messages", found=last["role"],
+                expected="a last message of the assistant with content, without tool calls",
+            )  # fmt: skip
+        region = self._border(turns, offered, len(turns) - 1)
+        sign = next(chr(code) for code in reversed(spans.MARKS) if chr(code) not in region.after)
+        signed = self._text([*turns[:-1], {**last, "content": last["content"] + sign}], offered, False)
+        text, closing = signed.split(sign, 1) if signed.count(sign) == 1 else ("", "")
+        if not (text.startswith(region.before) and text.endswith(last["content"]) and text + closing == region.after):
+            raise DataError(
+                "the chat template does not write the last message as it is, so that it cannot be continued",
+                field="messages", fix="leave out white space at its end, or ask for an answer of its own",
+            )  # fmt: skip
+        open_end = spans.Region(len(turns) - 1, region.before, text, end=len(text))
+        return self._encoder.prompt(text, _inside(text, [*self._earlier(turns[:-1], offered), open_end]), mark)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Renderer:
+        """The same renderer, with more told to the template. Raises `DataError` for a name that it does not read, or that
+        others tell it, and for a value that spells a control token."""
+        told = templates.variables(self.source or "") - RESERVED - self.tokenizer.special_tokens.keys()
+        for name, value in variables.items():
+            if name not in told:
+                raise DataError(
+                    "the chat template does not read this variable", field=name, expected=", ".join(sorted(told)) or "none"
+                )
+            if self._encoder.spells_control(value):
+                raise DataError("a control token in a variable of the chat template", field=name, found=value)
+        other = copy.copy(self)
+        other.variables = {**self.variables, **variables}
+        return other
 
     def prompt_text(self, text: str) -> list[int]:
         """Ids to serve for a bare text (`/v1/completions`): BOS where the tokenizer wants one, then the text."""
@@ -186,6 +227,10 @@ class Renderer:
                 used = [*_inside(region.before, regions[:i]), region]
                 out.append(spans.cut(region.after, used, [r is region for r in used], mark, turn=region.turn))
         return out
+
+    def _earlier(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[spans.Region]:
+        """The borders of the answers given so far."""
+        return [self._border(messages, tools, i) for i, m in enumerate(messages) if i and m["role"] == "assistant"]
 
     def _border(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], turn: int) -> spans.Region:
         """The answer of message `turn` in the text that ends with it; its `end` is None where that cannot be shown."""

@@ -127,10 +127,9 @@ class PieceEncoder:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
         """Messages and tools with a mark inside every control token that their content spells; the mark, or ""."""
-        strings = list(_strings([messages, tools]))
-        if not any(self._names.search(s) for s in strings):
+        if not self.spells_control([messages, tools]):
             return messages, tools, ""
-        used = set().union(*strings)
+        used = set().union(*_strings([messages, tools]))
         mark = next(chr(code) for code in MARKS if chr(code) not in used)
 
         def split(match: re.Match[str]) -> str:
@@ -146,6 +145,9 @@ class PieceEncoder:
             return [walk(v) for v in value] if isinstance(value, list | tuple) else value
 
         return walk(messages), walk(tools), mark
+
+    def spells_control(self, value: Any) -> bool:
+        return any(self._names.search(s) for s in _strings(value))
 
     def last_control(self, text: str, start: int) -> int | None:
         """Where the last control token of `text[start:]` ends (with the white space that the token swallows)."""

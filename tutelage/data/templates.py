@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -97,13 +97,8 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
     The sandbox gives a template no attribute of Python's internals and no way to change its arguments.
     Raises `ArtifactError` for Jinja that does not parse.
     """
-    moment = now or datetime.now()
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = moment.strftime
     try:
-        return env.from_string(source).render
+        return _environment(now or datetime.now()).from_string(source).render
     except jinja2.TemplateSyntaxError as error:
         raise ArtifactError(
             f"the chat template is not valid Jinja ({error.message})",
@@ -111,3 +106,16 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
             line=error.lineno,
             fix="correct the template, or choose a shipped style: template=NAME",
         ) from error
+
+
+def variables(source: str) -> frozenset[str]:
+    """Names that a template reads and does not make itself: what it can be told."""
+    return frozenset(meta.find_undeclared_variables(_environment(datetime.now()).parse(source)))
+
+
+def _environment(moment: datetime) -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = moment.strftime
+    return env

@@ -109,12 +109,19 @@ def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:
     return low
 
 
+def caches(model: Any, length: int) -> bool:
+    """Whether our cache is for texts of `length` tokens of this model."""
+    most = getattr(model, "cacheable", None)
+    return getattr(model, "supports_cache", False) and (most is None or length <= most)
+
+
 def make_cache(model: Any, slots: int, length: int, limit_bytes: int = CACHE_BYTES) -> KVCache | None:
-    """A cache of at most `slots` places within `limit_bytes`, fewer where they would not fit; None for a model without one.
+    """A cache of at most `slots` places within `limit_bytes`, fewer where they would not fit; None for a model without one, or
+    whose keys of a text's beginning do not stay the same as it grows to `length`.
 
     Raises `ConfigError` when not even one sequence of `length` tokens fits.
     """
-    if not getattr(model, "supports_cache", False):
+    if not caches(model, length):
         return None
     one: int = model.new_cache(1, 1).nbytes * length
     fit = min(slots, limit_bytes // max(one, 1))

@@ -65,7 +65,7 @@ class Codec:
         """The text of one answer. Raises `ConfigError` for stop texts without a tokenizer."""
         if sampling.stop and self.vocabulary is None:
             raise ConfigError("stop texts need a tokenizer", field="stop", expected="stop_ids")
-        return TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh)
+        return TextStream(self._vocabulary_of(sampling), sampling.stop, self.fresh, sampling.include_stop)
 
     def ends_of(self, sampling: Sampling) -> frozenset[int]:
         """The tokens that end one answer."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.engine.beams import search
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
 from tutelage.engine.codec import Codec, Prompt
 from tutelage.engine.draft import GUESSES, Draft
@@ -29,7 +30,7 @@ from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
-from tutelage.engine.sequence import Completion, Event, Sampling, Sequence
+from tutelage.engine.sequence import Completion, Event, Rules, Sampling, Sequence
 from tutelage.engine.speculate import Guesser, Lookup, guesses, note
 from tutelage.engine.text import Vocabulary
 from tutelage.errors import ConfigError
@@ -113,7 +114,15 @@ class Engine:
         return self.codec.encode(prompt)
 
     def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None) -> Sequence:
-        """Queues a prompt; `step` makes it run. `index` says which of the n answers this is, `lora` what the model wears for it.
+        """Queues a prompt; `step` makes it run. Raises what `prepare` does, and `ConfigError` for beams: see `generate`."""
+        if sampling.beams > 1:
+            raise ConfigError("beam search gives whole answers", field="beams", found=sampling.beams, fix="use Engine.generate")
+        sequence = self.prepare(prompt_ids, sampling, index, lora)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def prepare(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None) -> Sequence:
+        """A sequence that is not queued yet. `index` says which of the n answers this is, `lora` what the model wears for it.
 
         Raises `ContextOverflow`, `DataError` (empty prompt, unknown token), `ConfigError` (stop texts without a tokenizer).
         """
@@ -127,12 +136,11 @@ class Engine:
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
         constraint = None if sampling.grammar is None else self.constrain(sampling.grammar)
-        sequence = Sequence(
+        rules = Rules.of(self.model.generation, sampling) if self.encodes else None
+        return Sequence(
             ids, sampling, stream, seed=seed, index=index, limit=limit, ends=self.codec.ends_of(sampling),
-            constraint=constraint, source=source, lora=lora,
+            constraint=constraint, source=source, lora=lora, rules=rules,
         )  # fmt: skip
-        self.scheduler.add(sequence)
-        return sequence
 
     def constrain(self, grammar: Grammar) -> Constraint:
         """The constraint of one answer. Compiling takes its time, the first time: call this from another thread before `submit`
@@ -257,6 +265,10 @@ class Engine:
         """
         wanted = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         worn = [lora] * len(prompts) if lora is None or isinstance(lora, Lora) else list(lora)
+        if any(how.beams > 1 for how in wanted):
+            every = zip(prompts, wanted, worn, strict=True)
+            with evaluating(self.model):
+                return search(self, [self.prepare(self.encode(p), how, lora=own) for p, how, own in every])
         sequences: list[Sequence] = []
         try:
             for prompt, how, own in zip(prompts, wanted, worn, strict=True):

@@ -64,6 +64,9 @@ class HfRunner(OneAdapter):
     def copy(self, source: int, target: int, count: int) -> None:
         raise AssertionError("never asked for where `shares` is False")
 
+    def fork(self, source: int, target: int, count: int) -> None:
+        self.rows[target] = self.rows[source]
+
     def release(self, slot: int) -> None:
         """Forgets the sequence of a slot. Its row goes when the others of its state read on, the state when it has no other."""
         self.rows.pop(slot, None)

@@ -43,6 +43,10 @@ class Runner(Protocol):
         """Copies the first `count` tokens of a slot. Asked for only where `shares` is True."""
         ...
 
+    def fork(self, source: int, target: int, count: int) -> None:
+        """The sequence in slot `target` goes on from the first `count` tokens of the one in `source`."""
+        self.copy(source, target, count)
+
     def release(self, slot: int) -> None:
         """The sequence in this slot has ended. A cache that was allocated once keeps its tokens, for texts that begin alike."""
         return None
@@ -189,6 +193,9 @@ class RecomputingRunner(OneAdapter):
 
     def copy(self, source: int, target: int, count: int) -> None:
         raise AssertionError("never asked for where `shares` is False")
+
+    def fork(self, source: int, target: int, count: int) -> None:
+        return None
 
 
 def _wanted(hidden: Tensor, work: list[Work], lengths: list[int] | None = None) -> Tensor:

@@ -20,11 +20,11 @@ def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) ->
     Raises `ArtifactError` when the model's logits are not numbers.
     """
     usable = logits if vocabulary is None or vocabulary >= logits.shape[-1] else logits[:, :vocabulary]
-    if all(s.sampling.plain for s in sequences):
+    if all(s.plain for s in sequences):
         return [TokenScore(t, 0.0) for t in _largest(usable)]
     scores = usable.float()
-    if any(s.sampling.adjusts for s in sequences):
-        scores = _adjusted(scores, sequences)
+    if any(s.adjusts for s in sequences):
+        scores = adjusted(scores, sequences)
     _check(scores.amax(-1))
     if any(not s.sampling.greedy for s in sequences):
         scores = _noisy(scores, sequences)
@@ -56,9 +56,9 @@ def _check(best: Tensor) -> None:
         )
 
 
-def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Logits with bias and penalties, and only what a grammar allows. A penalty counts tokens of the answer; repetition counts
-    the prompt too."""
+def adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Logits with bias and penalties, and only what the model's rules, a grammar and the like allow. A penalty counts tokens of
+    the answer; repetition counts the prompt too."""
     scores = scores.clone()
     size = scores.shape[-1]
     for row, sequence in zip(scores, sequences, strict=True):
@@ -78,12 +78,28 @@ def _adjusted(scores: Tensor, sequences: list[Sequence]) -> Tensor:
             row[torch.tensor(list(known), dtype=torch.int64, device=scores.device)] += torch.tensor(list(known.values())).to(
                 scores
             )
+        if banned := [t for t in _banned(sequence) if t < size]:
+            row[torch.tensor(banned, device=scores.device)] = -torch.inf
+        if sequence.rules is not None and sequence.rules.last is not None and sequence.made == sequence.limit - 1:
+            row.fill_(-torch.inf)[sequence.rules.last] = 0.0
         if sequence.constraint is not None:
             try:
                 sequence.constraint.apply(row)
             except ConfigError:
                 sequence.give_up()
     return scores
+
+
+def _banned(sequence: Sequence) -> set[int]:
+    """Tokens that must not come next."""
+    out = set(sequence.ends) if sequence.made < sequence.sampling.min_tokens else set()
+    if sequence.rules is not None:
+        out.update(sequence.rules.never)
+    if size := sequence.sampling.no_repeat_ngram:
+        ids = sequence.ids
+        ending = ids[len(ids) - size + 1 :]
+        out.update(ids[i + size - 1] for i in range(len(ids) - size + 1) if ids[i : i + size - 1] == ending)
+    return out
 
 
 def _noisy(scores: Tensor, sequences: list[Sequence], ahead: int = 0) -> Tensor:

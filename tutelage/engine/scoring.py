@@ -32,13 +32,16 @@ class Scored:
     logprobs: np.ndarray  # [n] float32
     top_ids: np.ndarray  # [n,k] int64: the most likely tokens at each place, best first
     top_logprobs: np.ndarray  # [n,k] float32
+    ranks: np.ndarray  # [n] int64: 1 for the most likely token; empty where k is 0
 
 
 def score(model: Any, device: torch.device, requests: Seq[Request], top: int) -> list[Scored]:
     """Log-probabilities of ids[start:], each given all ids before it. Results in the order of `requests`."""
-    families = _families(requests, shared=getattr(model, "supports_cache", False))
+    steady = getattr(model, "cacheable", None) is None
+    families = _families(requests, shared=steady and getattr(model, "supports_cache", False))
     out: dict[int, Scored] = {}
-    for pack in _packs(families):
+    # Where angles follow the length of a row, each text has one to itself.
+    for pack in _packs(families) if steady else [[f] for f in families]:
         out |= _score_pack(model, device, requests, pack, top)
     return [out[i] if i in out else _empty(top) for i in range(len(requests))]
 
@@ -111,9 +114,9 @@ def _score_pack(model: Any, device: torch.device, requests: Seq[Request], pack: 
     return dict(zip(order, (Scored(*part) for part in zip(*(np.split(x, ends) for x in found), strict=True)), strict=True))
 
 
-def _measured(model: Any, hidden: Tensor, targets: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log-probabilities [n] of the targets, ids [n,k] and log-probabilities [n,k] of the most likely tokens."""
-    return model.lm_head.logprobs(hidden, targets).cpu().numpy(), *_top(model.lm_head, hidden, top)
+def _measured(model: Any, hidden: Tensor, targets: Tensor, top: int) -> tuple[np.ndarray, ...]:
+    """The fields of `Scored` for all targets."""
+    return model.lm_head.logprobs(hidden, targets).cpu().numpy(), *_top(model.lm_head, hidden, targets, top)
 
 
 def score_targets(model: Any, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.ndarray]:
@@ -133,18 +136,22 @@ def score_targets(model: Any, pairs: Seq[tuple[Seq[int], Seq[int]]]) -> list[np.
     return out
 
 
-def _top(head: Any, hidden: Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` most likely tokens at each place, 256 places at a time: logits of a whole batch are never held."""
+def _top(head: Any, hidden: Tensor, targets: Tensor, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `top` most likely tokens at each place and the targets' ranks, 256 places at a time: logits of a whole batch are
+    never held."""
     if top == 0:
         empty = _empty(0, len(hidden))
-        return empty.top_ids, empty.top_logprobs
-    values, ids = [], []
-    for part in hidden.split(256):
-        best = head.logits(part).float().log_softmax(-1).topk(top, dim=-1)
+        return empty.top_ids, empty.top_logprobs, empty.ranks
+    values, ids, ranks = [], [], []
+    for part, target in zip(hidden.split(256), targets.split(256), strict=True):
+        logprobs = head.logits(part).float().log_softmax(-1)
+        best = logprobs.topk(top, dim=-1)
         values.append(best.values)
         ids.append(best.indices)
-    return torch.cat(ids).cpu().numpy(), torch.cat(values).cpu().numpy()
+        ranks.append((logprobs >= logprobs.gather(1, target[:, None])).sum(-1))
+    return torch.cat(ids).cpu().numpy(), torch.cat(values).cpu().numpy(), torch.cat(ranks).cpu().numpy()
 
 
 def _empty(top: int, rows: int = 0) -> Scored:
-    return Scored(np.zeros(0, np.float32), np.zeros((rows, top), np.int64), np.zeros((rows, top), np.float32))
+    nothing = np.zeros(0, np.int64)
+    return Scored(np.zeros(0, np.float32), np.zeros((rows, top), np.int64), np.zeros((rows, top), np.float32), nothing)

@@ -10,6 +10,7 @@ from typing import Literal
 from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
+from tutelage.models.generation import GenerationSettings
 from tutelage.models.lora import Lora
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -32,6 +33,8 @@ class Sampling:
     seed: int | None = None  # equal seed, prompt and settings give equal tokens; None: drawn from the engine's own seed
     stop: tuple[str, ...] = ()  # texts that end the answer; never part of it
     stop_ids: tuple[int, ...] = ()  # tokens that end the answer, beside the model's own
+    include_stop: bool = False  # what ended the answer is part of its text
+    min_tokens: int = 0  # none of the first so many tokens ends the answer
     n: int = 1  # answers per prompt, sample i of which is keyed by (seed, i)
     logprobs: int | None = None  # None: none; k: of the sampled token and of the k most likely ones
     presence_penalty: float = 0.0  # taken off the logit of a token that the answer already has
@@ -41,11 +44,18 @@ class Sampling:
     ignore_eos: bool = False  # go on after the model's own end tokens
     grammar: Grammar | None = None  # what the answer must be; it ends when it is
     shown_ids: tuple[int, ...] = ()  # control tokens whose names are part of the text: the marks of tool calls
+    no_repeat_ngram: int = 0  # no so many tokens in a row come twice, in prompt or answer; 0: they may
+    beams: int = 1  # beginnings of an answer that are searched together (`Engine.generate` only); 1: no search
+    length_penalty: float = 1.0  # an answer's log-probability is divided by its length to this power; of beams
+    early_stopping: bool | Literal["never"] = False  # True: as many answers as beams end the search; "never": only certainty does
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` naming the field."""
-        whole = (("max_tokens", self.max_tokens, 1, None), ("n", self.n, 1, 1024), ("top_k", self.top_k, 0, None))
-        for name, value, least, most in (*whole, ("logprobs", self.logprobs, 0, 100)):
+        for name, value, least, most in (
+            ("max_tokens", self.max_tokens, 1, None), ("n", self.n, 1, 1024), ("top_k", self.top_k, 0, None),
+            ("logprobs", self.logprobs, 0, 100), ("min_tokens", self.min_tokens, 0, self.max_tokens),
+            ("no_repeat_ngram", self.no_repeat_ngram, 0, None), ("beams", self.beams, 1, 64),
+        ):  # fmt: skip
             if value is not None:
                 _within(name, value, least, most, int)
         for name, low, high in (
@@ -61,6 +71,29 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             if not isinstance(bias, int | float) or not -100 <= bias <= 100:
                 raise ConfigError("out of range", field="logit_bias", found={token: bias}, expected="from -100 to 100")
+        for name in ("min_tokens", "no_repeat_ngram"):
+            if getattr(self, name) and self.grammar is not None:
+                raise ConfigError("a grammar alone says what may come", field=name, found=getattr(self, name), expected="0")
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        if self.early_stopping not in (True, False, "never"):
+            raise ConfigError("no such way", field="early_stopping", found=self.early_stopping, expected="true, false or never")
+        _within("length_penalty", self.length_penalty, -100.0, 100.0, float)
+        if self.beams == 1:
+            if self.length_penalty != 1 or self.early_stopping:
+                name = "length_penalty" if self.length_penalty != 1 else "early_stopping"
+                raise ConfigError("this is about beams", field=name, found=getattr(self, name), fix="set beams, such as beams=4")
+            return
+        if self.n > self.beams:
+            raise ConfigError("more answers than beams", field="n", found=self.n, expected=f"at most {self.beams}")
+        apart = {
+            "temperature": self.temperature not in (0, 1), "top_p": self.top_p < 1, "top_k": self.top_k > 0,
+            "min_p": self.min_p > 0, "stop": bool(self.stop), "grammar": self.grammar is not None,
+            "logprobs": self.logprobs is not None,
+        }  # fmt: skip
+        if wrong := [name for name, given in apart.items() if given]:
+            raise ConfigError("beam search and this exclude each other", field=wrong[0], found=getattr(self, wrong[0]))
 
     @property
     def greedy(self) -> bool:
@@ -74,7 +107,9 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """True when logits change before sampling, whatever the temperature."""
-        return bool(self.logit_bias) or self.penalises or self.grammar is not None
+        return (
+            bool(self.logit_bias) or self.penalises or self.grammar is not None or self.min_tokens > 0 or self.no_repeat_ngram > 0
+        )
 
     @property
     def penalises(self) -> bool:
@@ -136,6 +171,20 @@ class Event:
         )  # fmt: skip
 
 
+@dataclass(slots=True, frozen=True)
+class Rules:
+    """What a model's own settings say of every answer."""
+
+    never: tuple[int, ...] = ()  # tokens that are not made
+    last: int | None = None  # the token in the last place that an answer may have
+
+    @classmethod
+    def of(cls, own: GenerationSettings, sampling: Sampling) -> Rules | None:
+        """None where nothing follows for this answer. Beside a grammar there are none: it alone says what may come."""
+        out = cls(own.never, None if sampling.ignore_eos else own.last)
+        return None if sampling.grammar is not None or out == cls() else out
+
+
 @dataclass(slots=True)
 class Drafts:
     """How guesses at the next tokens have fared for one sequence (`speculate.py`)."""
@@ -151,7 +200,7 @@ class Sequence:
 
     __slots__ = (
         "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "prompt_length",
-        "sampling", "scores", "shared", "slot", "source", "stream",
+        "rules", "sampling", "scores", "shared", "slot", "source", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -167,6 +216,7 @@ class Sequence:
         constraint: Constraint | None = None,
         source: list[int] | None = None,
         lora: Lora | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.source = source  # what the encoder reads, of an encoder-decoder
         self.lora = lora  # the adapter that the model wears for it
@@ -183,6 +233,7 @@ class Sequence:
         self.shared = 0  # tokens of the prompt that were in the cache already
         self.drafts = Drafts()
         self.constraint = constraint  # of its grammar
+        self.rules = rules
         self.scores: list[TokenScore] = []
         self.finish_reason: FinishReason | None = None
 
@@ -190,6 +241,16 @@ class Sequence:
     def prompt(self) -> list[int]:
         """The tokens that were asked about."""
         return self.ids[: self.prompt_length] if self.source is None else self.source
+
+    @property
+    def plain(self) -> bool:
+        """True when the next token is the largest logit and nothing else is wanted."""
+        return self.sampling.plain and self.rules is None
+
+    @property
+    def adjusts(self) -> bool:
+        """True when logits change before the next token is chosen."""
+        return self.sampling.adjusts or self.rules is not None
 
     @property
     def made(self) -> int:
@@ -201,9 +262,11 @@ class Sequence:
         scores = () if self.sampling.logprobs is None else (score,)
         self.scores.extend(scores)
         if score.id in self.ends:
-            self.finish_reason, text = "stop", self.stream.flush()
+            text = self.stream.add(score.id, stops=False) if self.sampling.include_stop else ""
+            forced = self.rules is not None and score.id == self.rules.last and self.made >= self.limit
+            self.finish_reason, text = "length" if forced else "stop", text + self.stream.flush()
         else:
-            text = self.stream.add(score.id)
+            text = self.stream.add(score.id, stops=self.made > self.sampling.min_tokens)
             if self.stream.stopped:
                 self.finish_reason = "stop"
             elif self._satisfied(score.id):

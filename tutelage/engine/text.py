@@ -92,12 +92,15 @@ class TextStream:
     """The text of one sequence as it grows. Pieces given out, laid end to end, are `text`.
 
     `fresh`: it continues nothing, and the space that SentencePiece puts before a first word is left out.
+    `include`: the stop text that ended it is part of it.
     """
 
-    __slots__ = ("_decoder", "_fresh", "_held", "_longest", "_out", "_stop", "_vocabulary", "stopped")
+    __slots__ = ("_decoder", "_fresh", "_held", "_include", "_longest", "_out", "_stop", "_vocabulary", "stopped")
 
-    def __init__(self, vocabulary: Vocabulary | None, stop: Sequence[str] = (), fresh: bool = False) -> None:
-        self._fresh = fresh
+    def __init__(
+        self, vocabulary: Vocabulary | None, stop: Sequence[str] = (), fresh: bool = False, include: bool = False
+    ) -> None:
+        self._fresh, self._include = fresh, include
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = tuple(stop)
@@ -110,11 +113,11 @@ class TextStream:
     def text(self) -> str:
         return "".join(self._out)
 
-    def add(self, token: int) -> str:
-        """What can be shown after this token."""
+    def add(self, token: int, stops: bool = True) -> str:
+        """What can be shown after this token. `stops`: a stop text that it completes ends the text."""
         if self._vocabulary is None:
             return ""
-        return self._take(self._decoder.decode(self._vocabulary.of(token)))
+        return self._take(self._decoder.decode(self._vocabulary.of(token)), stops)
 
     def flush(self) -> str:
         """What is left at the end: held text, and U+FFFD for half a character."""
@@ -126,7 +129,7 @@ class TextStream:
         self._held = ""
         return out
 
-    def _take(self, new: str) -> str:
+    def _take(self, new: str, stops: bool = True) -> str:
         if self._fresh and new:
             self._fresh, new = False, new.removeprefix(" ")
         if not self._stop:
@@ -134,9 +137,11 @@ class TextStream:
                 self._out.append(new)
             return new
         held = self._held + new
-        found = [at for at in (held.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self.stopped, keep, self._held = True, min(found), ""
+        # Only what the new text completes: held text may have one in it that was not to end anything.
+        ends = ((held.find(s, max(0, len(self._held) - len(s) + 1)), len(s)) for s in self._stop)
+        found = min(((at, size) for at, size in ends if at >= 0), default=None) if stops else None
+        if found is not None:
+            self.stopped, keep, self._held = True, found[0] + found[1] * self._include, ""
         else:
             keep = len(held) - self._possible_start(held)
             self._held = held[keep:]

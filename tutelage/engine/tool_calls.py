@@ -83,6 +83,8 @@ STYLES = (
 
 def showing(vocabulary: Vocabulary, ids: Iterable[int]) -> Vocabulary:
     """The vocabulary with these control tokens shown by name: a stream of its text has the marks of calls in it."""
+    if not (ids := tuple(ids)):
+        return vocabulary
     shown = copy(vocabulary)
     shown.bytes = list(vocabulary.bytes)
     for i in ids:

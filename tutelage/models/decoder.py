@@ -48,6 +48,11 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config)
         self._checkpointing = "none"
 
+    @property
+    def cacheable(self) -> int | None:
+        """Tokens of the longest text whose keys may be kept while it grows; None for any number."""
+        return self.rotary.steady
+
     def tie(self) -> None:
         """Makes the head share the embeddings where the config says so."""
         if self.config.tie_word_embeddings:

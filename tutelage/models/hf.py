@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError, MissingExtra
+from tutelage.log import say
 from tutelage.models import shard
 from tutelage.models.heads import LmHead
 from tutelage.models.hf_state import State
@@ -263,7 +264,10 @@ def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapte
         return Adapter(moved)
     from tutelage.models.hf_seq2seq import Seq2Seq
 
-    return Seq2Seq(moved)
+    model = Seq2Seq(moved)
+    if note := model.generation.note():
+        say(note)
+    return model
 
 
 def save_hf(model: Adapter, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

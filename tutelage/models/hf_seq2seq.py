@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ConfigError
+from tutelage.models.generation import GenerationSettings
 from tutelage.models.hf import LogitsHead, Wrapped
 from tutelage.models.hf_state import State
 from tutelage.models.interface import Batch, Output
@@ -28,9 +29,8 @@ class Seq2Seq(Wrapped):
     def __init__(self, hf: Any) -> None:
         super().__init__(hf)
         self.lm_head = LogitsHead(self._modules.get("lm_head"))
-        self.start = _start(hf)  # what every target begins with, before the tokens that the model makes
-        end = hf.generation_config.eos_token_id
-        self.ends: tuple[int, ...] = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+        self.generation = GenerationSettings.of(hf)
+        self.start, self.ends = self.generation.start, self.generation.ends
 
     def forward(self, batch: Batch) -> Output:
         """Raises ConfigError: rows of text do not say what is source and what is target."""
@@ -80,16 +80,3 @@ class Seq2Seq(Wrapped):
         for row, text in zip(ids, texts, strict=True):
             row[: len(text)] = torch.tensor(text)
         return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
-
-
-def _start(hf: Any) -> tuple[int, ...]:
-    """The decoder's first token, and the one that the model's settings force after it (a language, a BOS)."""
-    settings = hf.generation_config
-    first = settings.decoder_start_token_id if settings.decoder_start_token_id is not None else settings.bos_token_id
-    if first is None:
-        raise ArtifactError(
-            "the model does not say what its decoder starts with", file=hf.name_or_path or None,
-            field="decoder_start_token_id", fix="set decoder_start_token_id in generation_config.json",
-        )  # fmt: skip
-    forced = settings.forced_bos_token_id
-    return (first,) if forced is None else (first, forced)

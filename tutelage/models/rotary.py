@@ -28,6 +28,12 @@ class Rotary:
             for kind, rope in config.ropes.items():
                 self._tables[kind] = frequencies(rope, config.max_position_embeddings)
 
+    @property
+    def steady(self) -> int | None:
+        """Tokens up to which a text can grow without another angle for those it has; None for any number."""
+        first = [r.scaling["original_max_position_embeddings"] for r in self.ropes.values() if r.kind == "longrope"]
+        return int(min(first)) if first else None
+
     @torch.no_grad()
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
         """positions [B,T] -> by kind of layer, (cos, sin) [B,T,R] of `dtype`, computed in float32."""

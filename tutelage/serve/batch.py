@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tutelage import log
-from tutelage.engine import Sampling, Sequence
+from tutelage.engine import Completion, Engine, Sampling, Sequence
+from tutelage.engine.beams import search
 from tutelage.engine.protocol import EngineProtocol
-from tutelage.errors import DataError, UserError
+from tutelage.errors import ConfigError, DataError, UserError
 from tutelage.serve.archive import Archive, Entry
 from tutelage.serve.part import PartFile
 from tutelage.serve.prompts import Asked, Prompting
@@ -127,6 +129,9 @@ class Prompts:
 
     def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
         engine.start()
+        if self.sampling.beams > 1:
+            self._search(job, engine, slots)
+            return
         running: dict[Sequence, _Open] = {}
         todo = job.todo()
         try:
@@ -141,26 +146,43 @@ class Prompts:
                         row = running.pop(event.sequence)
                         row.left -= 1
                         if not row.left:
-                            self._done(job, row)
+                            self._done(job, row.entry, [sequence.completion() for sequence in row.sequences])
         finally:
             for sequence in running:
                 engine.cancel(sequence)
 
+    def _search(self, job: Job, engine: EngineProtocol, slots: int) -> None:
+        """Beam search, over as many rows as fill the slots a few times."""
+        if not isinstance(engine, Engine):
+            raise ConfigError("this engine has no beam search", field="beams", found=self.sampling.beams, expected="1")
+        todo = job.todo()
+        while group := list(islice(todo, max(1, 4 * slots // self.sampling.beams))):
+            found = [(entry, first) for entry in group for first in self._asked(job, engine, entry, engine.prepare)]
+            answers = iter(search(engine, [first for _, first in found]))
+            for entry, _ in found:
+                self._done(job, entry, list(islice(answers, self.sampling.n)))
+
     def _submit(self, job: Job, engine: EngineProtocol, entry: Entry) -> dict[Sequence, _Open]:
+        sequences = self._asked(job, engine, entry, engine.submit, self.sampling.n)
+        return dict.fromkeys(sequences, _Open(entry, sequences, len(sequences)))
+
+    def _asked(
+        self, job: Job, engine: EngineProtocol, entry: Entry, make: Callable[[list[int], Sampling, int], Sequence], count: int = 1
+    ) -> list[Sequence]:
+        """The row's sequences, made by `make`; none for a row that cannot be answered."""
         try:
             ids = encode(engine, self.prompting.ask(entry.fields))
-            room = max(1, engine.context_length - len(ids))  # an answer ends where the context does; a prompt is never cut
+            # An answer ends where the context does; a prompt is never cut. An encoder-decoder's prompt takes nothing of it.
+            read = engine.model.start if isinstance(engine, Engine) and engine.encodes else ids
+            room = max(1, engine.context_length - len(read))
             limit = room if self.sampling.max_tokens is None else min(self.sampling.max_tokens, room)
             sampling = replace(self.sampling, max_tokens=limit, seed=row_seed(self.seed, entry.index))
-            sequences = [engine.submit(ids, sampling, index) for index in range(sampling.n)]
+            return [make(ids, sampling, index) for index in range(count)]
         except DataError as error:
             job.refuse(entry, error)
-            return {}
-        row = _Open(entry, sequences, len(sequences))
-        return dict.fromkeys(sequences, row)
+            return []
 
-    def _done(self, job: Job, row: _Open) -> None:
-        done = [sequence.completion() for sequence in row.sequences]
+    def _done(self, job: Job, entry: Entry, done: list[Completion]) -> None:
         prompt, made = len(done[0].prompt), sum(len(c.ids) for c in done)
         several = self.sampling.n > 1
         answer = {
@@ -168,7 +190,7 @@ class Prompts:
             "finish_reason": [c.finish_reason for c in done] if several else done[0].finish_reason,
             "usage": {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made},
         }
-        job.take(row.entry, {**row.entry.fields, **answer}, prompt, made)
+        job.take(entry, {**entry.fields, **answer}, prompt, made)
 
 
 def encode(engine: EngineProtocol, asked: Asked) -> list[int]:

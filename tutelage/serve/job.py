@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from fastapi import Request, Response
 
-from tutelage.engine import Event, Sampling, TokenScore
-from tutelage.engine.protocol import EngineProtocol
-from tutelage.engine.scoring import Scored
-from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls
+from tutelage.engine import Completion, Event, Sampling, Sequence, TokenScore
+from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls, showing
+from tutelage.errors import ConfigError
 from tutelage.serve.models import Served
+from tutelage.serve.prompt_scores import PromptScores, score_prompts
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
 from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, server_error
 from tutelage.serve.work import Work
+
+NOTHING = Completion(prompt=(), ids=(), text="", finish_reason="length")
+"""The answer to a request for none: `max_tokens` is 0."""
 
 
 class Job:
@@ -28,73 +32,78 @@ class Job:
         self.thread, self.reply = served.thread, reply
         self.prompts, self.sampling = prompts, sampling
         self.style = style  # of tool calls, where the model may make some
-        self.vocabulary = self.work.vocabulary
-        self.legacy = [LegacyLogprobs(self.vocabulary) for _ in range(len(prompts) * sampling.n)]
+        self.vocabulary = showing(self.work.vocabulary, sampling.shown_ids)
+        self.count = len(prompts) * sampling.n  # of answers
+        self.legacy = [LegacyLogprobs(self.vocabulary) for _ in range(self.count)]
         self.echoes = [""] * len(prompts)
-        self.prompt_scores: list[list[TokenScore | int]] = [[] for _ in prompts]
+        self.prompt_scores: list[PromptScores] = []
+        self.echoed = self.gives_ids = False
+        self.prompt_logprobs: int | None = None
 
-    async def answer(self, asked: ChatRequest | CompletionRequest, echo: Sequence[str | list[int]] = ()) -> Response:
+    async def answer(self, asked: ChatRequest | CompletionRequest, echo: Seq[str | list[int]] = ()) -> Response:
         """The reply. `echo`: prompts that it begins with."""
-        await self.work.submit((lambda: self._read_prompts(echo)) if echo else None)
+        self.gives_ids, self.prompt_logprobs = bool(asked.return_token_ids), asked.prompt_logprobs
+        only_prompts = isinstance(asked, CompletionRequest) and asked.prompt_only
+        await self.work.submit(lambda: self._read_prompts(echo), answers=not only_prompts)
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return await self.work.respond(bool(asked.stream), lambda: self._pieces(include_usage), self._collect)
 
-    async def _read_prompts(self, prompts: Sequence[str | list[int]]) -> None:
-        """For `echo`: the prompts' texts, and their log-probabilities where asked for."""
-        for i, (prompt, ids) in enumerate(zip(prompts, self.prompts, strict=True)):
+    async def _read_prompts(self, echo: Seq[str | list[int]]) -> None:
+        """The prompts' texts for `echo`, and their log-probabilities where asked for."""
+        for i, (prompt, ids) in enumerate(zip(echo, self.prompts, strict=bool(echo))):
             text = b"".join(self.vocabulary.of(t) for t in ids).decode("utf-8", "replace")
             self.echoes[i] = prompt if isinstance(prompt, str) else text
-        top = self.sampling.logprobs
-        if top is None:
+        self.echoed = bool(echo) and self.sampling.logprobs is not None
+        if not self.echoed and self.prompt_logprobs is None:
             return
-
-        def score(engine: EngineProtocol, prompts: list[list[int]], lora: Any) -> list[Scored]:
-            return engine.score_top([(p, 1) for p in prompts], top, lora)
-
-        scored = await self.thread.grouped(self.prompts, score)
-        for i, (ids, s) in enumerate(zip(self.prompts, scored, strict=True)):
-            rest = [
-                TokenScore(t, float(p), tuple(zip(a.tolist(), b.tolist(), strict=True)))
-                for t, p, a, b in zip(ids[1:], s.logprobs, s.top_ids, s.top_logprobs, strict=True)
-            ]
-            self.prompt_scores[i] = [ids[0], *rest]
+        ranked = 0 if self.prompt_logprobs is None else max(self.prompt_logprobs, 1)  # ranks come with alternatives
+        try:
+            self.prompt_scores = await score_prompts(self.thread, self.prompts, max(self.sampling.logprobs or 0, ranked))
+        except ConfigError as error:  # an encoder-decoder
+            raise ApiError(400, str(error), param="prompt_logprobs" if ranked else self.work.param) from error
 
     async def _collect(self) -> dict[str, Any]:
         """The reply in one."""
         async for _ in self.work.events(whole=True):
             pass
         choices = []
-        for number, sequence in enumerate(self.work.sequences):
-            done = sequence.completion()
-            scores = [s for s in done.scores if s.id not in sequence.ends]
+        for number in range(self.count):
+            done = self.work.sequences[number].completion() if self.work.sequences else NOTHING
+            scores = self._shown(self.work.sequences[number], done.scores) if done.scores else []
             text = self.echoes[number // self.sampling.n] + done.text
             logprobs = self._logprobs(number, scores, first=True)
             text, calls = parse_calls(text, self.style) if self.style else (text, [])
-            choices.append(self.reply.choice(number, text, finish_reason(done.finish_reason, calls), logprobs, calls))
-        return self.reply.whole(choices, self._usage())
+            reason = finish_reason(done.finish_reason, calls)
+            more = self._of_prompt(number) | ({"token_ids": list(done.ids)} if self.gives_ids else {})
+            choices.append(self.reply.choice(number, text, reason, logprobs, calls, **more))
+        return self.reply.whole(choices, self._usage(), **self._of_prompt(None))
 
     async def _pieces(self, include_usage: bool) -> AsyncIterator[bytes]:
         """The reply as server-sent events."""
         extra = {"usage": None} if include_usage else {}
+        no_ids: dict[str, Any] = {"token_ids": []} if self.gives_ids else {}
         try:
-            for number in range(len(self.work.sequences)):
+            for number in range(self.count):
+                echo, more = self.echoes[number // self.sampling.n], self._of_prompt(number) | no_ids
                 if self.reply.chat:
-                    yield self.reply.piece([self.reply.delta(number, "", None, None, first=True)], **extra)
-                elif self.echoes[number // self.sampling.n]:
-                    logprobs = self._logprobs(number, [], first=True)
-                    yield self.reply.piece(
-                        [self.reply.delta(number, self.echoes[number // self.sampling.n], None, logprobs)], **extra
-                    )
+                    top = self._of_prompt(None) if number == 0 else {}
+                    yield self.reply.piece([self.reply.delta(number, "", None, None, first=True, **more)], **extra, **top)
+                elif echo or more:
+                    logprobs = self._logprobs(number, [], first=True) if echo else None
+                    yield self.reply.piece([self.reply.delta(number, echo, None, logprobs, **more)], **extra)
+                if not self.work.sequences:
+                    yield self.reply.piece([self.reply.delta(number, "", NOTHING.finish_reason, None, **no_ids)], **extra)
             readers = {n: ToolCallStream(self.style) for n in range(len(self.work.sequences))} if self.style else {}
             async for number, event in self.work.events():
-                scores = [s for s in event.scores if s.id not in event.sequence.ends]
+                scores = self._shown(event.sequence, event.scores)
                 logprobs = self._logprobs(number, scores) if scores else None
-                for text in self._texts(readers.get(number), event) or ([""] if logprobs else []):
-                    yield self.reply.piece([self.reply.delta(number, text, None, logprobs)], **extra)
-                    logprobs = None
+                more = {"token_ids": list(event.ids)} if self.gives_ids else {}
+                for text in self._texts(readers.get(number), event) or ([""] if logprobs or more else []):
+                    yield self.reply.piece([self.reply.delta(number, text, None, logprobs, **more)], **extra)
+                    logprobs, more = None, no_ids
                 if event.finish_reason:
                     reason = finish_reason(event.finish_reason, readers[number].calls if readers else ())
-                    yield self.reply.piece([self.reply.delta(number, "", reason, None)], **extra)
+                    yield self.reply.piece([self.reply.delta(number, "", reason, None, **no_ids)], **extra)
             if include_usage:
                 yield self.reply.piece([], usage=self._usage())
             yield b"data: [DONE]\n\n"
@@ -117,8 +126,23 @@ class Job:
             return None
         if self.reply.chat:
             return chat_logprobs(self.vocabulary, scores)
-        before = self.prompt_scores[number // self.sampling.n] if first else []
-        return self.legacy[number].of([*before, *scores])
+        if not (first and self.echoed):
+            return self.legacy[number].of(scores)
+        return self.legacy[number].of([*self.prompt_scores[number // self.sampling.n].echoed(self.sampling.logprobs), *scores])
+
+    def _shown(self, sequence: Sequence, scores: Iterable[TokenScore]) -> list[TokenScore]:
+        """Scores of an answer's text: without its end token, unless they go with token ids."""
+        return [s for s in scores if self.gives_ids or s.id not in sequence.ends]
+
+    def _of_prompt(self, number: int | None) -> dict[str, Any]:
+        """What was asked for of an answer's prompt. vLLM puts it beside a text's answer, but beside all answers of a chat."""
+        if (number is None) != self.reply.chat:
+            return {}
+        at = (number or 0) // self.sampling.n
+        out: dict[str, Any] = {"prompt_token_ids": self.prompts[at]} if self.gives_ids else {}
+        if self.prompt_logprobs is not None:
+            out["prompt_logprobs"] = self.prompt_scores[at].listed(self.prompt_logprobs, self.vocabulary)
+        return out
 
     def _usage(self) -> dict[str, Any]:
         cached = sum(s.shared for s in self.work.sequences[:: self.sampling.n])  # the n answers of a prompt count it once

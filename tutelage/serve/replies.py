@@ -23,21 +23,28 @@ class Reply:
         prefix = "chatcmpl" if self.chat else "cmpl"
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self.head, "choices": choices, "usage": usage}
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {**self.head, "choices": choices, "usage": usage, **more}
 
     def piece(self, choices: list[dict[str, Any]], **rest: Any) -> bytes:
         kind = "chat.completion.chunk" if self.chat else self.kind
         return sse({**self.head, "object": kind, "choices": choices, **rest})
 
     def choice(
-        self, index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None, calls: Sequence[ToolCall] = ()
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None,
+        logprobs: dict[str, Any] | None,
+        calls: Sequence[ToolCall] = (),
+        **more: Any,
     ) -> dict[str, Any]:
+        """One answer; `more` are fields beyond OpenAI's."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": [call.to_json() for call in calls]}
         body: dict[str, Any] = {"message": message} if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason, **more}
 
     def delta(
         self,
@@ -46,15 +53,16 @@ class Reply:
         finish_reason: str | None,
         logprobs: dict[str, Any] | None,
         first: bool = False,
+        **more: Any,
     ) -> dict[str, Any]:
-        """A piece of one answer: text, or the delta itself."""
+        """A piece of one answer: text, or the delta itself; `more` are fields beyond OpenAI's."""
         delta: dict[str, Any] = {"role": "assistant", "content": ""} if first else {}
         if isinstance(text, dict):
             delta = text
         elif text or logprobs:
             delta = {"content": text}
         body = {"delta": delta} if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason, **more}
 
 
 def sse(value: object) -> bytes:

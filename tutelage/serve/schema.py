@@ -67,6 +67,12 @@ class Generation(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool = False
+    stop_token_ids: list[Whole] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: Whole | None = Field(None, ge=0)
+    skip_special_tokens: bool = True
+    prompt_logprobs: Whole | None = Field(None, ge=0, le=20)
+    return_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
     # accepted, of no effect: they change nothing about the answer
     user: str | None = None
@@ -76,6 +82,7 @@ class Generation(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
@@ -90,6 +97,8 @@ class Generation(BaseModel):
         """Raises `ApiError` naming the parameter."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs are not available when stream is true", param="prompt_logprobs")
         if self.temperature and self.temperature < 1e-3:  # logits over it would not be numbers, for everyone in the batch
             raise ApiError(400, "temperature is 0, or at least 0.001", param="temperature")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -98,15 +107,22 @@ class Generation(BaseModel):
         given: dict[str, Any] = {
             "temperature": self.temperature, "top_p": self.top_p, "n": self.n, "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty, "top_k": self.top_k, "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": self.repetition_penalty, "min_tokens": self.min_tokens,
         }  # fmt: skip
         try:
             return Sampling(
                 max_tokens=self.limit(), seed=self.seed, stop=stop, logprobs=self.top(), ignore_eos=self.ignore_eos,
+                stop_ids=self._stop_ids(vocabulary), include_stop=self.include_stop_str_in_output,
                 logit_bias=self._bias(vocabulary), **{k: v for k, v in given.items() if v is not None},
             )  # fmt: skip
         except ConfigError as error:
             raise ApiError(400, f"{error.field}: {error.message}", param=error.field) from error
+
+    def _stop_ids(self, vocabulary: int) -> tuple[int, ...]:
+        ids = tuple(self.stop_token_ids or ())
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise ApiError(400, f"stop_token_ids: token ids go from 0 to {vocabulary - 1}", param="stop_token_ids")
+        return ids
 
     def _bias(self, vocabulary: int) -> dict[int, float]:
         try:
@@ -127,6 +143,10 @@ class ChatRequest(Generation):
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    # beyond OpenAI: what the template is told
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     # refused unless they ask for what happens anyway
     functions: list[Any] | None = None
     function_call: Any = None
@@ -150,6 +170,10 @@ class ChatRequest(Generation):
         for name, wrong in asked.items():
             if wrong:
                 raise ApiError(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                400, "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages as the renderer takes them: `developer` is `system`, parts of text are joined."""
@@ -169,6 +193,7 @@ class ChatRequest(Generation):
 
 class CompletionRequest(Generation):
     prompt: Prompts
+    max_tokens: Whole | None = Field(None, ge=0)  # 0: only the prompt's log-probabilities
     echo: bool | None = None
     logprobs: Whole | None = Field(None, ge=0, le=20)
     best_of: Whole | None = None
@@ -178,10 +203,19 @@ class CompletionRequest(Generation):
         return self.logprobs
 
     def limit(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens
+        return 16 if self.max_tokens is None else max(self.max_tokens, 1)
+
+    @property
+    def prompt_only(self) -> bool:
+        return self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt. Raises `ApiError` for none, and for `suffix` and `best_of`, which are not supported."""
+        """One entry a prompt. Raises `ApiError` for none, for `suffix` and `best_of`, which are not supported, and where nothing
+        is asked for."""
+        if self.prompt_only and not (self.echo and self.logprobs is not None):
+            raise ApiError(
+                400, "max_tokens is 0 only for a prompt's log-probabilities: with echo and logprobs", param="max_tokens"
+            )
         if self.suffix:
             raise ApiError(400, "suffix is not supported by this model", param="suffix", code="unsupported_parameter")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -204,11 +238,11 @@ def one_each(prompts: Prompts, param: str, most: int) -> list[str | list[int]]:
 
 
 def parse(kind: type[Request], body: Any) -> Request:
-    """The request in `body`. Raises `ApiError` naming the first parameter that is wrong."""
+    """The request in `body`. A null asks for nothing. Raises `ApiError` naming the first parameter that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
-        return kind.model_validate(body)
+        return kind.model_validate({name: value for name, value in body.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None

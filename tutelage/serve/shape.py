@@ -31,10 +31,15 @@ class Shape:
     tools: tuple[dict[str, Any], ...] = ()
     style: CallStyle | None = None
     grammar: Grammar | None = None
+    shown_ids: frozenset[int] = frozenset()  # control tokens that are part of the text
 
     def sampling(self, plain: Sampling) -> Sampling:
-        shown = tuple(sorted(self.style.visible)) if self.style else ()
-        return replace(plain, grammar=self.grammar, shown_ids=shown)
+        """Raises `ApiError` for what a grammar leaves no room for."""
+        shown = self.shown_ids | frozenset(self.style.visible if self.style else ())
+        try:
+            return replace(plain, grammar=self.grammar, shown_ids=tuple(sorted(shown)))
+        except ConfigError as error:
+            raise ApiError(400, f"{error.field}: {error.message}", param=error.field) from error
 
 
 async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Shape:
@@ -53,12 +58,13 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
             style = replace(_named("tools", served.call_style), most=None if parallel else 1)
             if mode == "required":
                 formats["tool_choice"] = await _apart("tools", partial(tool_grammar, style, tools, name, parallel=parallel))
+    shown = frozenset() if asked.skip_special_tokens else served.renderer.tokenizer.control_ids
     if len(formats) > 1:
         raise ApiError(400, f"{' and '.join(formats)} exclude each other", param=next(iter(formats)))
     for param, grammar in formats.items():
         await _apart(param, partial(served.engine.constrain, grammar))
-        return Shape(tools, style, grammar)
-    return Shape(tools, style)
+        return Shape(tools, style, grammar, shown)
+    return Shape(tools, style, shown_ids=shown)
 
 
 async def _apart(param: str, function: Callable[[], T]) -> T:

@@ -35,9 +35,10 @@ class Work:
         assert self._ticket is not None, "not submitted yet"
         return self._ticket.sequences
 
-    async def submit(self, first: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Queues the answers, after `first`. Raises `ApiError` for what cannot be answered, which then costs nothing."""
-        wanted = [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)]
+    async def submit(self, first: Callable[[], Awaitable[None]] | None = None, answers: bool = True) -> None:
+        """Queues the answers (none where only `first` is wanted), after `first`. Raises `ApiError` for what cannot be answered,
+        which then costs nothing."""
+        wanted = [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)] if answers else []
         with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
             if first is not None:
                 await first()

@@ -22,7 +22,10 @@ from tutelage.stages.training import choose_device
 from tutelage.train.hooks import duration
 
 OF_PROMPTS = ("column", "prompt_template", "chat", "system")
-OF_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop")
+OF_SAMPLING = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "beams", "length_penalty", "early_stopping",
+    "no_repeat_ngram",
+)  # fmt: skip
 
 
 def run(config: Generate, runs: Path = Path("runs"), *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:

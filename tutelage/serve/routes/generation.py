@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -24,8 +25,7 @@ async def chat(request: Request) -> Response:
     sampling = asked.sampling(served.engine.vocab_size)
     turns = asked.turns()
     shape = await shape_of(asked, served)
-    with as_api_errors("messages"):
-        ids = await asyncio.to_thread(served.renderer.prompt, turns, list(shape.tools) or None)
+    ids = await asyncio.to_thread(_prompt, served.renderer, asked, turns, list(shape.tools) or None)
     reply = Reply("chat.completion", served.name)
     return await Job(request, served, reply, [ids], shape.sampling(sampling), "messages", shape.style).answer(asked)
 
@@ -40,3 +40,14 @@ async def complete(request: Request) -> Response:
         ids = await asyncio.to_thread(lambda: [served.engine.encode(prompt) for prompt in prompts])
     job = Job(request, served, Reply("text_completion", served.name), ids, sampling, "prompt")
     return await job.answer(asked, echo=prompts if asked.echo else ())
+
+
+def _prompt(renderer: Any, asked: ChatRequest, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+    """Token ids of a conversation. Raises `ApiError`."""
+    with as_api_errors("chat_template_kwargs"):
+        if asked.chat_template_kwargs:
+            renderer = renderer.with_variables(asked.chat_template_kwargs)
+    with as_api_errors("messages"):
+        if asked.continue_final_message:
+            return renderer.continued(turns, tools)  # type: ignore[no-any-return]
+        return renderer.prompt(turns, tools, asked.add_generation_prompt is not False)  # type: ignore[no-any-return]
