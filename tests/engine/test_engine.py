@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine import small
-from tutelage.engine import Engine, Sampling
+from tutelage.engine import Engine, Sampling, Sequence, TokenScore
 from tutelage.engine.limits import ContextOverflow
 from tutelage.engine.text import TextStream, Vocabulary
 from tutelage.errors import ArtifactError, ConfigError, DataError
@@ -146,6 +146,26 @@ def test_cancelled_and_finished_sequences_free_their_slots(model: Any) -> None:
     assert [s.finish_reason for s in sequences] == ["cancelled", *["length"] * 4, "cancelled"]
     for p, s in list(zip(prompts(6), sequences, strict=True))[1:5]:
         assert s.completion().ids == plain_greedy(model, p, 12)
+
+
+def test_a_step_that_fails_in_the_middle_gives_every_slot_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that ended in the same step before another failed: its slot is nobody's, for ever."""
+    engine = Engine(model, slots=2)
+    ended, failing = (engine.submit(p, Sampling(n, temperature=0)) for p, n in zip(prompts(2), (1, 5), strict=True))
+    append = Sequence.append
+
+    def broken(self: Sequence, score: TokenScore) -> Any:
+        if self is failing:
+            raise RuntimeError("out of memory")
+        return append(self, score)
+
+    monkeypatch.setattr(Sequence, "append", broken)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    assert ended.finish_reason == "length" and engine.scheduler.slots.used == 2
+    for sequence in (ended, failing):
+        engine.cancel(sequence)
+    assert engine.idle and engine.scheduler.slots.used == 0 and ended.finish_reason == "length"
 
 
 def test_moving_slots_together_keeps_the_answers(model: Any) -> None:

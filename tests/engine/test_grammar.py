@@ -14,7 +14,7 @@ import torch
 
 from tests.engine import small
 from tutelage.data.render import Renderer
-from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
+from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler, GrammarsBusy
 from tutelage.engine.json_schema import Bounds, prepare
 from tutelage.engine.patterns import places
 from tutelage.engine.text import Vocabulary
@@ -165,7 +165,7 @@ def test_compiled_grammars_are_kept(renderer: Renderer, vocabulary: Vocabulary, 
     """Guards against compiling at every request, and against keeping every grammar that was ever asked for."""
     compiler = GrammarCompiler(vocabulary, renderer.stop_ids, len(vocabulary), renderer.tokenizer.encode_text, kept=2)
     built, build = [], compiler._build
-    monkeypatch.setattr(compiler, "_build", lambda grammar: built.append(grammar.source) or build(grammar))
+    monkeypatch.setattr(compiler, "_build", lambda grammar, text: built.append(grammar.source) or build(grammar, text))
     for source in "abacab":
         compiler.compile(Grammar("regex", source))
     assert "".join(built) == "abcb"
@@ -307,3 +307,27 @@ def test_missing_library(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MissingExtra, match=r"tutelage\[serve\]"):
         GrammarCompiler(vocabulary, (), 10, lambda text: [])
+
+
+def test_a_process_that_died_is_replaced(renderer: Renderer, vocabulary: Vocabulary) -> None:
+    """Guards the next grammar after one that was too large, or after the system took the process's memory: it is not to blame."""
+    compiler = GrammarCompiler(vocabulary, renderer.stop_ids, len(vocabulary), renderer.tokenizer.encode_text, seconds=1.0)
+    compiler.compile(Grammar("regex", "a"))
+    (process,) = compiler._trials._idle
+    process._popen.kill()
+    process._popen.wait()
+    compiler.compile(Grammar("regex", "b"))
+    slow = {"allOf": [{"type": "integer", "multipleOf": 99991}, {"multipleOf": 99989}, {"multipleOf": 1.5}]}
+    assert "seconds of compiling" in refused(compiler, Grammar.of_schema(slow))
+    compiler.compile(Grammar("regex", "c"))
+    assert len(compiler._trials._idle) == 1 and compiler._trials._idle[0] is not process
+
+
+def test_a_grammar_waits_for_its_turn(renderer: Renderer, vocabulary: Vocabulary) -> None:
+    """Guards the others against one that is being tried for long: they may come again, their grammar is not wrong."""
+    compiler = GrammarCompiler(vocabulary, renderer.stop_ids, len(vocabulary), renderer.tokenizer.encode_text, seconds=0.1)
+    taken = [compiler._trials._free.acquire() for _ in range(2)]
+    with pytest.raises(GrammarsBusy):
+        compiler.compile(Grammar("regex", "a"))
+    for _ in taken:
+        compiler._trials._free.release()

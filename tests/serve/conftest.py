@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engine import small
+from tests.serve.running import Process
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine
 from tutelage.models.load import load
@@ -20,3 +23,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Engine:
     return Engine(load(model), Renderer(model))
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    """Starts servers in processes of their own, which end with the test."""
+    made: list[Process] = []
+
+    def started(*words: str, port: int = 0) -> Process:
+        made.append(Process(*words, port=port))
+        return made[-1]
+
+    yield started
+    for process in made:
+        process.popen.kill()
+        process.popen.wait()

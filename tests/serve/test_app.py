@@ -177,6 +177,9 @@ def test_bad_completions(client: openai.OpenAI, server: Running) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(**{"model": NAME, "prompt": "x", **change})  # type: ignore[call-overload]
         assert caught.value.param == next(iter(change))
+    with pytest.raises(openai.BadRequestError) as caught:  # their number is the queue's, and each holds its prompt
+        client.completions.create(model=NAME, prompt=["x"] * 600, n=2)
+    assert caught.value.param == "n"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
     url = f"{server.url}/v1/completions"

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +12,8 @@ import openai
 import pytest
 
 from tests.engine import small
-from tests.pipeline import environment, tutelage
+from tests.pipeline import tutelage
+from tests.serve.running import Process
 from tutelage.errors import ConfigError
 from tutelage.serve.listen import Options, serve
 
@@ -25,39 +21,6 @@ from tutelage.serve.listen import Options, serve
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.saved(tmp_path_factory.mktemp("drain"), "tiny", 8192)
-
-
-class Process:
-    """`tutelage serve` on a free port."""
-
-    def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-m", "tutelage.cli", "serve", *words, "--port", "0"]
-        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
-        self.said: list[str] = []
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.said.append(line)
-            if found := re.search(r"at (http://\S+)/v1", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.said))
-        threading.Thread(target=lambda: self.said.extend(self.popen.stderr), daemon=True).start()  # type: ignore[arg-type]
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-@pytest.fixture
-def start() -> Iterator[Any]:
-    made: list[Process] = []
-
-    def started(*words: str) -> Process:
-        made.append(Process(*words))
-        return made[-1]
-
-    yield started
-    for process in made:
-        process.popen.kill()
-        process.popen.wait()
 
 
 def long_answer(process: Process, tokens: int) -> Any:

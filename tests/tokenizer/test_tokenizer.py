@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +209,26 @@ def test_training_is_deterministic(tmp_path: Path) -> None:
     assert files == ["chat_template.jinja", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "tutelage.json"]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     assert TokenizerFolder.open(tmp_path / "a").digest == TokenizerFolder.open(tmp_path / "b").digest
+
+
+def test_a_long_text_lets_other_threads_run(make: Callable[..., TokenizerFolder]) -> None:
+    """A server that stands still while one client's megabytes are tokenized: the interpreter's lock was kept all that time."""
+    tokenizer, over, ticks = make(), threading.Event(), 0
+    tokenizer.encode_text("made ready")
+
+    def tick() -> None:
+        nonlocal ticks
+        while not over.wait(0.001):
+            ticks += 1
+
+    other = threading.Thread(target=tick)
+    other.start()
+    before = ticks
+    ids = tokenizer.encode_text("the quick brown fox " * 50_000)
+    seen = ticks - before
+    over.set()
+    other.join()
+    assert len(ids) > 100_000 and seen > 10
 
 
 def test_digest_sees_the_template(make: Callable[..., TokenizerFolder]) -> None:

@@ -262,7 +262,7 @@ class PieceEncoder:
             return [i for part in self.pieces([(p, mark) for p in sample.pieces]) for i in part]
         if mark:
             self._refuse_marks(text)
-        return list(self.tokenizer.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.tokenizer.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _refuse_marks(self, text: str) -> None:
         raise DataError(

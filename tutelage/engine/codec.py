@@ -56,7 +56,7 @@ class Codec:
                 raise ConfigError("this engine has no tokenizer", field="prompt", expected="token ids")
             if isinstance(prompt, str):
                 if self.sources:
-                    return list(self.renderer.tokenizer.tokenizer.encode(prompt).ids)
+                    return list(self.renderer.tokenizer.tokenizer.encode_batch_fast([prompt])[0].ids)
                 return list(self.renderer.prompt_text(prompt))
             return list(self.renderer.prompt(list(prompt)))
         return [int(t) for t in prompt]  # type: ignore[arg-type]

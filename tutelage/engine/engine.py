@@ -162,10 +162,11 @@ class Engine:
         if sequence.finish_reason is None:
             sequence.finish_reason = "cancelled"
             sequence.stream.flush()
-            self._remove(sequence)
+        self._remove(sequence)  # one that ended in a step which then failed still has its slot
 
     def _remove(self, sequence: Sequence) -> None:
-        self.runner.release(sequence.slot)
+        if sequence.slot >= 0:
+            self.runner.release(sequence.slot)
         self.scheduler.remove(sequence)
 
     @property

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from tutelage.engine.json_schema import MAX_VALUES, Bounds, prepare
 from tutelage.engine.patterns import check_pattern
 from tutelage.engine.text import Vocabulary
+from tutelage.engine.trial import Trials
 from tutelage.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ Kind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 
 MAX_SOURCE = 65_536  # characters
 WHITESPACE = r"[ ]|\n[ ]{0,16}"  # between the parts of JSON, at most once at a place: otherwise it need never end
-_COMPILERS = threading.BoundedSemaphore(2)  # threads at a time, those included that are past their time
+MASK_SECONDS = 1.0  # of processor time for one token; an answer that takes longer ends there
+LIMITS: dict[str, Any] = {"max_grammar_size": 100_000, "max_lexer_states": 50_000, "verbose_errors": False}
+
+
+class GrammarsBusy(ConfigError):
+    """Other grammars are being compiled; this one may be right."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,8 +46,7 @@ class Grammar:
     """What an answer must be.
 
     json_schema: `source` is the schema, as JSON. json_object: any JSON object. regex: the whole answer matches (Rust's syntax,
-    without look-around). choice: `source` is a JSON list of texts. lark: llguidance's dialect of Lark, with %json for schemas;
-    its size can't be known before it runs, so offer it to people you trust only.
+    without look-around). choice: `source` is a JSON list of texts. lark: llguidance's dialect of Lark, with %json for schemas.
 
     Example:
         >>> Grammar.of_choices(["yes", "no"])
@@ -99,7 +104,13 @@ class GrammarCompiler:
         self._tokenizer = llguidance.LLTokenizer(
             wrapped, n_vocab=max(vocab_size, len(self._tokens.tokens)), eos_token=self._tokens.ends
         )
-        self._limits = llguidance.LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        self._trials = Trials(
+            {
+                "tokens": self._tokens.tokens, "special": self._tokens.special_token_ids, "ends": self._tokens.ends,
+                "vocab_size": max(vocab_size, len(self._tokens.tokens)), "limits": LIMITS,
+            }
+        )  # fmt: skip
         self._bounds, self._seconds, self._kept = bounds, seconds, kept
         self._cache: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -111,36 +122,29 @@ class GrammarCompiler:
             if known is not None:
                 self._cache.move_to_end(grammar)
         if known is None:
-            known = self._in_time(grammar)
+            known = self._tried(grammar)
             with self._lock:
                 self._cache[grammar] = known
                 while len(self._cache) > self._kept:
                     self._cache.popitem(last=False)
         return Constraint(known.deep_copy(), grammar.kind)
 
-    def _in_time(self, grammar: Grammar) -> LLMatcher:
-        """Compiles in a thread of its own: the library cannot be interrupted, only left behind."""
-        done: Future[LLMatcher] = Future()
-
-        def work() -> None:
-            try:
-                done.set_result(self._build(grammar))
-            except Exception as error:
-                done.set_exception(error)
-            finally:
-                _COMPILERS.release()
-
-        if not _COMPILERS.acquire(timeout=self._seconds):
-            raise ConfigError("other grammars are still being compiled", field=grammar.kind, fix="try again later")
-        threading.Thread(target=work, name="grammar", daemon=True).start()
+    def _tried(self, grammar: Grammar) -> LLMatcher:
+        """Compiles what a process of its own could compile in time. Raises `GrammarsBusy` when none was free."""
+        text = self._text(grammar)
         try:
-            return done.result(self._seconds)
+            wrong = self._trials.run(text, self._seconds)
+        except BlockingIOError as error:
+            raise GrammarsBusy("other grammars are still being compiled", field=grammar.kind, fix="try again later") from error
         except TimeoutError as error:
             expected = f"at most {self._seconds:g} seconds of compiling"
             raise ConfigError("the grammar is too large", field=grammar.kind, expected=expected, fix="simplify it") from error
+        if wrong is not None:
+            raise _unusable(wrong, grammar.kind)
+        return self._build(grammar, text)
 
-    def _build(self, grammar: Grammar) -> LLMatcher:
-        matcher: LLMatcher = self._library.LLMatcher(self._tokenizer, self._text(grammar), log_level=0, limits=self._limits)
+    def _build(self, grammar: Grammar, text: str) -> LLMatcher:
+        matcher: LLMatcher = self._library.LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         _check(matcher, grammar.kind)
         matcher.compute_bitmask()  # the first mask takes the longest; what is worked out for it is copied along
         _check(matcher, grammar.kind)
@@ -186,8 +190,11 @@ class Constraint:
 
         Raises `ConfigError` when the grammar is past its limits: that answer cannot go on, others can.
         """
+        began = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         _check(self._matcher, self._field)
+        if time.thread_time() - began > MASK_SECONDS:
+            raise ConfigError("the grammar takes too long at every token", field=self._field)
         return torch.from_numpy(np.unpackbits(bits, count=size, bitorder="little").view(np.bool_))
 
     def apply(self, row: Tensor) -> None:
@@ -235,10 +242,14 @@ class _Tokens:
 
 def _check(matcher: LLMatcher, field: str) -> None:
     if matcher.is_error():
-        message = matcher.get_error().split("<state>")[0].strip()
-        if message.startswith("NoExtension"):
-            raise ConfigError("no text fits the grammar", field=field)
-        raise ConfigError(f"the grammar cannot be used: {message[:500]}", field=field)
+        raise _unusable(matcher.get_error(), field)
+
+
+def _unusable(message: str, field: str) -> ConfigError:
+    message = message.split("<state>")[0].strip()
+    if message.startswith("NoExtension"):
+        return ConfigError("no text fits the grammar", field=field)
+    return ConfigError(f"the grammar cannot be used: {message[:500]}", field=field)
 
 
 def _choices(source: str) -> str:

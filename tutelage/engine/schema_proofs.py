@@ -90,7 +90,7 @@ def disjoint(a: Any, b: Any) -> bool:
     if "type" in a and "type" in b and not _wide(a) & _wide(b):
         return True
     if types(a) == types(b) == ["object"]:
-        both = [name for name in a.get("required", ()) if name in b.get("required", ())]
+        both = set(a.get("required", ())) & set(b.get("required", ()))
         left, right = a.get("properties", {}), b.get("properties", {})
         return any(disjoint(left.get(name), right.get(name)) for name in both)
     return False
@@ -109,24 +109,30 @@ def _constants(schema: dict[str, Any]) -> list[Any] | None:
 
 def has_finite(root: dict[str, Any]) -> bool:
     """Whether some finite value fits: no required property holds another of its kind for ever."""
-    references = {node["$ref"] for node in every(root) if isinstance(node, dict) and "$ref" in node}
-    ended: set[str] = set()
-    while more := {r for r in references - ended if _ends(target(root, r), ended)}:
-        ended |= more
-    return _ends(root, ended)
+    nodes = [*every(root)][::-1]  # what a schema holds before the schema
+    ended: set[int] = set()  # ids of those that a finite value fits
+    count = -1
+    while count < len(ended):
+        count = len(ended)
+        for node in nodes:
+            if id(node) not in ended and _ends(node, root, ended):
+                ended.add(id(node))
+    return id(root) in ended
 
 
-def _ends(schema: Any, ended: set[str]) -> bool:
-    """Whether some finite value fits, given the references that are known to have one."""
+def _ends(schema: Any, root: Any, ended: set[int]) -> bool:
+    """Whether some finite value fits, given the schemas that are known to have one."""
     if not isinstance(schema, dict):
         return schema is not False
     holds = types(schema) in (["array"], ["object"])  # where other types are allowed, a plain value will do
     needed = [*schema.get("allOf", ()), *(_needed(schema) if holds else ())]
-    return (
-        ("$ref" not in schema or schema["$ref"] in ended)
-        and all(_ends(one, ended) for one in needed)
-        and any(_ends(one, ended) for one in schema.get("anyOf", [True]))
-    )
+    if "$ref" in schema:
+        needed.append(target(root, schema["$ref"]))
+    return all(_known(one, ended) for one in needed) and any(_known(one, ended) for one in schema.get("anyOf", [True]))
+
+
+def _known(schema: Any, ended: set[int]) -> bool:
+    return id(schema) in ended if isinstance(schema, dict) else schema is not False
 
 
 def _needed(schema: dict[str, Any]) -> Iterator[Any]:

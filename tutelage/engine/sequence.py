@@ -268,11 +268,15 @@ class Sequence:
         return Event(self, text, (score.id,), scores, self.finish_reason)
 
     def _satisfied(self, token: int) -> bool:
-        """Tells the grammar of the token; True when nothing can follow."""
+        """Tells the grammar of the token; True when nothing can follow. Past its limits the answer is cut here."""
         if self.constraint is None:
             return False
-        self.constraint.accept(token)
-        return self.constraint.finished
+        try:
+            self.constraint.accept(token)
+            return self.constraint.finished
+        except ConfigError:
+            self.constraint, self.limit = None, self.made
+            return False
 
     def give_up(self) -> None:
         """The grammar is past its limits: the answer ends after the next token, as one that was cut."""

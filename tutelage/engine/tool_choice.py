@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tutelage.data.render import Renderer
-from tutelage.engine.grammar import Grammar, json_text
+from tutelage.engine.grammar import MAX_SOURCE, Grammar, json_text
 from tutelage.engine.tool_calls import STYLES, CallStyle, ToolCall, parse_calls
 from tutelage.errors import ConfigError, UserError
 
@@ -83,7 +83,12 @@ def tool_grammar(
         known = ", ".join(function["name"] for function in functions)
         raise ConfigError("no such tool", field="tool_choice", found=name, expected=known or "a list of tools")
     most = MAX_CALLS if parallel and style.many and name is None else 1
-    rules = [_rule(functions[i], style, i) for i in wanted]
+    rules: list[str] = []
+    for i in wanted:
+        rules.append(_rule(functions[i], style, i))
+        if sum(map(len, rules)) > MAX_SOURCE:
+            expected = f"up to {MAX_SOURCE:,} characters with their bounds"
+            raise ConfigError("the tools' parameters are too long", field="tools", expected=expected)
     between = _literal(", " if style.listed else style.closing + style.between + style.opening, style)
     more = f" ({between} call){{0,{most - 1}}}" if most > 1 else ""
     opening, closing = style.opening + "[" * style.listed, "]" * style.listed + style.closing

@@ -80,8 +80,11 @@ class ModelMeter(Meter):
     def generated(self, tokens: int) -> None:
         self._generation_tokens.inc(tokens)
 
-    def read(self, prompt_tokens: int) -> None:
-        self._prompt_tokens.inc(prompt_tokens)
+    def embedded(self, waited: float, since_asked: float, prompt_tokens: int) -> None:
+        """As vLLM counts its pooling requests: each text is a request whose first token is its last, with reason "stop"."""
+        self.started(waited)
+        self.first_token(since_asked, prompt_tokens)
+        self.finished("stop", since_asked)
 
     def finished(self, reason: str, since_asked: float) -> None:
         self._success(reason).inc()

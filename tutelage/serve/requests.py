@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ConfigError, UserError
@@ -21,16 +22,18 @@ GONE = Response(status_code=499)
 
 
 async def read_json(request: Request) -> Any:
-    """The body. Raises `ApiError` 415 for another content type, 400 for broken JSON."""
+    """The body. Raises `ApiError` 415 for another content type, 400 for broken JSON, 499 for one that ends in the middle."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # A page of another site can send anything to this machine, but not JSON under its own name.
         raise ApiError(415, "the content type must be application/json")
-    body = await request.body()
     try:
-        value = json.loads(body)
-        if b"\\u" in body:  # half a surrogate pair is JSON, but no text: no tokenizer takes it
+        text = (await request.body()).decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair is JSON, but no text: no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode()
         return value
+    except ClientDisconnect as error:
+        raise ApiError(GONE.status_code, "the client left") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error})") from error
 

@@ -15,6 +15,7 @@ from tutelage.errors import ConfigError
 Whole = Annotated[int, Field(strict=True)]
 Prompts = str | list[Whole] | list[str] | list[list[Whole]]
 Request = TypeVar("Request", bound=BaseModel)
+MAX_ANSWERS = 1024  # to one request
 
 
 class ApiError(Exception):
@@ -219,7 +220,10 @@ class CompletionRequest(Generation):
             raise ApiError(400, "suffix is not supported by this model", param="suffix", code="unsupported_parameter")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of is not supported, unless it equals n", param="best_of", code="unsupported_parameter")
-        return one_each(self.prompt, "prompt", most=1024)
+        prompts = one_each(self.prompt, "prompt", most=MAX_ANSWERS)
+        if len(prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ApiError(400, f"at most {MAX_ANSWERS} answers to one request, n to each prompt", param="n")
+        return prompts
 
 
 def one_each(prompts: Prompts, param: str, most: int) -> list[str | list[int]]:

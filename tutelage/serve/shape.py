@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from tutelage.engine import Sampling
-from tutelage.engine.grammar import Grammar
+from tutelage.engine.grammar import Grammar, GrammarsBusy
 from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import tool_grammar
 from tutelage.errors import ConfigError
 from tutelage.serve.models import Served
-from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest
+from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, unavailable
 
 STRUCTURED = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark", "json_object": "json_object"}
 """Keys of `structured_outputs`, as vLLM has them, and our kinds of grammar."""
+MAX_TOOLS = 128  # of one request, as OpenAI has it
+_GRAMMARS = ThreadPoolExecutor(4, "grammars")  # of their own: where slow ones wait, nobody's prompt waits to be tokenized
+T = TypeVar("T")
 
 
 @dataclass(slots=True, frozen=True)
@@ -51,20 +57,27 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
             parallel = asked.parallel_tool_calls is not False
             style = replace(_named("tools", served.call_style), most=None if parallel else 1)
             if mode == "required":
-                formats["tool_choice"] = _named("tools", tool_grammar, style, tools, name, parallel=parallel)
+                formats["tool_choice"] = await _apart("tools", partial(tool_grammar, style, tools, name, parallel=parallel))
     shown = frozenset() if asked.skip_special_tokens else served.renderer.tokenizer.control_ids
     if len(formats) > 1:
         raise ApiError(400, f"{' and '.join(formats)} exclude each other", param=next(iter(formats)))
     for param, grammar in formats.items():
-        await asyncio.to_thread(_named, param, served.engine.constrain, grammar)
+        await _apart(param, partial(served.engine.constrain, grammar))
         return Shape(tools, style, grammar, shown)
     return Shape(tools, style, shown_ids=shown)
 
 
-def _named(param: str, function: Any, *arguments: Any, **options: Any) -> Any:
+async def _apart(param: str, function: Callable[[], T]) -> T:
+    """`_named`, in a thread."""
+    return await asyncio.get_running_loop().run_in_executor(_GRAMMARS, partial(_named, param, function))
+
+
+def _named(param: str, function: Callable[..., T], *arguments: Any) -> T:
     """Calls a function whose `ConfigError` is the fault of `param`."""
     try:
-        return function(*arguments, **options)
+        return function(*arguments)
+    except GrammarsBusy as error:
+        raise unavailable(str(error.message), "grammars_busy") from error
     except ConfigError as error:
         detail = f" at {error.field}" if error.field and error.field != param else ""
         found = f": {error.found}" if error.found is not None else ""
@@ -83,7 +96,7 @@ def _response_format(given: dict[str, Any] | None) -> Grammar | None:
         raise ApiError(
             400, "response_format is text, json_object, or json_schema with json_schema.schema", param="response_format"
         )
-    return _named("response_format", Grammar.of_schema, outer["schema"])  # type: ignore[no-any-return]
+    return _named("response_format", Grammar.of_schema, outer["schema"])
 
 
 def _structured(given: dict[str, Any] | None) -> Grammar | None:
@@ -94,15 +107,17 @@ def _structured(given: dict[str, Any] | None) -> Grammar | None:
         raise ApiError(400, f"structured_outputs has one of {', '.join(STRUCTURED)}", param="structured_outputs")
     ((key, value),) = asked.items()
     if key == "json" and not isinstance(value, str):
-        return _named("structured_outputs", Grammar.of_schema, value)  # type: ignore[no-any-return]
+        return _named("structured_outputs", Grammar.of_schema, value)
     if key == "choice" and isinstance(value, list):
-        return _named("structured_outputs", Grammar.of_choices, value)  # type: ignore[no-any-return]
+        return _named("structured_outputs", Grammar.of_choices, value)
     source = "" if key == "json_object" else value
-    return _named("structured_outputs", Grammar, STRUCTURED[key], source)  # type: ignore[no-any-return]
+    return _named("structured_outputs", Grammar, STRUCTURED[key], source)
 
 
 def _tools(asked: ChatRequest) -> tuple[tuple[dict[str, Any], ...], str, str | None]:
     """The tools to show, whether a call is required, and of which tool."""
+    if len(asked.tools or ()) > MAX_TOOLS:
+        raise ApiError(400, f"at most {MAX_TOOLS} tools", param="tools")
     tools = tuple(_checked(tool, i) for i, tool in enumerate(asked.tools or ()))
     names = [tool["function"]["name"] for tool in tools]
     if len(set(names)) < len(names):

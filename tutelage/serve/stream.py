@@ -41,8 +41,8 @@ class Meter:
 
     def generated(self, tokens: int) -> None: ...
 
-    def read(self, prompt_tokens: int) -> None:
-        """Prompts were read that get no answer (embeddings)."""
+    def embedded(self, waited: float, since_asked: float, prompt_tokens: int) -> None:
+        """A text became a vector: it left the queue after `waited`, and was ready after `since_asked`."""
 
     def finished(self, reason: str, since_asked: float) -> None:
         """reason: stop, length, abort (the client left) or error."""
@@ -231,13 +231,18 @@ class EngineThread:
         while True:
             # Orders that come meanwhile wait for a step: no stream of them can hold up the answers that run.
             for _ in range(max(self._orders.qsize(), int(self.engine.idle))):
-                order = self._orders.get()
-                if order is None:
+                if not self._follow():
                     self.engine.close()
                     return
-                order()
             if not self.engine.idle:
                 self._step()
+
+    def _follow(self) -> bool:
+        """Carries out the next order; False at the end. Not in the loop, whose name for it would keep the last request alive."""
+        order = self._orders.get()
+        if order is not None:
+            order()
+        return order is not None
 
     def _step(self) -> None:
         try:

@@ -116,7 +116,8 @@ class TokenizerFolder:
 
     def encode_text(self, text: str, add_special: bool = False) -> list[int]:
         """Ids of content. With `add_special`, those of a whole document: BOS where the tokenizer wants one, then EOS."""
-        ids: list[int] = self.plain.encode(text, add_special_tokens=False).ids
+        # A batch of one: a single call keeps the interpreter's lock, for seconds where the text has megabytes.
+        ids: list[int] = self.plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self.document(ids) if add_special else ids
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = False) -> list[list[int]]:

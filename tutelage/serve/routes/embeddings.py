@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from tutelage.engine.limits import check_length, check_tokens
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.serve.models import Served
 from tutelage.serve.requests import GONE, as_api_errors, read_json, unless_gone
 from tutelage.serve.schema import ApiError, Prompts, Whole, one_each, parse
@@ -59,9 +61,24 @@ async def embeddings(request: Request) -> Response:
 
 
 async def _vectors(served: Served, prompts: list[list[int]]) -> list[np.ndarray]:
-    vectors = await served.thread.grouped(prompts, lambda engine, texts, lora: engine.embed(texts, lora))
-    served.meter.read(sum(map(len, prompts)))
-    return vectors
+    """A vector for each prompt. Counts how each ended, whether they all did or the client left before."""
+    asked, left = time.monotonic(), len(prompts)
+
+    def measured(engine: EngineProtocol, texts: list[list[int]], lora: Any) -> list[np.ndarray]:
+        nonlocal left
+        began = time.monotonic()
+        vectors = engine.embed(texts, lora)
+        left -= len(texts)
+        for ids in texts:
+            served.meter.embedded(began - asked, time.monotonic() - asked, len(ids))
+        return vectors
+
+    try:
+        return await served.thread.grouped(prompts, measured)
+    except BaseException as error:
+        for _ in range(left):
+            served.meter.finished("abort" if isinstance(error, asyncio.CancelledError) else "error", time.monotonic() - asked)
+        raise
 
 
 def _written(vector: np.ndarray, encoding_format: str) -> Any:
