@@ -11,8 +11,8 @@ from tests.engine import small
 from tests.models.shapes import CASES
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.blocks import Held, Slots, common_length
+from tutelage.engine.drafts import Endings
 from tutelage.engine.runner import FusedRunner
-from tutelage.engine.speculate import lookup
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.config import DecoderConfig
@@ -192,9 +192,12 @@ def test_guesses_that_come_true_save_steps() -> None:
 
 
 def test_lookup_finds_what_followed() -> None:
-    assert lookup([1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
-    assert lookup([9, 2, 3, 7, 1, 2, 3, 8, 4, 2, 3], 3) == [8, 4, 2]  # the latest place
-    assert lookup([1, 2, 3, 4], 4) == []
+    assert Endings().after([1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
+    assert Endings().after([9, 2, 3, 7, 1, 2, 3, 8, 4, 2, 3], 3) == [8, 4, 2]  # the latest place
+    assert Endings().after([1, 2, 3, 4], 4) == []
+    text, growing = [1, 2, 1, 2, 1, 2, 3, 1, 2, 3, 3, 1, 2] * 3, Endings()
+    for length in range(1, len(text), 2):
+        assert growing.after(text[:length], 3) == Endings().after(text[:length], 3)
 
 
 def test_places_keep_what_pays() -> None:

@@ -17,9 +17,7 @@ from openai.types.responses import ResponseItemList
 
 from tests.engine import small
 from tests.pipeline import tutelage
-from tests.serve.running import Running
-from tests.serve.test_drain import Process
-from tests.serve.test_drain import start as start
+from tests.serve.running import Process, Running
 from tutelage.engine import Engine
 from tutelage.errors import StorageError
 from tutelage.serve.app import build_app, create_app

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from tutelage.engine.blocks import CACHE_BYTES, common_length, make_cache
+from tutelage.engine.drafts import Drafts
 from tutelage.engine.runner import Work
 from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import likely
 from tutelage.engine.sequence import Sampling, Sequence
-from tutelage.engine.speculate import WORTH, Guesser
+from tutelage.engine.speculate import Guesser
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
 
@@ -40,7 +41,8 @@ class Draft(Guesser):
             )  # fmt: skip
         self.model = model.eval()
         self.runner = make_runner(model, cache, next(model.parameters()).device, False, "float32")
-        self.worth = WORTH + _size(model) / _size(large)
+        self.drafts = Drafts()
+        self.cost = max(_size(model) / _size(large), _depth(model) / _depth(large))
         self._readers: dict[int, Sequence] = {}  # by slot: the text that the small model has read there
 
     def propose(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
@@ -87,6 +89,10 @@ def _check(model: Any, large: Any, length: int) -> None:
                 "the draft model does not fit the model", field="draft", found=f"{name} {found}",
                 expected=str(least) if exact else f"at least {least}",
             )  # fmt: skip
+
+
+def _depth(model: Any) -> float:
+    return float(model.config.num_hidden_layers)
 
 
 def _size(model: Any) -> int:

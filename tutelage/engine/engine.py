@@ -239,7 +239,7 @@ class Engine:
         if right:
             work.sequence.cached += 1
         elif self.guesser is not None:
-            note(work.sequence, work.wanted - 1, place, self.guesser.worth)
+            note(work.sequence, work.wanted - 1, place, self.guesser, len(self.scheduler.running))
         return right
 
     def _close_gaps(self) -> None:

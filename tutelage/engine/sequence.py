@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tutelage.engine.drafts import Drafts
 from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
@@ -183,15 +184,6 @@ class Rules:
         """None where nothing follows for this answer. Beside a grammar there are none: it alone says what may come."""
         out = cls(own.never, None if sampling.ignore_eos else own.last)
         return None if sampling.grammar is not None or out == cls() else out
-
-
-@dataclass(slots=True)
-class Drafts:
-    """How guesses at the next tokens have fared for one sequence (`speculate.py`)."""
-
-    proposed: int = 0
-    accepted: int = 0
-    rest: int = 0  # tokens to make before guessing again
 
 
 class Sequence:
