@@ -120,7 +120,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     vocabulary, encode = made.vocabulary, made.renderer.tokenizer.encode_text
     assert vocabulary is not None
     made.codec.grammars = functools.cache(
-        lambda: GrammarCompiler(vocabulary, made.ends, made.vocab_size, encode, seconds=SECONDS)
+        lambda: GrammarCompiler(vocabulary, made.codec.ends, made.vocab_size, encode, seconds=SECONDS)
     )
     return made
 

@@ -31,7 +31,9 @@ class ApiError(Exception):
 
 
 def server_error() -> ApiError:
-    return ApiError(500, "the server failed on this request; its log says why", kind="server_error")
+    """500. The connection is closed after it, which a client has to know, or its next request goes into the closing one."""
+    message = "the server failed on this request; its log says why"
+    return ApiError(500, message, kind="server_error", headers={"connection": "close"})
 
 
 def unavailable(message: str, code: str) -> ApiError:
