@@ -52,7 +52,7 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[EngineProto
             pytest.skip("NOT CHECKED: --engine vllm, since vLLM is not installed here")
         else:
             patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where vLLM is a CPU build
-            made = VllmEngine(folder, Renderer(folder), slots=4, dtype="float32", enforce_eager=True)
+            made = VllmEngine(folder, Renderer(folder), slots=4, dtype="float32", enforce_eager=True, block_size=32)
         made.start()
         yield made
         made.close()
@@ -292,7 +292,8 @@ def test_cached_prompts_are_counted(engine: EngineProtocol) -> None:
     queries, hits = engine.prefix_cache_queries, engine.prefix_cache_hits
     done = [answer(engine, prompt, Sampling(2, temperature=0, ignore_eos=True)) for _ in range(2)]
     assert done[0].ids == done[1].ids and done[0].shared == 0
-    assert engine.prefix_cache_queries - queries == 160 and engine.prefix_cache_hits - hits == done[1].shared < 80
+    assert engine.prefix_cache_queries - queries == 160 and engine.prefix_cache_hits - hits == done[1].shared
+    assert 64 <= done[1].shared < 80
 
 
 @pytest.mark.parametrize(
