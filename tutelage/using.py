@@ -50,9 +50,18 @@ def serve(
     ] = [],  # noqa: B006
     max_waiting: Annotated[int, typer.Option(min=1, help="answers of a model that may wait; more are refused with 429")] = 256,
     drain_seconds: Annotated[float, typer.Option(min=0, help="how long answers may go on after SIGTERM")] = 30.0,
-    slots: Annotated[int, typer.Option(min=1, help="answers of a model that run at a time")] = 16,
+    engine: Annotated[str, typer.Option(help="tutelage; or vllm, where it is installed: for GPUs")] = "tutelage",
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="answers of a model that run at a time; default: 16, or as vLLM sees fit")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's context")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, or int8: smaller, faster, a little less exact")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 (the default), or int8: smaller, faster, a little less exact; "
+            "vllm: stored (the default), auto, float32, bfloat16, float16"
+        ),
+    ] = None,
     speculate: Annotated[
         int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
     ] = 0,
@@ -63,6 +72,9 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
     ] = False,
+    vllm: Annotated[
+        list[str], typer.Option(metavar="KEY=VALUE", help="another argument of vLLM, such as tensor_parallel_size=2")
+    ] = [],  # noqa: B006
     store: Annotated[
         Path | None, typer.Option(help="a file that keeps what /v1/responses answers; default: nothing is kept")
     ] = None,
@@ -72,6 +84,7 @@ def serve(
     """Serve models behind the OpenAI API."""
     folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
     adapters = _named_adapters(adapter, folders)
+    from tutelage.config.base import parse_set
     from tutelage.rundir import find
     from tutelage.serve.listen import Options
     from tutelage.serve.listen import serve as listen
@@ -80,7 +93,8 @@ def serve(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
         speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
-        batch_invariant=batch_invariant, store=store, store_days=store_days,
+        batch_invariant=batch_invariant, store=store, store_days=store_days, engine=engine,
+        vllm=dict(parse_set(text) for text in vllm),
     )  # fmt: skip
     listen(folders, options, adapters)
 

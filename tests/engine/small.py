@@ -42,8 +42,8 @@ def engine(folder: Path, context: int, slots: int) -> Engine:
     return Engine(model(made.tokenizer.vocab_size, context), made, slots=slots)
 
 
-def saved(base: Path, name: str, context: int) -> Path:
+def saved(base: Path, name: str, context: int, head: int = 16) -> Path:
     """A model folder `base/name`."""
     made = renderer(base / "tokenizer")
-    save(model(made.tokenizer.vocab_size, context), base / name, base / "tokenizer", stop_ids=made.stop_ids)
+    save(model(made.tokenizer.vocab_size, context, head=head), base / name, base / "tokenizer", stop_ids=made.stop_ids)
     return base / name

@@ -17,6 +17,7 @@ from openai.types import CreateEmbeddingResponse
 from tests.engine import small
 from tests.serve.running import Running
 from tutelage.engine import Engine, Sampling
+from tutelage.errors import ConfigError
 from tutelage.models.interface import Batch
 from tutelage.serve.app import create_app
 from tutelage.serve.stream import EngineThread
@@ -90,6 +91,22 @@ def test_bad_embeddings(client: openai.OpenAI, change: dict[str, Any], param: st
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(**{"model": NAME, "input": "x", **change})
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+class Generating(Engine):
+    """An engine that gives no embeddings, as vLLM's."""
+
+    def embed(self, prompts: Any, lora: Any = None) -> Any:
+        raise ConfigError("no embeddings here", field="model")
+
+
+def test_an_engine_without_embeddings_says_so(engine: Engine) -> None:
+    """A 500, as if the server had failed."""
+    running = Running(create_app(Generating(engine.model, engine.renderer), engine.renderer, NAME))
+    with pytest.raises(openai.BadRequestError, match="no embeddings here") as caught:
+        running.client().embeddings.create(model=NAME, input="x")
+    running.close()
+    assert caught.value.param == "model"
 
 
 def test_groups_take_turns_with_answers(engine: Engine) -> None:

@@ -138,6 +138,7 @@ class Generate(Section):
     no_repeat_ngram: int = setting(0, "no so many tokens in a row come twice; 0: they may")
     seed: int = setting(0, "of sampling: row i draws from (seed, i), so that neither order nor interruptions change an answer")
     slots: Count = setting(32, "answers in the making at a time", identity=False)
+    engine: Literal["tutelage", "vllm"] = setting("tutelage", "vllm, where it is installed: for GPUs")
     on_error: Literal["stop", "skip"] = setting(
         "stop", "what a row that cannot be answered does; skipped ones get a field `error` and are counted", identity=False
     )

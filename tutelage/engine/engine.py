@@ -160,8 +160,7 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence now and frees its slot. Of no effect on a finished one."""
         if sequence.finish_reason is None:
-            sequence.finish_reason = "cancelled"
-            sequence.stream.flush()
+            sequence.cancel()
         self._remove(sequence)  # one that ended in a step which then failed still has its slot
 
     def _remove(self, sequence: Sequence) -> None:

@@ -8,12 +8,14 @@ constraint.accept(token)                                                        
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 Kind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 
 MAX_SOURCE = 65_536  # characters
-WHITESPACE = r"[ ]|\n[ ]{0,16}"  # between the parts of JSON, at most once at a place: otherwise it need never end
+WHITESPACE = {"whitespace_pattern": r"[ ]|\n[ ]{0,16}"}
+"""Between the parts of JSON, at most once at a place: otherwise it need never end."""
+FIXED_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""The same for llguidance before 1.9, where a pattern may repeat. vLLM asks for such a version."""
 MASK_SECONDS = 1.0  # of processor time for one token; an answer that takes longer ends there
 LIMITS: dict[str, Any] = {"max_grammar_size": 100_000, "max_lexer_states": 50_000, "verbose_errors": False}
 
@@ -151,25 +156,45 @@ class GrammarCompiler:
         return matcher
 
     def _text(self, grammar: Grammar) -> str:
-        """The grammar as the library reads it."""
+        """The grammar as the library compiles it."""
+        form, text = written(grammar, self._bounds)
         library = self._library.LLMatcher
-        if grammar.kind == "regex":
-            check_pattern(grammar.source, "regex")
-            return str(library.grammar_from_regex(grammar.source))
-        if grammar.kind == "lark":
-            return str(library.grammar_from_lark(grammar.source))
-        if grammar.kind == "choice":
-            return str(library.grammar_from_lark(_choices(grammar.source)))
-        schema = {"type": "object"} if grammar.kind == "json_object" else _loaded(grammar.source, grammar.kind)
-        return str(library.grammar_from_json_schema(json_text(schema, self._bounds)))
+        make = {"json": library.grammar_from_json_schema, "regex": library.grammar_from_regex, "lark": library.grammar_from_lark}
+        return str(make[form](text))
+
+
+def written(grammar: Grammar, bounds: Bounds | None = None) -> tuple[Literal["json", "regex", "lark"], str]:
+    """The grammar as a text that llguidance reads, and which of its languages that is. What is open has bounds.
+
+    Raises `ConfigError` naming what is wrong or unsupported.
+    """
+    if grammar.kind == "regex":
+        check_pattern(grammar.source, "regex")
+        return "regex", grammar.source
+    if grammar.kind == "lark":
+        return "lark", grammar.source
+    if grammar.kind == "choice":
+        return "lark", _choices(grammar.source)
+    schema = {"type": "object"} if grammar.kind == "json_object" else _loaded(grammar.source, grammar.kind)
+    return "json", json_text(schema, bounds)
 
 
 def json_text(schema: Any, bounds: Bounds | None = None) -> str:
-    """A schema as the library reads it, here or behind %json in a lark grammar. Raises `ConfigError` like `prepare`."""
+    """A schema as the library reads it, here or behind %json in a lark grammar. Raises `ConfigError` like `prepare`,
+    `MissingExtra`."""
     try:
-        return json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **prepare(schema, bounds)}, allow_nan=False)
+        return json.dumps({"x-guidance": _spaces(), **prepare(schema, bounds)}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the schema is not JSON ({error})", field="#") from error
+
+
+@functools.cache
+def _spaces() -> Mapping[str, Any]:
+    try:
+        major, minor = metadata.version("llguidance").split(".")[:2]
+    except metadata.PackageNotFoundError as error:
+        raise MissingExtra("llguidance", "serve", "structured output") from error
+    return WHITESPACE if (int(major), int(minor)) >= (1, 9) else FIXED_SPACES
 
 
 class Constraint:

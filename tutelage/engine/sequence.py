@@ -283,6 +283,15 @@ class Sequence:
         self.constraint = None
         self.limit = self.made + 1
 
+    def cut(self) -> Event:
+        """Ends it where it is, as an answer that ran into its limit."""
+        self.finish_reason = "length"
+        return Event(self, self.stream.flush(), (), (), "length")
+
+    def cancel(self) -> None:
+        self.finish_reason = "cancelled"
+        self.stream.flush()
+
     def completion(self) -> Completion:
         assert self.finish_reason is not None, "the sequence is still running"
         return Completion(

@@ -22,7 +22,7 @@ from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Model
 from tutelage.models.names import Stored, stored
 
-__all__ = ["check_vocabulary", "load", "read_config"]
+__all__ = ["check_folder", "check_vocabulary", "load", "read_config"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,6 +49,15 @@ def load(
     from tutelage.models.hf import load_hf
 
     return load_hf(folder, device=torch.device(device), dtype=kind)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The configuration of a model folder that another library is to read. Raises `ArtifactError` for what is never read here:
+    pickled weights, code of the model's own."""
+    raw = read_config(folder)
+    _refuse_code(folder, raw)
+    _Files.find(folder)
+    return raw
 
 
 def read_config(folder: Path) -> dict[str, Any]:

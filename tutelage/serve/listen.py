@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import secrets
 import signal
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tutelage.engine import Engine
 from tutelage.errors import ConfigError, MissingExtra
 from tutelage.log import say
-from tutelage.serve.app import MAX_BODY, build_app
+from tutelage.serve.app import build_app
+from tutelage.serve.engines import check_engine, open_engine
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.models import Served
+from tutelage.serve.options import Options
 from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.state import ServerState
 
@@ -29,39 +28,15 @@ except ImportError as error:
     raise MissingExtra("uvicorn", "serve", "the server") from error
 
 
-@dataclass(slots=True, frozen=True, kw_only=True)
-class Options:
-    """How a server listens and what it lets in."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: a free one
-    insecure: bool = False  # listen beyond this machine without keys
-    api_keys: tuple[str, ...] = ()  # unlimited keys for inference
-    keys: Path | None = None  # a file of `tutelage keys`
-    allow_models: tuple[Path, ...] = ()  # folders that POST /admin/models may load from
-    max_waiting: int = 256  # answers of one model that may wait; more are refused with 429
-    max_body: int = MAX_BODY  # bytes of a request
-    drain_seconds: float = 30.0  # how long answers may go on after SIGTERM
-    slots: int = 16  # answers of one model that run at a time
-    max_length: int | None = None  # tokens of prompt and answer; the model's context where None
-    device: str = "cpu"
-    dtype: str = "float32"  # of the weights: float32, or int8 through our kernels
-    prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
-    speculate: int = 0  # guesses at the next tokens that are checked per step
-    draft: Path | None = None  # a smaller model with the same tokens, which makes the guesses
-    batch_invariant: bool = False  # bitwise equal answers whatever else runs
-    store: Path | None = None  # a file that keeps responses; made where there is none
-    store_days: int = 30  # how long a response is kept after it was made or last continued
-
-
 def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
     """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait. `adapters` are of the first model.
 
-    Raises `ConfigError` for a host beyond this machine without keys, `ArtifactError` for a folder that is no model,
-    `StorageError` for a store that cannot be used.
+    Raises `ConfigError` for a host beyond this machine without keys and for what the engine does not have, `ArtifactError` for a
+    folder that is no model, `StorageError` for a store that cannot be used.
     """
     check_binding(options)
     check_port(options)
+    check_engine(options, len(models), len(adapters or ()))
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
@@ -106,24 +81,6 @@ def check_port(options: Options) -> None:
             f"the server cannot listen there ({error})", field="port", found=f"{options.host}:{options.port}",
             fix="choose another with --port, 0 for any free one",
         ) from error  # fmt: skip
-
-
-def open_engine(folder: Path, options: Options) -> tuple[Engine, Any]:
-    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
-    tokens are others."""
-    from tutelage.data.render import Renderer
-    from tutelage.models.load import load
-
-    renderer, draft = Renderer(folder), None
-    if options.draft is not None:
-        renderer.tokenizer.check_same(Renderer(options.draft).tokenizer)
-        draft = load(options.draft, device=options.device)
-    engine = Engine(
-        load(folder, device=options.device), renderer, options.slots, options.max_length, seed=secrets.randbits(31),
-        dtype=options.dtype, prefix_cache=options.prefix_cache, speculate=options.speculate, draft=draft,
-        batch_invariant=options.batch_invariant,
-    )  # fmt: skip
-    return engine, renderer
 
 
 class Listener(uvicorn.Server):

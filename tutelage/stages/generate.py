@@ -10,6 +10,7 @@ from tutelage.config.base import identity_of
 from tutelage.config.stages import Generate
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
+from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import ConfigError
 from tutelage.files import storage_errors
 from tutelage.models.load import load
@@ -68,17 +69,29 @@ def kind_of(archive: Archive, config: Generate, model: Artifact, prompts: Prompt
     return Requests(model.name, config.seed)
 
 
+def _engine(config: Generate, folder: Path) -> EngineProtocol:
+    if config.engine == "tutelage":
+        loaded: Any = load(folder, device=choose_device(config))
+        return Engine(loaded, Renderer(folder), config.slots)
+    if config.device != "auto":
+        raise ConfigError("vLLM chooses the device itself", field="device", found=config.device, expected="auto")
+    from tutelage.engine.vllm import VllmEngine
+
+    return VllmEngine(folder, Renderer(folder), config.slots)
+
+
 def _answer(config: Generate, job: Job, model: Artifact) -> dict[str, Any]:
     part, meter = job.part, job.meter
     if part.rows < meter.rows:
-        loaded: Any = load(model.path, device=choose_device(config))
-        engine = Engine(loaded, Renderer(model.path), config.slots)
+        engine = _engine(config, model.path)
         try:
             with meter:
                 job.kind.answer(job, engine, config.slots)
         except KeyboardInterrupt:
             log.say(f"interrupted after {part.rows:,} rows; the same command goes on")
             raise
+        finally:
+            engine.close()
     part.finish(meter.rows)
     facts = {
         "output": config.output, "rows": part.rows, "errors": part.failed, "prompt_tokens": part.prompt_tokens,

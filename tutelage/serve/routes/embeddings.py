@@ -48,7 +48,7 @@ async def embeddings(request: Request) -> Response:
             check_tokens(ids, served.engine.vocab_size)
             check_length(ids, served.engine.context_length)
     tokens = sum(map(len, prompts))
-    with allowance_of(request).admitting(tokens):
+    with allowance_of(request).admitting(tokens), as_api_errors("input"):
         vectors = await unless_gone(request, _vectors(served, prompts))
     if vectors is None:
         return GONE

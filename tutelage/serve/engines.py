@@ -1,0 +1,72 @@
+"""The engines that a server can run its models with."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tutelage.engine.protocol import EngineProtocol
+from tutelage.errors import ConfigError
+from tutelage.serve.options import Options
+
+SLOTS = 16  # of our engine
+
+
+def open_engine(folder: Path, options: Options) -> tuple[EngineProtocol, Any]:
+    """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
+    tokens are others."""
+    from tutelage.data.render import Renderer
+
+    renderer = Renderer(folder)
+    return ENGINES[options.engine](folder, renderer, options), renderer
+
+
+def check_engine(options: Options, models: int = 1, adapters: int = 0) -> None:
+    """Raises `ConfigError` for an engine that there is not, and naming what the engine does not have."""
+    if options.engine not in ENGINES:
+        raise ConfigError("no such engine", field="engine", found=options.engine, expected=" or ".join(ENGINES))
+    if options.engine == "tutelage":
+        if options.vllm:
+            raise ConfigError("these are arguments of vLLM", field="vllm", found=dict(options.vllm), fix="add --engine vllm")
+        return
+    for name, asked in (
+        ("speculate", options.speculate), ("draft", options.draft), ("batch_invariant", options.batch_invariant),
+        ("adapter", adapters),
+    ):  # fmt: skip
+        if asked:
+            raise ConfigError("only our own engine has this", field=name, found=asked, fix="leave it out, or --engine tutelage")
+    if models > 1:
+        raise ConfigError(
+            "vLLM takes a device's memory for one model", field="engine", found=f"{models} models",
+            fix="start a server for each, or --engine tutelage",
+        )  # fmt: skip
+
+
+def _tutelage(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
+    from tutelage.data.render import Renderer
+    from tutelage.engine import Engine
+    from tutelage.models.load import load
+
+    draft = None
+    if options.draft is not None:
+        renderer.tokenizer.check_same(Renderer(options.draft).tokenizer)
+        draft = load(options.draft, device=options.device)
+    return Engine(
+        load(folder, device=options.device), renderer, options.slots or SLOTS, options.max_length, seed=secrets.randbits(31),
+        dtype=options.dtype or "float32", prefix_cache=options.prefix_cache, speculate=options.speculate, draft=draft,
+        batch_invariant=options.batch_invariant,
+    )  # fmt: skip
+
+
+def _vllm(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
+    from tutelage.engine.vllm import VllmEngine
+
+    return VllmEngine(
+        folder, renderer, options.slots, options.max_length, dtype=options.dtype or "stored", prefix_cache=options.prefix_cache,
+        **options.vllm,
+    )  # fmt: skip
+
+
+ENGINES: dict[str, Callable[[Path, Any, Options], EngineProtocol]] = {"tutelage": _tutelage, "vllm": _vllm}
