@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tutelage.engine.graphs import GraphRunner
 from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Runner
 from tutelage.errors import ConfigError
@@ -28,5 +29,6 @@ def make_runner(model: Any, cache: KVCache | None, device: torch.device, invaria
             expected="one of our decoder families in float32 on a CPU, and a C++ compiler",
         )  # fmt: skip
     if cache is not None:
-        return CachedRunner(model, cache)
+        graphs = GraphRunner.of(model, cache) if device.type == "cuda" else None
+        return graphs or CachedRunner(model, cache)
     return HfRunner.of(model, device) or RecomputingRunner(model, device)

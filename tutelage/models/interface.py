@@ -39,9 +39,10 @@ class CacheView:
     cache: KVCache
     slots: Tensor  # [S] int64: the slot of each row
     lengths: Tensor  # [S] int64: tokens already in the slot before this call
+    longest: int | None = None  # places to read of each slot, where a step of one token a row must not depend on the lengths
 
     def to(self, device: str | torch.device) -> CacheView:
-        return CacheView(self.cache, self.slots.to(device), self.lengths.to(device))
+        return CacheView(self.cache, self.slots.to(device), self.lengths.to(device), self.longest)
 
 
 @dataclass(slots=True, frozen=True)

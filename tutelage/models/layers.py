@@ -41,6 +41,20 @@ class Places:
 
     @classmethod
     def of(cls, view: CacheView, segments: Tensor) -> Places:
+        if view.longest is not None:
+            rows = torch.arange(len(view.slots), device=view.slots.device)
+            return cls(
+                view,
+                rows,
+                torch.zeros_like(rows),
+                view.slots,
+                view.lengths,
+                view.lengths + 1,
+                None,
+                None,
+                view.longest,
+                fresh=False,
+            )
         row, column = (segments != 0).nonzero().unbind(1)
         place = view.lengths[row] + column
         slots = view.slots.tolist()

@@ -24,6 +24,7 @@ class Rotary:
     def __init__(self, config: DecoderConfig) -> None:
         self.ropes = config.ropes
         self._tables: dict[str, tuple[tuple[Tensor, ...], float]] = {}
+        self._held: dict[tuple[str, torch.device], list[Tensor]] = {}  # on the devices that asked
         with torch.device("cpu"):  # a model may be built on "meta", where these would have no values
             for kind, rope in config.ropes.items():
                 self._tables[kind] = frequencies(rope, config.max_position_embeddings)
@@ -39,7 +40,9 @@ class Rotary:
         """positions [B,T] -> by kind of layer, (cos, sin) [B,T,R] of `dtype`, computed in float32."""
         out = {}
         for kind, (sets, factor) in self._tables.items():
-            inverse = [x.to(positions.device) for x in sets]
+            inverse = self._held.setdefault((kind, positions.device), [])
+            if not inverse:
+                inverse += [x.to(positions.device) for x in sets]
             chosen = inverse[0]
             if len(inverse) == 2:  # longrope: a row that grows past the first training length turns at the long factors
                 first = self.ropes[kind].scaling["original_max_position_embeddings"]
