@@ -18,7 +18,7 @@ from tutelage.data.templates import styles
 from tutelage.engine.grammar import GrammarCompiler
 from tutelage.engine.text import TextStream, Vocabulary
 from tutelage.engine.tool_calls import STYLES, Delta, ToolCall, ToolCallStream, finish_reason, parse_calls, showing
-from tutelage.engine.tool_choice import call_style, tool_grammar
+from tutelage.engine.tool_choice import call_style, strict_grammar, tool_grammar
 from tutelage.errors import ConfigError
 from tutelage.tokenizer.train import train
 
@@ -257,6 +257,50 @@ def test_calls_that_are_required_are_made(make: Callable[[str], Renderer], name:
                 assert len(arguments["city"]) <= 9 and 1 <= arguments.get("days", 1) <= 9 and arguments.keys() <= {"city", "days"}
             seen |= {c.name for c in calls}
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_strict_tools_bind_a_call_that_is_begun(make: Callable[[str], Renderer], name: str) -> None:
+    """Guards `strict` where a call may be made or not: text is free, and an answer without a call; what begins as a call is one
+    of a tool, with arguments that fit."""
+    renderer = make(name)
+    style, vocabulary = call_style(renderer), vocabulary_of(renderer)
+    shown = showing(vocabulary, style.visible)
+    compiler = GrammarCompiler(vocabulary, renderer.stop_ids, len(vocabulary), renderer.tokenizer.encode_text)
+    weather = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    grammar = strict_grammar(style, [weather, CLOCK], parallel=False)
+    encode = renderer.tokenizer.tokenizer.encode  # marks that are control tokens become them
+    free = compiler.compile(grammar)
+    for token in encode("It is [1, 2] o'clock. <b>{}</b>", add_special_tokens=False).ids:
+        assert free.mask(len(vocabulary))[token]
+        free.accept(token)
+    assert any(free.mask(len(vocabulary))[end] for end in renderer.stop_ids)
+    seen: set[str] = set()
+    for seed in range(8):
+        begun = ("Look: " if style.opening else "") + style.opening
+        constraint, rng, out = compiler.compile(grammar), random.Random(seed), b""
+        for token in encode(begun, add_special_tokens=False).ids:
+            assert constraint.mask(len(vocabulary))[token]
+            constraint.accept(token)
+            out += shown.of(token)
+        for _ in range(3000):
+            allowed = constraint.mask(len(vocabulary)).nonzero()[:, 0].tolist()
+            if not out and not style.opening:  # the first token decides whether it is a call
+                allowed = [t for t in allowed if shown.of(t).startswith(b"{")]
+            over = [t for t in allowed if t in renderer.stop_ids]
+            token = over[0] if over else rng.choice(allowed)
+            if token in renderer.stop_ids:
+                break
+            constraint.accept(token)
+            out += shown.of(token)
+        _, calls = parse_calls(out.decode(), style)
+        assert calls, out
+        for call in calls:
+            arguments = json.loads(call.arguments)
+            assert call.name in ("weather", 'clo"ck')
+            assert call.name != "weather" or (len(arguments["city"]) <= 9 and arguments.keys() <= {"city", "days"})
+        seen |= {c.name for c in calls}
+    assert "weather" in seen
 
 
 def test_tools_that_cannot_be_enforced_are_refused() -> None:

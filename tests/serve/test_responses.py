@@ -195,7 +195,7 @@ def test_settings_are_echoed_as_they_are(server: Running) -> None:
     body = whole(server, **asked)
     changed = {"input", "include", "stream", "reasoning", "tools", "service_tier"}
     assert {k: body[k] for k in asked if k not in changed} == {k: v for k, v in asked.items() if k not in changed}
-    assert [tool["strict"] for tool in body["tools"]] == [False, False] and body["tools"][0]["parameters"] == PERSON
+    assert [tool["strict"] for tool in body["tools"]] == [True, False] and body["tools"][0]["parameters"] == PERSON
     assert body["service_tier"] == "default" and body["store"] is False
     plain = whole(server, input="x", max_output_tokens=3, tools=[FEED], tool_choice="required")
     assert (plain["temperature"], plain["top_p"], plain["tool_choice"]) == (1.0, 1.0, "required")

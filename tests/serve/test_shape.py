@@ -95,6 +95,20 @@ def test_a_required_call_is_made(client: openai.OpenAI, choice: Any) -> None:
     assert set(arguments) == {"name", "legs"} if call.function.name == "feed" else isinstance(arguments, dict)
 
 
+def test_strict_tools_leave_the_choice(client: openai.OpenAI) -> None:
+    """`strict` under "auto": not refused, as the SDK always sends it for pydantic tools, and no call is forced by it."""
+    strict: Any = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, *TOOLS[1:]]
+    found = [chat(client, tools=strict, seed=seed).choices[0].finish_reason for seed in range(3)]
+    assert set(found) <= {"stop", "length", "tool_calls"}
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, tools=[{"type": "function", "function": {**TOOLS[0]["function"], "strict": "yes"}}])
+    assert error.value.param == "tools"
+    unenforceable = {"type": "object", "properties": {"a": {"not": {}}}}
+    with pytest.raises(openai.BadRequestError, match="not") as error:
+        chat(client, tools=[{"type": "function", "function": {"name": "f", "parameters": unenforceable, "strict": True}}])
+    assert error.value.param == "tools"
+
+
 def test_a_streamed_call_is_the_whole_one(client: openai.OpenAI) -> None:
     """Deltas that do not add up; a finish reason that differs by mode (vllm#53255)."""
     how: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": 5}

@@ -83,17 +83,49 @@ def tool_grammar(
         known = ", ".join(function["name"] for function in functions)
         raise ConfigError("no such tool", field="tool_choice", found=name, expected=known or "a list of tools")
     most = MAX_CALLS if parallel and style.many and name is None else 1
+    calls, rules = _calls(style, most), _rules(style, functions, wanted)
+    return Grammar("lark", "\n".join([f"start: {_opening(style)} {calls}", *rules]))
+
+
+def strict_grammar(style: CallStyle, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True) -> Grammar:
+    """The grammar of an answer that may have calls in it: free text, and wherever a call begins, one of these tools with
+    arguments that its schema allows (those of tools without `strict` are any object). Raises what `tool_grammar` raises."""
+    functions = [tool.get("function", tool) for tool in tools]
+    functions = [f if f.get("strict") else {**f, "parameters": {}} for f in functions]
+    most = MAX_CALLS if parallel and style.many else 1
+    calls, rules = _calls(style, most), _rules(style, functions, list(range(len(functions))))
+    if not style.opening:  # an answer is a call or begins otherwise
+        return Grammar("lark", "\n".join([f"start: {calls} | OTHER", "OTHER: /([^{ \\n\\t](.|\\n)*)?/", *rules]))
+    mark = style.opening.rstrip()
+    begin = f"begin{'' if mark in dict(style.control) else '[lazy]'}: TEXT {_literal(mark, style)}"
+    rest = _literal(_opening_text(style)[len(mark) :], style)
+    start = f"start: (begin {rest} {calls}){{0,{most}}} TEXT"
+    return Grammar("lark", "\n".join([start, begin, "TEXT: /(.|\\n)*/", *rules]))
+
+
+def _opening_text(style: CallStyle) -> str:
+    return style.opening + "[" * style.listed
+
+
+def _opening(style: CallStyle) -> str:
+    return _literal(_opening_text(style), style)
+
+
+def _calls(style: CallStyle, most: int) -> str:
+    """One call and more, and what closes them."""
+    between = _literal(", " if style.listed else style.closing + style.between + style.opening, style)
+    more = f" ({between} call){{0,{most - 1}}}" if most > 1 else ""
+    return f"call{more} {_literal(']' * style.listed + style.closing, style)}"
+
+
+def _rules(style: CallStyle, functions: Sequence[Mapping[str, Any]], wanted: list[int]) -> list[str]:
     rules: list[str] = []
     for i in wanted:
         rules.append(_rule(functions[i], style, i))
         if sum(map(len, rules)) > MAX_SOURCE:
             expected = f"up to {MAX_SOURCE:,} characters with their bounds"
             raise ConfigError("the tools' parameters are too long", field="tools", expected=expected)
-    between = _literal(", " if style.listed else style.closing + style.between + style.opening, style)
-    more = f" ({between} call){{0,{most - 1}}}" if most > 1 else ""
-    opening, closing = style.opening + "[" * style.listed, "]" * style.listed + style.closing
-    start = f"start: {_literal(opening, style)} call{more} {_literal(closing, style)}"
-    return Grammar("lark", "\n".join([start, "call: " + " | ".join(f"call_{i}" for i in wanted), *rules]))
+    return ["call: " + " | ".join(f"call_{i}" for i in wanted), *rules]
 
 
 def _rule(function: Mapping[str, Any], style: CallStyle, number: int) -> str:

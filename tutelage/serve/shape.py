@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tutelage.engine import Sampling
 from tutelage.engine.grammar import Grammar, GrammarsBusy
 from tutelage.engine.tool_calls import CallStyle
-from tutelage.engine.tool_choice import tool_grammar
+from tutelage.engine.tool_choice import strict_grammar, tool_grammar
 from tutelage.errors import ConfigError
 from tutelage.serve.models import Served
 from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, unavailable
@@ -58,6 +58,9 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
             style = replace(_named("tools", served.call_style), most=None if parallel else 1)
             if mode == "required":
                 formats["tool_choice"] = await _apart("tools", partial(tool_grammar, style, tools, name, parallel=parallel))
+            elif any(tool["function"].get("strict") for tool in tools):
+                formats["tools"] = await _apart("tools", partial(strict_grammar, style, tools, parallel=parallel))
+            tools = tuple({**t, "function": {k: v for k, v in t["function"].items() if k != "strict"}} for t in tools)
     shown = frozenset() if asked.skip_special_tokens else served.renderer.tokenizer.control_ids
     if len(formats) > 1:
         raise ApiError(400, f"{' and '.join(formats)} exclude each other", param=next(iter(formats)))
@@ -150,7 +153,9 @@ def _checked(tool: Any, number: int) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ApiError(400, f"tools[{number}] is a function with a name", param="tools")
+    if not isinstance(function.get("strict"), bool | None):
+        raise ApiError(400, f"tools[{number}].function.strict is true or false", param="tools")
     if not isinstance(function.get("parameters", {}), dict | None):
         raise ApiError(400, f"tools[{number}].function.parameters is a JSON schema", param="tools")
     known = {"name", "description", "parameters", "strict"}
-    return {"type": "function", "function": {k: v for k, v in function.items() if k in known and k != "strict" and v is not None}}
+    return {"type": "function", "function": {k: v for k, v in function.items() if k in known and v is not None}}

@@ -179,14 +179,15 @@ class ResponsesRequest(BaseModel):
 
     @property
     def functions(self) -> list[dict[str, Any]]:
-        """`tools` as they are honoured: `strict`, the schema of arguments is enforced, where a call is. Raises `ApiError`."""
+        """`tools` as they are honoured: where a call is forced, the schema of its arguments is enforced in any case. Raises
+        `ApiError`."""
         choice = self.tool_choice if isinstance(self.tool_choice, dict) else {"mode": self.tool_choice}
         forced = choice.get("mode") == "required" or choice.get("type") == "function"
         found = [read(_Tool, tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())]
-        return [tool.model_dump(exclude={"defer_loading"}) | {"strict": forced} for tool in found]
+        return [tool.model_dump(exclude={"defer_loading"}) | {"strict": forced or bool(tool.strict)} for tool in found]
 
     def _tools(self) -> list[dict[str, Any]] | None:
-        kept = ("name", "description", "parameters")
+        kept = ("name", "description", "parameters", "strict")
         functions = [{key: tool[key] for key in kept if tool[key] is not None} for tool in self.functions]
         return [{"type": "function", "function": function} for function in functions] or None
 
