@@ -80,9 +80,6 @@ def test_a_draft_that_does_not_fit_is_refused() -> None:
         with pytest.raises(ConfigError) as error:
             Engine(large, draft=other)
         assert error.value.field == "draft" and found in str(error.value.found)
-    with pytest.raises(ConfigError, match="memory"):
-        shallow = small.model(VOCAB, 256)
-        Engine(shallow, draft=large, cache_bytes=shallow.new_cache(4, 256).nbytes)
 
 
 def test_penalties_and_long_answers_hold_with_a_draft() -> None:

@@ -223,14 +223,6 @@ def test_sampling_names_the_wrong_field(field: str, value: Any) -> None:
     assert caught.value.field == field
 
 
-def test_cache_is_bounded(model: Any) -> None:
-    """16 slots of a long context must not take the machine's memory."""
-    one = model.new_cache(1, 128).nbytes
-    assert Engine(model, slots=16, cache_bytes=3 * one).scheduler.slots.count == 3
-    with pytest.raises(ConfigError, match="max_length"):
-        Engine(model, cache_bytes=one - 1)
-
-
 def test_text_streams_whole_characters(renderer: Any) -> None:
     """Half an emoji, streamed, is U+FFFD on the client's screen."""
     tokenizer = renderer.tokenizer

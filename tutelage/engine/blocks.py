@@ -15,7 +15,7 @@ from tutelage.models.interface import KVCache
 from tutelage.models.lora import Lora
 
 CACHE_BYTES = 2 << 30
-"""Default bound of the cache: 2 GiB."""
+"""Default bound of the cache's memory: 2 GiB."""
 
 SHARED_FROM = 8
 """Tokens from which a common beginning is worth a copy."""
@@ -90,6 +90,14 @@ class Slots:
         assert 0 <= slot < self.count and slot not in self._free, f"slot {slot} is not in use"
         self._free[slot] = held if self.keep else _NOTHING
 
+    def oldest(self) -> list[int]:
+        """Free places, longest unused first."""
+        return list(self._free)
+
+    def empty(self, slot: int) -> None:
+        """A free place holds nothing any more."""
+        self._free[slot] = _NOTHING
+
     def forget(self, lora: Lora | None = None) -> None:
         """Free places hold nothing any more (with `lora`, nothing of that adapter): the weights have changed."""
         self._free = {s: held if lora is not None and held.lora is not lora else _NOTHING for s, held in self._free.items()}
@@ -115,21 +123,31 @@ def caches(model: Any, length: int) -> bool:
     return getattr(model, "supports_cache", False) and (most is None or length <= most)
 
 
+def token_bytes(model: Any) -> int:
+    """Of the keys and values of one token; 0 for a model that does not say."""
+    c = model.config
+    try:
+        return int(2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * next(model.parameters()).element_size())
+    except AttributeError:
+        return 0
+
+
 def make_cache(model: Any, slots: int, length: int, limit_bytes: int = CACHE_BYTES) -> KVCache | None:
-    """A cache of at most `slots` places within `limit_bytes`, fewer where they would not fit; None for a model without one, or
-    whose keys of a text's beginning do not stay the same as it grows to `length`.
+    """A cache of `slots` places for texts of `length` tokens; None for a model without one, or whose keys of a text's beginning
+    do not stay the same as it grows to `length`. On a CPU places are made of memory only as they are written to (`memory.py`); on
+    a GPU at once, and there are as many as `limit_bytes` has room for.
 
     Raises `ConfigError` when not even one sequence of `length` tokens fits.
     """
     if not caches(model, length):
         return None
-    one: int = model.new_cache(1, 1).nbytes * length
-    fit = min(slots, limit_bytes // max(one, 1))
+    one = token_bytes(model) * length
+    fit = limit_bytes // max(one, 1)
     if fit < 1:
         raise ConfigError(
             f"the key-value cache of one sequence of {length} tokens takes {one / 2**20:.0f} MiB",
             field="max_length", found=length, expected=f"at most {limit_bytes * length // one} tokens",
-            fix="set a smaller max_length",
+            fix="set a smaller max_length, or give the cache more memory (cache_gib)",
         )  # fmt: skip
-    cache: KVCache = model.new_cache(fit, length)
+    cache: KVCache = model.new_cache(slots if model.device.type == "cpu" else min(slots, fit), length)
     return cache

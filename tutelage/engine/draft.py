@@ -6,9 +6,10 @@ whatever the temperature.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from tutelage.engine.blocks import CACHE_BYTES, common_length, make_cache
+from tutelage.engine.blocks import caches, common_length, make_cache
 from tutelage.engine.drafts import Drafts
 from tutelage.engine.runner import Work
 from tutelage.engine.runners import make_runner
@@ -28,17 +29,14 @@ class Draft(Guesser):
     """A small decoder of ours beside the engine's model. It has a place for every slot, and catches up with a text when it is
     asked about it.
 
-    Raises `ConfigError`: another vocabulary, a shorter context, a model that keeps no cache of ours or does not fit in memory.
+    Raises `ConfigError`: another vocabulary, a shorter context, a model that keeps no cache of ours.
     """
 
-    def __init__(self, model: Any, large: Any, slots: int, length: int, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, model: Any, large: Any, slots: int, length: int) -> None:
         _check(model, large, length)
-        cache = make_cache(model, slots, length, cache_bytes)
-        if cache is None or cache.slots < slots:
-            raise ConfigError(
-                "the draft model's cache does not fit in memory", field="draft", found=f"{slots} slots of {length} tokens",
-                fix="set fewer slots or a smaller max_length",
-            )  # fmt: skip
+        cache = make_cache(model, slots, length, sys.maxsize)
+        assert cache is not None
+        self.cache = cache
         self.model = model.eval()
         self.runner = make_runner(model, cache, next(model.parameters()).device, False, "float32")
         self.drafts = Drafts()
@@ -80,7 +78,7 @@ def _unread(slot: int) -> Sequence:
 
 
 def _check(model: Any, large: Any, length: int) -> None:
-    if not getattr(model, "supports_cache", False):
+    if not caches(model, length):
         raise ConfigError("only a decoder of our own families can draft", field="draft", found=model.config.model_type)
     for name, least, exact in (("vocab_size", large.config.vocab_size, True), ("max_position_embeddings", length, False)):
         found = getattr(model.config, name)

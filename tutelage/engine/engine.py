@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from tutelage.engine.beams import search
-from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache
+from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache, token_bytes
 from tutelage.engine.codec import Codec, Prompt
 from tutelage.engine.draft import GUESSES, Draft
 from tutelage.engine.embedding import embed
 from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.limits import answer_limit, check_length, check_start, check_tokens
-from tutelage.engine.runner import CachedRunner, FusedRunner, Work
+from tutelage.engine.memory import Memory
+from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Work
 from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import choose
 from tutelage.engine.scheduler import Scheduler
@@ -34,6 +35,7 @@ from tutelage.engine.sequence import Completion, Event, Rules, Sampling, Sequenc
 from tutelage.engine.speculate import Guesser, Lookup, guesses, note
 from tutelage.engine.text import Vocabulary
 from tutelage.errors import ConfigError
+from tutelage.models.interface import KVCache
 from tutelage.models.lora import Lora, applied, read_lora
 
 
@@ -41,8 +43,9 @@ class Engine:
     """Generates with one model. `renderer` may be None where prompts are token ids and no text is wanted.
     An encoder-decoder reads a prompt as its source.
 
-    slots: sequences that run at a time (fewer where `cache_bytes` would be exceeded); more wait their turn.
-    cache_bytes: of our own models' cache, allocated once; what `transformers` keeps grows with the texts.
+    slots: sequences that run at a time, at most; more wait their turn.
+    cache_bytes: of keys and values that are in memory at a time. Where those of all that run would be more, the last to come wait
+    again. A single sequence goes on in any case; beams and encoder-decoders are not counted.
     max_length: tokens of prompt and answer together (of an encoder-decoder, of each); the model's own context where None.
     seed: of prompts whose `Sampling.seed` is None, each with a seed of its own.
     prefix_cache: prompts start from what an earlier or running text has in common with them.
@@ -64,9 +67,12 @@ class Engine:
             cache = make_cache(model, slots, self.context_length, cache_bytes)
             self.runner = make_runner(model, cache, self.device, batch_invariant, dtype)
         keep = prefix_cache and self.runner.shares
-        self.scheduler = Scheduler(Slots(slots if cache is None else cache.slots, keep), prefill_tokens)
         self.speculate = speculate or (0 if draft is None else GUESSES)
-        self.guesser = self._guesser(draft, cache_bytes)
+        places = Slots(slots if cache is None else cache.slots, keep)
+        self.guesser = self._guesser(draft, places.count)
+        self.scheduler = Scheduler(
+            self._memory(places, cache, draft, cache_bytes), prefill_tokens, 1 + self.speculate, self._left
+        )
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
@@ -74,13 +80,31 @@ class Engine:
         self.codec = Codec(renderer, self.vocab_size, model.ends if self.encodes else (), sources=self.encodes)
         self._submitted = count()
 
-    def _guesser(self, draft: Any, cache_bytes: int) -> Guesser | None:
+    def _guesser(self, draft: Any, slots: int) -> Guesser | None:
         if not self.speculate:
             return None
         if draft is None:
             return Lookup()
         with torch.inference_mode():
-            return Draft(draft, self.model, self.scheduler.slots.count, self.context_length, cache_bytes)
+            return Draft(draft, self.model, slots, self.context_length)
+
+    def _memory(self, slots: Slots, cache: KVCache | None, draft: Any, cache_bytes: int) -> Memory:
+        """What bounds the cache: of our own on a CPU and of a causal model of `transformers`, tokens; else its places."""
+        one = token_bytes(self.model) + (0 if draft is None else token_bytes(draft))
+        if not one or (cache is not None and self.device.type != "cpu") or isinstance(self.runner, RecomputingRunner):
+            return Memory(slots)
+        held = [c for c in (cache, self.guesser.cache if isinstance(self.guesser, Draft) else None) if c is not None]
+
+        def trim(slot: int, tokens: int) -> None:
+            for each in held:
+                each.trim(slot, tokens)
+
+        return Memory(slots, cache_bytes // one, trim)
+
+    def _left(self, slot: int) -> None:
+        self.runner.release(slot)
+        if not self.runner.shares:  # keeps nothing of a sequence that is gone
+            self.scheduler.memory.drop(slot)
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -164,8 +188,6 @@ class Engine:
         self._remove(sequence)  # one that ended in a step which then failed still has its slot
 
     def _remove(self, sequence: Sequence) -> None:
-        if sequence.slot >= 0:
-            self.runner.release(sequence.slot)
         self.scheduler.remove(sequence)
 
     @property
@@ -178,8 +200,11 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """The share of the cache's places that are taken; 0 for a model without one."""
-        return 0.0 if self.cache is None else self.scheduler.slots.used / self.cache.slots
+        """The share of the cache that sequences have: of its tokens where those are bounded, else of its places."""
+        memory = self.scheduler.memory
+        if memory.most is None:
+            return self.scheduler.slots.used / self.scheduler.slots.count
+        return min(1.0, sum(s.cached for s in self.scheduler.active) / memory.most)
 
     # -- running
 
@@ -210,7 +235,7 @@ class Engine:
         return self._choose([w for w in work if w.wanted], logits)
 
     def _reading(self, sequence: Sequence, count: int) -> Work:
-        last = sequence.cached + count == sequence.prompt_length
+        last = sequence.cached + count == sequence.target
         return Work(sequence, sequence.ids[sequence.cached : sequence.cached + count], wanted=int(last))
 
     def _choose(self, work: list[Work], logits: torch.Tensor) -> list[Event]:
@@ -250,6 +275,7 @@ class Engine:
         while running and len(slots) and slots.lowest < running[-1].slot:
             last = running.pop()
             old, last.slot = last.slot, slots.take(slots.lowest)
+            self.scheduler.memory.hold(last.slot, last.cached + self.scheduler.ahead)
             self.runner.copy(old, last.slot, last.cached)
             slots.give(old)
 

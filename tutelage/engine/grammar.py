@@ -112,7 +112,8 @@ class GrammarCompiler:
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._trials = Trials(
             {
-                "tokens": self._tokens.tokens, "special": self._tokens.special_token_ids, "ends": self._tokens.ends,
+                "tokens": [token.decode("latin-1") for token in self._tokens.tokens],
+                "special": self._tokens.special_token_ids, "ends": self._tokens.ends,
                 "vocab_size": max(vocab_size, len(self._tokens.tokens)), "limits": LIMITS,
             }
         )  # fmt: skip

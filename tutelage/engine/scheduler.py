@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tutelage.engine.blocks import SHARED_FROM, Held, Place, Slots, common_length
+from tutelage.engine.blocks import SHARED_FROM, Held, Place, common_length
+from tutelage.engine.memory import Memory
 from tutelage.engine.sequence import Sequence
 
 
@@ -22,10 +24,18 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served. A step reads at most `prefill_tokens` of prompts, so that running answers never wait long."""
+    """First come, first served. A step reads at most `prefill_tokens` of prompts, so that running answers never wait long. Where
+    memory does not suffice for all that run to go on, the last to come gives its place back and waits again; what it has made is
+    read again later.
 
-    def __init__(self, slots: Slots, prefill_tokens: int = 2048) -> None:
-        self.slots, self.prefill_tokens = slots, prefill_tokens
+    ahead: tokens that a step may add to a sequence. left: is told of places that were given back.
+    """
+
+    def __init__(
+        self, memory: Memory, prefill_tokens: int = 2048, ahead: int = 1, left: Callable[[int], None] = lambda slot: None
+    ) -> None:
+        self.memory, self.slots, self.prefill_tokens, self.ahead, self.left = memory, memory.slots, prefill_tokens, ahead, left
+        self.preemptions = 0
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Sequence] = deque()  # have a slot; their prompt is not all read
         self.running: list[Sequence] = []
@@ -39,8 +49,28 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step. Sequences with a prompt that is read by it count as running afterwards (see `read`)."""
+        self._make_way()
         admitted = self._admit()
         return Plan(admitted, self._prefill(), list(self.running))
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Sequences that have a place, first come first."""
+        return [*self.running, *self.reading]
+
+    def _make_way(self) -> None:
+        """Memory for the next tokens of those that run."""
+        while active := self.active:
+            wanted = sum(self.memory.more(s.slot, s.cached + self.ahead) for s in self.running)
+            if self.memory.make_room(wanted, active, self.ahead) or len(active) == 1:
+                break
+            last = active[-1]
+            self.remove(last)
+            last.cached = 0
+            self.waiting.appendleft(last)
+            self.preemptions += 1
+        for sequence in self.running:
+            self.memory.hold(sequence.slot, sequence.cached + self.ahead)
 
     def _admit(self) -> list[tuple[Sequence, Place]]:
         """Gives places to those who wait. One whose prompt begins like one that is being read waits for that reading to end, and
@@ -52,13 +82,29 @@ class Scheduler:
             if self.slots.keep and any(self._gains(sequence, other) for other in self.reading):
                 later.append(sequence)
                 continue
-            held = ((s.slot, _held(s)) for s in (*self.running, *self.reading))
-            place = self.slots.place(sequence.ids, held, sequence.lora)
-            sequence.slot, sequence.cached, sequence.shared = place.slot, place.shared, place.shared
+            active, needed = self.active, len(sequence.ids) + self.ahead
+            if active and not self.memory.admits(needed, active, self.ahead):
+                later.append(sequence)
+                break
+            held = ((s.slot, _held(s)) for s in active)
+            place = self._in_memory(self.slots.place(sequence.ids, held, sequence.lora), needed, active)
+            sequence.slot, sequence.cached, sequence.target = place.slot, place.shared, len(sequence.ids)
+            sequence.shared = max(sequence.shared, place.shared) if sequence.made else place.shared
             self.reading.append(sequence)
             admitted.append((sequence, place))
         self.waiting.extendleft(reversed(later))
         return admitted
+
+    def _in_memory(self, place: Place, tokens: int, active: list[Sequence]) -> Place:
+        """The place with memory for so many tokens; where its source would have to go for them, without that."""
+        memory = self.memory
+        if not memory.make_room(memory.more(place.slot, tokens), active, self.ahead, {place.slot, place.source}):
+            memory.drop(place.slot, tokens)
+            if place.source != place.slot and all(place.source != s.slot for s in active):
+                place = Place(place.slot, place.slot, 0)
+            memory.make_room(memory.more(place.slot, tokens), active, self.ahead, {place.slot})
+        memory.hold(place.slot, tokens)
+        return place
 
     @staticmethod
     def _gains(sequence: Sequence, reader: Sequence) -> bool:
@@ -73,7 +119,7 @@ class Scheduler:
         chosen: list[tuple[Sequence, int]] = []
         longest = 0
         for sequence in self.reading:
-            left = sequence.prompt_length - sequence.cached
+            left = sequence.target - sequence.cached
             longest = max(longest, left)
             if chosen and longest * (len(chosen) + 1) > self.prefill_tokens:
                 break
@@ -85,7 +131,7 @@ class Scheduler:
     def read(self, sequence: Sequence, count: int) -> bool:
         """Notes that `count` more tokens of the prompt are in the cache; True when that was the last part."""
         sequence.cached += count
-        if sequence.cached < sequence.prompt_length:
+        if sequence.cached < sequence.target:
             return False
         self.reading.remove(sequence)
         self.running.append(sequence)
@@ -97,6 +143,7 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         if sequence.slot >= 0:
+            self.left(sequence.slot)
             self.slots.give(sequence.slot, _held(sequence))
             sequence.slot = -1
 

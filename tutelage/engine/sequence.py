@@ -192,7 +192,7 @@ class Sequence:
 
     __slots__ = (
         "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "prompt_length",
-        "rules", "sampling", "scores", "shared", "slot", "source", "stream",
+        "rules", "sampling", "scores", "shared", "slot", "source", "stream", "target",
     )  # fmt: skip
 
     def __init__(
@@ -222,6 +222,7 @@ class Sequence:
         self.stream = stream
         self.slot = -1  # place in the cache; -1 while waiting and when done
         self.cached = 0  # tokens whose keys and values are in the slot
+        self.target = len(prompt)  # tokens to read before the next one can be chosen: more than the prompt after a preemption
         self.shared = 0  # tokens of the prompt that were in the cache already
         self.drafts = Drafts()
         self.constraint = constraint  # of its grammar

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -82,7 +81,7 @@ class _Process:
         timer = threading.Timer(seconds, self._popen.kill)
         timer.start()
         try:
-            pickle.dump(question, self._popen.stdin)
+            self._popen.stdin.write(json.dumps(question).encode() + b"\n")
             self._popen.stdin.flush()
             found: str | None = json.loads(self._popen.stdout.readline())
             return found
@@ -157,7 +156,8 @@ class _Tokens:
     bos_token_id = None
 
     def __init__(self, told: dict[str, Any]) -> None:
-        self.tokens, self.special_token_ids, self.eos_token_id = told["tokens"], told["special"], told["ends"][0]
+        self.tokens = [token.encode("latin-1") for token in told["tokens"]]  # a character a byte
+        self.special_token_ids, self.eos_token_id = told["special"], told["ends"][0]
         self._byte = {token: i for i, token in reversed([*enumerate(self.tokens)]) if len(token) == 1}
 
     def __call__(self, text: bytes) -> list[int]:
@@ -169,7 +169,7 @@ def main() -> None:
     import llguidance
 
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    told = pickle.load(source)
+    told = json.loads(source.readline())
     tokenizer = llguidance.LLTokenizer(
         llguidance.TokenizerWrapper(_Tokens(told)), n_vocab=told["vocab_size"], eos_token=told["ends"]
     )
@@ -180,10 +180,10 @@ def main() -> None:
     while True:
         sink.write(json.dumps(answer).encode() + b"\n")
         sink.flush()
-        try:
-            text, seconds = pickle.load(source)
-        except EOFError:
+        line = source.readline()
+        if not line:
             return
+        text, seconds = json.loads(line)
         _limit("RLIMIT_CPU", math.ceil(time.process_time() + seconds))
         answer = _try(llguidance, tokenizer, limits, text)
 

@@ -5,6 +5,9 @@ Shapes: B rows, T tokens, H hidden width, V vocabulary, S sequences being genera
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,20 +19,36 @@ from torch import Tensor
 class KVCache:
     """Keys and values of sequences being generated: `slots` places for sequences of up to `length` tokens.
 
-    One tensor [slots, L, Hkv, D] a layer for keys and one for values, allocated once. Who fills a slot keeps its length.
+    One tensor [slots, L, Hkv, D] a layer for keys and one for values, allocated once. Who fills a slot keeps its length. On a CPU
+    memory comes as places are written to, and goes with `trim`; what was never written may be anything.
     """
 
     def __init__(
         self, layers: int, slots: int, length: int, heads: int, width: int, *, device: str | torch.device, dtype: torch.dtype
     ) -> None:
         shape = (slots, length, heads, width)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        make = torch.empty if torch.device(device).type == "cpu" else torch.zeros
+        self.k, self.v = ([make(shape, device=device, dtype=dtype) for _ in range(layers)] for _ in "kv")
         self.slots, self.length = slots, length
 
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.k) + sum(x.nbytes for x in self.v)
+
+    def trim(self, slot: int, tokens: int) -> None:
+        """Gives the system back the memory of a slot behind so many tokens, whole pages of it. Of no effect but on Linux."""
+        if _madvise is None or self.k[0].device.type != "cpu":
+            return
+        for held in (*self.k, *self.v):
+            row = held[slot]
+            first, last = row.data_ptr() + tokens * row.stride(0) * row.element_size(), row.data_ptr() + row.nbytes
+            first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+
+
+_DONTNEED = 4
+_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
 @dataclass(slots=True, frozen=True)
