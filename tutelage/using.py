@@ -55,6 +55,10 @@ def serve(
         int | None, typer.Option(min=1, help="answers of a model that run at a time; default: 16, or as vLLM sees fit")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's context")] = None,
+    cache_gib: Annotated[
+        float, typer.Option(min=0.001, help="memory for the keys and values of a model's running answers")
+    ] = 2.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +97,7 @@ def serve(
         host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
         speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
-        batch_invariant=batch_invariant, store=store, store_days=store_days, engine=engine,
+        batch_invariant=batch_invariant, cache_gib=cache_gib, device=device, store=store, store_days=store_days, engine=engine,
         vllm=dict(parse_set(text) for text in vllm),
     )  # fmt: skip
     listen(folders, options, adapters)
@@ -121,8 +125,10 @@ def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path
     out: dict[str, Path] = {}
     for text in given:
         name, _, folder = text.partition("=")
-        if not (name and folder and Path(folder).is_dir()):
+        if not (name and folder):
             raise ConfigError("an adapter has a name and a folder", field="adapter", found=text, expected="NAME=FOLDER")
+        if not Path(folder).is_dir():
+            raise ConfigError("no such folder", field="adapter", found=folder, expected="a folder that peft wrote")
         if name in out or name in models:
             raise ConfigError("every model and adapter needs a name of its own", field="adapter", found=name)
         out[name] = Path(folder)

@@ -200,7 +200,7 @@ def test_metrics_show_what_runs(server: Running, state: ServerState, engine: Eng
         assert held.wait(10)
         during = scraped(server)
         assert (during["num_requests_running"], during["num_requests_waiting"]) == (2, 0)
-        assert during["kv_cache_usage_perc"] == 0.5
+        assert 0 < during["kv_cache_usage_perc"] < 1
     go.set()
     asyncio.run_coroutine_threadsafe(state.models.idle(), server.loop).result(10)
     state.models.get(NAME).thread.call(lambda engine: None).result(10)

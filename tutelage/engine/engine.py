@@ -70,9 +70,14 @@ class Engine:
         self.speculate = speculate or (0 if draft is None else GUESSES)
         places = Slots(slots if cache is None else cache.slots, keep)
         self.guesser = self._guesser(draft, places.count)
-        self.scheduler = Scheduler(
-            self._memory(places, cache, draft, cache_bytes), prefill_tokens, 1 + self.speculate, self._left
-        )
+        memory, runner = self._memory(places, cache, draft, cache_bytes), self.runner
+
+        def left(slot: int) -> None:
+            runner.release(slot)
+            if not runner.shares:  # keeps nothing of a sequence that is gone
+                memory.drop(slot)
+
+        self.scheduler = Scheduler(memory, prefill_tokens, 1 + self.speculate, left)
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
@@ -100,11 +105,6 @@ class Engine:
                 each.trim(slot, tokens)
 
         return Memory(slots, cache_bytes // one, trim)
-
-    def _left(self, slot: int) -> None:
-        self.runner.release(slot)
-        if not self.runner.shares:  # keeps nothing of a sequence that is gone
-            self.scheduler.memory.drop(slot)
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -197,6 +197,10 @@ class Engine:
     @property
     def waiting(self) -> deque[Sequence]:
         return self.scheduler.waiting
+
+    @property
+    def preemptions(self) -> int:
+        return self.scheduler.preemptions
 
     @property
     def cache_usage(self) -> float:

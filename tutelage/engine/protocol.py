@@ -85,6 +85,10 @@ class EngineProtocol(Protocol):
         """The share of the key-value cache that is in use, from 0 to 1."""
 
     @property
+    def preemptions(self) -> int:
+        """How often a sequence had to wait again because memory was needed for others."""
+
+    @property
     def prefix_cache_queries(self) -> int:
         """Tokens of prompts that were taken up."""
 

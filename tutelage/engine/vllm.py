@@ -214,6 +214,10 @@ class VllmEngine:
     def cache_usage(self) -> float:
         return self._stats.cache_usage if self._running else 0.0
 
+    @property
+    def preemptions(self) -> int:
+        return self._stats.preemptions
+
 
 def _score(token: int, row: Mapping[int, Any], top: int | None) -> TokenScore:
     """vLLM lists the token itself beside the most likely ones, in any order."""

@@ -30,11 +30,14 @@ class Stats:
 
     waiting = 0  # requests that it has not taken up
     cache_usage = 0.0
+    preemptions = 0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
         if scheduler_stats is not None:
             self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.cache_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self.preemptions += iteration_stats.num_preempted_reqs
 
     def log(self) -> None:
         """Asked for now and then; nothing is logged."""

@@ -121,7 +121,8 @@ class Chat:
         self.sampling = replace(self.sampling, **values)
 
     def save(self, path: Path) -> int:
-        """Writes the conversation as a line of OpenAI messages, which `tutelage sft` takes; returns how many the file has now.
+        """Writes the conversation as a line of OpenAI messages, which `tutelage data --kind conversations` reads; returns
+        how many the file has now.
 
         A file that ends with the beginning of this conversation gets the whole of it there; else it gets one line more.
         Raises `DataError` for a conversation that could not be trained on, and for a file that holds something else.
@@ -231,7 +232,10 @@ def _exit(_talk: Chat, _: str) -> bool:
 COMMANDS: dict[str, tuple[str, Callable[[Chat, str], bool | None]]] = {
     "/system": ("TEXT sets the instructions, and forgets the conversation; without TEXT there are none", _system),
     "/params": ("shows how answers are sampled; temperature=0.2 top_p=0.9 max_tokens=200 changes it", _params),
-    "/save": ("FILE writes the conversation as a line of OpenAI messages, which `tutelage sft` takes", _save),
+    "/save": (
+        "FILE writes the conversation as a line of OpenAI messages, which `tutelage data --kind conversations` reads",
+        _save,
+    ),
     "/load": ("FILE goes on with the last conversation of such a file", _load),
     "/undo": ("takes the last exchange back", _undo),
     "/reset": ("forgets the conversation, not the instructions", _reset),

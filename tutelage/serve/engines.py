@@ -33,7 +33,7 @@ def check_engine(options: Options, models: int = 1, adapters: int = 0) -> None:
         return
     for name, asked in (
         ("speculate", options.speculate), ("draft", options.draft), ("batch_invariant", options.batch_invariant),
-        ("adapter", adapters),
+        ("adapter", adapters), ("device", options.device != "cpu" and options.device),
     ):  # fmt: skip
         if asked:
             raise ConfigError("only our own engine has this", field=name, found=asked, fix="leave it out, or --engine tutelage")
@@ -56,7 +56,7 @@ def _tutelage(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
     return Engine(
         load(folder, device=options.device), renderer, options.slots or SLOTS, options.max_length, seed=secrets.randbits(31),
         dtype=options.dtype or "float32", prefix_cache=options.prefix_cache, speculate=options.speculate, draft=draft,
-        batch_invariant=options.batch_invariant,
+        batch_invariant=options.batch_invariant, cache_bytes=int(options.cache_gib * 2**30),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from tutelage.log import say
 from tutelage.serve.app import build_app
 from tutelage.serve.engines import check_engine, open_engine
 from tutelage.serve.keys import KeyRing
-from tutelage.serve.models import Served
+from tutelage.serve.models import Adapted, Served
 from tutelage.serve.options import Options
 from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.state import ServerState
@@ -121,7 +121,8 @@ class Listener(uvicorn.Server):
     async def _announce(self, loading: asyncio.Future[list[Served]]) -> None:
         try:
             for served in await loading:
-                say(f"serving {served.name} ({served.engine.context_length} tokens of context) at {self._url()}/v1")
+                worn = f", {served.base.name} with an adapter" if isinstance(served, Adapted) else ""
+                say(f"serving {served.name} ({served.engine.context_length} tokens of context{worn}) at {self._url()}/v1")
             self.state.starting = False
         except Exception as error:
             self.failure, self.should_exit = error, True

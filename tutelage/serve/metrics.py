@@ -101,6 +101,7 @@ class _Live(Collector):
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Key-value cache in use; 1 is all of it.", labels=LABEL)
         queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up.", labels=LABEL)
         hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", labels=LABEL)
+        preempted = CounterMetricFamily("vllm:num_preemptions", "Answers that had to wait again for memory.", labels=LABEL)
         for served in self._models():
             label, engine = [served.name], served.thread.engine
             running.add_metric(label, served.thread.running)
@@ -108,4 +109,5 @@ class _Live(Collector):
             usage.add_metric(label, engine.cache_usage)
             queries.add_metric(label, engine.prefix_cache_queries)
             hits.add_metric(label, engine.prefix_cache_hits)
-        yield from (running, waiting, usage, queries, hits)
+            preempted.add_metric(label, engine.preemptions)
+        yield from (running, waiting, usage, queries, hits, preempted)

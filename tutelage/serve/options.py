@@ -27,6 +27,7 @@ class Options:
     slots: int | None = None  # answers of one model that run at a time; the engine's own number where None
     max_length: int | None = None  # tokens of prompt and answer; the model's context where None
     device: str = "cpu"  # of our engine
+    cache_gib: float = 2.0  # of our engine: keys and values in memory at a time
     dtype: str | None = None  # of the weights; float32 where None (vLLM: as stored), or int8 through our kernels
     prefix_cache: bool = True  # prompts start from what they have in common with earlier ones
     speculate: int = 0  # guesses at the next tokens that are checked per step

@@ -43,6 +43,7 @@ async def load(request: Request) -> dict[str, Any]:
     state.refuse_draining()
     folder = _allowed(state, asked.path)
     try:
+        _check_folder(folder)
         with as_api_errors("path"):
             if not is_lora(folder):
                 if asked.base is not None:
@@ -60,6 +61,13 @@ async def unload(request: Request, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "deleted": True}
 
 
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ApiError(400, "there is no such folder; the path is one of this machine, not a run's name", param="path")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ApiError(400, "this folder holds neither a model (config.json) nor an adapter (adapter_config.json)", param="path")
+
+
 def _only_base(state: ServerState) -> str:
     bases = [served.name for served in state.models if isinstance(served, Base)]
     if len(bases) != 1:
@@ -72,7 +80,8 @@ def _allowed(state: ServerState, path: str) -> Path:
     folder = Path(path).resolve()
     if not any(folder.is_relative_to(allowed) for allowed in state.allowed):
         raise ApiError(
-            403, "models are loaded only from folders given by --allow-models", param="path", code="path_not_allowed",
+            403, "models are loaded only by their full path, from folders given by --allow-models", param="path",
+            code="path_not_allowed",
             kind="permission_error",
         )  # fmt: skip
     return folder
