@@ -160,7 +160,10 @@ class ChatRequest(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ApiError(400, "max_tokens and max_completion_tokens are one limit: give either", param="max_tokens")
+        return next(iter(limits), None)
 
     def refuse_unsupported(self) -> None:
         """Raises `ApiError` for what this server does not do."""
