@@ -42,7 +42,7 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against traffic analysis; a no-op here
 
@@ -50,7 +50,7 @@ class StreamOptions(BaseModel):
 class Generation(BaseModel):
     """What chat and text completions have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)

@@ -25,7 +25,7 @@ Metadata = Annotated[
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _StreamOptions(_Strict):
@@ -79,7 +79,7 @@ class _AllowedTools(_Strict):
 class ResponsesRequest(BaseModel):
     """One request; `chat` is what the model is asked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     input: str | list[Any] = Field(min_length=1)
