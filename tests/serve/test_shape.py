@@ -204,6 +204,7 @@ def test_the_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}, "tools": TOOLS, "tool_choice": "required"}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}, "tools": TOOLS},
          "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}}}, "response_format.json_schema.name"),
         ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "stop"),
         ({"tools": TOOLS, "tool_choice": "required", "extra_body": {"stop_token_ids": [5]}}, "stop_token_ids"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),

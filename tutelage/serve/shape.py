@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -121,6 +122,9 @@ def _response_format(given: dict[str, Any] | None) -> Grammar | None:
         raise ApiError(
             400, "response_format is text, json_object, or json_schema with json_schema.schema", param="response_format"
         )
+    if not isinstance(outer.get("name"), str) or not re.fullmatch(r"[\w-]{1,64}", outer["name"]):
+        message = "response_format.json_schema.name is 1 to 64 letters, digits, _ and -"
+        raise ApiError(400, message, param="response_format.json_schema.name")
     return _named("response_format", Grammar.of_schema, outer["schema"])
 
 
