@@ -193,6 +193,7 @@ def test_types_are_not_guessed(server: Running) -> None:
         ("v1/completions", {"model": NAME, "prompt": "x", "echo": "no"}, "echo"),
         ("v1/embeddings", {"model": NAME, "input": "x", "dimensions": "64"}, "dimensions"),
         ("v1/responses", {"model": NAME, "input": "x", "stream": 0}, "stream"),
+        ("v1/responses", {"model": NAME, "input": "x", "background": 0}, "background"),
         ("v1/responses", {"model": NAME, "input": "x", "temperature": "1"}, "temperature"),
         ("tokenize", {"prompt": "x", "add_special_tokens": 1}, "add_special_tokens"),
         ("detokenize", {"tokens": ["5"]}, "tokens"),

@@ -117,7 +117,7 @@ def _no_telling(style: CallStyle) -> ConfigError:
     return ConfigError(
         "this model's template writes calls as plain JSON, which nothing tells from an answer in JSON",
         field="tools", found=style.name, expected="either tools or an answer in JSON",
-        fix='set tool_choice to "none" or "required", or leave the format of the answer open',
+        fix='set tool_choice to "none", or leave the format of the answer open',
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from tutelage.serve.responses.items import Item, messages, read
 from tutelage.serve.schema import ApiError, ChatRequest, Whole, parse
@@ -22,6 +22,15 @@ Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
     Field(max_length=16),
 ]
+
+
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+No = Annotated[Literal[False], BeforeValidator(_boolean)]  # the literal alone takes 0, which equals it
 
 
 class _Strict(BaseModel):
@@ -62,7 +71,7 @@ class _Tool(_Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    defer_loading: Literal[False] = False
+    defer_loading: No = False
 
 
 class _NamedTool(_Strict):
@@ -98,7 +107,7 @@ class ResponsesRequest(BaseModel):
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     metadata: Metadata | None = None
     # refused unless they ask for what happens anyway
-    background: Literal[False] | None = None
+    background: No | None = None
     truncation: Literal["disabled"] | None = None
     reasoning: dict[str, Any] | None = None
     # accepted, of no effect: they change nothing about the answer
