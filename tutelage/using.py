@@ -48,7 +48,7 @@ def serve(
     allow_models: Annotated[
         list[Path], typer.Option(metavar="FOLDER", help="let keys of scope admin load models from here")
     ] = [],  # noqa: B006
-    max_waiting: Annotated[int, typer.Option(min=1, help="answers of a model that may wait; more are refused with 429")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="requests get 429 while so many answers of their model wait")] = 256,
     drain_seconds: Annotated[float, typer.Option(min=0, help="how long answers may go on after SIGTERM")] = 30.0,
     engine: Annotated[str, typer.Option(help="tutelage; or vllm, where it is installed: for GPUs")] = "tutelage",
     slots: Annotated[

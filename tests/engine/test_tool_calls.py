@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from tests.engine import small
 from tutelage.data.render import Renderer
 from tutelage.data.templates import styles
-from tutelage.engine.grammar import GrammarCompiler
+from tutelage.engine.grammar import GrammarCompiler, json_text
 from tutelage.engine.text import TextStream, Vocabulary
-from tutelage.engine.tool_calls import STYLES, Delta, ToolCall, ToolCallStream, finish_reason, parse_calls, showing
+from tutelage.engine.tool_calls import STYLES, CallStyle, Delta, ToolCall, ToolCallStream, finish_reason, parse_calls, showing
 from tutelage.engine.tool_choice import call_style, strict_grammar, tool_grammar
 from tutelage.errors import ConfigError
 from tutelage.tokenizer.train import train
@@ -301,6 +302,59 @@ def test_strict_tools_bind_a_call_that_is_begun(make: Callable[[str], Renderer],
             assert call.name != "weather" or (len(arguments["city"]) <= 9 and arguments.keys() <= {"city", "days"})
         seen |= {c.name for c in calls}
     assert "weather" in seen
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_an_answer_in_json_leaves_room_for_calls(make: Callable[[str], Renderer], name: str) -> None:
+    """Guards a format beside tools: an answer is JSON of the schema or calls as the template writes them, and reads back so."""
+    renderer = make(name)
+    style, vocabulary = call_style(renderer), vocabulary_of(renderer)
+    shown = showing(vocabulary, style.visible)
+    compiler = GrammarCompiler(vocabulary, renderer.stop_ids, len(vocabulary), renderer.tokenizer.encode_text)
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    schema = {"type": "object", "properties": {"name": {"enum": ["<tool_call>{", "[TOOL_CALLS][{"]}}, "required": ["name"]}
+    if style.bare:
+        with pytest.raises(ConfigError, match="which nothing tells from an answer in JSON"):
+            strict_grammar(style, [WEATHER, CLOCK], answer=json_text(schema))
+        return
+    for tools, bound in (([WEATHER, CLOCK], False), ([strict, CLOCK], True)):
+        grammar = strict_grammar(style, tools, answer=json_text({**schema, "additionalProperties": False}))
+        for called, seed in itertools.product((True, False), range(4)):
+            constraint, rng, out = compiler.compile(grammar), random.Random(seed), b""
+            while not constraint.finished and len(out) < 20_000:
+                allowed = constraint.mask(len(vocabulary)).nonzero()[:, 0].tolist()
+                if not out:
+                    allowed = [t for t in allowed if shown.of(t).startswith(b"{") != called]
+                token = next((t for t in allowed if t in renderer.stop_ids), None) or rng.choice(allowed)
+                if token in renderer.stop_ids:
+                    break
+                constraint.accept(token)
+                out += shown.of(token)
+            content, calls = parse_calls(out.decode(), style)
+            assert bool(calls) == called and bool(content) != called
+            assert called or json.loads(content)["name"] in schema["properties"]["name"]["enum"]
+            for call in calls:
+                fits = set(json.loads(call.arguments)) <= {"city", "days"}
+                assert call.name in ("weather", 'clo"ck') and (fits or call.name != "weather" or not bound)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda s: s.name)
+def test_forced_calls_are_all_there_is(style: CallStyle) -> None:
+    """Guards clients of an answer that was cut off: half a call, which passed for content."""
+    forced = replace(style, forced=True)
+    text = written_by(style)
+    for end in range(len(text) + 1):
+        content, calls = parse_calls(text[:end], forced)
+        stream = ToolCallStream(forced)
+        streamed = [delta for character in text[:end] for delta in stream.feed(character)] + stream.finish()
+        assert not content and not any(delta.content for delta in streamed)
+        assert calls == stream.calls == parse_calls(text[:end], style)[1]
+    assert calls
+
+
+def written_by(style: CallStyle) -> str:
+    call = f'{{"name": "f", "{style.key}": {{"a": "}}"}}}}'
+    return f"{style.opening}[{call}]" if style.listed else style.opening + call + style.closing
 
 
 def test_tools_that_cannot_be_enforced_are_refused() -> None:

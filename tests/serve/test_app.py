@@ -142,6 +142,14 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 0}, "max_tokens", None),
     ({"temperature": -1}, "temperature", None),
     ({"temperature": "hot"}, "temperature", None),
+    ({"temperature": True}, "temperature", None),
+    ({"top_p": "1"}, "top_p", None),
+    ({"logprobs": 1}, "logprobs", None),
+    ({"logit_bias": {"5": "1"}}, "logit_bias", None),
+    ({"extra_body": {"stream": "yes"}}, "stream", None),
+    ({"extra_body": {"ignore_eos": 0}}, "ignore_eos", None),
+    ({"extra_body": {"stream": True, "stream_options": {"include_usage": "true"}}}, "stream_options", None),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", None),
     ({"temperature": 1e-300}, "temperature", None),
     ({"extra_body": {"repetition_penalty": 1e-300}}, "repetition_penalty", None),
     ({"n": 0}, "n", None),
@@ -169,6 +177,37 @@ def test_bad_requests_name_the_parameter(client: openai.OpenAI, change: dict[str
         client.chat.completions.create(**{"model": NAME, "messages": HI, **change})
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.request_id
+
+
+def test_numbers_may_be_whole(client: openai.OpenAI) -> None:
+    """JSON has one kind of number: 1 is right where 1.0 is."""
+    client.chat.completions.create(
+        model=NAME, messages=HI, temperature=1, top_p=1, presence_penalty=0, logit_bias={"5": 1}, max_tokens=1,
+        max_completion_tokens=1,
+    )  # fmt: skip
+
+
+def test_types_are_not_guessed(server: Running) -> None:
+    """A value of another type that passes for the right one means what nobody wrote."""
+    bad: list[tuple[str, dict[str, Any], str]] = [
+        ("v1/completions", {"model": NAME, "prompt": "x", "echo": "no"}, "echo"),
+        ("v1/embeddings", {"model": NAME, "input": "x", "dimensions": "64"}, "dimensions"),
+        ("v1/responses", {"model": NAME, "input": "x", "stream": 0}, "stream"),
+        ("v1/responses", {"model": NAME, "input": "x", "background": 0}, "background"),
+        ("v1/responses", {"model": NAME, "input": "x", "temperature": "1"}, "temperature"),
+        ("tokenize", {"prompt": "x", "add_special_tokens": 1}, "add_special_tokens"),
+        ("detokenize", {"tokens": ["5"]}, "tokens"),
+    ]
+    for path, body, param in bad:
+        reply = httpx.post(f"{server.url}/{path}", json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+
+
+def test_a_key_that_comes_twice_is_refused(server: Running) -> None:
+    """Readers differ in which of two they take."""
+    body = '{"model": "tiny", "prompt": "x", "logit_bias": {"5": 1, "5": 2}}'
+    reply = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400 and "'5' comes twice" in reply.json()["error"]["message"]
 
 
 def test_bad_completions(client: openai.OpenAI, server: Running) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -14,8 +17,10 @@ from pydantic import BaseModel
 
 from tests.engine import small
 from tests.serve.running import Running
+from tutelage.data.render import Renderer
 from tutelage.engine import Engine
 from tutelage.serve.app import create_app
+from tutelage.tokenizer.train import train
 
 NAME, HI = "tiny", [{"role": "user", "content": "the cat"}]
 PERSON = {
@@ -109,6 +114,59 @@ def test_strict_tools_leave_the_choice(client: openai.OpenAI) -> None:
     assert error.value.param == "tools"
 
 
+JSON: Any = {"type": "json_object"}
+PET: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": PERSON}}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("asked", [{"response_format": PET}, {"extra_body": {"structured_outputs": {"json": PERSON}}}])
+def test_tools_beside_a_format(client: openai.OpenAI, asked: Any, strict: bool) -> None:
+    """A format that makes calls impossible, while the tools are accepted: of both, the model chooses."""
+    tools = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": strict}}]
+    seen = set()
+    for first, seed in itertools.product("<{", range(4)):
+        ids = httpx.post(str(client.base_url.join("/tokenize")), json={"prompt": first, "add_special_tokens": False}).json()
+        unliked = {str(i): -100 for i in ids["tokens"]}
+        choice = chat(client, tools=tools, seed=seed, logit_bias=unliked, parallel_tool_calls=False, **asked).choices[0]
+        seen.add(choice.finish_reason)
+        if choice.finish_reason == "stop":
+            assert set(json.loads(choice.message.content or "")) == {"name", "legs"} and not choice.message.tool_calls
+        if choice.finish_reason == "tool_calls":
+            assert choice.message.content is None
+            for call in choice.message.tool_calls or []:
+                assert not strict or set(json.loads(call.function.arguments)) == {"name", "legs"}  # type: ignore[union-attr]
+        assert (choice.finish_reason == "stop") == (first == "<")
+    assert {"stop", "tool_calls"} <= seen
+
+
+def test_calls_that_json_would_hide_are_refused(tmp_path: Path) -> None:
+    """Llama 3 writes a call as bare JSON: an answer in JSON may look the same."""
+    train(small.TEXTS, vocab_size=320, template="llama3", out=tmp_path / "t")
+    renderer = Renderer(tmp_path / "t")
+    engine = Engine(small.model(renderer.tokenizer.vocab_size, context=1536), renderer, slots=1)
+    running = Running(create_app(engine, renderer, NAME))
+    try:
+        with pytest.raises(openai.BadRequestError, match="nothing tells from an answer in JSON") as caught:
+            chat(running.client(), tools=TOOLS, response_format=JSON)
+        assert caught.value.param == "tools"
+        assert chat(running.client(), tools=TOOLS, tool_choice="none", response_format=PET, seed=1).choices[0].message.content
+    finally:
+        running.close()
+
+
+def test_a_forced_call_that_is_cut_is_no_content(client: openai.OpenAI) -> None:
+    """Half of a call, markup and all, given out as what the model says."""
+    how: dict[str, Any] = {"model": NAME, "messages": HI, "tools": TOOLS, "tool_choice": "required", "max_tokens": 12, "seed": 3}
+    choice = client.chat.completions.create(**how).choices[0]
+    assert choice.finish_reason == "length" and not choice.message.content and not choice.message.tool_calls
+    chunks = list(client.chat.completions.create(**how, stream=True))
+    assert not any(chunk.choices[0].delta.content or chunk.choices[0].delta.tool_calls for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    tools = [{"type": "function", **TOOLS[0]["function"]}]
+    response = client.responses.create(model=NAME, input="x", tools=tools, tool_choice="required", max_output_tokens=12)  # type: ignore[call-overload]
+    assert response.status == "incomplete" and not response.output_text
+
+
 def test_a_streamed_call_is_the_whole_one(client: openai.OpenAI) -> None:
     """Deltas that do not add up; a finish reason that differs by mode (vllm#53255)."""
     how: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": 5}
@@ -144,6 +202,11 @@ def test_the_conversation_goes_on_after_a_call(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "not": {}}}}},
          "response_format"),
         ({"response_format": {"type": "json_object"}, "tools": TOOLS, "tool_choice": "required"}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}, "tools": TOOLS},
+         "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": PERSON}}}, "response_format.json_schema.name"),
+        ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "stop"),
+        ({"tools": TOOLS, "tool_choice": "required", "extra_body": {"stop_token_ids": [5]}}, "stop_token_ids"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools"),

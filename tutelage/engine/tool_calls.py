@@ -2,6 +2,7 @@
 
 One state machine reads both ways, so a streamed answer and the same answer read at once have the same content and calls.
 A call is given out when it is complete: JSON that breaks off or is wrong stays content, and content once sent can't be unsent.
+Where calls are forced there is no content.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class CallStyle:
     listed: bool = False  # one JSON list holds all calls
     many: bool = True  # whether a turn may hold several
     most: int | None = None  # calls to give out of one answer, where the client wants no more; those beyond are left out
+    forced: bool = False  # an answer is nothing but calls: what is none, as a call that was cut off, is left out
     control: tuple[tuple[str, int], ...] = ()  # marks that are control tokens in a tokenizer, with their ids
 
     @property
@@ -245,9 +247,10 @@ class ToolCallStream:
         at = self._fed - len(self._held)
         text, self._held = self._held[:size], self._held[size:]
         if text:
-            self._content.append(text)
             self._line_start = text[-1] == "\n"
             self._after_call = False
+        if text and not self.style.forced:
+            self._content.append(text)
             yield Delta(content=text, at=at)
 
 

@@ -87,13 +87,23 @@ def tool_grammar(
     return Grammar("lark", "\n".join([f"start: {_opening(style)} {calls}", *rules]))
 
 
-def strict_grammar(style: CallStyle, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True) -> Grammar:
+def strict_grammar(
+    style: CallStyle, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True, answer: str | None = None
+) -> Grammar:
     """The grammar of an answer that may have calls in it: free text, and wherever a call begins, one of these tools with
-    arguments that its schema allows (those of tools without `strict` are any object). Raises what `tool_grammar` raises."""
+    arguments that its schema allows (those of tools without `strict` are any object).
+
+    answer: a schema as `json_text` writes it, of what an answer without calls is, in place of free text; one with calls is
+    nothing but calls then. Raises what `tool_grammar` raises, and `ConfigError` for such a schema where calls have no marks.
+    """
     functions = [tool.get("function", tool) for tool in tools]
     functions = [f if f.get("strict") else {**f, "parameters": {}} for f in functions]
     most = MAX_CALLS if parallel and style.many else 1
     calls, rules = _calls(style, most), _rules(style, functions, list(range(len(functions))))
+    if answer is not None:
+        if style.bare:
+            raise _no_telling(style)
+        return Grammar("lark", "\n".join([f"start: {_opening(style)} {calls} | answer", f"answer: %json {answer}", *rules]))
     if not style.opening:  # an answer is a call or begins otherwise
         return Grammar("lark", "\n".join([f"start: {calls} | OTHER", "OTHER: /([^{ \\n\\t](.|\\n)*)?/", *rules]))
     mark = style.opening.rstrip()
@@ -101,6 +111,14 @@ def strict_grammar(style: CallStyle, tools: Sequence[Mapping[str, Any]], *, para
     rest = _literal(_opening_text(style)[len(mark) :], style)
     start = f"start: (begin {rest} {calls}){{0,{most}}} TEXT"
     return Grammar("lark", "\n".join([start, begin, "TEXT: /(.|\\n)*/", *rules]))
+
+
+def _no_telling(style: CallStyle) -> ConfigError:
+    return ConfigError(
+        "this model's template writes calls as plain JSON, which nothing tells from an answer in JSON",
+        field="tools", found=style.name, expected="either tools or an answer in JSON",
+        fix='set tool_choice to "none", or leave the format of the answer open',
+    )  # fmt: skip
 
 
 def _opening_text(style: CallStyle) -> str:

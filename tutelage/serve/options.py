@@ -20,7 +20,7 @@ class Options:
     api_keys: tuple[str, ...] = ()  # unlimited keys for inference
     keys: Path | None = None  # a file of `tutelage keys`
     allow_models: tuple[Path, ...] = ()  # folders that POST /admin/models may load from
-    max_waiting: int = 256  # answers of one model that may wait; more are refused with 429
+    max_waiting: int = 256  # requests are refused with 429 while so many answers of their model wait already
     max_body: int = MAX_BODY  # bytes of a request
     drain_seconds: float = 30.0  # how long answers may go on after SIGTERM
     engine: str = "tutelage"  # a row of `engines.py`

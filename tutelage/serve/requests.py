@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ async def read_json(request: Request) -> Any:
         raise ApiError(415, "the content type must be application/json")
     try:
         text = (await request.body()).decode("utf-8-sig")
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
         if "\\u" in text:  # half a surrogate pair is JSON, but no text: no tokenizer takes it
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -50,6 +51,15 @@ def as_api_errors(param: str) -> Iterator[None]:
         raise ApiError(400, str(error), param=error.field or param) from error
     except UserError as error:
         raise ApiError(400, str(error), param=param) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises `ValueError` for a key that comes twice: readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name[:100]!r} comes twice in one object")
+    return found
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

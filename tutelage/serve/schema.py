@@ -42,7 +42,7 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against traffic analysis; a no-op here
 
@@ -50,7 +50,7 @@ class StreamOptions(BaseModel):
 class Generation(BaseModel):
     """What chat and text completions have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
@@ -160,7 +160,10 @@ class ChatRequest(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ApiError(400, "max_tokens and max_completion_tokens are one limit: give either", param="max_tokens")
+        return next(iter(limits), None)
 
     def refuse_unsupported(self) -> None:
         """Raises `ApiError` for what this server does not do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tutelage.engine import Sampling
-from tutelage.engine.grammar import Grammar, GrammarsBusy
+from tutelage.engine.grammar import Grammar, GrammarsBusy, written
 from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import strict_grammar, tool_grammar
 from tutelage.errors import ConfigError
@@ -54,12 +55,13 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
             formats["response_format"] = wanted
         tools, mode, name = _tools(asked)
         if tools:
-            parallel = asked.parallel_tool_calls is not False
-            style = replace(_named("tools", served.call_style), most=None if parallel else 1)
-            if mode == "required":
+            parallel, forced = asked.parallel_tool_calls is not False, mode == "required"
+            style = replace(_named("tools", served.call_style), most=None if parallel else 1, forced=forced)
+            if forced:
+                _refuse_stops(asked)
                 formats["tool_choice"] = await _apart("tools", partial(tool_grammar, style, tools, name, parallel=parallel))
-            elif any(tool["function"].get("strict") for tool in tools):
-                formats["tools"] = await _apart("tools", partial(strict_grammar, style, tools, parallel=parallel))
+            elif len(formats) < 2:
+                formats = await _with_calls(formats, style, tools, parallel)
             tools = tuple({**t, "function": {k: v for k, v in t["function"].items() if k != "strict"}} for t in tools)
     shown = frozenset() if asked.skip_special_tokens else served.renderer.tokenizer.control_ids
     if len(formats) > 1:
@@ -68,6 +70,27 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
         await _apart(param, partial(served.engine.constrain, grammar))
         return Shape(tools, style, grammar, shown)
     return Shape(tools, style, shown_ids=shown)
+
+
+async def _with_calls(
+    formats: dict[str, Grammar], style: CallStyle, tools: tuple[dict[str, Any], ...], parallel: bool
+) -> dict[str, Grammar]:
+    """A format of JSON leaves room for calls, which `strict` tools bind. Any other grammar says itself whether calls fit it."""
+    param, wanted = next(iter(formats.items()), ("tools", None))
+    answer = None
+    if wanted is not None and wanted.kind in ("json_schema", "json_object"):
+        _, answer = await _apart(param, partial(written, wanted))
+    if answer is None and not any(tool["function"].get("strict") for tool in tools):
+        return formats
+    grammar = await _apart("tools", partial(strict_grammar, style, tools, parallel=parallel, answer=answer))
+    return {param: grammar} if answer is not None else {**formats, "tools": grammar}
+
+
+def _refuse_stops(asked: ChatRequest) -> None:
+    """Raises `ApiError` for what would end an answer in the middle of a call that it has to make."""
+    for param, given in (("stop", asked.stop), ("stop_token_ids", asked.stop_token_ids)):
+        if given:
+            raise ApiError(400, f"{param} would cut off the call that tool_choice asks for", param=param)
 
 
 async def _apart(param: str, function: Callable[[], T]) -> T:
@@ -99,6 +122,9 @@ def _response_format(given: dict[str, Any] | None) -> Grammar | None:
         raise ApiError(
             400, "response_format is text, json_object, or json_schema with json_schema.schema", param="response_format"
         )
+    if not isinstance(outer.get("name"), str) or not re.fullmatch(r"[\w-]{1,64}", outer["name"]):
+        message = "response_format.json_schema.name is 1 to 64 letters, digits, _ and -"
+        raise ApiError(400, message, param="response_format.json_schema.name")
     return _named("response_format", Grammar.of_schema, outer["schema"])
 
 

@@ -21,8 +21,9 @@ Status = Literal["ready", "loading", "draining", "no model"]
 class ServerState:
     """The state of one server.
 
-    keys: who may do what. max_waiting: jobs of one model that may wait for their turn. allowed: folders that models may be
-    loaded from. loader: loads them; None where the server never loads. store: keeps responses; None where nothing is kept.
+    keys: who may do what. max_waiting: no request is let in while so many jobs of its model wait for their turn.
+    allowed: folders that models may be loaded from. loader: loads them; None where the server never loads. store: keeps
+    responses; None where nothing is kept.
     """
 
     def __init__(

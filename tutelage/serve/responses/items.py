@@ -20,7 +20,7 @@ PREFIX = {"message": "msg", "function_call": "fc", "function_call_output": "fco"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _Message(_Strict):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from tutelage.serve.responses.items import Item, messages, read
 from tutelage.serve.schema import ApiError, ChatRequest, Whole, parse
@@ -24,8 +24,17 @@ Metadata = Annotated[
 ]
 
 
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be false")
+    return value
+
+
+No = Annotated[Literal[False], BeforeValidator(_boolean)]  # the literal alone takes 0, which equals it
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _StreamOptions(_Strict):
@@ -62,7 +71,7 @@ class _Tool(_Strict):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    defer_loading: Literal[False] = False
+    defer_loading: No = False
 
 
 class _NamedTool(_Strict):
@@ -79,7 +88,7 @@ class _AllowedTools(_Strict):
 class ResponsesRequest(BaseModel):
     """One request; `chat` is what the model is asked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     input: str | list[Any] = Field(min_length=1)
@@ -98,7 +107,7 @@ class ResponsesRequest(BaseModel):
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
     metadata: Metadata | None = None
     # refused unless they ask for what happens anyway
-    background: Literal[False] | None = None
+    background: No | None = None
     truncation: Literal["disabled"] | None = None
     reasoning: dict[str, Any] | None = None
     # accepted, of no effect: they change nothing about the answer

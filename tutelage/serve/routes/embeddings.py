@@ -25,7 +25,7 @@ router = APIRouter()
 class EmbeddingRequest(BaseModel):
     """`dimensions` must be the model's width: our models are not trained so that the beginning of a vector would do alone."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     input: Prompts

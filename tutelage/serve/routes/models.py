@@ -18,7 +18,7 @@ router = APIRouter()
 
 
 class LoadRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^\w[\w.:/@+-]{0,127}$")
     path: str = Field(pattern=r"^[^\x00]{1,4096}$")

@@ -19,7 +19,7 @@ router = APIRouter()
 class TokenizeRequest(BaseModel):
     """`add_special_tokens`: whether a prompt begins as a document does; a conversation's special tokens are its template's."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None  # may be left out where there is only one
     prompt: str | None = None
@@ -28,7 +28,7 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     tokens: list[Whole]
