@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from openai.types import Completion
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 
 from tests.pipeline import tutelage
 from tests.serve.test_generate import USER, Capture, die, read, write
@@ -51,6 +54,36 @@ def test_an_openai_batch_file_and_back(model: Path, engine: Engine, tmp_path: Pa
     assert echoed[0]["text"].startswith("the cat")
 
 
+def test_embeddings_and_responses_of_a_batch_file(model: Path, engine: Engine, tmp_path: Path, capsys: Capture) -> None:
+    """An archive to be embedded that is refused for its URL; tokens that are not counted under these endpoints' names."""
+    turns = [{"role": "system", "content": "one two"}, USER]
+    asked = {"model": "m", "input": USER["content"], "instructions": "one two", "max_output_tokens": 7, "temperature": 1.3}
+    rows = [
+        request("one", {"model": "m", "input": "the cat"}, "/v1/embeddings"),
+        request("many", {"model": "m", "input": ["one two", "the cat"], "encoding_format": "base64"}, "/v1/embeddings"),
+        request("free", asked, "/v1/responses"),
+        request("seeded", {**asked, "seed": 3}, "/v1/responses"),
+    ]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    facts = api.generate(model=model, input=source, output=output, seed=5)
+    got = read(output)
+    assert [row["custom_id"] for row in got] == ["one", "many", "free", "seeded"] and facts["errors"] == 0
+    bodies = [row["response"]["body"] for row in got]
+    cat, one = engine.embed([engine.encode("the cat"), engine.encode("one two")])
+    for data in bodies[1]["data"]:
+        data["embedding"] = np.frombuffer(base64.b64decode(data["embedding"]), "<f4").tolist()
+    for body, vectors in zip(bodies, ([cat], [one, cat]), strict=False):
+        found = CreateEmbeddingResponse.model_validate(body, strict=True).data
+        assert [d.embedding for d in found] == [pytest.approx(v.tolist(), abs=1e-6) for v in vectors]
+    for body, seed in zip(bodies[2:], (row_seed(5, 2), 3), strict=True):
+        (want,) = engine.generate([turns], Sampling(7, temperature=1.3, seed=seed))
+        assert Response.model_validate(body, strict=True).output_text == want.text and body["store"] is False
+        assert (body["usage"]["input_tokens"], body["usage"]["output_tokens"]) == (len(want.prompt), len(want.ids))
+    read_of = [body["usage"].get("prompt_tokens", body["usage"].get("input_tokens")) for body in bodies]
+    assert facts["prompt_tokens"] == sum(read_of) and facts["prompt_tokens"] > 0
+    assert facts["completion_tokens"] == sum(body["usage"].get("output_tokens", 0) for body in bodies)
+
+
 def test_a_killed_batch_file_goes_on(model: Path, tmp_path: Path, capsys: Capture) -> None:
     """Requests without a seed that are answered otherwise after a kill; Ctrl-C that hangs in the server's thread."""
     body = {"model": "m", "prompt": "the cat", "max_tokens": 9}
@@ -73,7 +106,12 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, int | None]] = [
     (request("1", {**HELLO, "web_search": 1}), "body.web_search", 400),
     (request("1", {**HELLO, "max_tokens": 5000}), "body.messages", 400),
     (request("1", {**HELLO, "stream": True}), "body.stream", None),
-    (request("1", HELLO, "/v1/embeddings"), "url", None),
+    (request("1", HELLO, "/v1/moderations"), "url", None),
+    (request("1", {**HELLO, "input": "x"}, "/v1/embeddings"), "body.messages", 400),
+    (request("1", {"model": "m", "input": "x", "dimensions": 8}, "/v1/embeddings"), "body.dimensions", 400),
+    (request("1", {"model": "m", "input": "x", "seed": 1}, "/v1/embeddings"), "body.seed", 400),
+    (request("1", {"model": "m", "input": "x", "store": True}, "/v1/responses"), "body.store", 400),
+    (request("1", {"model": "m", "input": "x", "stream": True}, "/v1/responses"), "body.stream", None),
     ({**request("1", HELLO), "method": "GET"}, "method", None),
     (request("1", "x"), "body", None),
     ({**request("1", HELLO), "custom_id": 1}, "custom_id", None),

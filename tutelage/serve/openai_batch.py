@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from tutelage import log
 from tutelage.engine.protocol import EngineProtocol
@@ -16,9 +19,27 @@ from tutelage.errors import DataError, UserError
 from tutelage.serve.app import create_app
 from tutelage.serve.archive import Entry
 from tutelage.serve.batch import Job, one_line, row_seed
-from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, Generation, parse
+from tutelage.serve.responses.request import ResponsesRequest
+from tutelage.serve.routes.embeddings import EmbeddingRequest
+from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, parse
 
-URLS: dict[str, type[Generation]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+
+@dataclass(slots=True, frozen=True)
+class Endpoint:
+    """What the rows of one URL are."""
+
+    request: type[BaseModel]
+    read: str = "prompt_tokens"  # the key of `usage` for tokens that were read
+    made: str = "completion_tokens"  # for those that were made; 0 where it is not there
+    seeded: bool = True  # a request may bring a seed, and gets its row's where it does not
+
+
+URLS = {
+    "/v1/chat/completions": Endpoint(ChatRequest),
+    "/v1/completions": Endpoint(CompletionRequest),
+    "/v1/responses": Endpoint(ResponsesRequest, "input_tokens", "output_tokens"),
+    "/v1/embeddings": Endpoint(EmbeddingRequest, seeded=False),
+}
 MAX_BODY = 1 << 30  # bytes of a request: the file is the user's own
 
 
@@ -37,7 +58,7 @@ class Requests:
     def check(self, entry: Entry) -> None:
         body = self._body(entry)
         try:
-            parse(URLS[entry.fields["url"]], body)
+            parse(URLS[entry.fields["url"]].request, body)
         except ApiError as error:
             raise _refusal(error.body) from None
 
@@ -57,8 +78,10 @@ class Requests:
             raise DataError("a batch is not streamed", field="body.stream", found=True, expected="false")
         if isinstance(body.get("model"), str) and body["model"] != self.name:
             self.renamed.add(body["model"])
-        seed = body.get("seed")
-        return {**body, "model": self.name, "seed": row_seed(self.seed, entry.index) if seed is None else seed}
+        body = {**body, "model": self.name}
+        if URLS[fields["url"]].seeded and body.get("seed") is None:
+            body["seed"] = row_seed(self.seed, entry.index)
+        return body
 
     def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
         return _output(entry, None, {"code": "invalid_row", "message": one_line(error)})
@@ -95,7 +118,8 @@ class Requests:
         status, request_id, reply = await post(app, entry.fields["url"], body)
         row = _output(entry, {"status_code": status, "request_id": request_id, "body": reply}, None)
         if status == 200:
-            job.take(entry, row, reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"])
+            endpoint, usage = URLS[entry.fields["url"]], reply["usage"]
+            job.take(entry, row, usage[endpoint.read], usage.get(endpoint.made, 0))
         else:
             job.refuse(entry, _refusal(reply), row)
 
