@@ -185,6 +185,13 @@ class Typist:
         self.terminal = ours
         self.seen = ""
 
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt. One that comes just before Python's `input` waits for a key is seen at the next key only."""
+        ready: list[int] = []
+        while not ready:
+            self.type("\x03")
+            ready, _, _ = select.select([self.terminal], [], [], 3.0)
+
     def expect(self, text: str, seconds: float = 120.0) -> str:
         """Reads until `text` comes; what came up to there."""
         end = time.monotonic() + seconds
@@ -234,7 +241,7 @@ def test_keys_of_a_terminal(folder: Path, tmp_path: Path) -> None:
     chat.expect("> ")
     chat.type("half a li")
     chat.expect("half a li")
-    chat.type("\x03")
+    chat.interrupt()
     chat.expect("Ctrl-D or /exit leaves")
     chat.expect("> ")
     chat.leave()
