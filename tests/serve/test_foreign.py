@@ -227,3 +227,11 @@ def test_generate_answers_a_file(foreign: Foreign, tmp_path: Path, capsys: Captu
         assert row["usage"]["prompt_tokens"] == len(ids) and sure > 4
         if sure >= len(want):
             assert row["completion"] == foreign.text(want)
+
+
+def test_the_command_serves_the_folder(foreign: Foreign, start: Any) -> None:
+    """`tutelage serve` in a process of its own, from nothing but the path."""
+    process = start(foreign.folder)
+    how: dict[str, Any] = {"messages": HI, "max_tokens": TOKENS, "temperature": 0}
+    got = process.client.chat.completions.create(model=foreign.folder.name, **how)
+    assert got.choices[0].message == foreign.client.chat.completions.create(model=NAME, **how).choices[0].message
