@@ -5,6 +5,7 @@ TUTELAGE_FUZZ_EXAMPLES=20000 makes a long run of other requests each time; what 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -77,6 +78,8 @@ class Target:
     def is_as_before(self) -> None:
         """Nothing runs, waits or holds a slot, and a greedy answer is the one it always was."""
         served = self.state.models.get(NAME)
+        # The client has the last reply a moment before the server is through with its request.
+        asyncio.run_coroutine_threadsafe(self.state.models.idle(), self.running.loop).result(SECONDS)
         served.thread.call(lambda engine: None).result(SECONDS)
         engine = served.engine
         assert engine.idle and engine.scheduler.slots.used == 0 and served.thread.waiting == 0
