@@ -249,3 +249,10 @@ def test_without_max_tokens(client: openai.OpenAI, engine: Engine) -> None:
     got = client.chat.completions.create(model=NAME, messages=HI, seed=1, extra_body={"ignore_eos": True})
     assert (got.usage.completion_tokens, got.choices[0].finish_reason) == (rest, "length")
     assert client.completions.create(model=NAME, prompt="x", extra_body={"ignore_eos": True}).usage.completion_tokens == 16
+
+
+def test_a_typo_is_told_from_what_is_not_supported(client: openai.OpenAI) -> None:
+    for name, advice in (("temprature", "; did you mean temperature?"), ("guided_whim", "")):
+        with pytest.raises(openai.BadRequestError) as error:
+            chat(client, extra_body={name: 0})
+        assert error.value.param == name and f"{name} is not supported by this server{advice}" in str(error.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -252,7 +253,10 @@ def parse(kind: type[Request], body: Any) -> Request:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else None
         if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"{param} is not supported by this server", param=param, code="unsupported_parameter") from error
+            close = get_close_matches(param or "", kind.model_fields, 1, 0.8)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            message = f"{param} is not supported by this server{meant}"
+            raise ApiError(400, message, param=param, code="unsupported_parameter") from error
         raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param=param) from error
 
 
