@@ -11,6 +11,8 @@ import torch
 
 from tests.engine import small
 from tutelage.engine import Engine, Sampling
+from tutelage.engine.blocks import token_bytes
+from tutelage.engine.draft import Draft
 from tutelage.errors import ConfigError
 from tutelage.models.decoder import Decoder
 from tutelage.models.init import build
@@ -87,3 +89,15 @@ def test_penalties_and_long_answers_hold_with_a_draft() -> None:
     how: dict[str, Any] = {"temperature": 0.7, "seed": 2, "frequency_penalty": 1.2, "logit_bias": {7: 3.0}, "n": 3}
     want = [c.ids for c in Engine(large, slots=4).generate(texts()[:2], Sampling(60, **how))]
     assert [c.ids for c in Engine(large, slots=4, draft=draft).generate(texts()[:2], Sampling(60, **how))] == want
+
+
+def test_a_draft_forgets_what_memory_was_taken_for() -> None:
+    """Keys that the system has taken back are zeros: guesses from them would be wrong ones, for as long as the text goes on."""
+    large, draft = pair()
+    how = replace(GREEDY, ignore_eos=True, max_tokens=80)
+    want = [c.ids for c in Engine(large, slots=4).generate(texts(), how)]
+    engine = Engine(large, slots=4, draft=draft, cache_bytes=(token_bytes(large) + token_bytes(draft)) * 400)
+    assert [c.ids for c in engine.generate(texts(), how)] == want and engine.preemptions > 0
+    assert isinstance(engine.guesser, Draft)
+    engine.guesser.trim(0, 3)
+    assert engine.guesser._readers[0].cached <= 3

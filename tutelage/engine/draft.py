@@ -60,6 +60,12 @@ class Draft(Guesser):
             work = [Work(readers[i], found[i][-1:]) for i in going]
         return found
 
+    def trim(self, slot: int, tokens: int) -> None:
+        """Gives back the memory of a place behind so many tokens: what was read there has to be read again."""
+        self.cache.trim(slot, tokens)
+        if slot in self._readers:
+            self._readers[slot].cached = min(self._readers[slot].cached, tokens)
+
     def _reader(self, sequence: Sequence) -> Sequence:
         """The text of a sequence, read but for its end."""
         reader = self._readers.setdefault(sequence.slot, _unread(sequence.slot))

@@ -96,9 +96,10 @@ class Engine:
     def _memory(self, slots: Slots, cache: KVCache | None, draft: Any, cache_bytes: int) -> Memory:
         """What bounds the cache: of our own on a CPU and of a causal model of `transformers`, tokens; else its places."""
         one = token_bytes(self.model) + (0 if draft is None else token_bytes(draft))
-        if not one or (cache is not None and self.device.type != "cpu") or isinstance(self.runner, RecomputingRunner):
+        sources = getattr(self.model, "is_encoder_decoder", False)  # theirs are kept, too, and are not known here
+        if not one or sources or (cache is not None and self.device.type != "cpu") or isinstance(self.runner, RecomputingRunner):
             return Memory(slots)
-        held = [c for c in (cache, self.guesser.cache if isinstance(self.guesser, Draft) else None) if c is not None]
+        held = [each for each in (cache, self.guesser) if isinstance(each, KVCache | Draft)]
 
         def trim(slot: int, tokens: int) -> None:
             for each in held:
