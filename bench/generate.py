@@ -1,4 +1,4 @@
-"""Generation against `transformers.generate` and llama.cpp: 128 greedy tokens after prompts of 64, batch 1 and 16.
+"""Generation against `transformers.generate`, its continuous batching and llama.cpp: 128 greedy tokens after 64, batch 1 and 16.
 
     python bench/generate.py --peers FOLDER --peer-scripts FOLDER --data FOLDER [--rounds 5] [--size 100m]
 
@@ -30,7 +30,7 @@ LARGE = {
     "vocab_size": 16384, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
     "intermediate_size": 2304,
 }  # fmt: skip
-PAIRS = {"float32": ("hf", "llama_f32"), "int8": ("llama_q8_0",)}
+PAIRS = {"float32": ("hf", "hf_continuous", "llama_f32"), "int8": ("llama_q8_0",)}
 
 
 def write_weights(folder: Path, size: str, tokenizer: Path) -> None:
@@ -107,6 +107,7 @@ def commands(args: argparse.Namespace, weights: Path, prompts: Path) -> dict[str
     script += ["--weights", str(weights), "--repeat", str(args.repeat)]
     peers = {
         "hf": [*script, "--peer", "hf"],
+        "hf_continuous": [*script, "--peer", "hf_continuous"],
         "llama_f32": [*script, "--peer", "llama_cpp", "--kind", "f32"],
         "llama_q8_0": [*script, "--peer", "llama_cpp", "--kind", "q8_0"],
     }

@@ -95,9 +95,136 @@ class Conversation:
         return cls(id=content_id(key), messages=turns, tools=offered, source=source, **rest)
 
 
-Record = Document | Conversation
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Preference:
+    """Two answers to one prompt, and which of them is preferred.
+
+    Example:
+        {"id": "…", "prompt": [{"role": "user", "content": "2+2?"}], "chosen": [{"role": "assistant", "content": "4"}],
+         "rejected": [{"role": "assistant", "content": "5"}], …}
+    """
+
+    id: str  # from prompt, answers and tools
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    source: str
+    margin: float | None = None  # by how much the chosen one is better, where people said so
+    tools: tuple[dict[str, Any], ...] = ()
+    style: str = "chat"  # chat | completion
+    parents: tuple[str, ...] = ()
+    licence: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls, prompt: Iterable[Message], chosen: Iterable[Message], rejected: Iterable[Message], *, source: str,
+        tools: Iterable[dict[str, Any]] = (), **rest: Any,
+    ) -> Preference:  # fmt: skip
+        parts, offered = [tuple(turns) for turns in (prompt, chosen, rejected)], tuple(tools)
+        key = [[[m.to_json() for m in turns] for turns in parts], list(offered)]
+        return cls(id=content_id(key), prompt=parts[0], chosen=parts[1], rejected=parts[2], tools=offered, source=source, **rest)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Rating:
+    """One answer to a prompt, with what was said of it: of the whole (`scores`), or of each step (`step_scores`).
+
+    Example:
+        {"id": "…", "prompt": […], "answer": [{"role": "assistant", "content": "4"}], "scores": {"desirable": 1.0}, …}
+    """
+
+    id: str  # from prompt, answer and tools
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    source: str
+    scores: dict[str, float] = field(default_factory=dict)  # by aspect; "desirable" is 1 or 0
+    steps: tuple[str, ...] = ()  # parts of the last message, which joined give its content
+    step_scores: tuple[float, ...] = ()  # one a step: 1 right, 0 wrong, or between
+    tools: tuple[dict[str, Any], ...] = ()
+    style: str = "chat"
+    parents: tuple[str, ...] = ()
+    licence: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls, prompt: Iterable[Message], answer: Iterable[Message], *, source: str, tools: Iterable[dict[str, Any]] = (),
+        **rest: Any,
+    ) -> Rating:  # fmt: skip
+        parts, offered = [tuple(turns) for turns in (prompt, answer)], tuple(tools)
+        key = [[[m.to_json() for m in turns] for turns in parts], list(offered)]
+        return cls(id=content_id(key), prompt=parts[0], answer=parts[1], tools=offered, source=source, **rest)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Prompt:
+    """What a model is asked, and what is known of a right answer.
+
+    Example:
+        {"id": "…", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4", …}
+    """
+
+    id: str  # from messages and tools
+    messages: tuple[Message, ...]
+    source: str
+    answer: str | None = None  # what a verifier compares with
+    tools: tuple[dict[str, Any], ...] = ()
+    style: str = "chat"
+    parents: tuple[str, ...] = ()
+    licence: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)  # task name, unit tests, a JSON schema, …
+
+    @classmethod
+    def make(cls, messages: Iterable[Message], *, source: str, tools: Iterable[dict[str, Any]] = (), **rest: Any) -> Prompt:
+        turns, offered = tuple(messages), tuple(tools)
+        key = [[m.to_json() for m in turns], list(offered)]
+        return cls(id=content_id(key), messages=turns, tools=offered, source=source, **rest)
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Prompt:
+        """What a conversation asks last. The expected answer is `meta["answer"]`, or else what the assistant says."""
+        *before, last = conversation.messages
+        asked, said = (before, last.content) if last.role == "assistant" else (conversation.messages, None)
+        return cls.make(
+            asked, source=conversation.source, tools=conversation.tools, style=conversation.style,
+            answer=conversation.meta.get("answer", said), parents=(conversation.id,), licence=conversation.licence,
+            meta=conversation.meta,
+        )  # fmt: skip
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Rollout:
+    """An answer that a model gave while it learned: the very ids, and how each was judged.
+
+    Example:
+        {"id": "3/0f3a…/1", "prompt": "0f3a…", "step": 3, "sample": 1, "text": "4", "reward": 1.0, "terms": {"exact": 1.0}, …}
+    """
+
+    id: str  # step/prompt/sample
+    prompt: str  # id of the prompt's record
+    step: int  # of the optimizer, for which it was made
+    sample: int  # which of the group
+    version: int  # steps that the weights had made
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]  # of the answer; of several turns, with what stands between them
+    mask: tuple[int, ...]  # 1: the model made this id; 0: a tool's or environment's words
+    logprobs: tuple[float, ...]  # of each id by the engine; 0 where the mask is 0
+    text: str
+    finish_reason: str  # stop | length | …
+    messages: tuple[Message, ...] = ()  # the answer as turns: the model's and the tools'
+    answer: str | None = None  # what was expected
+    reward: float | None = None
+    terms: dict[str, float] = field(default_factory=dict)  # the reward's parts, before their weights
+    advantage: float | None = None
+    used: bool = True  # False: left out of training, for the reason in meta["left_out"]
+    meta: dict[str, Any] = field(default_factory=dict)  # the prompt's own, and what rewards have to tell
+
+
+Record = Document | Conversation | Preference | Rating | Prompt | Rollout
 R = TypeVar("R", bound=Record)
-TYPES: dict[str, type] = {"Document": Document, "Conversation": Conversation}
+TYPES: dict[str, type] = {kind.__name__: kind for kind in (Document, Conversation, Preference, Rating, Prompt, Rollout)}
+TURNS = ("messages", "prompt", "chosen", "rejected", "answer")  # fields that hold messages, where they hold tuples or lists
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -107,7 +234,7 @@ def to_json(record: Record) -> dict[str, Any]:
         value = getattr(record, f.name)
         if value in ((), {}, None):
             continue
-        if f.name == "messages":
+        if isinstance(value, tuple) and isinstance(value[0], Message):
             value = [m.to_json() for m in value]
         out[f.name] = list(value) if isinstance(value, tuple) else value
     return out
@@ -116,11 +243,9 @@ def to_json(record: Record) -> dict[str, Any]:
 def from_json(kind: type[R], row: dict[str, Any]) -> R:
     """The record of a JSON object that `to_json` made. Raises `TypeError` for a field that is missing or unknown."""
     row = dict(row)
-    if "messages" in row:
-        row["messages"] = tuple(Message.from_json(m) for m in row["messages"])
-    for key in ("parents", "tools"):
-        if key in row:
-            row[key] = tuple(row[key])
+    for key, value in row.items():
+        if isinstance(value, list):
+            row[key] = tuple(Message.from_json(m) for m in value) if key in TURNS else tuple(value)
     return kind(**row)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.guarantees import tiny
 from tutelage.errors import TrainingStopped
 from tutelage.files import read_json
-from tutelage.objectives import Term
+from tutelage.objectives import Objective, Term
 from tutelage.objectives.next_token import next_token
 from tutelage.train import checkpoint
 from tutelage.train.loop import train
@@ -56,7 +56,9 @@ def test_a_gradient_alone_that_is_not_finite_stops_too(tmp_path):
         return {"loss": Term(terms["loss"].sum + extra, "tokens")}
 
     before = weights(model)
-    job = tiny.job(tmp_path, parts={"policy": model}, data=data, recipe=Recipe({"policy": model}, overflowing))
+    job = tiny.job(
+        tmp_path, parts={"policy": model}, data=data, recipe=Recipe({"policy": model}, Objective("overflowing", overflowing))
+    )
     with pytest.raises(TrainingStopped, match="the gradient of step 0 is not finite"):
         train(job)
     facts = read_json(tmp_path / "failure" / "step_000000" / "failure.json")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,14 @@ MIX_BLOCK = 1000  # rows in which a mixture's shares are exact
 class GlobalBatch:
     """What one optimizer step trains on: this rank's part, and what is counted over all ranks.
 
-    `counts`: `tokens` (supervised targets), `sequences` (pieces), `processed` (tokens without padding).
+    `counts`: `tokens` (supervised targets), `sequences` (pieces or answers), `processed` (tokens without padding), and the other
+    units of an objective's terms (`pairs`).
     """
 
     micro: list[Batch]
     counts: dict[str, float]
     rows: list[tuple[str, ...]]  # record ids of each row of this rank, in the order of the micro-batches
+    apart: Callable[[int], list[Batch]] | None = None  # micro-batch i in its smallest parts; None: its rows are
 
 
 @dataclass(slots=True, frozen=True)

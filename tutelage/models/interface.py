@@ -82,6 +82,42 @@ class Tree:
 
 
 @dataclass(slots=True, frozen=True)
+class Answers:
+    """The S answers of a batch that an objective looks at, with their N supervised tokens, answer after answer.
+
+    Example:
+        the prompt a b with the answers c d and e in one row a b c d e: places 1 2 1, targets c d e, owner 0 0 1, last 3 4
+    """
+
+    places: Tensor  # [N] int64: in the batch laid flat, the token from whose hidden state the target is predicted
+    targets: Tensor  # [N] int64
+    owner: Tensor  # [N] int64, ascending: the answer that a token belongs to
+    last: Tensor  # [S] int64: the place of each answer's last token
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [N]: what is known of each supervised token
+    whole: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [S] or [S,k]: what is known of each answer
+    shared: Mapping[str, float] = field(default_factory=dict)  # of the global batch, from a pass that prepares it
+
+    @property
+    def count(self) -> int:
+        return len(self.last)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[N] -> [S]: over the tokens of each answer."""
+        return values.new_zeros(self.count).index_add(0, self.owner, values)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] float32: supervised tokens of each answer."""
+        return self.sums(torch.ones_like(self.places, dtype=torch.float32))
+
+    def to(self, device: str | torch.device) -> Answers:
+        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("places", "targets", "owner", "last")}
+        for name in ("tokens", "whole"):
+            moved[name] = {k: v.to(device) for k, v in getattr(self, name).items()}
+        return replace(self, **moved)
+
+
+@dataclass(slots=True, frozen=True)
 class Batch:
     """Rows of tokens.
 
@@ -106,6 +142,7 @@ class Batch:
     embeds: Tensor | None = None  # [B,T,H] in place of the embeddings of `ids`
     attention: str = "causal"
     rows: tuple[tuple[str, ...], ...] | None = None  # names of the records in each row
+    answers: Answers | None = None  # what objectives about whole answers look at, in place of `targets` and `weights`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,7 +183,7 @@ class Batch:
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch with its tensors on `device`."""
-        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache", "tree")
+        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache", "tree", "answers")
         moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
         return replace(self, **moved)
 

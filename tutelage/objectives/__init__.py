@@ -1,16 +1,20 @@
 """Objectives: one pure function a file, and one explicit table.
 
-An objective takes the named parts that are trained and one micro-batch, and returns named terms `(sum, unit)`. It never
-divides: the loop does, by the unit's count over the whole global batch. A new method is a file and a row here.
+An objective takes the named parts that are trained, one micro-batch and its own settings, and returns named terms
+`(sum, unit)`. It never divides: the loop does, by the unit's count over the whole global batch. A method whose terms need a
+number of that whole batch has a second function, `prepare`, which runs first over all micro-batches without gradients; what it
+returns, divided likewise, is in `batch.answers.shared`. A new method is a file and a row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tutelage.config.base import nearest
 from tutelage.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,24 +25,81 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One named part of a loss."""
+    """One named part of a loss. A name that begins with "_" is only measured: it has no weight in the loss."""
 
     sum: Tensor  # scalar, summed over the micro-batch
-    unit: str  # whose global count it is divided by: tokens | sequences | pairs
+    unit: str  # whose global count it is divided by: tokens | sequences | pairs | …
 
 
-Objective = Callable[["dict[str, nn.Module]", "Batch"], dict[str, Term]]
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A row of the table."""
 
-TABLE = {
-    # name: (module, function)
-    "next_token": ("tutelage.objectives.next_token", "next_token"),
+    function: str  # "module:function" (parts, batch, *, settings) -> terms
+    data: str = "rows"  # what its batches hold: rows | preferences | ratings | rollouts | examples
+    reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `whole["reference"]`
+    prepare: str | None = None  # "module:function" (parts, batch, *, settings) -> terms
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make this method of a family
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A method with its settings."""
+
+    name: str
+    function: Callable[..., dict[str, Term]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    preparing: Callable[..., dict[str, Term]] | None = None
+
+    def __call__(self, parts: dict[str, nn.Module], batch: Batch) -> dict[str, Term]:
+        return self.function(parts, batch, **self.settings)
+
+    def prepare(self, parts: dict[str, nn.Module], batch: Batch) -> dict[str, Term]:
+        """What has to be known of the global batch first; nothing for most methods."""
+        return {} if self.preparing is None else self.preparing(parts, batch, **self.settings)
+
+
+_PREFERENCE = "tutelage.objectives.preference"
+TABLE: dict[str, Method] = {
+    "next_token": Method("tutelage.objectives.next_token:next_token"),
+    "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
 }
 
 
-def objective(name: str) -> Objective:
-    """The function of a name in the table."""
+def method(name: str) -> Method:
+    """The row of a name. Raises `ConfigError` with the nearest one."""
     if name not in TABLE:
-        raise ConfigError("unknown objective", found=name, expected=f"one of: {', '.join(TABLE)}")
-    module, function = TABLE[name]
-    found: Objective = getattr(import_module(module), function)
+        near = nearest(name, list(TABLE))
+        raise ConfigError(
+            "unknown objective",
+            found=name,
+            expected=f"one of: {', '.join(TABLE)}",
+            fix=f"did you mean `{near}`?" if near else None,
+        )
+    return TABLE[name]
+
+
+def objective(name: str, **settings: Any) -> Objective:
+    """A method with its settings; those that are None keep the method's defaults. Raises `ConfigError` for one that it does not
+    have."""
+    row = method(name)
+    function = _function(row.function)
+    known = [
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in row.fixed
+    ]
+    given = {key: value for key, value in settings.items() if value is not None}
+    for key in given:
+        if key not in known:
+            near = nearest(key, known)
+            raise ConfigError(
+                f"`{key}` means nothing to {name}", field=key, found=given[key],
+                expected=f"one of: {', '.join(known)}" if known else "no settings",
+                fix=f"did you mean `{near}`?" if near else None,
+            )  # fmt: skip
+    return Objective(name, function, {**given, **row.fixed}, _function(row.prepare) if row.prepare else None)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), function)
     return found

@@ -15,7 +15,7 @@ from tutelage.errors import TrainingStopped
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.models.shard import leaves, local
 from tutelage.train import distributed
-from tutelage.train.step import Recipe, StepResult
+from tutelage.train.step import Recipe, StepResult, prepared, with_shared
 
 if TYPE_CHECKING:
     from tutelage.data.loader import GlobalBatch
@@ -54,24 +54,38 @@ def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step:
 
 
 def _save(target: Path, micro: Batch, index: int, rows: list[int], result: StepResult, step: int) -> None:
+    names = micro.rows if micro.answers is None or micro.rows is None else [(name,) for name in micro.rows[0]]
     facts: dict[str, Any] = {
         "step": step,
         "micro_batch": index,
         "rows": rows,
-        "records": [list(micro.rows[r]) for r in rows] if micro.rows is not None else [],
+        "records": [list(names[r]) for r in rows] if names is not None else [],
         "loss": str(result.loss),
         "grad_norm": str(result.grad_norm),
     }
     with whole_folder(target) as out:
-        save_file({k: getattr(micro, k).contiguous().cpu() for k in TENSORS}, out / "batch.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in _tensors(micro).items()}, out / "batch.safetensors")
         write_json(out / "failure.json", facts)
+
+
+def _tensors(micro: Batch) -> dict[str, torch.Tensor]:
+    found = {k: getattr(micro, k) for k in TENSORS}
+    if micro.answers is not None:
+        found |= {f"answers.{k}": getattr(micro.answers, k) for k in ("places", "targets", "owner", "last")}
+        streams = {"tokens": micro.answers.tokens, "whole": micro.answers.whole}
+        found |= {f"answers.{kind}.{k}": v for kind, named in streams.items() for k, v in named.items()}
+    return found
 
 
 def _culprits(recipe: Recipe, batch: GlobalBatch, loss: bool) -> tuple[int, list[int]]:
     """The first micro-batch of this rank with rows that are not finite by themselves, and these rows: by their loss, or
     by their gradient. One pass a row: slow, but it happens once a run. All rows, because ranks with shards go together."""
     check = _finite_loss if loss else _finite_gradient
-    bad = [[r for r in range(len(micro.ids)) if not check(recipe, _one_row(micro, r).to(recipe.device))] for micro in batch.micro]
+    shared = prepared(recipe, batch.micro, batch.counts)
+    bad = [
+        [r for r, row in enumerate(_apart(batch, i)) if not check(recipe, with_shared(row.to(recipe.device), shared))]
+        for i in range(len(batch.micro))
+    ]
     return next(((index, rows) for index, rows in enumerate(bad) if rows), (0, []))
 
 
@@ -97,5 +111,8 @@ def _finite_gradient(recipe: Recipe, row: Batch) -> bool:
     return all(found)
 
 
-def _one_row(batch: Batch, row: int) -> Batch:
-    return replace(batch, **{n: getattr(batch, n)[row : row + 1] for n in TENSORS}, rows=None)
+def _apart(batch: GlobalBatch, index: int) -> list[Batch]:
+    if batch.apart is not None:
+        return batch.apart(index)
+    micro = batch.micro[index]
+    return [replace(micro, **{n: getattr(micro, n)[r : r + 1] for n in TENSORS}, rows=None) for r in range(len(micro.ids))]

@@ -60,7 +60,7 @@ def facts(state: State) -> dict[str, Any]:
     if job.peak_flops and job.flops_per_token:
         out["mfu"] = round(speed * job.flops_per_token / job.peak_flops, 4)
     if len(result.terms) > 1:
-        out |= {f"term/{name}": value for name, value in result.terms.items()}
+        out |= {f"term/{name.removeprefix('_')}": value for name, value in result.terms.items()}
     return out
 
 
@@ -141,10 +141,11 @@ class Validate(Quiet):
 
     def run(self, state: State) -> None:
         terms = measure(state.job.recipe, self.batches, self.counts)
-        weights = state.job.recipe.weights
-        self.latest = sum(weights.get(n, 1.0) * v for n, v in terms.items())
+        self.latest = state.job.recipe.total(terms)
         self.at = state.progress.step
         row: dict[str, Any] = {"step": self.at, "tokens": state.progress.tokens, "validation_loss": self.latest}
+        if len(terms) > 1:
+            row |= {f"validation/{name.removeprefix('_')}": value for name, value in terms.items()}
         if self.tokens_per_byte:
             row["bits_per_byte"] = self.latest / math.log(2) * self.tokens_per_byte
         if log.rank() == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +45,10 @@ class Recipe:
     dtype: torch.dtype = torch.float32  # of the products; weights stay float32
     device: torch.device = CPU
 
+    def total(self, terms: dict[str, float]) -> float:
+        """The loss: the weighted sum of the terms, without those that are only measured."""
+        return sum(self.weights.get(n, 1.0) * v for n, v in terms.items() if not n.startswith("_"))
+
     def autocast(self) -> torch.autocast | nullcontext[None]:
         if self.dtype == torch.float32:
             return nullcontext()
@@ -56,14 +60,17 @@ def gradients(recipe: Recipe, batch: GlobalBatch) -> StepResult:
     pass of each micro-batch, so accumulation, packing and the number of ranks change nothing but rounding."""
     sums: dict[str, float] = {}
     bad = None
+    shared = prepared(recipe, batch.micro, batch.counts)
     for index, micro in enumerate(batch.micro):
-        micro = micro.to(recipe.device)
+        micro = with_shared(micro.to(recipe.device), shared)
         with recipe.autocast():
             terms = recipe.objective(recipe.parts, micro)
         total = None
         for name, term in terms.items():
             share = term.sum / _count(batch, term.unit)
             sums[name] = sums.get(name, 0.0) + share.item()
+            if name.startswith("_"):
+                continue
             part = share * recipe.weights.get(name, 1.0)
             total = part if total is None else total + part
         assert total is not None, "an objective returned no term"
@@ -75,7 +82,7 @@ def gradients(recipe: Recipe, batch: GlobalBatch) -> StepResult:
     params = [p for part in recipe.parts.values() for p in part.parameters()]
     distributed.sum_gradients(params)
     sums = distributed.sum_values(sums)
-    loss = sum(recipe.weights.get(n, 1.0) * v for n, v in sums.items())
+    loss = recipe.total(sums)
     norm = distributed.total_norm([p.grad for p in params if p.grad is not None])
     return StepResult(loss, sums, norm, bad)
 
@@ -93,6 +100,26 @@ def train_step(recipe: Recipe, batch: GlobalBatch, optimizers: Optimizers) -> St
 
 
 @torch.no_grad()
+def prepared(recipe: Recipe, micro: list[Batch], counts: dict[str, float]) -> dict[str, float]:
+    """What the objective has to know of a whole batch first, over all ranks."""
+    if recipe.objective.preparing is None:
+        return {}
+    sums: dict[str, float] = {}
+    for batch in micro:
+        with recipe.autocast():
+            terms = recipe.objective.prepare(recipe.parts, batch.to(recipe.device))
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.sum.item() / counts[term.unit]
+    return distributed.sum_values(sums)
+
+
+def with_shared(batch: Batch, shared: dict[str, float]) -> Batch:
+    if not shared or batch.answers is None:
+        return batch
+    return replace(batch, answers=replace(batch.answers, shared=shared))
+
+
+@torch.no_grad()
 def measure(recipe: Recipe, batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
     """The objective's terms over some batches, without gradients: each a sum over its unit's count. Nothing but sums is kept."""
     was_training = {name: part.training for name, part in recipe.parts.items()}
@@ -100,9 +127,14 @@ def measure(recipe: Recipe, batches: list[Batch], counts: dict[str, float]) -> d
         part.eval()
     sums: dict[str, float] = {}
     units: dict[str, str] = {}
+    shared: dict[str, float] = {}
+    if recipe.objective.preparing is not None:  # every rank measures all batches itself
+        for micro in batches:
+            for name, term in recipe.objective.prepare(recipe.parts, micro.to(recipe.device)).items():
+                shared[name] = shared.get(name, 0.0) + term.sum.item() / counts[term.unit]
     for micro in batches:
         with recipe.autocast():
-            terms = recipe.objective(recipe.parts, micro.to(recipe.device))
+            terms = recipe.objective(recipe.parts, with_shared(micro.to(recipe.device), shared))
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.sum.item()
             units[name] = term.unit

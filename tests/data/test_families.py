@@ -1,0 +1,86 @@
+"""Families of answers as batches: whatever the layout, an objective sees the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tutelage.data.families import Ending, Family, assemble, bins
+from tutelage.models.config import DecoderConfig
+from tutelage.models.init import build
+from tutelage.objectives import objective
+from tutelage.objectives.answers import token_logprobs
+
+SHAPE = {
+    "model_type": "qwen3", "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "max_position_embeddings": 128,
+    "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(DecoderConfig.from_hf(SHAPE), 0)
+
+
+def families(count: int = 4, masked: bool = False) -> list[Family]:
+    rng = np.random.default_rng(1)
+
+    def ending() -> Ending:
+        ids = rng.integers(0, 100, rng.integers(2, 9))
+        mask = rng.integers(0, 2, len(ids)).astype(np.uint8) if masked else None
+        return Ending(ids, mask, {"old": rng.normal(size=len(ids))}, {"reference": float(rng.normal() - 20)})
+
+    return [Family(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (ending(), ending())) for i in range(count)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "rows"])
+def test_every_layout_gives_one_loss_and_one_gradient(model, layout, masked):
+    """Guards against packing that leaks: prompts read once and shared give what padded rows of their own give."""
+    found = {}
+    for how in ("tree", layout):
+        model.zero_grad()
+        terms = objective("dpo", beta=0.5)({"policy": model}, assemble(families(masked=masked), how))
+        terms["loss"].sum.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found[how] = terms["loss"].sum.item(), gradient
+    assert found["tree"][0] == pytest.approx(found[layout][0], abs=1e-5)
+    torch.testing.assert_close(found["tree"][1], found[layout][1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
+def test_logprobs_are_those_of_each_text_alone(model, layout):
+    """Against a plain forward pass over each text by itself; only what the mask names is scored, in order, with its streams."""
+    made = families(masked=True)
+    batch = assemble(made, layout)
+    got = token_logprobs(model, batch)
+    expected, streams = [], []
+    for family in made:
+        for ending in family.endings:
+            text = torch.from_numpy(np.concatenate([family.prompt, ending.ids]))[None]
+            plain = replace(batch, ids=text, segments=torch.ones_like(text, dtype=torch.int32), tree=None,
+                            positions=torch.arange(text.shape[1])[None], answers=None)  # fmt: skip
+            rows = model.logits(plain).log_softmax(-1)[0]
+            for at in np.flatnonzero(ending.mask):
+                expected.append(rows[len(family.prompt) + at - 1, ending.ids[at]])
+                streams.append(ending.tokens["old"][at])
+    torch.testing.assert_close(got, torch.stack(expected), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(batch.answers.tokens["old"].numpy(), np.array(streams), rtol=1e-6)
+    last = [(f.prompt.tolist() + e.ids.tolist())[-1] for f in made for e in f.endings]
+    assert batch.ids.flatten()[batch.answers.last].tolist() == last
+
+
+def test_bins_fit_and_every_rank_has_as_many():
+    """Guards against ranks that wait for one another: sharded models run their layers equally often on each."""
+    sizes = [5, 3, 9, 2, 2, 1, 7]
+    for ranks in (1, 2, 3):
+        groups = bins(sizes, 10, ranks)
+        assert len({len(g) for g in groups}) == 1
+        assert sorted(i for rank in groups for g in rank for i in g) == list(range(len(sizes)))
+        assert all(g and sum(sizes[i] for i in g) <= 10 for rank in groups for g in rank)
+        assert all(i % ranks == rank for rank, own in enumerate(groups) for g in own for i in g)
+    assert bins([50, 1], 10) == [[[0], [1]]]  # a family larger than the room goes alone
