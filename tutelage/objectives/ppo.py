@@ -30,10 +30,10 @@ def ppo(
     )  # fmt: skip
     values, weight = parts["value"](batch)[answers.places, 0], answers.tokens["weight"]
     old, target = answers.tokens["value_old"], answers.tokens["return"]
-    error = (values - target).square()
+    error, moved = (values - target).square(), values - old
     if value_clip is not None:
-        near = (old + (values - old).clamp(-value_clip, value_clip) - target).square()
-        terms["_value_clipped"] = Term(((near > error) * weight).sum(), "tokens")
+        near = (old + moved.clamp(-value_clip, value_clip) - target).square()
+        terms["_value_clipped"] = Term(((moved.abs() > value_clip) * (near > error) * weight).sum(), "tokens")
         error = torch.maximum(error, near)
     terms["value"] = Term((error * weight).sum() / 2, "tokens")
     terms["_value"] = Term((values.detach() * weight).sum(), "tokens")
