@@ -27,12 +27,9 @@ def choose_padding(config: Any, ends: Collection[int], tokenizer: Path | None) -
     """The tokenizer's own padding token, else the configuration's, else another special token that ends no text (`ends` do, and
     the configuration's end tokens), else the last token of the vocabulary that does not."""
     taken = {*ends, *config.eos_token_ids}
-    if tokenizer is None:
-        wished, named = [config.pad_token_id], {config.pad_token_id: None}
-    else:
-        named, special, pad = _tokens(tokenizer)
-        wished = [pad, config.pad_token_id, *special]
-    chosen = next((i for i in wished if i is not None and i in named and i not in taken), None)
+    named, special, pad = ({}, [], None) if tokenizer is None else _tokens(tokenizer)
+    own = config.pad_token_id if tokenizer is None or config.pad_token_id in named else None
+    chosen = next((i for i in (pad, own, *special) if i is not None and i not in taken), None)
     last = next(i for i in reversed(range(config.vocab_size)) if i not in taken)
     number = last if chosen is None else chosen
     return Padding(number, named.get(number), chosen is not None)

@@ -40,6 +40,7 @@ class Method:
     reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `whole["reference"]`
     prepare: str | None = None  # "module:function" (parts, batch, *, settings) -> terms
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make this method of a family
+    part: str = "policy"  # which of the parts learns: policy | reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,13 @@ class Objective:
 
 
 _PREFERENCE = "tutelage.objectives.preference"
+_REWARD = "tutelage.objectives.reward"
 TABLE: dict[str, Method] = {
     "next_token": Method("tutelage.objectives.next_token:next_token"),
     "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
+    "reward": Method(f"{_REWARD}:reward", "preferences", part="reward"),
+    "rating": Method(f"{_REWARD}:rating", "ratings", part="reward"),
+    "process": Method(f"{_REWARD}:process", "ratings", part="reward"),
 }
 
 
