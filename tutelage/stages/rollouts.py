@@ -24,6 +24,7 @@ from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
 from tutelage.rollout.credit import ByToken, Credit, Settings
+from tutelage.rollout.episodes import Episodes, environment_of
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
