@@ -15,12 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from tutelage.sandbox import program, root, system
+from tutelage.sandbox import bubblewrap, program, root, system
 
 PRELOADED = ("collections", "dataclasses", "functools", "heapq", "itertools", "math", "re", "string", "typing")
 CHUNK = 1 << 16
+
+Start = Callable[[dict[str, Any], str, Sequence[int]], int]  # (request, token, descriptors 0 to 3) -> process id
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
         __import__(name)
     base = _address_space()
     try:
-        start = _inside(walls)
+        start = _inside(walls) if "namespaces" in walls else _by_bwrap(walls)
     except OSError as error:
         _say({"failed": f"{error.filename or 'a system call'}: {error.strerror}"})
         return
@@ -42,7 +44,7 @@ def main() -> None:
         _say(_attend(request, start))
 
 
-def _inside(walls: Sequence[str]) -> Callable[[dict[str, Any], str, Sequence[int]], int]:
+def _inside(walls: Sequence[str]) -> Start:
     """Enters the namespaces, and becomes the first process there: when it is killed, all that it started is too."""
     root.enter()
     first = os.fork()
@@ -60,15 +62,26 @@ def _inside(walls: Sequence[str]) -> Callable[[dict[str, Any], str, Sequence[int
         if child:
             system.call("setns", ours, system.CLONE_NEWPID)
             return child
-        try:
-            _only(descriptors)
-            program.become(request, token, walls)
-        except BaseException as error:
-            os.write(program.TELL, f"{token} 0 wall {error!r}".encode())
-        finally:
-            os._exit(1)
+        return _turn(program.become, request, token, walls, descriptors)
 
     return start
+
+
+def _by_bwrap(walls: Sequence[str]) -> Start:
+    return lambda request, token, descriptors: os.fork() or _turn(bubblewrap.start, request, token, walls, descriptors)
+
+
+def _turn(
+    into: Callable[..., None], request: dict[str, Any], token: str, walls: Sequence[str], descriptors: Sequence[int]
+) -> NoReturn:
+    """Turns this child into the program, or says which wall was refused."""
+    try:
+        _only(descriptors)
+        into(request, token, walls)
+    except BaseException as error:
+        os.write(program.TELL, f"{token} 0 wall {error!r}".encode())
+    finally:
+        os._exit(1)
 
 
 def _only(descriptors: Sequence[int]) -> None:
@@ -79,7 +92,7 @@ def _only(descriptors: Sequence[int]) -> None:
     os.closerange(len(descriptors), 4096)
 
 
-def _attend(request: dict[str, Any], start: Callable[[dict[str, Any], str, Sequence[int]], int]) -> dict[str, Any]:
+def _attend(request: dict[str, Any], start: Start) -> dict[str, Any]:
     """Runs a program, keeps what it writes, ends it when its time is over."""
     limits, token, began = request["limits"], secrets.token_hex(16), time.monotonic()
     stdin = os.memfd_create("stdin")
@@ -96,7 +109,7 @@ def _attend(request: dict[str, Any], start: Callable[[dict[str, Any], str, Seque
     finished, reason = _told(bytes(kept["end"]), token)
     if late:
         reason = "time"
-    elif exit_ == -signal.SIGKILL and usage.ru_utime + usage.ru_stime > 0.9 * limits["cpu_seconds"]:
+    elif exit_ == -signal.SIGKILL and usage.ru_utime + usage.ru_stime > 0.5 * limits["cpu_seconds"]:  # two clocks
         reason = "cpu"
     elif not reason:
         reason = "signal" if exit_ < 0 else "exit"

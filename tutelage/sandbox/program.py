@@ -13,12 +13,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from tutelage.sandbox import landlock, seccomp
+from tutelage.sandbox import landlock, seccomp, system
 from tutelage.sandbox.root import DEVICES, FOLDER
-from tutelage.sandbox.system import (
-    CLONE_NEWIPC, CLONE_NEWNS, MS_NODEV, MS_NOEXEC, MS_NOSUID, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, drop_capabilities, mount,
-    prctl, unshare,
-)  # fmt: skip
 
 OURS = 3  # processes of this user in its namespace that are no thread of the program: two of the launcher, and itself
 TELL = 3  # the descriptor on which the end is told
@@ -33,14 +29,14 @@ def become(request: Mapping[str, Any], token: str, walls: Sequence[str]) -> NoRe
     """
     limits = request["limits"]
     if "namespaces" in walls:
-        prctl(PR_SET_PDEATHSIG, 9)
-        unshare(CLONE_NEWNS | CLONE_NEWIPC)
+        system.prctl(system.PR_SET_PDEATHSIG, 9)
+        system.unshare(system.CLONE_NEWNS | system.CLONE_NEWIPC)
         size = f"size={limits['disk']},nr_inodes=4096,mode=700"
-        mount("tmpfs", FOLDER, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, size)
+        system.mount("tmpfs", FOLDER, "tmpfs", system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC, size)
     os.chdir(FOLDER)
     _limit(limits)
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    drop_capabilities()
+    system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
+    system.drop_capabilities()
     if "landlock" in walls:
         landlock.restrict(FOLDER, DEVICES)
     if "seccomp" in walls:
@@ -63,10 +59,16 @@ def _run(parts: Sequence[str], token: str) -> NoReturn:
     main.__dict__.update(__builtins__=builtins, __file__=FILE)
     sys.modules["__main__"] = main
     sys.argv = [FILE]
+    from _sitebuiltins import Quitter
+
+    for name in ("exit", "quit"):  # those of `site`, which programs know
+        setattr(builtins, name, Quitter(name, "Ctrl-D"))
     os.environ.clear()
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace")
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="backslashreplace")
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    # New ones: the launcher's have read ahead, and know files of another kind.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = os.fdopen(number, "w" if number else "r", 1 if number == 2 else -1, "utf-8", "backslashreplace")
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     finished, reason, status = 0, "done", 0
     try:
         for part in parts:

@@ -1,20 +1,26 @@
-"""A file system that holds Python's own library and nothing of this machine's: read-only, in memory, made for one process tree."""
+"""A file system with Python's own library and nothing else of this machine: in memory, read-only, for one tree of processes."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from tutelage.sandbox.system import (
-    CLONE_NEWCGROUP, CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUSER, CLONE_NEWUTS, MS_BIND, MS_NODEV,
-    MS_NOSUID, MS_PRIVATE, MS_REC, PR_SET_DUMPABLE, change_root, make_readonly, mount, prctl, unshare,
-)  # fmt: skip
+from tutelage.sandbox import system
+
 
 FOLDER = "/tmp"  # of the program, the only place it can write to
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 NOBODY = 65534
 INSIDE = 1000  # what the user is called in there
-_ALL = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
+_ALL = (
+    system.CLONE_NEWUSER
+    | system.CLONE_NEWNS
+    | system.CLONE_NEWPID
+    | system.CLONE_NEWNET
+    | system.CLONE_NEWIPC
+    | system.CLONE_NEWUTS
+    | system.CLONE_NEWCGROUP
+)
 _PLACES = ("/mnt", "/media", "/srv", "/opt", "/tmp", "/var", "/home")  # the new root is put over one of them, unseen by others
 
 
@@ -47,12 +53,12 @@ def enter() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        prctl(PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root
-        unshare(_ALL)
+        system.prctl(system.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root
+        system.unshare(_ALL)
         _name_user(processes, NOBODY, NOBODY)
     else:
         user, group = os.geteuid(), os.getegid()
-        unshare(_ALL)
+        system.unshare(_ALL)
         processes = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
         _name_user(processes, user, group)
         _build()
@@ -61,7 +67,7 @@ def enter() -> None:
 
 def _mounts_of_its_own() -> bool:
     try:
-        unshare(CLONE_NEWNS)
+        system.unshare(system.CLONE_NEWNS)
     except OSError:  # root of a container, who can't do more than others
         return False
     return True
@@ -75,27 +81,26 @@ def _name_user(processes: int, user: int, group: int) -> None:
 
 
 def _build() -> None:
-    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    system.mount("none", "/", None, system.MS_REC | system.MS_PRIVATE)
     sources = library()
     base = next(p for p in _PLACES if os.path.isdir(p) and not any(s == p or s.startswith(p + "/") for s in sources))
-    mount("tmpfs", base, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    system.mount("tmpfs", base, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "size=1m,mode=755")
     for source in sources:
         os.makedirs(os.path.dirname(base + source), exist_ok=True)
         if os.path.islink(source):
             os.symlink(os.readlink(source), base + source)
         else:
             os.mkdir(base + source)
-            mount(source, base + source, None, MS_BIND | MS_REC)
-            make_readonly(base + source)
+            system.mount(source, base + source, None, system.MS_BIND | system.MS_REC)
+            system.make_readonly(base + source)
     for folder in hidden():
         if os.path.isdir(base + folder):
-            mount("tmpfs", base + folder, "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755")
-            make_readonly(base + folder)
+            system.mount("tmpfs", base + folder, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "size=4k,mode=755")
+            system.make_readonly(base + folder)
     os.mkdir(f"{base}/dev")
     for device in DEVICES:
         os.close(os.open(base + device, os.O_CREAT | os.O_WRONLY))
-        mount(device, base + device, None, MS_BIND)
+        system.mount(device, base + device, None, system.MS_BIND)
     os.mkdir(base + FOLDER)
-    make_readonly(base, below=False)  # devices stay devices
-    change_root(base)
-
+    system.make_readonly(base, below=False)  # devices stay devices
+    system.change_root(base)
