@@ -7,7 +7,6 @@ import sys
 
 from tutelage.sandbox import system
 
-
 FOLDER = "/tmp"  # of the program, the only place it can write to
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 NOBODY = 65534
