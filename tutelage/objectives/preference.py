@@ -93,7 +93,8 @@ def exo_pair(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.1, la
 
 def discopop(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.05, tau: float = 0.05) -> dict[str, Term]:
     """The log-ratio modulated loss that a search discovered (Lu et al. 2024, arXiv:2406.08414, eq. 5): logistic where the margin
-    is negative, exponential where it is positive, blended within about `tau`."""
+    is negative, exponential where it is positive, blended within about `tau`. It isn't convex: with the paper's settings it has a
+    minimum where the chosen answer's log-ratio is 2.4 less than the rejected one's, and pairs that begin at 0 go there first."""
     chosen, rejected = rewards(parts, batch, beta)
     margin = chosen - rejected
     blend = torch.sigmoid(margin / tau)
