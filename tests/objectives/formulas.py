@@ -9,7 +9,7 @@ import numpy as np
 
 from tutelage.data.families import Family
 
-Logs = Callable[[Family, int], np.ndarray]  # log-probabilities of the supervised tokens of an ending
+Logs = Callable[[Family, int], np.ndarray]  # log-probabilities of the supervised tokens of an ending; -1: of the prompt
 
 
 def sigmoid(x: Any) -> Any:
@@ -23,7 +23,7 @@ def loss(method: str, families: Sequence[Family], logs: Logs, **s: Any) -> float
     each = [_pair(method, f, logs(f, 0), logs(f, 1), **s) for f in families]
     total = float(np.mean(each))
     weight = {"orpo": 1.0, "cpo_simpo": 1.0, "cpo": s.get("sft", 1.0), "simpo": s.get("sft", 0.0)}.get(method, 0.0)
-    chosen = np.concatenate([logs(f, 0) for f in families])
+    chosen = np.concatenate([logs(f, 0) for f in families] + ([logs(f, -1) for f in families] if s.get("prompts") else []))
     return total - weight * float(chosen.mean())
 
 

@@ -29,8 +29,8 @@ PREFERENCES: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.3}, "cdpo": {"beta": 0.3, "label_smoothing": 0.2}, "robust": {"beta": 0.3, "label_smoothing": 0.2},
     "dpo_norm": {"beta": 2.0}, "ipo": {"beta": 0.4}, "hinge": {"beta": 0.3}, "exo_pair": {"beta": 0.3, "label_smoothing": 0.01},
     "discopop": {"beta": 0.2, "tau": 0.3}, "nca_pair": {"beta": 0.3}, "sppo_hard": {"beta": 0.2}, "apo_zero": {"beta": 0.3},
-    "apo_down": {"beta": 0.3}, "orpo": {"beta": 0.7}, "simpo": {"beta": 1.5, "gamma": 0.4}, "cpo": {"beta": 0.3, "sft": 0.5},
-    "cpo_simpo": {"beta": 1.5, "gamma": 0.4},
+    "apo_down": {"beta": 0.3}, "orpo": {"beta": 0.7, "prompts": True}, "simpo": {"beta": 1.5, "gamma": 0.4},
+    "cpo": {"beta": 0.3, "sft": 0.5}, "cpo_simpo": {"beta": 1.5, "gamma": 0.4},
 }  # fmt: skip
 METHODS = PREFERENCES | {"kto": {"beta": 0.3, "desirable_weight": 1.25, "undesirable_weight": 0.5}}
 
@@ -112,7 +112,9 @@ class Bigrams(nn.Module):
 
 
 def logprobs(policy: nn.Module, family: Family, number: int) -> np.ndarray:
-    """Of the supervised tokens of an ending, from a plain pass over its text alone."""
+    """Of the supervised tokens of an ending, from a plain pass over its text alone; -1: of a prompt's tokens but the first."""
+    if number < 0:
+        family, number = Family("", family.prompt[:1], (Ending(family.prompt[1:]),)), 0
     ending = family.endings[number]
     ids = family.prompt.tolist() + ending.ids.tolist()
     batch = Batch.of([ids])

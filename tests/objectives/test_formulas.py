@@ -29,6 +29,7 @@ def step(policy: torch.nn.Module, method: str, made: list[Family] | None = None,
 VARIANTS = {
     "dpo-offset": ("dpo", {"beta": 0.3, "offset": 0.8}),
     "ipo-sums": ("ipo", {"beta": 0.4, "average": False}),
+    "orpo-answers": ("orpo", {"beta": 0.7}),
     "simpo-sft": ("simpo", {"beta": 1.5, "gamma": 0.4, "sft": 0.3}),
     **{name: (name, settings) for name, settings in small.METHODS.items()},
 }
@@ -40,7 +41,7 @@ def test_each_loss_is_its_papers_formula(variant):
     method, settings = VARIANTS[variant]
     policy = bigrams()
     made = small.families(method)
-    logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (0, 1)}
+    logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (-1, 0, 1)}
     expected = formulas.loss(method, made, lambda f, k: logs[f.name, k], **settings)
     assert step(policy, method, **settings).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -73,6 +74,7 @@ BY_HAND = [  # log-ratios ln 2 and -ln 2; probabilities of the average token 8^(
     ("apo_zero", {"beta": 1.0}, 1 / 3 + 1 / 3),
     ("apo_down", {"beta": 1.0}, 2 / 3 + 1 / 5),
     ("orpo", {"beta": 1.0}, math.log(8) / 2 + math.log(1 + (math.sqrt(8) - 1) / 3)),
+    ("orpo", {"beta": 1.0, "prompts": True}, math.log(32) / 3 + math.log(1 + (math.sqrt(8) - 1) / 3)),
     ("simpo", {"beta": 2.0, "gamma": math.log(2)}, math.log(2)),
     ("cpo", {"beta": 1.0, "sft": 2.0}, math.log(3) + math.log(8)),
     ("cpo_simpo", {"beta": 2.0, "gamma": math.log(2)}, math.log(2) + math.log(8) / 2),

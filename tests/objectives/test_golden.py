@@ -52,7 +52,7 @@ def test_the_first_golden_loss_is_the_formula(method):
     policy, source = small.decoder(), small.source(method, per_step=4)
     made = [source.families[i] for i in source.numbers(0)]
     with kernels.disabled():
-        logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (0, 1)}
+        logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (-1, 0, 1)}
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[method][0]["loss"]
     got = formulas.loss(method, made, lambda f, k: logs[f.name, k], **small.METHODS[method])
     assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)

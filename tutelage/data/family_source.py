@@ -108,11 +108,13 @@ class FamilySource:
 
 def count(families: list[Family], layout: Layout) -> dict[str, float]:
     """The units that every batch of families has, and those that families bring themselves. `chosen_tokens` are the supervised
-    tokens of each family's first ending."""
+    tokens of each family's first ending, `chosen_text_tokens` these and its prompt's but the first."""
     own = {name: sum(f.units.get(name, 0.0) for f in families) for name in {n for f in families for n in f.units}}
+    chosen = float(sum(f.endings[0].supervised for f in families))
     return own | {
         "tokens": float(sum(e.supervised for f in families for e in f.endings)),
-        "chosen_tokens": float(sum(f.endings[0].supervised for f in families)),
+        "chosen_tokens": chosen,
+        "chosen_text_tokens": chosen + sum(len(f.prompt) - 1 for f in families),
         "sequences": float(sum(len(f.endings) for f in families)),
         "processed": float(sum(f.size(layout) for f in families)),
     }
