@@ -171,7 +171,7 @@ def test_an_offset_needs_margins():
 
 
 @pytest.mark.parametrize(
-    ("method", "setting"), [("ipo", "label_smoothing"), ("cpo", "gamma"), ("cpo_simpo", "sft"), ("kto", "tau")]
+    ("method", "setting"), [("ipo", "label_smoothing"), ("cpo", "gamma"), ("dpo", "label_smoothing"), ("kto", "tau")]
 )
 def test_settings_of_other_methods_are_refused(method, setting):
     """Guards against one trainer of many losses, which takes every setting and ignores most."""

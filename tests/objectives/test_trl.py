@@ -25,10 +25,11 @@ pytestmark = pytest.mark.peers
 PAD = small.VOCABULARY  # in no family: `transformers` gives the embedding of a padding token no gradient
 WORDS = [f"w{i:02}" for i in range(PAD + 1)]
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {  # ours -> TRL's name, and settings that have other names or defaults there
-    "dpo": ("sigmoid", {}), "cdpo": ("sigmoid", {"cpo_alpha": 0.0, "label_smoothing": 0.2}), "robust": ("robust", {}), "dpo_norm": ("sigmoid_norm", {}), "ipo": ("ipo", {}),
-    "hinge": ("hinge", {}), "exo_pair": ("exo_pair", {}), "discopop": ("discopop", {}), "nca_pair": ("nca_pair", {}),
-    "sppo_hard": ("sppo_hard", {}), "apo_zero": ("apo_zero", {}), "apo_down": ("apo_down", {}), "orpo": ("orpo", {}),
-    "simpo": ("simpo", {"cpo_alpha": 0.0}), "cpo": ("sigmoid", {"cpo_alpha": 0.5}), "cpo_simpo": ("simpo", {"cpo_alpha": 1.0}),
+    "dpo": ("sigmoid", {}), "cdpo": ("sigmoid", {"cpo_alpha": 0.0, "label_smoothing": 0.2}), "robust": ("robust", {}),
+    "dpo_norm": ("sigmoid_norm", {}), "ipo": ("ipo", {}), "hinge": ("hinge", {}), "exo_pair": ("exo_pair", {}),
+    "discopop": ("discopop", {}), "nca_pair": ("nca_pair", {}), "sppo_hard": ("sppo_hard", {}), "apo_zero": ("apo_zero", {}),
+    "apo_down": ("apo_down", {}), "orpo": ("orpo", {}), "simpo": ("simpo", {"cpo_alpha": 0.0}),
+    "cpo": ("sigmoid", {"cpo_alpha": 0.5}), "cpo_simpo": ("simpo", {"cpo_alpha": 1.0}),
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def compare(method: str, settings: dict[str, Any], made: list[Family], loss: flo
 @pytest.mark.parametrize("method", small.PREFERENCES)
 def test_pairs(trl, folders, tmp_path, method):
     """Guards against a loss of the same name that is another one. Texts differ in length; some tokens are not supervised, but
-    for ORPO, where TRL learns all of the chosen text. TRL 1.16 smooths labels in its CPO alone: that is cDPO whose reference is 0."""
+    for ORPO, where TRL learns all of the chosen text. TRL 1.16 smooths labels in its CPO alone: cDPO whose reference is 0."""
     settings = small.METHODS[method]
     made = small.pairs()
     if method == "orpo":
@@ -185,6 +186,7 @@ def test_kto(trl, folders, tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
 
+    reference, policy = folders  # this way round the reference point is above 0
     settings = small.METHODS["kto"]
     made = small.rated()
 
@@ -204,17 +206,17 @@ def test_kto(trl, folders, tmp_path):
         undesirable_weight=settings["undesirable_weight"],
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
-    model = theirs(folders[0])
+    model = theirs(policy)
     trainer = trl.KTOTrainer(
-        model, ref_model=theirs(folders[1]), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        model, ref_model=theirs(reference), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     ready = [{k: row[k] for k in ("prompt_ids", "completion_ids", "KL_completion_ids", "label")} for row in trainer.train_dataset]
     # an end token was put behind each answer: ours have it too
-    made = referred(list(_as_theirs(made, ready)), folders[1])
+    made = referred(list(_as_theirs(made, ready)), reference)
     loss = trainer._compute_loss(model, trainer.data_collator(ready), False)
     loss.backward()
     assert trainer._metrics["eval"]["kl"][-1] > 0.05
-    compare("kto", settings, made, loss.item(), model, folders[0])
+    compare("kto", settings, made, loss.item(), model, policy)
 
 
 def _as_theirs(made: list[Family], rows: list[dict[str, Any]]) -> Iterator[Family]:
