@@ -80,8 +80,7 @@ def rated(count: int = 8, wanted: Sequence[int] = (1, 0, 1, 1, 0)) -> list[Famil
             Ending(answers[k], whole={"reference": -4.5 * len(answers[k]) + ((i * 5 + n * 3) % 7 - 3) * 0.5, "desirable": good})
             for n, k in enumerate((i, i - 1))
         )
-        units = {"desirable": float(good), "undesirable": float(1 - good)}
-        out.append(Family(f"r{i}", text(i, size=1 + (i * 5) % 8), endings, units))
+        out.append(Family(f"r{i}", text(i, size=1 + (i * 5) % 8), endings))
     return out
 
 

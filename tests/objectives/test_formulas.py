@@ -102,7 +102,7 @@ def judged(good: int, other: float, name: str = "r") -> Family:
     """An answer whose log-ratio is ln 2, and another prompt's, whose log-ratio is `other`."""
     own = Ending(np.array([1, 2]), whole={"reference": math.log(1 / 16), "desirable": good})
     wrong = Ending(np.array([2]), whole={"reference": math.log(1 / 4) - other, "desirable": good})
-    return Family(name, np.array([3, 0]), (own, wrong), {"desirable": float(good), "undesirable": float(1 - good)})
+    return Family(name, np.array([3, 0]), (own, wrong))
 
 
 def test_kto_by_hand():

@@ -36,9 +36,8 @@ def written(policy: torch.nn.Module, method: str) -> list[Family]:
         pair = (answer(True), answer(False)) if method != "kto" else (answer(good), last)
         last = pair[0]
         whole = {"desirable": float(good)} if method == "kto" else {}
-        units = {"desirable": float(good), "undesirable": float(not good)} if method == "kto" else {}
         prompt = rng.integers(0, small.VOCABULARY, 4)
-        family = Family(f"f{i}", prompt, tuple(Ending(ids, whole=whole) for ids in pair), units)
+        family = Family(f"f{i}", prompt, tuple(Ending(ids, whole=whole) for ids in pair))
         references = [float(small.logprobs(policy, family, k).sum()) for k in (0, 1)]
         endings = [replace(e, whole={**e.whole, "reference": r}) for e, r in zip(family.endings, references, strict=True)]
         made.append(replace(family, endings=tuple(endings)))

@@ -79,7 +79,7 @@ def referred(made: list[Family], folder: Path) -> list[Family]:
         old = family.endings[k]
         return Ending(old.ids, old.mask, whole={**old.whole, "reference": float(small.logprobs(model, family, k).sum())})
 
-    return [Family(f.name, f.prompt, (ending(f, 0), ending(f, 1)), f.units) for f in made]
+    return [Family(f.name, f.prompt, (ending(f, 0), ending(f, 1))) for f in made]
 
 
 def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -224,4 +224,4 @@ def _as_theirs(made: list[Family], rows: list[dict[str, Any]]) -> Iterator[Famil
         assert family.prompt.tolist() == row["prompt_ids"]
         whole = family.endings[0].whole
         endings = (Ending(np.array(row["completion_ids"]), whole=whole), Ending(np.array(row["KL_completion_ids"]), whole=whole))
-        yield Family(family.name, family.prompt, endings, family.units)
+        yield Family(family.name, family.prompt, endings)

@@ -40,7 +40,6 @@ class Family:
     name: str  # of its record
     prompt: npt.NDArray[Any]  # [p] integers, at least one
     endings: tuple[Ending, ...]
-    units: Mapping[str, float] = field(default_factory=dict)  # what it adds to counts that only its kind of data has
 
     def size(self, layout: Layout) -> int:
         """Tokens that a forward pass reads, padding not counted."""

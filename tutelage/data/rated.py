@@ -26,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 
 class RatedFamilies:
     """Families of two endings over the tokens of ratings. `desirable` [segments]: 1 or 0. `whole`: named numbers of each answer,
-    [families, 2] (`reference`). Units besides those of every family: `desirable`, `undesirable`.
+    [families, 2] (`reference`).
 
     Texts longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt (`left`) or the end of
     their answer (`right`); answers of other prompts are cut at their end. `report` counts all of it. Raises `DataError` where
@@ -86,7 +86,7 @@ class RatedFamilies:
             whole = {"desirable": good} | {name: float(values[i, side]) for name, values in self._whole.items()}
             endings.append(Ending(self.segments.ids(number)[cut:stop], self.segments.mask(number)[cut:stop], whole=whole))
         name = self.segments.record_id(int(self.kept[i]))
-        return Family(name, self._prompt(i), tuple(endings), {"desirable": good, "undesirable": 1.0 - good})
+        return Family(name, self._prompt(i), tuple(endings))
 
     def sizes(self, layout: Layout) -> Ints:
         return self._sizes.sum(1) + (self._cuts - self._starts) * (1 if layout == "tree" else 2)

@@ -73,3 +73,11 @@ def pair_terms(loss: Tensor, chosen: Tensor, rejected: Tensor, name: str = "loss
 def chosen_loss(logprobs: Tensor, answers: Answers, weight: float = 1.0) -> dict[str, Term]:
     """`weight` times the cross-entropy of the chosen answers' tokens, as the term "sft"; nothing where the weight is 0."""
     return {"sft": Term(-weight * logprobs[answers.owner % 2 == 0].sum(), "chosen_tokens")} if weight else {}
+
+
+def own_places(batch: Batch) -> Tensor:
+    """[N]: the places of the supervised tokens themselves, where `places` are those that predict them. An answer's tokens lie
+    side by side in every layout, but the first one may lie far from the end of its prompt."""
+    answers, positions = answers_of(batch), batch.positions.flatten()
+    ends = answers.last[answers.owner]
+    return ends - (positions[ends] - positions[answers.places] - 1)
