@@ -15,6 +15,7 @@ from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import count, family_batch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
+from tutelage.models.interface import Output
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
 from tutelage.rollout.weights import CREDIT
@@ -170,7 +171,7 @@ class OneToken(torch.nn.Module):
         self.logprobs = torch.nn.Parameter(torch.tensor(logprobs))
 
     def forward(self, batch):
-        return rollouts.Output(torch.zeros(1, batch.ids.numel(), 1))
+        return Output(torch.zeros(1, batch.ids.numel(), 1))
 
     @property
     def lm_head(self):
