@@ -21,6 +21,7 @@ STAGE_HELP = {
     "tokens": "Turn records into memory-mapped token shards.",
     "pretrain": "Train on plain text, from scratch or on from a checkpoint.",
     "sft": "Fine-tune a checkpoint on conversations.",
+    "reward": "Train a model that scores answers as people did.",
     "prefer": "Train towards preferred answers: DPO and its family.",
     "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
