@@ -12,6 +12,7 @@ from tutelage.rewards.numbers import final_part
 from tutelage.rewards.schema import wrong
 
 _MIXED = re.compile(r"(?<![\d.,/^])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.])")
+_FORMULA = re.compile(r"[\\^_=+*<>{}()\[\]]|\d[a-z]\b|[a-z]\s*[-/]|[-/]\s*[a-z]", re.IGNORECASE)
 _SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,2}(?![\w.])")
 
 
@@ -23,9 +24,9 @@ def maths(question: dict[str, str]) -> dict[str, Any]:
 
     logging.disable()  # it warns that nobody watches the time: our parent does
     wanted = _readable(question["answer"])
-    gold = parse(wanted, parsing_timeout=None) or parse(f"${wanted}$", parsing_timeout=None)
-    if "\\" in wanted and "$" not in wanted and "boxed" not in wanted:
-        gold = parse(f"${wanted}$", parsing_timeout=None) or gold
+    marked = f"${wanted}$"  # as LaTeX has formulas; without the marks only numbers are read
+    forms = (marked, wanted) if _FORMULA.search(wanted) and "$" not in wanted and "boxed" not in wanted else (wanted, marked)
+    gold: list[Any] = next(filter(None, (parse(form, parsing_timeout=None) for form in forms)), [])
     if not gold:
         return {"unreadable": wanted}
     try:
