@@ -84,7 +84,7 @@ def test_a_judge_that_fails_stops_the_run(server: Server, say: Any, tries: int) 
     server.says = [say]
     with (
         rubric(settings(server, question="{text}")) as made,
-        pytest.raises(RewardError, match="`judge`: the judge at .* does not answer"),
+        pytest.raises(RewardError, match=r"`judge`: the judge at .* does not answer"),
     ):
         made.judge([rollout("x")])
     assert len(server.seen) == tries

@@ -60,7 +60,8 @@ def test_humaneval_solutions_pass_and_mutated_ones_fail(by_tests: Rubric, shared
 CHEATS = [
     "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit", "quit()", "print('all tests passed')",
     "import builtins; builtins.AssertionError = Exception", "while True: pass", "x = [0] * 10**10", "import os\nos.fork()",
-    "import threading\nthreading.Thread(target=lambda: __import__('os')._exit(0)).start()\nwhile True: pass", "def f(x): return x",
+    "import threading\nthreading.Thread(target=lambda: __import__('os')._exit(0)).start()\nwhile True: pass",
+    "def f(x): return x",
     "import atexit, os; atexit.register(os._exit, 0)", "open('answer.py', 'w').write('')", "(", "", "\x00", "\ud800", "f = print",
 ]  # fmt: skip
 
