@@ -152,9 +152,18 @@ class Prefer(Tune):
 
     model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")
     data: str = artifact("preferences", kind="records")
-    method: str = setting("dpo", "a row about preferences in the table of objectives: dpo, ipo, kto, orpo, simpo, …")
+    method: str = setting(
+        "dpo", "a row of the table of objectives: dpo, ipo, hinge, robust, orpo, simpo, cpo, … of preferences; kto of ratings"
+    )
     beta: Positive | None = setting(None, "how closely the model stays to the reference; the method's own where left out")
-    label_smoothing: Share | None = setting(None, "share of preferences taken to be the wrong way round")
+    label_smoothing: Share | None = setting(None, "cdpo, robust, exo_pair: share of preferences taken to be the wrong way round")
+    offset: float | None = setting(None, "dpo: how much of the data's margins the rewards must differ by", ge=0.0)
+    gamma: float | None = setting(None, "simpo: margin that the better answer must have", ge=0.0)
+    sft: float | None = setting(None, "simpo, cpo: weight of also learning the chosen answers", ge=0.0)
+    tau: Positive | None = setting(None, "discopop: where its two losses meet")
+    average: bool | None = setting(None, "ipo: log-probabilities a token (the authors' code) instead of sums (the paper)")
+    desirable_weight: Positive | None = setting(None, "kto: weight of good answers")
+    undesirable_weight: Positive | None = setting(None, "kto: weight of bad answers")
     too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
     epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
     reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
