@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError
 from tutelage.models import families
@@ -26,6 +26,7 @@ __all__ = ["check_folder", "check_vocabulary", "load", "read_config"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCORES = ("ForSequenceClassification", "ForTokenClassification")  # ends of the names of classes with a score head
 
 
 def load(
@@ -39,6 +40,7 @@ def load(
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     raw = read_config(folder)
+    refuse_scorer(folder, raw)
     reason = unsupported(raw)
     if reason is None:
         return _load_decoder(folder, raw, torch.device(device), kind)
@@ -81,6 +83,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def scores(raw: dict[str, Any]) -> bool:
+    """Whether the model of a config.json has a score head in place of a language head."""
+    return any(str(name).endswith(SCORES) for name in raw.get("architectures") or ())
+
+
+def refuse_scorer(folder: Path, raw: dict[str, Any]) -> None:
+    """Raises `ArtifactError` for a model that writes no text."""
+    if scores(raw):
+        raise ArtifactError(
+            "this model gives scores (a reward model, a classifier) and writes no text", file=folder / "config.json",
+            field="architectures", found=raw["architectures"], expected="a language model, such as a …ForCausalLM",
+            fix="give the language model; this one belongs where a reward is asked for",
+        )  # fmt: skip
+
+
 def _refuse_code(folder: Path, raw: dict[str, Any]) -> None:
     if raw.get("auto_map"):
         raise ArtifactError(
@@ -94,6 +111,13 @@ def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype
     config = DecoderConfig.from_hf(raw, folder / "config.json")
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
+    fill(model, folder, config, device, dtype)
+    model.tie()
+    return model.eval()
+
+
+def fill(model: nn.Module, folder: Path, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives a model of our families, which may be on "meta", the weights of `folder`: all there are, and no others."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     disk = families.family(config.model_type).disk
     wanted = stored(disk, list(shapes))
@@ -105,8 +129,13 @@ def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype
                 # A copy of its own: a view of the mapped file would change or vanish with the file.
                 state[name] = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, strict=False, assign=True)
-    model.tie()
-    return model.eval()
+
+
+def stored_shapes(folder: Path, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of those of the tensors `names` that the files of `folder` hold."""
+    with _Files.find(folder).open("", []) as files:
+        found = {name: files.place[name] for name in names if name in files.place}
+        return {name: tuple(handle.get_slice(key).get_shape()) for name, (_, handle, key) in found.items()}
 
 
 class _Files:
