@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.models import kernels
+from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.kernels import calls
 
 CHUNK_LOGITS = 1 << 22
 """Logits held at a time (16 MiB of float32)."""
+SEVERAL = 4
+"""Matrices of that size that a distillation's chunk holds instead of one: the chunk is so much shorter."""
 
 
 class LmHead(nn.Module):
@@ -46,6 +49,21 @@ class LmHead(nn.Module):
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability of each target: [N,H], [N] -> [N] float32. Differentiable; the backward pass makes the logits again."""
         return _LinearLogprobs.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap)  # type: ignore[no-any-return]
+
+    def distil(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | TopTokens, how: Distillation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over tokens, times their weights, of (the mixture that is trained, its divergence, its cross-entropy); the last two
+        are only measured. hidden [N,H], targets [N], weights [N], `teacher` of the same N tokens."""
+        return distilled(hidden, self.weight, self.bias, targets, weights, self.scale, self.softcap, teacher, how)
+
+
+def distilled(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, targets: Tensor, weights: Tensor, scale: float,
+    softcap: float | None, teacher: Teacher | TopTokens, how: Distillation,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `LmHead.distil`. Where `weight` is None `hidden` are the logits themselves."""
+    return _Distilled.apply(hidden, weight, bias, targets, weights, scale, softcap, teacher, how)  # type: ignore[no-any-return]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -176,6 +194,41 @@ class _LinearLogprobs(torch.autograd.Function):
             assert dz is not None
             grads.add(part, dz, h, weight)
         return grads.hidden, grads.weight, grads.bias, None, None, None
+
+
+class _Distilled(torch.autograd.Function):
+    """As `_LinearLoss`, against a teacher's distributions."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, scale, softcap, teacher, how):  # type: ignore[no-untyped-def]
+        wanted = tuple(ctx.needs_input_grad[:3])
+        matrix = hidden.new_empty(hidden.shape[1], 0) if weight is None else weight
+        grads = _Gradients(hidden, matrix, bias, wanted) if any(wanted) else None
+        sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        for part in _parts(len(hidden), max(64, _chunk(hidden, matrix) // SEVERAL)):
+            h, y, w = hidden[part], targets[part], weights[part].float()
+            z = h if weight is None else _logits(h, weight, bias, scale, softcap)
+            distance, entropy, dz = how.measure(z.float(), y, teacher.part(part), grads is not None)
+            sums += torch.stack([distance, entropy]).double() @ w.double()
+            if grads is None:
+                continue
+            dz.mul_((w * scale)[:, None])
+            if softcap is not None:
+                dz.mul_(1 - (z.float() / softcap).square())
+            if weight is None:
+                grads.hidden[part] = dz
+            else:
+                grads.add(part, dz.to(z.dtype), h, weight)
+        ctx.grads = grads
+        distance, entropy = sums.float()
+        ctx.mark_non_differentiable(distance, entropy)
+        return ((1 - how.cross_entropy) * sums[0] + how.cross_entropy * sums[1]).float(), distance, entropy
+
+    @staticmethod
+    def backward(ctx, factor, *measured):  # type: ignore[no-untyped-def]
+        grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "the loss of LmHead can be differentiated once; call it again for a second backward pass"
+        return *grads.times(factor), None, None, None, None, None, None
 
 
 def _parts(total: int, size: int) -> list[slice]:
