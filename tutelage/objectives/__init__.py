@@ -59,10 +59,14 @@ class Objective:
         return {} if self.preparing is None else self.preparing(parts, batch, **self.settings)
 
 
+_DISTIL = "tutelage.objectives.distil"
 _PREFERENCE = "tutelage.objectives.preference"
 TABLE: dict[str, Method] = {
     "next_token": Method("tutelage.objectives.next_token:next_token"),
     "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
+    "forward_kl": Method(f"{_DISTIL}:forward_kl"),
+    "reverse_kl": Method(f"{_DISTIL}:reverse_kl"),
+    "jsd": Method(f"{_DISTIL}:jsd"),
 }
 
 
