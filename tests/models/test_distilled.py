@@ -110,7 +110,7 @@ def test_numbers_made_by_hand(kind: str) -> None:
     found, _ = divergence(torch.tensor(q)[None].log(), torch.tensor(p)[None].log(), kind, beta)
     assert found.item() == pytest.approx({"forward": forward, "reverse": reverse, "jsd": jsd}[kind], rel=1e-9)
     assert [round(x, 4) for x in (forward, reverse)] == [0.0993, 0.1166]  # on a pocket calculator
-    same, pull = divergence(torch.tensor(p)[None].log(), torch.tensor(p)[None].log(), kind, beta)
+    same, _ = divergence(torch.tensor(p)[None].log(), torch.tensor(p)[None].log(), kind, beta)
     assert same.item() == pytest.approx(0, abs=1e-12)
 
 

@@ -92,7 +92,9 @@ def test_against_a_dense_calculation(name: str, own_kernels: bool) -> None:
     for family in families():
         for ending in family.endings:
             text = Batch.of([family.prompt.tolist() + ending.ids.tolist()])
-            z, t = (trained[n].logits(text)[0, len(family.prompt) - 1 : -1].detach().double().numpy() for n in ("policy", "teacher"))
+            z, t = (
+                trained[n].logits(text)[0, len(family.prompt) - 1 : -1].detach().double().numpy() for n in ("policy", "teacher")
+            )
             q, p = (np.exp(x / heat) / np.exp(x / heat).sum(1, keepdims=True) for x in (z, t))
             m = beta * p + (1 - beta) * q
             kl = lambda a, b: (a * np.log(a / b)).sum(1)  # noqa: E731
@@ -177,7 +179,7 @@ def test_the_teacher_does_not_move() -> None:
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    """A mixture of one distribution has no slope, `beta` means nothing to a KL, and distributions over other tokens nothing at all."""
+    """A mixture of one distribution has no slope, `beta` means nothing to a KL, other vocabularies nothing at all."""
     with pytest.raises(ConfigError, match="share of both"):
         objective("jsd", beta=1.0)(parts(), batch().micro[0])
     with pytest.raises(ConfigError, match="beta"):

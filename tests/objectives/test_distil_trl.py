@@ -21,7 +21,7 @@ SHAPE = {
 @pytest.mark.parametrize(("name", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3), ("jsd", 0.5)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_parity_with_gkd(name: str, beta: float, temperature: float) -> None:
-    """The same loss and gradients as `generalized_jsd_loss` on the same padded batch: guards which side is whose, and the scale."""
+    """The same loss and gradients as `generalized_jsd_loss` on one padded batch: guards which side is whose, and the scale."""
     gkd = pytest.importorskip("trl.experimental.gkd", reason="needs trl 1.16")
     texts = [[(r * 37 + i * i * 7 + 3) % 97 for i in range(9 + 5 * r)] for r in range(4)]
     batch = Batch.of(texts, supervised=[[float((i + r) % 3 != 0) for i in range(len(t))] for r, t in enumerate(texts)])

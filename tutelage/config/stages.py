@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from tutelage.config.base import Section, artifact, setting
-from tutelage.config.train import Count, Share, Train
+from tutelage.config.train import Count, Positive, Share, Train
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -87,6 +87,33 @@ class Sft(Train):
     data: str = artifact("conversations", kind="records")
     epochs: float | None = setting(2.0, "passes over the data", gt=0)
     template: str | None = setting(None, "chat template to give a checkpoint that has none, or to replace its own")
+    seed: int = setting(0, "of the data order")
+
+
+class Distil(Train):
+    """Train a model to predict what a larger one predicts."""
+
+    model: str = artifact("the student: checkpoint to start from", kind="model")
+    teacher: str = artifact("the model to learn from, with the student's vocabulary", kind="model")
+    data: str = artifact("documents or conversations that both read", kind="records")
+    loss: Literal["forward", "reverse", "jsd"] = setting(
+        "forward", "KL(teacher||student), KL(student||teacher), or the generalised Jensen-Shannon divergence between them"
+    )
+    beta: Share | None = setting(None, "loss=jsd: the teacher's share of the mixture; none: 0.5")
+    temperature: Positive = setting(1.0, "both distributions are softened by it first")
+    cross_entropy: Share = setting(0.0, "share of the next-token loss; the rest is the teacher's")
+    top_k: int = setting(
+        0,
+        "so many of the teacher's likeliest tokens are kept in files before the start; 0: all, the teacher runs in each step",
+        ge=0,
+    )
+    rest: Literal["bucket", "renormalise"] | None = setting(
+        None, "with top_k, all other tokens are: bucket, one token more; renormalise, left out on both sides; none: bucket"
+    )
+    epochs: Positive | None = setting(1.0, "passes over the data")
+    too_long: Literal["split", "drop", "left", "right"] | None = setting(  # type: ignore[assignment]
+        None, "what happens to a text longer than a row; none: split for documents, drop for conversations"
+    )
     seed: int = setting(0, "of the data order")
 
 

@@ -1,4 +1,4 @@
-"""How far a student's next-token distribution q is from a teacher's p, and the slope of that with respect to the student's logits.
+"""How far a student's next-token distribution q is from a teacher's p, and the slope of that by the student's logits.
 
 - forward KL(p||q): the student covers all that the teacher may say (Hinton et al. 2015, arXiv:1503.02531).
 - reverse KL(q||p): it says only what the teacher might (MiniLLM, Gu et al. 2024, arXiv:2306.08543).
@@ -53,8 +53,8 @@ class Teacher:
 
 @dataclass(slots=True, frozen=True)
 class Distillation:
-    """(1 - cross_entropy) * divergence + cross_entropy * next-token cross-entropy. Log-probabilities of the student for the second
-    are those of temperature 1."""
+    """(1 - cross_entropy) * divergence + cross_entropy * next-token cross-entropy. The second is
+    that of temperature 1."""
 
     kind: Literal["forward", "reverse", "jsd"] = "forward"
     beta: float = 0.5  # jsd: the teacher's share of the mixture, between 0 and 1
@@ -62,7 +62,9 @@ class Distillation:
     cross_entropy: float = 0.0  # its share
     rest: Literal["bucket", "renormalise"] = "bucket"  # of a teacher's top k: all other tokens are one; or there are none
 
-    def measure(self, z: Tensor, targets: Tensor, teacher: Tensor | TopTokens, slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def measure(
+        self, z: Tensor, targets: Tensor, teacher: Tensor | TopTokens, slope: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(divergence [n], cross-entropy [n], with `slope` their mixture's gradient [n,V]), from final logits z [n,V] in float32.
         `teacher`: its logits [n,V], or its top tokens."""
         soft = z if self.temperature == 1 else z / self.temperature

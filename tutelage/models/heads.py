@@ -53,8 +53,8 @@ class LmHead(nn.Module):
     def distil(
         self, hidden: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | TopTokens, how: Distillation
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over tokens, times their weights, of (the mixture that is trained, its divergence, its cross-entropy); the last two
-        are only measured. hidden [N,H], targets [N], weights [N], `teacher` of the same N tokens."""
+        """Weighted sums over tokens of (the mixture that is trained, its divergence, its cross-entropy); the last two are only
+        measured. hidden [N,H], targets [N], weights [N], `teacher` of the same N tokens."""
         return distilled(hidden, self.weight, self.bias, targets, weights, self.scale, self.softcap, teacher, how)
 
 
@@ -216,7 +216,7 @@ class _Distilled(torch.autograd.Function):
             if softcap is not None:
                 dz.mul_(1 - (z.float() / softcap).square())
             if weight is None:
-                grads.hidden[part] = dz
+                grads.hidden[part] = dz  # type: ignore[index]
             else:
                 grads.add(part, dz.to(z.dtype), h, weight)
         ctx.grads = grads

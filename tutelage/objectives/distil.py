@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tutelage.errors import ConfigError
 from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.interface import Batch
+from tutelage.models.shard import release
 from tutelage.objectives import Term
 
 Rest = Literal["bucket", "renormalise"]
@@ -39,8 +40,8 @@ def jsd(
     parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.5, temperature: float = 1.0, cross_entropy: float = 0.0,
     rest: Rest = "bucket",
 ) -> dict[str, Term]:  # fmt: skip
-    """Generalised Jensen-Shannon divergence, the teacher's share of whose mixture is `beta`. Raises `ConfigError` for 0 and 1, where
-    it is 0 whatever the student does."""
+    """Generalised Jensen-Shannon divergence, the teacher's share of whose mixture is `beta`. Raises `ConfigError` for 0 and 1,
+    where it is 0 whatever the student does."""
     if not 0 < beta < 1:
         raise ConfigError(
             "the mixture needs a share of both", field="beta", found=beta, expected="between 0 and 1",
@@ -56,6 +57,8 @@ def distil(parts: dict[str, nn.Module], batch: Batch, how: Distillation) -> dict
     hidden = policy(batch).hidden.flatten(0, 1)[places]
     known = _known(parts, batch, places)
     loss, distance, entropy = policy.lm_head.distil(hidden, targets, weights, known, how)  # type: ignore[operator, union-attr]
+    if isinstance(known, Teacher):
+        release(parts["teacher"])  # its pass has no backward one
     return {
         "loss": Term(loss, "tokens"),
         "_divergence": Term(distance, "tokens"),

@@ -43,6 +43,14 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "distil": Kind(
+        "Distil",
+        "tutelage.stages.distil",
+        "train a model on what a larger one predicts",
+        "tutelage.stages.estimates:distil",
+        makes="model",
+        ranks=True,
+    ),
     "evaluate": Kind(
         "Evaluate",
         "tutelage.stages.evaluate",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import Data, Evaluate, Tokens
+from tutelage.config.stages import Data, Distil, Evaluate, Tokens
 from tutelage.config.train import Train
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
@@ -61,25 +61,55 @@ def training(planned: Planned) -> Estimate:
     found = derived(planned, SOME_TOKENS)
     check_context(found)
     shape, row = found.architecture, int(found.values["sequence_length"])
-    ends, making = [found], None
-    try:
-        records = records_of(planned, "data")
-        most = corpus_tokens(records, Shape.of(shape).vocab)
-        ends, making = [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
-    except Unknown:
-        if config.steps == config.tokens == "derived":
-            raise
+    ends, making = _ends(planned, found)
     machine = measure()
     device = _device(config.device, machine)
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
     need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    tokens = _tokens(planned, ends)
+    out = parts.train(shape, tokens, row, machine.peak_flops(device, config.dtype), device, need)
+    out = parts.START_TORCH + out
+    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+
+
+def distil(planned: Planned) -> Estimate:
+    """The student's training, and the teacher's reading: of each step, or of the texts once."""
+    config = planned.config
+    assert isinstance(config, Distil)
+    shape, machine = shape_of(planned, "teacher"), measure()
+    device = _device(config.device, machine)
+    try:
+        if config.top_k:
+            tokens = corpus_tokens(records_of(planned, "data"), Shape.of(shape).vocab)
+        else:
+            tokens = _tokens(planned, _ends(planned, derived(planned, SOME_TOKENS))[0])
+        return training(planned) + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+    except ConfigError as error:  # of a family that is not ours
+        raise Unknown(f"not known: {error.message} ({error.field})") from None
+
+
+def _ends(planned: Planned, found: Derived) -> tuple[list[Derived], Estimate | None]:
+    """The derivations for the least and the most data that there may be, and what making its tokens takes; only `found` where
+    that does not count."""
+    config = planned.config
+    assert isinstance(config, Train)
+    try:
+        records = records_of(planned, "data")
+        most = corpus_tokens(records, Shape.of(found.architecture).vocab)
+        return [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
+    except Unknown:
+        if config.steps == config.tokens == "derived":
+            raise
+        return [found], None
+
+
+def _tokens(planned: Planned, ends: list[Derived]) -> Span:
+    """What all steps read."""
     parent = _parent(planned)
     done = parent.steps if parent else 0
     steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
-    out = parts.train(shape, Span(steps[0], steps[-1]), row, machine.peak_flops(device, config.dtype), device, need)
-    out = parts.START_TORCH + out
-    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+    return Span(steps[0], steps[-1])
 
 
 def evaluate(planned: Planned) -> Estimate:
@@ -141,11 +171,11 @@ def _parent(planned: Planned) -> Parent | None:
     return None if planned.run is None else parent_of(planned.config, planned.run)
 
 
-def shape_of(planned: Planned) -> Mapping[str, Any]:
-    """The config.json of the model that a stage reads, there or still to be made."""
-    if "model" in planned.inputs:
-        return _config_json(planned.inputs["model"].path)
-    return derived(planned.waits_for["model"], SOME_TOKENS).architecture
+def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
+    """The config.json of a model that a stage reads, there or still to be made."""
+    if name in planned.inputs:
+        return _config_json(planned.inputs[name].path)
+    return derived(planned.waits_for[name], SOME_TOKENS).architecture
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
