@@ -61,9 +61,20 @@ def test_what_cannot_be_is_refused(world: World, tmp_path: Path, capsys: pytest.
 def test_the_plan_counts_the_teacher(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     """A plan that leaves out half of the work."""
     made = world.made
-    line = ["distil", "--runs", tmp_path, "--model", made["base"], "--teacher", made["chat"], "--data", made["corpus"], "--dry-run"]
+    line = [
+        "distil",
+        "--runs",
+        tmp_path,
+        "--model",
+        made["base"],
+        "--teacher",
+        made["chat"],
+        "--data",
+        made["corpus"],
+        "--dry-run",
+    ]
     said = tutelage(capsys, *line)
-    assert said.code == 0 and said.out.count("MFLOP") >= 2, said.out + said.err
+    assert said.code == 0 and said.err.count("MFLOP") >= 2, said.out + said.err
 
 
 def _lines(path: Path):

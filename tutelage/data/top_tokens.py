@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tutelage import log
 from tutelage.data.loader import GlobalBatch, Row, StaticSource, assemble
 from tutelage.data.pack import Ints, eval_rows
 from tutelage.data.tokens import Segments, id_type
@@ -92,9 +93,8 @@ def _groups(supervised: Ints) -> list[tuple[int, int]]:
 
 
 def keep(
-    store: KeptTokens, top: Likeliest, k: int, plan: dict[str, Any], *, row_length: int, rank: int = 0, world: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> int:  # fmt: skip
+    store: KeptTokens, top: Likeliest, k: int, plan: dict[str, Any], *, row_length: int, rank: int = 0, world: int = 1
+) -> int:
     """Makes the parts that are not there yet, each rank its own, and waits for those of others. Parts of another plan are removed
     first. Returns how many of this rank's were missing."""
     made_for = store.folder / "plan.json"
@@ -104,8 +104,7 @@ def keep(
     while not (made_for.is_file() and read_json(made_for) == plan):
         time.sleep(0.2)
     own = [p for p in range(rank, len(store.groups), world) if not store.there(p)]
-    for done, part in enumerate(own):
-        progress(done, len(own))
+    for part in log.counted(own, "asking the teacher"):
         _make(store, part, top, k, row_length)
     while not all(store.there(p) for p in range(len(store.groups))):
         time.sleep(0.2)

@@ -103,6 +103,14 @@ class LogitsHead(nn.Module):
         """As `LmHead.distil`."""
         return distilled(hidden, None, None, targets, weights, 1.0, None, teacher, how)
 
+    def logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        hidden = hidden / temperature
+        return self.logprobs(hidden, targets), self.entropy(hidden)
+
+    def entropy(self, hidden: Tensor) -> Tensor:
+        logprobs = hidden.float().log_softmax(-1)
+        return -(logprobs.exp() * logprobs).sum(-1)
+
 
 class Wrapped(nn.Module):
     """A `transformers` model whose parameters keep their own names."""

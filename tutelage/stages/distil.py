@@ -89,14 +89,10 @@ def taught(
     }  # fmt: skip
     store = KeptTokens(run.folder("teacher"), segments[0])
     row = min(teacher.config.max_position_embeddings, max(2048, work.length))
-    made = keep(store, top, config.top_k, plan, row_length=row, rank=log.rank(), world=distributed.world(), progress=_say)
+    made = keep(store, top, config.top_k, plan, row_length=row, rank=log.rank(), world=distributed.world())
     log.say(f"the teacher's {config.top_k} likeliest tokens at {segments[0].totals['supervised']:,} places: "
             f"{'made' if made else 'found'} in {store.folder}")  # fmt: skip
     if work.validation is not None:
         batches, counts = work.validation
         work = replace(work, validation=([with_streams(batch, *top(batch)) for batch in batches], counts))
     return replace(work, source=TaughtSource(source, store, plan))
-
-
-def _say(done: int, total: int) -> None:
-    log.say(f"  asking the teacher: part {done + 1} of {total}")
