@@ -23,6 +23,7 @@ STAGE_HELP = {
     "sft": "Fine-tune a checkpoint on conversations.",
     "distil": "Train a model on what a larger one predicts.",
     "prefer": "Train towards preferred answers: DPO and its family.",
+    "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }

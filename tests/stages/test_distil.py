@@ -9,9 +9,11 @@ import torch
 
 from tests.pipeline import SHAPE, TRAIN, World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
+from tutelage.data.loader import GlobalBatch
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.models.load import load
+from tutelage.rollout.source import RolloutSource
 from tutelage.rundir import RunDir
 from tutelage.train.checkpoint import latest
 
@@ -47,9 +49,46 @@ def test_conversations_teach_the_answers_only(world: World, tmp_path: Path) -> N
     assert kept == totals["supervised"] < totals["tokens"]
 
 
+ON = {"policy": "on", "steps": 4, "rollouts": {"prompts": 4, "samples": 2, "max_tokens": 12}, "threads": 1, "seed": 3,
+      "optimizer": {"lr": 0.003, "matrix_lr": 0.003, "embedding_lr": 0.003}, "checkpoint_every": 1}  # fmt: skip
+
+
+def on_policy(world: World, runs: Path) -> RunDir:  # noqa: F811
+    """The student asks what the teacher makes of its own answers."""
+    return api.distil(runs=runs, model=world.made["base"], teacher=world.made["chat"], data=world.made["chats"], **ON)
+
+
+def test_on_its_own_answers(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Answers that are made by old weights, or by other noise after an interruption: a resumed run is the unbroken one."""
+    straight = on_policy(world, tmp_path / "straight")
+    rows = [r for r in _lines(straight.path / "metrics.jsonl") if "term/divergence" in r]
+    assert len(rows) == 4 and all(r["term/divergence"] > 0 for r in rows)
+    written = sorted((straight.path / "rollouts").glob("step_*.jsonl"))
+    first = list(_lines(written[0]))
+    assert len(written) == 4 and len(first) == 8 and len({r["prompt"] for r in first}) == 4
+    assert all("reward" not in r and r["version"] == 0 for r in first)
+    whole = RolloutSource.next
+
+    def broken(source: RolloutSource, step: int) -> GlobalBatch:
+        if step == 2:
+            raise KeyboardInterrupt
+        return whole(source, step)
+
+    monkeypatch.setattr(RolloutSource, "next", broken)
+    with pytest.raises(KeyboardInterrupt):
+        on_policy(world, tmp_path / "broken")
+    monkeypatch.setattr(RolloutSource, "next", whole)
+    resumed = on_policy(world, tmp_path / "broken")
+    for name, p in load(straight.path / "model").named_parameters():  # type: ignore[attr-defined]
+        assert torch.equal(p, dict(load(resumed.path / "model").named_parameters())[name])  # type: ignore[attr-defined]
+    for file in written:
+        assert file.read_text() == (resumed.path / "rollouts" / file.name).read_text()
+
+
 def test_what_cannot_be_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     """Distributions over other tokens, and settings that would be taken and do nothing."""
-    for settings, says in (({"beta": 0.5}, "beta"), ({"rest": "bucket"}, "rest"), ({"top_k": 300}, "top_k")):
+    wrong = ({"beta": 0.5}, "beta"), ({"rest": "bucket"}, "rest"), ({"top_k": 300}, "top_k"), ({"rollouts": {"prompts": 2}}, "off")
+    for settings, says in (*wrong, ({"policy": "on", "top_k": 4}, "policy=on")):
         with pytest.raises(ConfigError, match=says):
             distil(world, tmp_path, **settings)
     words = api.tokenizer(runs=tmp_path, data=world.made["corpus"], vocab_size=280)

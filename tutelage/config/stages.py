@@ -89,12 +89,24 @@ class Sft(Train):
     seed: int = setting(0, "of the data order")
 
 
+class Rollouts(Section):
+    prompts: Count = setting(16, "prompts in a global batch")
+    samples: Count = setting(1, "answers to each")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers")
+    micro_tokens: Count = setting(4096, "tokens in one forward pass; changes memory, not the result", identity=False)
+
+
 class Distil(Train):
     """Train a model to predict what a larger one predicts."""
 
     model: str = artifact("the student: checkpoint to start from", kind="model")
     teacher: str = artifact("the model to learn from, with the student's vocabulary", kind="model")
-    data: str = artifact("documents or conversations that both read", kind="records")
+    data: str = artifact("documents or conversations that both read; with policy=on what is asked", kind="records")
+    policy: Literal["off", "on"] = setting(
+        "off", "off: the given texts are read; on: the student's own answers, made in each step"
+    )
+    rollouts: Rollouts = setting(Rollouts(), "the student's answers, with policy=on")
     loss: Literal["forward", "reverse", "jsd"] = setting(
         "forward", "KL(teacher||student), KL(student||teacher), or the generalised Jensen-Shannon divergence between them"
     )

@@ -15,24 +15,32 @@ from tutelage.data.tokens import Segments
 from tutelage.data.top_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
 from tutelage.errors import ConfigError
 from tutelage.models.load import load
-from tutelage.objectives import objective
+from tutelage.objectives import Objective, objective
 from tutelage.objectives.distil import check_vocabularies
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training
+from tutelage.stages import derived, extension, fitting, on_policy, training
 from tutelage.stages.fitting import Work
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
+OFF_POLICY = (  # settings that are about given texts
+    "extends", "tokens", "sequence_length", "batch_tokens", "micro_rows", "packing", "too_long", "evaluate_rows",
+    "evaluate_every", "sample_every", "patience", "cross_entropy", "top_k", "rest",
+)  # fmt: skip
 
 
 def run(config: Distil, run: RunDir) -> dict[str, Any]:
-    parent = extension.parent_of(config, run)
+    check(config)
     device = fitting.choose_device(config)
     tokenizer = run.input("model")
     model = fitting.load_start(tokenizer, config, device)
     teacher = load_teacher(run.input("teacher"), tokenizer, model, config, device)
+    if config.policy == "on":
+        work = on_policy.work_on_answers(config, run, model, teacher, method(config))
+        return fitting.fit(config, run, work, device)
+    parent = extension.parent_of(config, run)
     segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
     numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
     work = training.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
@@ -41,11 +49,19 @@ def run(config: Distil, run: RunDir) -> dict[str, Any]:
     return fitting.fit(config, run, work, device, parent)
 
 
-def method(config: Distil) -> Any:
-    """The objective of the settings. Raises `ConfigError` for those that mean nothing to it."""
+def check(config: Distil) -> None:
+    """Raises `ConfigError` for a setting that has no effect on the policy."""
+    other = ("rollouts",) if config.policy == "off" else OFF_POLICY
+    for name in other:
+        if name in config.model_fields_set and getattr(config, name) != type(config).model_fields[name].default:
+            raise ConfigError(f"`{name}` means nothing to policy={config.policy}", field=name, found=getattr(config, name),
+                              fix="leave it out")  # fmt: skip
     if config.rest is not None and not config.top_k:
         raise ConfigError("`rest` means nothing where the whole vocabulary is known", field="rest", found=config.rest,
                           fix="set top_k, or leave out rest")  # fmt: skip
+
+
+def method(config: Distil) -> Objective:
     return objective(
         METHODS[config.loss],
         beta=config.beta,
