@@ -21,6 +21,8 @@ STAGE_HELP = {
     "tokens": "Turn records into memory-mapped token shards.",
     "pretrain": "Train on plain text, from scratch or on from a checkpoint.",
     "sft": "Fine-tune a checkpoint on conversations.",
+    "sample": "Answer each prompt several times and judge the answers.",
+    "select": "Choose good answers, or the best and the worst, to train on.",
     "distil": "Train a model on what a larger one predicts.",
     "prefer": "Train towards preferred answers: DPO and its family.",
     "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",

@@ -119,4 +119,4 @@ def test_the_plan_counts_the_teacher(world: World, tmp_path: Path, capsys: pytes
 def _lines(path: Path):
     import json
 
-    return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)

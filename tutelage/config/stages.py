@@ -89,6 +89,41 @@ class Sft(Train):
     seed: int = setting(0, "of the data order")
 
 
+class Sample(Section):
+    """Have a model answer each prompt several times, and judge the answers."""
+
+    model: str = artifact("the model to ask", kind="model")
+    data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
+    rewards: dict[str, Any] = setting(
+        ...,
+        "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
+    )
+    part: Literal["train", "validation"] = setting("train", "which prompts of the data are asked")
+    max_prompts: int = setting(0, "prompts asked; 0: all", ge=0)
+    samples: Count = setting(8, "answers to each prompt")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers")
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+    kernels: bool = setting(True, "our own CPU kernels", identity=False)
+    seed: int = setting(0, "of every answer")
+
+
+class Select(Section):
+    """Choose among judged answers: the good ones to imitate, or the best and the worst as a preference."""
+
+    answers: str = artifact("judged answers, made by `sample`", kind="records")
+    data: str = artifact("the prompts that they answer", kind="records")
+    make: Literal["conversations", "preferences"] = setting(
+        "conversations", "conversations for `sft`, or preferences for `prefer`"
+    )
+    threshold: float = setting(1.0, "make=conversations: least reward of an answer that is kept")
+    keep: Literal["best", "all"] = setting("best", "make=conversations: of a prompt's good answers the best, or all that differ")
+    margin: float = setting(0.0, "make=preferences: least difference of rewards; at 0 any difference will do", ge=0.0)
+    validation_share: Share = setting(0.05, "share of the prompts whose answers are held out")
+    seed: int = setting(0, "of the split")
+
+
 class Rollouts(Section):
     prompts: Count = setting(16, "prompts in a global batch")
     samples: Count = setting(1, "answers to each")

@@ -43,6 +43,20 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "sample": Kind(
+        "Sample",
+        "tutelage.stages.sample",
+        "answer each prompt several times and judge the answers",
+        "tutelage.stages.estimates:sample",
+        makes="records",
+    ),
+    "select": Kind(
+        "Select",
+        "tutelage.stages.select",
+        "choose good answers, or the best and the worst, to train on",
+        "tutelage.stages.estimates:select",
+        makes="records",
+    ),
     "distil": Kind(
         "Distil",
         "tutelage.stages.distil",

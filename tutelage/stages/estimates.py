@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import Data, Distil, Evaluate, Rl, Tokens
-from tutelage.config.train import Train, Tune
+from tutelage.config.stages import Data, Distil, Evaluate, Rl, Sample, Tokens
+from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
@@ -80,6 +80,9 @@ def distil(planned: Planned) -> Estimate:
     shape, machine = shape_of(planned, "teacher"), measure()
     device = _device(config.device, machine)
     try:
+        if config.policy == "on":
+            student, tokens = _answers(planned, config, config.rollouts.prompts)
+            return student + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
         if config.top_k:
             tokens = corpus_tokens(records_of(planned, "data"), Shape.of(shape).vocab)
         else:
@@ -137,25 +140,48 @@ def rollouts(planned: Planned) -> Estimate:
     """Answers made one token after another, read again by references and values, and trained on."""
     config = planned.config
     assert isinstance(config, Rl)
+    return _answers(planned, config, config.batch, config.updates, config.minibatches)[0]
+
+
+def _answers(planned: Planned, config: Loop, batch: int, updates: int = 1, minibatches: int = 1) -> tuple[Estimate, Span]:
+    """What training on a model's own answers takes, and how many tokens are read in it."""
+    how: Any = getattr(config, "rollouts", config)
     records, shape = records_of(planned, "data"), shape_of(planned)
     machine = measure()
     device = _device(config.device, machine)
     asked = records.train_bytes / parts.bytes_per_token(Shape.of(shape).vocab) + records.train * CONTROL[True]
     per_prompt = Span(asked.low / max(1.0, records.train.high), asked.high / max(1.0, records.train.low))
-    steps_each = config.updates * config.minibatches
+    steps_each = updates * minibatches
     if config.steps == "derived":
-        iterations = records.train * (config.epochs / config.batch)
+        iterations = records.train * (float(getattr(config, "epochs", None) or 1.0) / batch)
     else:
         iterations = Span(config.steps / steps_each, config.steps / steps_each)
-    answers = iterations * (config.batch * config.samples)
-    made = answers * Span(config.max_tokens * 0.1, config.max_tokens)
-    read = (made + iterations * config.batch * per_prompt) * config.updates
+    answers = iterations * (batch * how.samples)
+    made = answers * Span(how.max_tokens * 0.1, how.max_tokens)
+    read = (made + iterations * batch * per_prompt) * updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
     rate = machine.peak_flops(device, config.dtype)
-    out = parts.START_TORCH + parts.train(shape, read, config.max_tokens, rate, device, need)
-    return out + parts.answer(shape, answers, config.max_tokens, rate, device)
+    out = parts.START_TORCH + parts.train(shape, read, how.max_tokens, rate, device, need)
+    return out + parts.answer(shape, answers, how.max_tokens, rate, device), read
+
+
+def sample(planned: Planned) -> Estimate:
+    """Answers made one token after another."""
+    config = planned.config
+    assert isinstance(config, Sample)
+    machine, records = measure(), records_of(planned, "data")
+    asked = records.train if config.part == "train" else records.held_out
+    most = config.max_prompts or asked.high
+    answers = Span(min(asked.low, most), min(asked.high, most)) * config.samples
+    device = _device(config.device, machine)
+    return parts.START_TORCH + parts.answer(shape_of(planned), answers, config.max_tokens, machine.peak_flops(device), device)
+
+
+def select(planned: Planned) -> Estimate:
+    """Reading answers and writing some of them."""
+    return parts.START + parts.collect(records_of(planned, "answers").train_bytes, "conversations", 0)
 
 
 def evaluate(planned: Planned) -> Estimate:

@@ -36,7 +36,7 @@ class Verdict:
 
     reward: None = None
     terms: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 class Unjudged:
