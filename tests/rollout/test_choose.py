@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from tutelage.records import Message, Prompt, Rollout
+from tutelage.records import Message, Prompt, Rollout, dump_line
 from tutelage.rollout.choose import conversations, grouped, preferences
+from tutelage.rollout.source import read_rollouts
 
 ASKED = (
     Message(role="user", content="1+1?"), Message(role="assistant", content="2"), Message(role="user", content="2+2?"),
@@ -66,6 +68,13 @@ def test_best_beside_worst() -> None:
     assert preferences(PROMPT, [GROUP[1], rollout(7, "2*2", 1.0)], 0.0, counts) == []
     assert preferences(PROMPT, GROUP[4:], 0.0, counts) == []
     assert counts["prompts whose answers are worth the same"] == 3
+
+
+def test_any_answer_is_read_back(tmp_path: Path) -> None:
+    """Guards against lines that end in the middle of an answer: a model says U+2028 and U+0085 too."""
+    said = [rollout(0, "one\u2028two\u0085three\r\x0c\x1cfour", 1.0), GROUP[0]]
+    (tmp_path / "step_000000.jsonl").write_text("".join(dump_line(r) + "\n" for r in said), encoding="utf-8")
+    assert read_rollouts(tmp_path / "step_000000.jsonl") == said
 
 
 def test_answers_come_together_by_prompt() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.guarantees.tiny import records_folder
 from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.errors import DataError
@@ -30,15 +32,16 @@ def test_from_prompts_to_a_trained_model(world: World, tmp_path: Path) -> None: 
     assert len(rows) == 40 and len({r.prompt for r in rows}) == 10
     assert all(r.reward is not None and r.terms.keys() == {"short"} for r in rows)
     assert made.facts["best_reward"] > made.facts["reward"] == pytest.approx(sum(r.reward or 0 for r in rows) / 40)
+    ended = records_folder(tmp_path / "ended", [replace(r, finish_reason="stop") for r in rows], 0)  # it has hardly learnt to end
     threshold = sorted(r.reward or 0 for r in rows)[20]
-    chosen = api.select(runs=tmp_path, answers=made, data=world.made["chats"], threshold=threshold, validation_share=0.2)
-    pairs = api.select(runs=tmp_path, answers=made, data=world.made["chats"], make="preferences")
+    chosen = api.select(runs=tmp_path, answers=ended, data=world.made["chats"], threshold=threshold, validation_share=0.2)
+    pairs = api.select(runs=tmp_path, answers=ended, data=world.made["chats"], make="preferences")
     assert chosen.facts["prompts"] == 10 and chosen.facts["records"] <= 10 and pairs.facts["records"] > 0
     learnt = api.sft(runs=tmp_path, model=world.made["chat"], data=chosen, **TRAIN)
     preferred = api.prefer(runs=tmp_path, model=world.made["chat"], data=pairs, steps=1, batch=2, threads=1)
     assert (learnt.path / "model").is_dir() and (preferred.path / "model").is_dir()
     with pytest.raises(DataError, match="nothing is good enough"):
-        api.select(runs=tmp_path, answers=made, data=world.made["chats"], threshold=1e9)
+        api.select(runs=tmp_path, answers=ended, data=world.made["chats"], threshold=1e9)
     with pytest.raises(DataError, match="other prompts"):
         api.select(runs=tmp_path, answers=made, data=other(world, tmp_path))
 

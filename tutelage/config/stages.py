@@ -99,6 +99,7 @@ class Sample(Section):
         ...,
         "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
     )
+    reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
     part: Literal["train", "validation"] = setting("train", "which prompts of the data are asked")
     max_prompts: int = setting(0, "prompts asked; 0: all", ge=0)
     samples: Count = setting(8, "answers to each prompt")

@@ -1,19 +1,27 @@
-"""What stages that ask a model share: prompts with room for an answer, and the engine that answers them."""
+"""What stages that ask a model share: prompts with room for an answer, the engine that answers them, the rewards that judge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from tutelage import log
+from tutelage.config.rewards import RewardModel, terms_of
+from tutelage.config.stages import Rl, Sample
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
-from tutelage.errors import DataError
+from tutelage.errors import ConfigError, DataError
 from tutelage.models.kernels.decoder import FusedDecoder
+from tutelage.models.scorer import load_scorer, score_answers
 from tutelage.records import Conversation, Prompt, read_records
+from tutelage.rewards.build import build
+from tutelage.rewards.rubric import Rubric
 from tutelage.rollout.sampler import Sampler
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
+from tutelage.tokenizer.load import TokenizerFolder
 
 SLOTS = 64  # answers in the making at a time
 
@@ -51,3 +59,17 @@ def with_room(sampler: Sampler, prompts: Sequence[Prompt], part: str) -> list[Pr
             expected=f"prompt and answer within {sampler.engine.context_length} tokens", fix="lower max_tokens",
         )  # fmt: skip
     return out
+
+
+def rubric_of(config: Rl | Sample, run: RunDir, words: TokenizerFolder, device: torch.device) -> Rubric:
+    """The rewards with what they need of this stage. Raises `ConfigError` for a reward model that is asked for and not given."""
+    terms = terms_of(config.rewards)
+    wired: dict[str, Any] = {"asked": lambda rollout: words.decode(list(rollout.prompt_ids))}
+    if any(isinstance(term, RewardModel) for term in terms.values()):
+        if config.reward_model is None:
+            raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
+        scorer = load_scorer(run.input("reward_model"), device=device)
+        wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
+    elif config.reward_model is not None:
+        raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
+    return build(terms, **wired)

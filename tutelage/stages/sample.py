@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.rewards import terms_of
 from tutelage.config.stages import Sample
 from tutelage.data.render import Renderer
 from tutelage.files import whole_file, whole_folder, write_json
 from tutelage.models.load import load
 from tutelage.records import SCHEMA_VERSION, Prompt, Rollout, dump_line
-from tutelage.rewards.build import build
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.source import Judging, read_rollouts
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting
-from tutelage.stages.asking import read_prompts, sampler_for, with_room
+from tutelage.stages.asking import read_prompts, rubric_of, sampler_for, with_room
+from tutelage.tokenizer.load import TokenizerFolder
 
 TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
 
@@ -28,11 +27,12 @@ TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
 def run(config: Sample, run: RunDir) -> dict[str, Any]:
     device = fitting.choose_device(config)
     model: Any = load(run.input("model"), device=device)
+    words = TokenizerFolder.open(run.input("model"))
     length = min(model.config.max_position_embeddings, 2048)
-    sampler = sampler_for(model, Renderer(run.input("model")), length, config.max_tokens, config.temperature)
+    sampler = sampler_for(model, Renderer(words), length, config.max_tokens, config.temperature)
     prompts = with_room(sampler, read_prompts(run, config.part), config.part)
     prompts = prompts[: config.max_prompts or None]
-    with build(terms_of(config.rewards)) as rubric:
+    with rubric_of(config, run, words, device) as rubric:
         files = answer(config, run.folder("rollouts"), sampler, rubric, prompts)
     with whole_folder(run.folder("records")) as out:
         return write(out, files)
@@ -41,7 +41,7 @@ def run(config: Sample, run: RunDir) -> dict[str, Any]:
 def answer(config: Sample, folder: Path, sampler: Sampler, judge: Judging, prompts: Sequence[Prompt]) -> list[Path]:
     """Files of judged rollouts, those made that were not there."""
     groups = [prompts[i : i + TOGETHER] for i in range(0, len(prompts), TOGETHER)]
-    files = [folder / f"part_{number:05d}.jsonl" for number in range(len(groups))]
+    files = [folder / f"step_{number:06d}.jsonl" for number in range(len(groups))]
     missing = [(file, group) for file, group in zip(files, groups, strict=True) if not file.exists()]
     started, tokens = time.monotonic(), 0
     for file, group in log.counted(missing, f"{TOGETHER} prompts x {config.samples} answers"):
