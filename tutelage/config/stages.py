@@ -90,6 +90,81 @@ class Sft(Train):
     seed: int = setting(0, "of the data order")
 
 
+class Sample(Section):
+    """Have a model answer each prompt several times, and judge the answers."""
+
+    model: str = artifact("the model to ask", kind="model")
+    data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
+    rewards: dict[str, Any] = setting(
+        ...,
+        "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
+    )
+    reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
+    part: Literal["train", "validation"] = setting("train", "which prompts of the data are asked")
+    max_prompts: int = setting(0, "prompts asked; 0: all", ge=0)
+    samples: Count = setting(8, "answers to each prompt")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers")
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+    kernels: bool = setting(True, "our own CPU kernels", identity=False)
+    seed: int = setting(0, "of every answer")
+
+
+class Select(Section):
+    """Choose among judged answers: the good ones to imitate, or the best and the worst as a preference."""
+
+    answers: str = artifact("judged answers, made by `sample`", kind="records")
+    data: str = artifact("the prompts that they answer", kind="records")
+    make: Literal["conversations", "preferences"] = setting(
+        "conversations", "conversations for `sft`, or preferences for `prefer`"
+    )
+    threshold: float = setting(1.0, "make=conversations: least reward of an answer that is kept")
+    keep: Literal["best", "all"] = setting("best", "make=conversations: of a prompt's good answers the best, or all that differ")
+    margin: float = setting(0.0, "make=preferences: least difference of rewards; at 0 any difference will do", ge=0.0)
+    validation_share: Share = setting(0.05, "share of the prompts whose answers are held out")
+    seed: int = setting(0, "of the split")
+
+
+class Rollouts(Section):
+    prompts: Count = setting(16, "prompts in a global batch")
+    samples: Count = setting(1, "answers to each")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers")
+    micro_tokens: Count = setting(4096, "tokens in one forward pass; changes memory, not the result", identity=False)
+
+
+class Distil(Train):
+    """Train a model to predict what a larger one predicts."""
+
+    model: str = artifact("the student: checkpoint to start from", kind="model")
+    teacher: str = artifact("the model to learn from, with the student's vocabulary", kind="model")
+    data: str = artifact("documents or conversations that both read; with policy=on what is asked", kind="records")
+    policy: Literal["off", "on"] = setting(
+        "off", "off: the given texts are read; on: the student's own answers, made in each step"
+    )
+    rollouts: Rollouts = setting(Rollouts(), "the student's answers, with policy=on")
+    loss: Literal["forward", "reverse", "jsd"] = setting(
+        "forward", "KL(teacher||student), KL(student||teacher), or the generalised Jensen-Shannon divergence between them"
+    )
+    beta: Share | None = setting(None, "loss=jsd: the teacher's share of the mixture; none: 0.5")
+    temperature: Positive = setting(1.0, "both distributions are softened by it first")
+    cross_entropy: Share = setting(0.0, "share of the next-token loss; the rest is the teacher's")
+    top_k: int = setting(
+        0,
+        "so many of the teacher's likeliest tokens are kept in files before the start; 0: all, the teacher runs in each step",
+        ge=0,
+    )
+    rest: Literal["bucket", "renormalise"] | None = setting(
+        None, "with top_k, all other tokens are: bucket, one token more; renormalise, left out on both sides; none: bucket"
+    )
+    epochs: Positive | None = setting(1.0, "passes over the data")
+    too_long: Literal["split", "drop", "left", "right"] | None = setting(  # type: ignore[assignment]
+        None, "what happens to a text longer than a row; none: split for documents, drop for conversations"
+    )
+    seed: int = setting(0, "of the data order")
+
+
 class Evaluate(Section):
     """Measure a model on held-out documents and questions, beside honest yardsticks."""
 

@@ -51,6 +51,28 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "sample": Kind(
+        "Sample",
+        "tutelage.stages.sample",
+        "answer each prompt several times and judge the answers",
+        "tutelage.stages.estimates:sample",
+        makes="records",
+    ),
+    "select": Kind(
+        "Select",
+        "tutelage.stages.select",
+        "choose good answers, or the best and the worst, to train on",
+        "tutelage.stages.estimates:select",
+        makes="records",
+    ),
+    "distil": Kind(
+        "Distil",
+        "tutelage.stages.distil",
+        "train a model on what a larger one predicts",
+        "tutelage.stages.estimates:distil",
+        makes="model",
+        ranks=True,
+    ),
     "prefer": Kind(
         "Prefer",
         "tutelage.stages.prefer",

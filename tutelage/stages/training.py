@@ -64,6 +64,20 @@ def train_model(
 ) -> dict[str, Any]:
     """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
     of the run."""
+    work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+    return fit(config, run, work, device, parent)
+
+
+def work_on_rows(
+    config: Train,
+    run: RunDir,
+    model: Any,
+    segments: tuple[Segments, Segments],
+    tokenizer: Path,
+    numbers: Numbers,
+    parent: Parent | None,
+) -> Work:
+    """Learning to predict the next token of texts."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
         check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")
@@ -73,7 +87,7 @@ def train_model(
         say_rate(parent, config, numbers.steps)
     row, steps = numbers.sequence_length, numbers.steps - (parent.steps if parent else 0)
     held_out = segments[1]
-    work = Work(
+    return Work(
         parts={"policy": model},
         source=make_source(config, run, segments[0], numbers),
         objective=objective("next_token"),
@@ -89,7 +103,6 @@ def train_model(
         per_byte=tokens_per_byte(held_out),
         hooks=lambda job: sampling(config, model, words, held_out, numbers),
     )
-    return fit(config, run, work, device, parent)
 
 
 def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers) -> StaticSource:
