@@ -21,6 +21,8 @@ STAGE_HELP = {
     "tokens": "Turn records into memory-mapped token shards.",
     "pretrain": "Train on plain text, from scratch or on from a checkpoint.",
     "sft": "Fine-tune a checkpoint on conversations.",
+    "vocabulary": "Give a checkpoint new tokens for the texts of a field.",
+    "adapt": "Adapt a checkpoint to a field with replay, and measure gain and loss.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }

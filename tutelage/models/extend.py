@@ -15,14 +15,14 @@ Pieces = Sequence[Sequence[int]]
 Start = Callable[[Tensor, Pieces, bool, bool], Tensor]
 
 
-def extend(model: nn.Module, first: int, pieces: Pieces, start: str = "mean") -> Any:
-    """The model with rows for new tokens: `first + k` stands for the old tokens `pieces[k]`. It takes the weights of `model` over.
+def extend(model: Any, first: int, pieces: Pieces, start: str = "mean") -> Any:
+    """The model with rows for new tokens: `first + k` stands for the old tokens `pieces[k]`. It takes over the weights of `model`.
 
     Rows of old tokens keep their bits, and so do the logits of old tokens after texts without new ones. Where the model has more
     rows than its tokenizer had tokens, new tokens take these first. `start` names one of `STARTS`.
     Raises ArtifactError for a model that is not a causal one.
     """
-    size = max(model.config.vocab_size, first + len(pieces))  # type: ignore[union-attr]
+    size = max(model.config.vocab_size, first + len(pieces))
     grown = _decoder(model, size) if isinstance(model, Decoder) else _of_transformers(model, size)
     read, *written = tables(grown)
     with torch.no_grad():
@@ -54,6 +54,7 @@ the mean of the pieces' rows; the rows of the first or last piece; noise of the 
 
 def tables(model: Any) -> list[nn.Parameter]:
     """What has a row for each token: the embedding, then the head's weight where it is another one, and its bias."""
+    found: list[Any]
     if isinstance(model, Decoder):
         found = [model.model.embed_tokens.weight, model.lm_head.weight, model.lm_head.bias]
     else:

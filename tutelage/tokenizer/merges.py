@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
@@ -23,7 +24,7 @@ def learn(words: Mapping[Word, int], names: Mapping[int, str], count: int) -> li
     pairs: Counter[Pair] = Counter()
     places: defaultdict[Pair, set[int]] = defaultdict(set)
     for i, sequence in enumerate(sequences):
-        for pair in zip(sequence, sequence[1:], strict=False):
+        for pair in itertools.pairwise(sequence):
             pairs[pair] += times[i]
             places[pair].add(i)
     heap = [(-n, pair) for pair, n in pairs.items()]
@@ -47,9 +48,9 @@ def learn(words: Mapping[Word, int], names: Mapping[int, str], count: int) -> li
         fresh: set[Pair] = set()
         for i in places.pop(pair):
             before, after = sequences[i], merged(sequences[i], pair, new)
-            for old in zip(before, before[1:], strict=False):
+            for old in itertools.pairwise(before):
                 pairs[old] -= times[i]
-            for now in zip(after, after[1:], strict=False):
+            for now in itertools.pairwise(after):
                 pairs[now] += times[i]
                 if new in now:
                     places[now].add(i)
