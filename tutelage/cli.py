@@ -23,6 +23,7 @@ STAGE_HELP = {
     "sft": "Fine-tune a checkpoint on conversations.",
     "vocabulary": "Give a checkpoint new tokens for the texts of a field.",
     "adapt": "Adapt a checkpoint to a field with replay, and measure gain and loss.",
+    "prefer": "Train towards preferred answers: DPO and its family.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }

@@ -45,9 +45,7 @@ class Numbers:
         return {"sequence_length": self.sequence_length, "batch_tokens": batch, **asdict(self.rates)}
 
 
-def open_segments(
-    config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data"
-) -> tuple[Segments, Segments]:
+def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data") -> tuple[Segments, Segments]:
     """Tokens of the input `data`, made now or found, as (train, validation)."""
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(run.input(data)), "tokenizer": str(tokenizer)})

@@ -67,5 +67,7 @@ def begin(config: Vocabulary, run: RunDir, out: Path) -> None:
 def compare(old: TokenizerFolder, new: TokenizerFolder, records: Path) -> dict[str, Any]:
     """Bytes a token of held-out text with both tokenizers, as facts, printed."""
     before, after = (measure(words, texts(records, "validation"))["bytes_per_token"] for words in (old, new))
-    log.say(f"held-out text of the field: {before:.2f} bytes a token before, {after:.2f} after ({before / after - 1:+.1%} tokens)")
+    log.say(
+        f"held-out text of the field: {before:.2f} bytes a token before, {after:.2f} after ({before / after - 1:+.1%} tokens)"
+    )
     return {"tokens_added": new.vocab_size - old.vocab_size, "bytes_per_token_before": before, "bytes_per_token": after}
