@@ -6,7 +6,6 @@ its interval is that of the difference, far narrower than what the intervals of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def held_out(records: Path, most: int, what: str) -> list[Document]:
 
 
 def measure(model: Any, words: TokenizerFolder, documents: Sequence[Document], device: str) -> DocumentSums:
-    """What `model`, reading through `words`, pays for each document. Raises `ArtifactError` for a tokenizer without an end token."""
+    """What `model`, reading through `words`, pays for each document. Raises `ArtifactError` where `words` has no end token."""
     if words.eos_id is None:
         raise ArtifactError(
             "the tokenizer has no end token, so the end of a document has no cost", file=words.folder,
@@ -78,8 +77,8 @@ def verdict(name: str, found: Mapping[str, Any]) -> str:
     s = found["share"]
     interval = f" ({s['low']:+.1%} to {s['high']:+.1%})" if found["documents"] > 1 else " (one document: no interval)"
     sure = found["documents"] > 1 and not s["low"] <= 0 <= s["high"]
-    unclear = "" if sure or not math.isfinite(s["value"]) else ", no clear change"
-    return f"{name}: {found['before']['value']:.3f} to {found['after']['value']:.3f} bits per byte, {s['value']:+.1%}{interval}{unclear}"
+    before, after = (found[k]["value"] for k in ("before", "after"))
+    return f"{name}: {before:.3f} to {after:.3f} bits per byte, {s['value']:+.1%}{interval}{'' if sure else ', no clear change'}"
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

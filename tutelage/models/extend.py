@@ -16,7 +16,7 @@ Start = Callable[[Tensor, Pieces, bool, bool], Tensor]
 
 
 def extend(model: Any, first: int, pieces: Pieces, start: str = "mean") -> Any:
-    """The model with rows for new tokens: `first + k` stands for the old tokens `pieces[k]`. It takes over the weights of `model`.
+    """The model with rows for new tokens, in place of `model`: `first + k` stands for the old tokens `pieces[k]`.
 
     Rows of old tokens keep their bits, and so do the logits of old tokens after texts without new ones. Where the model has more
     rows than its tokenizer had tokens, new tokens take these first. `start` names one of `STARTS`.

@@ -37,15 +37,15 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
     parent = extension.parent_of(config, run)
     device = fitting.choose_device(config)
     before = measured(run, "before", run.input("model"), texts, device)
-    start, out = with_tokens(config, run)
-    words = TokenizerFolder.open(start)
-    field = training.open_segments(config, run, start, words.vocab_size)
-    general = training.open_segments(config, run, start, words.vocab_size, "general") if config.general else None
-    numbers, _ = derived.derive_numbers(config, words.vocab_size, field[0], start, parent)
+    start, tokenizer, out = with_tokens(config, run)
+    size = TokenizerFolder.open(tokenizer).vocab_size
+    field = training.open_segments(config, run, tokenizer, size)
+    general = training.open_segments(config, run, tokenizer, size, "general") if config.general else None
+    numbers, _ = derived.derive_numbers(config, size, field[0], start, parent)
     model: Any = fitting.load_start(start, config, device)
     source = mixed(config, run, field[0], general[0], numbers) if general and config.replay_share else None
     beside = forgetting(config, general[1], numbers) if general else {}
-    out |= training.train_model(config, run, model, field, start, numbers, device, parent, source, beside)
+    out |= training.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
     if source is not None:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:
@@ -60,8 +60,8 @@ def held_out(config: Adapt, run: RunDir) -> dict[str, list[Document]]:
         check_documents(run.input(key), key)
     if config.general is None:
         log.say(
-            "warning: no general text (`general`): nothing is replayed, so the model forgets what these texts do not use, and nobody "
-            "will know how much, because its held-out part is what would measure that",
+            "warning: no general text (`general`): nothing is replayed, so the model forgets what these texts do not use, and "
+            "how much it forgets is not measured, as the held-out part of general text would do",
             style="yellow",
         )
     return {kind: change.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
@@ -82,10 +82,10 @@ def measured(
     return {kind: change.to_sums(rows) for kind, rows in read_json(file).items()}
 
 
-def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, dict[str, Any]]:
-    """The model to start from, with new tokens if there are to be any, and what to say of them."""
+def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]:
+    """The model to start from and its tokenizer, with new tokens if there are to be any, and what to say of them."""
     if not config.vocab_add:
-        return run.input("model"), {}
+        return run.input("model"), run.input("model"), {}
     assert run.nested is not None
     shared = {k: v for k, v in config.model_dump().items() if k in Vocabulary.model_fields and k not in OWN}
     if config.warm_steps:
@@ -96,7 +96,7 @@ def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, dict[str, Any]]:
          "train": config.warm_steps > 0},
     )  # fmt: skip
     keys = ("tokens_added", "bytes_per_token_before", "bytes_per_token")
-    return made.folder("model"), {**{k: made.facts[k] for k in keys}, "vocabulary": made.path.name}
+    return made.folder("model"), made.folder("words"), {**{k: made.facts[k] for k in keys}, "vocabulary": made.path.name}
 
 
 def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, numbers: Numbers) -> MixSource:

@@ -29,7 +29,7 @@ def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
     if config.train and derived.ranks_sharing(config) > 1:
         raise ConfigError(
             "rows of a table can't be trained alone where ranks share the table", field="shard", found=config.shard,
-            expected="none", fix="run `tutelage vocabulary` with shard=none (or train=false) first, then train its model in shards",
+            expected="none", fix="run `tutelage vocabulary` with shard=none or train=false, then train its model in shards",
         )  # fmt: skip
     old, begun = TokenizerFolder.open(run.input("model")), run.folder("begun" if config.train else "model")
     if not begun.exists():
@@ -38,12 +38,14 @@ def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
     out = compare(old, new, run.input("data"))
     if not config.train:
         return out
-    segments = training.open_segments(config, run, begun, new.vocab_size)
+    segments = training.open_segments(config, run, run.folder("words"), new.vocab_size)
     numbers, _ = derived.derive_numbers(config, new.vocab_size, segments[0], begun, parent)
     model = fitting.load_start(begun, config, device)
     only = OnlyRows(model, tables(model), old.vocab_size, new.vocab_size)
     log.say(f"training {new.vocab_size - old.vocab_size:,} rows of each table alone, everything else is frozen")
-    return out | training.train_model(config, run, model, segments, begun, numbers, device, parent, beside={"rows": only})
+    return out | training.train_model(
+        config, run, model, segments, run.folder("words"), numbers, device, parent, beside={"rows": only}
+    )
 
 
 def check_documents(records: Path, field: str) -> None:
