@@ -19,7 +19,7 @@ class Data(Section):
     # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
     sources: Names = setting(
         ...,
-        "files, folders, globs, python-docs:, python-questions:, skill:…, hf:org/name",
+        "files, folders, globs, python-docs:, python-code:, python-questions:, skill:…, hf:org/name",
         identity=False,
         min_length=1,
     )
