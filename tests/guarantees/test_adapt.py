@@ -19,7 +19,7 @@ from tutelage.models.load import load
 from tutelage.records import Document
 from tutelage.tokenizer.load import TokenizerFolder
 
-FIELD = "thrombocytopenia neutropenia dexamethasone intravenously leukopenia cat dog".split()
+FIELD = ["thrombocytopenia", "neutropenia", "dexamethasone", "intravenously", "leukopenia", "cat", "dog"]
 
 
 @functools.cache
@@ -60,8 +60,8 @@ def test_killed_in_either_phase_and_resumed_is_never_killed(tmp_path: Path) -> N
 
 @torch.no_grad()
 def test_the_adapted_model_is_a_hugging_face_folder() -> None:
-    """A config.json with the old size, a tokenizer without the new tokens, a chat template that is lost: `transformers` would read
-    other ids or refuse."""
+    """A config.json with the old size, a tokenizer without the new tokens, a chat template that is lost: `transformers` would
+    read other ids or refuse."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = straight() / "model"

@@ -30,7 +30,7 @@ def weights(job: Job) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_move_and_nothing_else(tmp_path: Path, tied: bool) -> None:
-    """A mask that is off by one, weight decay or an optimizer that moves what has no gradient: the checkpoint's own knowledge would
+    """A mask that is off by one, weight decay or an optimizer that moves what has no gradient: what the checkpoint knows would
     change while its new tokens are still noise."""
     work = job(tmp_path, tied=tied)
     before = weights(work)
