@@ -29,7 +29,7 @@ from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Hook
 
-OWN = ("model", "data", "steps", "tokens", "epochs", "schedule", "patience", "extends", "adapter")  # not handed on to the vocabulary
+OWN = ("model", "data", "steps", "tokens", "epochs", "schedule", "patience", "extends", "adapter")  # not the vocabulary's
 
 
 def run(config: Adapt, run: RunDir) -> dict[str, Any]:
