@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from tutelage.config.base import Section, artifact, setting
 from tutelage.config.rewards import Rewards
-from tutelage.config.train import Count, Positive, Share, Train, Tune
+from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -20,7 +20,7 @@ class Data(Section):
     # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
     sources: Names = setting(
         ...,
-        "files, folders, globs, python-docs:, python-questions:, skill:…, hf:org/name",
+        "files, folders, globs, python-docs:, python-code:, python-questions:, skill:…, hf:org/name",
         identity=False,
         min_length=1,
     )
@@ -162,6 +162,46 @@ class Distil(Train):
     too_long: Literal["split", "drop", "left", "right"] | None = setting(  # type: ignore[assignment]
         None, "what happens to a text longer than a row; none: split for documents, drop for conversations"
     )
+    seed: int = setting(0, "of the data order and of every answer")
+
+
+class Vocabulary(Train):
+    """Give a checkpoint new tokens that shorten the texts of a field, and train the rows of these tokens alone."""
+
+    model: str = artifact("checkpoint whose tokenizer is byte-level BPE", kind="model")
+    data: str = artifact("documents of the field", kind="records")
+    add: Count = setting(256, "new tokens, at most")
+    rows: Literal["mean", "ends", "random"] = setting(
+        "mean",
+        "what new rows of embedding and head begin with: mean of the rows of their old pieces; ends: of the last piece to read, "
+        "of the first to predict; random",
+    )
+    train: bool = setting(True, "train the new rows, all else frozen; false: only begin them")
+    steps: Count | Derived = setting(100, "optimizer steps; derived from tokens or epochs")
+    schedule: Schedule = setting(Schedule(name="constant", warmup=0.1), "learning rate over time")
+    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
+    seed: int = setting(0, "of the data order")
+
+
+class Adapt(Train):
+    """Go on training a checkpoint on the texts of a field, with replay of general text; measure gain and loss."""
+
+    model: str = artifact("checkpoint to adapt", kind="model")
+    data: str = artifact("documents of the field", kind="records")
+    general: str | None = artifact(
+        "documents of the kind the checkpoint knows: a share of them is replayed, and their held-out part measures what is lost",
+        kind="records",
+        default=None,
+    )
+    replay_share: float = setting(
+        0.2, "share of rows that are general text, exact in every 1,000; 0: it is only measured", ge=0, lt=1
+    )
+    vocab_add: int = setting(0, "new tokens learnt from the texts of the field, at most (see `tutelage vocabulary`)", ge=0)
+    rows: Literal["mean", "ends", "random"] = setting("mean", "vocab_add: what new rows begin with")
+    warm_steps: int = setting(100, "vocab_add: steps in which the new rows alone are trained, before everything is", ge=0)
+    epochs: float | None = setting(1.0, "passes over the field's texts", gt=0)
+    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
+    max_documents: int = setting(500, "held-out documents of each kind that are measured before and after; 0: all", ge=0)
     seed: int = setting(0, "of the data order")
 
 

@@ -73,6 +73,22 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "vocabulary": Kind(
+        "Vocabulary",
+        "tutelage.stages.vocabulary",
+        "give a checkpoint new tokens for the texts of a field",
+        "tutelage.stages.estimates:vocabulary",
+        makes="model",
+        ranks=True,
+    ),
+    "adapt": Kind(
+        "Adapt",
+        "tutelage.stages.adapt",
+        "adapt a checkpoint to a field with replay, and measure gain and loss",
+        "tutelage.stages.estimates:adapt",
+        makes="model",
+        ranks=True,
+    ),
     "prefer": Kind(
         "Prefer",
         "tutelage.stages.prefer",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import Data, Distil, Evaluate, Rl, Sample, Tokens
+from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
 from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
@@ -24,7 +24,7 @@ from tutelage.plan.time import NOTHING, Span
 from tutelage.recipe import Estimate, Planned, Unknown
 from tutelage.stages import amounts
 from tutelage.stages.amounts import Records, records_of
-from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows, ranks_sharing
+from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows, new_tokens, ranks_sharing
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -113,6 +113,38 @@ def _tokens(planned: Planned, ends: list[Derived]) -> Span:
     done = parent.steps if parent else 0
     steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
     return Span(steps[0], steps[-1])
+
+
+def vocabulary(planned: Planned) -> Estimate:
+    """Learning tokens from the texts, and the steps that train their rows."""
+    assert isinstance(planned.config, Vocabulary)
+    found = records_of(planned, "data")
+    out = parts.learn(found.train_bytes + found.held_out_bytes)
+    return training(planned) + out if planned.config.train else parts.START_TORCH + out
+
+
+def adapt(planned: Planned) -> Estimate:
+    """Training, with the rows of new tokens before it, and reading the held-out documents of each kind before and after."""
+    config, out = planned.config, training(planned)
+    assert isinstance(config, Adapt)
+    shape, machine = derived(planned, SOME_TOKENS).architecture, measure()
+    device = _device(config.device, machine)
+    peak = machine.peak_flops(device)
+    if config.general:
+        out += replace(_encoding(records_of(planned, "general"), 0), memory_bytes=NOTHING, room="")
+    if config.vocab_add:
+        found = derived(planned, SOME_TOKENS)
+        tokens = config.warm_steps * int(found.values["batch_tokens"])
+        need = training_memory(shape, micro_rows(config, found), int(found.values["sequence_length"]), config.optimizer.name)
+        warm = parts.train(shape, Span(tokens, tokens), int(found.values["sequence_length"]), peak, device, need)
+        out += replace(warm + parts.learn(records_of(planned, "data").train_bytes), memory_bytes=NOTHING, room="")
+    for key in ("data", "general") if config.general else ("data",):
+        held = records_of(planned, key)
+        part = min(1.0, config.max_documents / held.held_out.high) if config.max_documents and held.held_out.high else 1.0
+        text = Span(held.held_out_bytes.low * part, held.held_out_bytes.high * part)
+        read = (text / parts.bytes_per_token(Shape.of(shape).vocab) + held.held_out * part) * 2
+        out += replace(parts.read(shape, read, 0.5, peak, device), memory_bytes=NOTHING, room="")
+    return out
 
 
 def tuning(planned: Planned) -> Estimate:
@@ -223,12 +255,14 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
         raise Unknown(f"known after {planned.name}")
     check_start(config)
     parent = _parent(planned)
-    if "model" in planned.inputs:
+    if "model" in planned.inputs and not new_tokens(config):
         start = planned.inputs["model"].path
         return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start, parent=parent)
-    if "model" in waits:
-        before = derived(waits["model"], SOME_TOKENS).architecture
-        return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before)
+    if "model" in planned.inputs or "model" in waits:
+        here = "model" in planned.inputs
+        before = _config_json(planned.inputs["model"].path) if here else derived(waits["model"], SOME_TOKENS).architecture
+        before = {**before, "vocab_size": Shape.of(before).vocab + new_tokens(config)}
+        return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before, parent=parent)
     if "tokenizer" in waits:
         return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), corpus_tokens, None)
     words = TokenizerFolder.open(planned.inputs["tokenizer"].path)

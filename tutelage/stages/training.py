@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tutelage.stages.extension import Parent, say_rate
 from tutelage.stages.fitting import Work, fit
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
-from tutelage.train.loop import Hook
+from tutelage.train.loop import Hook, Source
 from tutelage.train.optim import Rates
 
 
@@ -44,10 +45,10 @@ class Numbers:
         return {"sequence_length": self.sequence_length, "batch_tokens": batch, **asdict(self.rates)}
 
 
-def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int) -> tuple[Segments, Segments]:
-    """Tokens of the input, made now or found, as (train, validation)."""
+def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data") -> tuple[Segments, Segments]:
+    """Tokens of the input `data`, made now or found, as (train, validation)."""
     assert run.nested is not None
-    tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(tokenizer)})
+    tokens = run.nested("tokens", {"data": str(run.input(data)), "tokenizer": str(tokenizer)})
     folder = tokens.path / "tokens"
     return tuple(Segments.open(folder / split, vocabulary=vocabulary) for split in ("train", "validation"))  # type: ignore[return-value]
 
@@ -61,10 +62,12 @@ def train_model(
     numbers: Numbers,
     device: torch.device,
     parent: Parent | None,
+    source: Source | None = None,
+    beside: Mapping[str, Hook] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
-    of the run."""
-    work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+    of the run. `source`: where rows come from, if not from `segments` alone; `beside`: more hooks."""
+    work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent, source, beside)
     return fit(config, run, work, device, parent)
 
 
@@ -76,6 +79,8 @@ def work_on_rows(
     tokenizer: Path,
     numbers: Numbers,
     parent: Parent | None,
+    source: Source | None = None,
+    beside: Mapping[str, Hook] | None = None,
 ) -> Work:
     """Learning to predict the next token of texts."""
     totals = segments[0].totals
@@ -89,7 +94,7 @@ def work_on_rows(
     held_out = segments[1]
     return Work(
         parts={"policy": model},
-        source=make_source(config, run, segments[0], numbers),
+        source=source or make_source(config, run, segments[0], numbers),
         objective=objective("next_token"),
         steps=numbers.steps,
         rates=numbers.rates,
@@ -101,7 +106,7 @@ def work_on_rows(
         write=lambda: save_model(model, run.folder("model"), tokenizer, stop_ids=words.stop_ids),
         validation=validation(config, held_out, numbers),
         per_byte=tokens_per_byte(held_out),
-        hooks=lambda job: sampling(config, model, words, held_out, numbers),
+        hooks=lambda job: {**sampling(config, model, words, held_out, numbers), **(beside or {})},
     )
 
 
