@@ -260,7 +260,7 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
         return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start, parent=parent)
     if "model" in planned.inputs or "model" in waits:
         here = "model" in planned.inputs
-        before = _config_json(planned.inputs["model"].path) if here else derived(waits["model"], SOME_TOKENS).architecture
+        before = _config_json(planned.inputs["model"].path) if here else shape_of(planned)
         before = {**before, "vocab_size": Shape.of(before).vocab + new_tokens(config)}
         return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before, parent=parent)
     if "tokenizer" in waits:
@@ -281,7 +281,12 @@ def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
     """The config.json of a model that a stage reads, there or still to be made."""
     if name in planned.inputs:
         return _config_json(planned.inputs[name].path)
-    return derived(planned.waits_for[name], SOME_TOKENS).architecture
+    maker = planned.waits_for[name]
+    if isinstance(maker.config, Train):
+        return derived(maker, SOME_TOKENS).architecture
+    if "model" not in type(maker.config).model_fields:
+        raise Unknown(f"known after {maker.name}")
+    return shape_of(maker)  # what tunes a model leaves its shape as it was
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
