@@ -2,8 +2,8 @@
 
     python bench/learning.py --model quickstart/chat --runs RUNS [--seeds 3] [--methods dpo,ppo]
 
-The rule prefers answers of few tokens. The start's own answers to training questions are judged by it: pairs for DPO, a reward for
-PPO. Then both models answer held-out questions, sampled, with the same noise: a win is an answer that the rule puts above the
+The rule prefers answers of six tokens. The start's own answers to training questions are judged by it: pairs for DPO, a reward
+for PPO. Then both models answer held-out questions, sampled, with the same noise: a win is an answer that the rule puts above the
 start's. Prints a JSON line a run: wins, losses and ties, the win rate of decided questions with Wilson's interval, and the
 divergence KL(policy || start) per answer and per token, estimated on the policy's own answers (k3).
 """
@@ -52,9 +52,8 @@ def compare(start: Path, trained: Path, data: Any, seed: int) -> dict[str, Any]:
     prompts = list(read_records(data.path / "records" / "validation.jsonl", Prompt))[:300]
     engines = [Engine(load(folder), Renderer(folder), slots=64) for folder in (start, trained)]
     rubric = build(terms_of(RULE))
-    made = [
-        [g[0] for g in Sampler(engine, Sampling(48)).answer(prompts, 1, seed=1000 + seed, step=0, version=0)] for engine in engines
-    ]
+    samplers = [Sampler(engine, Sampling(48)) for engine in engines]
+    made = [[g[0] for g in s.answer(prompts, 1, seed=1000 + seed, step=0, version=0)] for s in samplers]
     before, after = (np.array([v.reward for v in rubric.judge(rollouts)]) for rollouts in made)
     wins, losses = int((after > before).sum()), int((after < before).sum())
     asked = [((*r.prompt_ids, *r.ids), len(r.prompt_ids)) for r in made[1]]
