@@ -1,4 +1,4 @@
-"""Learning from people against TRL, both sides in one run: DPO, reward models, GRPO, LoRA fine-tuning; ratios of rates and memory.
+"""Learning from people against TRL, both sides in one run: DPO, reward models, GRPO, LoRA; ratios of rates and of memory.
 
     python bench/tune.py --peers FOLDER --peer-scripts FOLDER --data FOLDER [--rounds 3] [--jobs dpo,reward,grpo,lora]
 
@@ -20,7 +20,8 @@ import run as driver
 
 HERE = Path(__file__).resolve().parent
 FIELDS = {
-    "dpo": "pairs_per_s_median", "reward": "pairs_per_s_median", "grpo": "completions_per_s_median", "lora": "tokens_per_s_median",
+    "dpo": "pairs_per_s_median", "reward": "pairs_per_s_median", "grpo": "completions_per_s_median",
+    "lora": "tokens_per_s_median",
 }  # fmt: skip
 
 
