@@ -74,6 +74,10 @@ def layout_for(config: Tune, model: Any) -> Any:
     if config.layout == "tree" and not getattr(model, "supports_cache", False):
         log.say("layout: packed, since this model's prompts can't be read once for several answers")
         return "packed"
+    steady = getattr(model, "cacheable", None)
+    if steady is not None and config.layout != "rows" and max_length(config, model.config.max_position_embeddings) > steady:
+        log.say(f"layout: rows, since this model turns its angles by the longest text of a row (above {steady:,} tokens)")
+        return "rows"
     return config.layout
 
 
