@@ -156,7 +156,7 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
         "sft": ["--model", model, "--data", world.made["chats"]],
         "prefer": ["--model", model, "--data", prefs],
         "sample": ["--model", model, "--data", world.made["chats"], "--rewards", "{exact: 1}"],
-        "select": ["--answers", sampled, "--data", world.made["chats"]],
+        "select": ["--answers", prefs, "--data", world.made["chats"]],
         "distil": ["--model", model, "--teacher", world.made["base"], "--data", corpus],
         "evaluate": ["--model", model, "--documents", corpus],
         "report": ["--run", model],

@@ -24,6 +24,7 @@ STAGE_HELP = {
     "sample": "Answer each prompt several times and judge the answers.",
     "select": "Choose good answers, or the best and the worst, to train on.",
     "distil": "Train a model on what a larger one predicts.",
+    "reward": "Train a model that scores answers as people did.",
     "prefer": "Train towards preferred answers: DPO and its family.",
     "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",

@@ -236,6 +236,23 @@ class Prefer(Tune):
     seed: int = setting(0, "of the data order")
 
 
+class Reward(Tune):
+    """Train a model that scores answers as people did: from preferences, ratings, or verdicts on steps."""
+
+    model: str = artifact("the language model to start from, or a reward model to go on with", kind="model")
+    data: str = artifact("preferences or ratings", kind="records")
+    method: Literal["reward", "rating", "process"] | None = setting(
+        None, "reward: from preferences; rating: from scores by aspect; process: from scores of steps. None: by the data"
+    )
+    centring: float | None = setting(None, "reward: how strongly the mean of a pair's rewards is held at 0", ge=0.0)
+    aspects: Names = setting([], "rating: the aspects to learn, a score each; none: all that the data has")
+    loss: Literal["mse", "huber"] | None = setting(None, "rating: the squared error, or one that is linear beyond `delta`")
+    delta: Positive | None = setting(None, "rating with loss=huber: where it becomes linear")
+    too_long: Literal["drop", "left", "right"] = setting("drop", "a text over max_length: left out, or cut; always counted")
+    epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
+    seed: int = setting(0, "of the new head and the data order")
+
+
 class Rl(Tune):
     """Train a model on its own answers, by what they are worth: policy gradients and PPO."""
 

@@ -48,11 +48,12 @@ class Family:
 
 
 def assemble(families: Sequence[Family], layout: Layout) -> Batch:
-    """The batch of some families; answers in their order."""
+    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once."""
     build = {"tree": _tree, "packed": _packed, "rows": _rows}[layout]
     batch, firsts = build(families)
+    targets, weights = _prompts(families, firsts, batch.shape)
     names = tuple(f.name for f in families)
-    return replace(batch, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
+    return replace(batch, targets=targets, weights=weights, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
 
 
 # Where the tokens of an answer's text are: (place of the prompt's last token, place of the answer's first one)
@@ -93,6 +94,19 @@ def _rows(families: Sequence[Family]) -> tuple[Batch, Firsts]:
             first = len(firsts) * width + len(family.prompt)
             firsts.append((first - 1, first))
     return batch, firsts
+
+
+def _prompts(families: Sequence[Family], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets [B,T] and weights [B,T]: where the next token is one of a prompt. A prompt's first token is never predicted."""
+    targets, weights = torch.zeros(shape[0] * shape[1], dtype=torch.int64), torch.zeros(shape[0] * shape[1])
+    number = 0
+    for family in families:
+        last = firsts[number][0]
+        first = last - len(family.prompt) + 1
+        targets[first:last] = torch.from_numpy(family.prompt[1:].astype(np.int64))
+        weights[first:last] = 1.0
+        number += len(family.endings)
+    return targets.view(shape), weights.view(shape)
 
 
 def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:

@@ -65,6 +65,14 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "reward": Kind(
+        "Reward",
+        "tutelage.stages.reward",
+        "train a model that scores answers as people did",
+        "tutelage.stages.estimates:tuning",
+        makes="model",
+        ranks=True,
+    ),
     "prefer": Kind(
         "Prefer",
         "tutelage.stages.prefer",

@@ -65,7 +65,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
 
 def chosen_method(config: Prefer) -> Objective:
     """The objective of the settings. Raises `ConfigError` for a method that does not learn from preferences."""
-    names = [name for name, row in TABLE.items() if row.data == "preferences"]
+    names = [name for name, row in TABLE.items() if row.data == "preferences" and row.part == "policy"]
     if config.method in TABLE and config.method not in names:
         raise ConfigError(
             "this method does not learn from preferences", field="method", found=config.method, expected=", ".join(names)
