@@ -31,7 +31,7 @@ GROUP = [
 
 
 def test_the_best_whole_answer_is_kept() -> None:
-    """Guards against imitating an answer that was cut, which never ends, and on words that stood in the prompt."""
+    """Guards against imitating an answer that was cut, which never ends, and against training on words of the prompt."""
     counts: Counter[str] = Counter()
     (best,) = conversations(PROMPT, GROUP, 1.0, "best", counts)
     assert [m.content for m in best.messages] == ["1+1?", "2", "2+2?", "four"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -48,15 +48,21 @@ def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int
     return Sampler(engine_for(model, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature))
 
 
-def with_room(sampler: Sampler, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
+class Room(Protocol):
+    """A sampler of answers or of episodes."""
+
+    def room(self, prompt: Prompt) -> bool: ...
+
+
+def with_room(sampler: Room, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
     """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
     out = [p for p in prompts if sampler.room(p)]
     if len(out) < len(prompts):
         log.say(f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them")
     if prompts and not out:
         raise DataError(
-            "no prompt leaves room for an answer", field="max_tokens", found=sampler.sampling.max_tokens,
-            expected=f"prompt and answer within {sampler.engine.context_length} tokens", fix="lower max_tokens",
+            "no prompt leaves room for an answer", field="max_tokens", found=f"{len(prompts)} prompts, all too long",
+            expected="prompt and answer within the model's context", fix="lower max_tokens",
         )  # fmt: skip
     return out
 
