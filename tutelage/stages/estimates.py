@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import Adapt, Data, Evaluate, Rl, Tokens, Vocabulary
-from tutelage.config.train import Train, Tune
+from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
+from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
@@ -61,25 +61,58 @@ def training(planned: Planned) -> Estimate:
     found = derived(planned, SOME_TOKENS)
     check_context(found)
     shape, row = found.architecture, int(found.values["sequence_length"])
-    ends, making = [found], None
-    try:
-        records = records_of(planned, "data")
-        most = corpus_tokens(records, Shape.of(shape).vocab)
-        ends, making = [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
-    except Unknown:
-        if config.steps == config.tokens == "derived":
-            raise
+    ends, making = _ends(planned, found)
     machine = measure()
     device = _device(config.device, machine)
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
     need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    tokens = _tokens(planned, ends)
+    out = parts.train(shape, tokens, row, machine.peak_flops(device, config.dtype), device, need)
+    out = parts.START_TORCH + out
+    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+
+
+def distil(planned: Planned) -> Estimate:
+    """The student's training, and the teacher's reading: of each step, or of the texts once."""
+    config = planned.config
+    assert isinstance(config, Distil)
+    shape, machine = shape_of(planned, "teacher"), measure()
+    device = _device(config.device, machine)
+    try:
+        if config.policy == "on":
+            student, tokens = _answers(planned, config, config.rollouts.prompts)
+            return student + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+        if config.top_k:
+            tokens = corpus_tokens(records_of(planned, "data"), Shape.of(shape).vocab)
+        else:
+            tokens = _tokens(planned, _ends(planned, derived(planned, SOME_TOKENS))[0])
+        return training(planned) + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+    except ConfigError as error:  # of a family that is not ours
+        raise Unknown(f"not known: {error.message} ({error.field})") from None
+
+
+def _ends(planned: Planned, found: Derived) -> tuple[list[Derived], Estimate | None]:
+    """The derivations for the least and the most data that there may be, and what making its tokens takes; only `found` where
+    that does not count."""
+    config = planned.config
+    assert isinstance(config, Train)
+    try:
+        records = records_of(planned, "data")
+        most = corpus_tokens(records, Shape.of(found.architecture).vocab)
+        return [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
+    except Unknown:
+        if config.steps == config.tokens == "derived":
+            raise
+        return [found], None
+
+
+def _tokens(planned: Planned, ends: list[Derived]) -> Span:
+    """What all steps read."""
     parent = _parent(planned)
     done = parent.steps if parent else 0
     steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
-    out = parts.train(shape, Span(steps[0], steps[-1]), row, machine.peak_flops(device, config.dtype), device, need)
-    out = parts.START_TORCH + out
-    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+    return Span(steps[0], steps[-1])
 
 
 def vocabulary(planned: Planned) -> Estimate:
@@ -139,25 +172,48 @@ def rollouts(planned: Planned) -> Estimate:
     """Answers made one token after another, read again by references and values, and trained on."""
     config = planned.config
     assert isinstance(config, Rl)
+    return _answers(planned, config, config.batch, config.updates, config.minibatches)[0]
+
+
+def _answers(planned: Planned, config: Loop, batch: int, updates: int = 1, minibatches: int = 1) -> tuple[Estimate, Span]:
+    """What training on a model's own answers takes, and how many tokens are read in it."""
+    how: Any = getattr(config, "rollouts", config)
     records, shape = records_of(planned, "data"), shape_of(planned)
     machine = measure()
     device = _device(config.device, machine)
     asked = records.train_bytes / parts.bytes_per_token(Shape.of(shape).vocab) + records.train * CONTROL[True]
     per_prompt = Span(asked.low / max(1.0, records.train.high), asked.high / max(1.0, records.train.low))
-    steps_each = config.updates * config.minibatches
+    steps_each = updates * minibatches
     if config.steps == "derived":
-        iterations = records.train * (config.epochs / config.batch)
+        iterations = records.train * (float(getattr(config, "epochs", None) or 1.0) / batch)
     else:
         iterations = Span(config.steps / steps_each, config.steps / steps_each)
-    answers = iterations * (config.batch * config.samples)
-    made = answers * Span(config.max_tokens * 0.1, config.max_tokens)
-    read = (made + iterations * config.batch * per_prompt) * config.updates
+    answers = iterations * (batch * how.samples)
+    made = answers * Span(how.max_tokens * 0.1, how.max_tokens)
+    read = (made + iterations * batch * per_prompt) * updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
     rate = machine.peak_flops(device, config.dtype)
-    out = parts.START_TORCH + parts.train(shape, read, config.max_tokens, rate, device, need)
-    return out + parts.answer(shape, answers, config.max_tokens, rate, device)
+    out = parts.START_TORCH + parts.train(shape, read, how.max_tokens, rate, device, need)
+    return out + parts.answer(shape, answers, how.max_tokens, rate, device), read
+
+
+def sample(planned: Planned) -> Estimate:
+    """Answers made one token after another."""
+    config = planned.config
+    assert isinstance(config, Sample)
+    machine, records = measure(), records_of(planned, "data")
+    asked = records.train if config.part == "train" else records.held_out
+    most = config.max_prompts or asked.high
+    answers = Span(min(asked.low, most), min(asked.high, most)) * config.samples
+    device = _device(config.device, machine)
+    return parts.START_TORCH + parts.answer(shape_of(planned), answers, config.max_tokens, machine.peak_flops(device), device)
+
+
+def select(planned: Planned) -> Estimate:
+    """Reading answers and writing some of them."""
+    return parts.START + parts.collect(records_of(planned, "answers").train_bytes, "conversations", 0)
 
 
 def evaluate(planned: Planned) -> Estimate:
@@ -221,11 +277,11 @@ def _parent(planned: Planned) -> Parent | None:
     return None if planned.run is None else parent_of(planned.config, planned.run)
 
 
-def shape_of(planned: Planned) -> Mapping[str, Any]:
-    """The config.json of the model that a stage reads, there or still to be made."""
-    if "model" in planned.inputs:
-        return _config_json(planned.inputs["model"].path)
-    return derived(planned.waits_for["model"], SOME_TOKENS).architecture
+def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
+    """The config.json of a model that a stage reads, there or still to be made."""
+    if name in planned.inputs:
+        return _config_json(planned.inputs[name].path)
+    return derived(planned.waits_for[name], SOME_TOKENS).architecture
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:

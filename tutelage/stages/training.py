@@ -67,6 +67,22 @@ def train_model(
 ) -> dict[str, Any]:
     """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
     of the run. `source`: where rows come from, if not from `segments` alone; `beside`: more hooks."""
+    work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent, source, beside)
+    return fit(config, run, work, device, parent)
+
+
+def work_on_rows(
+    config: Train,
+    run: RunDir,
+    model: Any,
+    segments: tuple[Segments, Segments],
+    tokenizer: Path,
+    numbers: Numbers,
+    parent: Parent | None,
+    source: Source | None = None,
+    beside: Mapping[str, Hook] | None = None,
+) -> Work:
+    """Learning to predict the next token of texts."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
         check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")
@@ -76,7 +92,7 @@ def train_model(
         say_rate(parent, config, numbers.steps)
     row, steps = numbers.sequence_length, numbers.steps - (parent.steps if parent else 0)
     held_out = segments[1]
-    work = Work(
+    return Work(
         parts={"policy": model},
         source=source or make_source(config, run, segments[0], numbers),
         objective=objective("next_token"),
@@ -92,7 +108,6 @@ def train_model(
         per_byte=tokens_per_byte(held_out),
         hooks=lambda job: {**sampling(config, model, words, held_out, numbers), **(beside or {})},
     )
-    return fit(config, run, work, device, parent)
 
 
 def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers) -> StaticSource:
