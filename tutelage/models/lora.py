@@ -87,7 +87,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
     """
     config = _config(folder)
     tensors = _tensors(folder)
-    layers = _layers(model)
+    layers = linear_layers(model)
     weight = next(model.parameters())
     parts: dict[str, LowRank] = {}
     for module in sorted({key.rpartition(".lora_")[0] for key in tensors}):
@@ -99,7 +99,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
                 expected="linear layers of this model's decoder", fix="merge the adapter into its base, or take its own base",
             )  # fmt: skip
         a, b = (x.to(weight.device, weight.dtype) for x in pair if x is not None)
-        sizes = [_sizes(model.get_submodule(name)) for name in ours]
+        sizes = [sizes_of(model.get_submodule(name)) for name in ours]
         expected = sizes[0][0], sum(out for _, out in sizes)
         if (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
             raise ArtifactError(
@@ -147,9 +147,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"a damaged safetensors file ({error})", file=path) from error
 
 
-def _layers(model: Any) -> dict[str, tuple[str, ...]]:
-    """Linear layers by the names that they have on disk; several of ours where a family fuses them there."""
-    names = [name for name, module in model.named_modules() if _is_linear(module) and not name.startswith("lm_head")]
+def linear_layers(model: Any) -> dict[str, tuple[str, ...]]:
+    """Linear layers by the names that they have on disk; several of ours where a family fuses them there. Without the head."""
+    head = None if isinstance(model, Decoder) else model.hf.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and not name.startswith("lm_head") and module is not head
+    ]
     if not isinstance(model, Decoder):
         return {name: (name,) for name in names}
     rows = stored(families.family(model.config.model_type).disk, [f"{name}.weight" for name in names])
@@ -160,11 +165,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's in `transformers`: [in, out]
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def sizes_of(module: nn.Module) -> tuple[int, int]:
     """(in, out)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
     assert isinstance(module.weight, Tensor)
     first, second = module.weight.shape
-    return (second, first) if isinstance(module, nn.Linear) else (first, second)
+    return first, second
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
