@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from tutelage.config.base import Section, artifact, setting
-from tutelage.config.train import Count, Share, Train
+from tutelage.config.train import Count, Positive, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -25,8 +25,7 @@ class Data(Section):
     )
     kind: Literal["documents", "conversations", "preferences", "ratings", "prompts"] = setting(
         "documents",
-        "documents: plain text; conversations: dialogues or prompt/completion pairs; preferences: a better and a worse answer; "
-        "ratings: answers with labels or scores; prompts: what is asked, with the right answer where there is one",
+        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked",
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(
@@ -145,3 +144,17 @@ class Generate(Section):
         "stop", "what a row that cannot be answered does; skipped ones get a field `error` and are counted", identity=False
     )
     device: str = setting("auto", "auto, cpu, cuda", identity=False)
+
+
+class Prefer(Tune):
+    """Train a model towards preferred answers, directly: DPO and its family."""
+
+    model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")
+    data: str = artifact("preferences", kind="records")
+    method: str = setting("dpo", "a row about preferences in the table of objectives: dpo, ipo, kto, orpo, simpo, …")
+    beta: Positive | None = setting(None, "how closely the model stays to the reference; the method's own where left out")
+    label_smoothing: Share | None = setting(None, "share of preferences taken to be the wrong way round")
+    too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
+    epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
+    reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
+    seed: int = setting(0, "of the data order")
