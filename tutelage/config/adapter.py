@@ -22,7 +22,8 @@ USES: dict[str, tuple[str, ...]] = {
     "prefix": ("tokens", "init", "quantize"),
 }
 """The settings that each kind has a use for."""
-INITS = {"lora": ("kaiming", "gaussian"), "dora": ("kaiming", "gaussian"), "prompt": ("vocabulary", "random"), "prefix": ("vocabulary", "random")}  # fmt: skip
+_OF_A, _OF_VALUES = ("kaiming", "gaussian"), ("vocabulary", "random")
+INITS = {"lora": _OF_A, "dora": _OF_A, "prompt": _OF_VALUES, "prefix": _OF_VALUES}
 
 
 class Adapter(Section):

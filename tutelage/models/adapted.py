@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tutelage.models.nf4 import Packed
 
-
 MANY = 64
 """Tokens from which making the changed weight costs less than it saves."""
 
@@ -90,7 +89,7 @@ class Adapted(nn.Linear):
         assert isinstance(weight, Tensor)
         self.transposed = not isinstance(base, nn.Linear)  # GPT-2's layers in `transformers`: [I,O]
         self.out_features, self.in_features = weight.shape[::-1] if self.transposed else weight.shape
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
         self.change = change
         self.packed = packed
         if packed is None:
@@ -147,4 +146,3 @@ def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
 def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
     """The layers of a model that have been replaced, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Adapted)]
-

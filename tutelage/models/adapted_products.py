@@ -115,8 +115,9 @@ def change_gradients(layers: Sequence[nn.Linear], x: Tensor, dy: Tensor) -> list
 def _narrow(layer: Adapted) -> bool:
     """Whether four products of the rank are less work than the gradient of the whole weight."""
     change, widths = layer.change, layer.in_features + layer.out_features
-    plain = isinstance(change, LowRankChange) and change.length is None
-    return plain and 2 * len(change.a) * widths < layer.in_features * layer.out_features  # type: ignore[union-attr]
+    if not isinstance(change, LowRankChange) or change.length is not None:
+        return False
+    return 2 * len(change.a) * widths < layer.in_features * layer.out_features
 
 
 def _through_weight(layer: Adapted, x: Tensor, dy: Tensor) -> list[Tensor | None]:

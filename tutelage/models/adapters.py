@@ -26,7 +26,7 @@ from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models.adapted import Adapted, LowRankChange, Rescaling, adapted
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
-from tutelage.models.lora import Lora, LowRank, linear_layers, sizes_of
+from tutelage.models.lora import Lora, LowRank, linear_layers
 from tutelage.models.nf4 import Packed
 from tutelage.models.virtual import VirtualTokens
 
@@ -123,7 +123,7 @@ def quantize(model: Any) -> None:
                 _replace(model, name, Adapted(module, None, Packed(module.weight)))
 
 
-def _layer(model: Any, name: str) -> Adapted:
+def layer(model: Any, name: str) -> Adapted:
     """The layer of this name, ready to be changed."""
     module = model.get_submodule(name)
     if not isinstance(module, Adapted):
@@ -139,14 +139,14 @@ def _replace(model: Any, name: str, module: nn.Module) -> None:
 
 
 def _wear_low_rank(model: Any, name: str, ours: Sequence[str], config: Adapter, rank: int, scale: float, seed: int) -> None:
-    layers = [_layer(model, each) for each in ours]
-    first = layers[0].base_weight()
-    a = nn.Parameter(_first_a(config, rank, layers[0].in_features, seed, name).to(first.device))
-    for layer in layers:
-        weight = layer.base_weight()
-        b = nn.Parameter(torch.zeros(layer.out_features, rank, device=weight.device))
+    changed = [layer(model, each) for each in ours]
+    first = changed[0].base_weight()
+    a = nn.Parameter(_first_a(config, rank, changed[0].in_features, seed, name).to(first.device))
+    for own in changed:
+        weight = own.base_weight()
+        b = nn.Parameter(torch.zeros(own.out_features, rank, device=weight.device))
         length = nn.Parameter(torch.linalg.vector_norm(weight.float(), dim=1)) if config.kind == "dora" else None
-        layer.change = LowRankChange(a, b, scale, length, config.dropout).train(model.training)
+        own.change = LowRankChange(a, b, scale, length, config.dropout).train(model.training)
 
 
 def _first_a(config: Adapter, rank: int, width: int, seed: int, name: str) -> Tensor:
@@ -162,11 +162,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _rescale(model: Any, ours: Sequence[str], of_input: bool) -> None:
-    layers = [_layer(model, each) for each in ours]
-    for layer in layers:
-        size = layer.in_features if of_input else layer.out_features
-        factor = nn.Parameter(torch.ones(size, device=layer.base_weight().device))
-        layer.change = Rescaling(factor, of_input).train(model.training)
+    for own in [layer(model, each) for each in ours]:
+        size = own.in_features if of_input else own.out_features
+        factor = nn.Parameter(torch.ones(size, device=own.base_weight().device))
+        own.change = Rescaling(factor, of_input).train(model.training)
 
 
 @torch.no_grad()
@@ -260,11 +259,12 @@ class Share:
 
 @torch.no_grad()
 def worn(model: Any) -> tuple[Any, Lora | None]:
-    """A model and an adapter for `Engine(plain)` and `lora=`. They share tensors with `model`, which may be trained in place: call
-    `engine.weights_changed()` then.
+    """A model and an adapter for `Engine(plain)` and `lora=`. They share tensors with `model`, which may be trained in place:
+    call `engine.weights_changed()` then.
 
     DoRA and IA3 give (a copy of the changed layers merged, None): `follow(model, plain)` writes the changes of training to it.
-    Virtual tokens, a base in 4 bits and models of `transformers` give (model, None): the engine runs these operation by operation.
+    Virtual tokens, a base in 4 bits and models of `transformers` give (model, None): the engine runs these operation by
+    operation.
     """
     wearing = worn_adapter(model)
     if wearing is None:
@@ -276,14 +276,14 @@ def worn(model: Any) -> tuple[Any, Lora | None]:
         plain = Decoder(model.config)
     lora: dict[str, LowRank] = {}
     state = {name: p.detach() for name, p in model.named_parameters() if ".change." not in name}
-    for name, layer in layers:
-        change = layer.change
+    for name, own in layers:
+        change = own.change
         if isinstance(change, LowRankChange) and change.length is None:
             lora[name] = LowRank(change.a.detach(), change.b.detach(), change.scale)
         elif change is not None:
-            state[f"{name}.weight"] = layer.whole_weight()
-            if layer.bias is not None:
-                state[f"{name}.bias"] = layer.whole_bias().clone()  # type: ignore[union-attr]
+            state[f"{name}.weight"] = own.whole_weight()
+            if own.bias is not None:
+                state[f"{name}.bias"] = own.whole_bias().clone()  # type: ignore[union-attr]
     plain.load_state_dict(state, strict=False, assign=True)
     plain.tie()
     plain.requires_grad_(False)
@@ -296,12 +296,12 @@ def follow(model: Any, plain: Any) -> None:
     shared."""
     if plain is model:
         return
-    for name, layer in adapted(model):
-        own = plain.get_submodule(name)
-        if own.weight.data_ptr() != layer.weight.data_ptr():
-            own.weight.copy_(layer.whole_weight())
-            if layer.bias is not None:
-                own.bias.copy_(layer.whole_bias())
+    for name, own in adapted(model):
+        copy = plain.get_submodule(name)
+        if copy.weight.data_ptr() != own.weight.data_ptr():
+            copy.weight.copy_(own.whole_weight())
+            if own.bias is not None:
+                copy.bias.copy_(own.whole_bias())
 
 
 @torch.no_grad()
@@ -315,10 +315,9 @@ def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
         )  # fmt: skip
     model.eval()
     before = probe(model)
-    for name, layer in adapted(model):
-        kind = dtype or (layer.packed.dtype if layer.packed is not None else layer.weight.dtype)
-        plain = _plain_like(layer, layer.whole_weight().to(kind), layer.whole_bias())
-        _replace(model, name, plain)
+    for name, own in adapted(model):
+        kind = dtype or (own.packed.dtype if own.packed is not None else own.weight.dtype)
+        _replace(model, name, _plain_like(own, own.whole_weight().to(kind), own.whole_bias()))
     model.__dict__.pop("worn_adapter", None)
     model.requires_grad_(True)
     if dtype is not None:
@@ -327,14 +326,14 @@ def merge(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def _plain_like(layer: Adapted, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    if layer.transposed:
+def _plain_like(own: Adapted, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    if own.transposed:
         from transformers.pytorch_utils import Conv1D
 
-        plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        plain: nn.Module = Conv1D(own.out_features, own.in_features)
         weight = weight.t().contiguous()
     else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        plain = nn.Linear(own.in_features, own.out_features, bias=bias is not None, device="meta")
     plain.weight = nn.Parameter(weight)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().to(weight.dtype).clone())

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         return ops.embedding(ids, table.weight) if is_plain(table, nn.Embedding) else table(ids)  # type: ignore[no-any-return]
 
     def scale_of(self, x: Tensor) -> float:
-        """The factor of embeddings. The reference rounds it to the weights' type first; in bfloat16 that is not the same product."""
+        """The factor of embeddings. The reference rounds it to the weights' type first; in bfloat16 that is another product."""
         return torch.tensor(self.config.embedding_scale).to(x.dtype).item()
 
     def context(self, batch: Batch, dtype: torch.dtype) -> Context:

@@ -31,13 +31,18 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def load(
     folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", adapter: bool = True
 ) -> Model:
-    """The model of `folder`, in evaluation mode, its weights copied to `device` as `dtype`.
+    """The model of `folder`, in evaluation mode, its weights copied to `device` as `dtype`. Of an adapter's folder it is the base
+    that the folder names, with the adapter.
 
     A model that is not of our families runs on `transformers` (extra `hf`), unless `adapter` is off.
     Raises ArtifactError for a folder that is not a model, and for weights that are missing or of another shape.
     """
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        from tutelage.models.adapter_folder import load_with_base
+
+        return load_with_base(folder, device=torch.device(device), dtype=kind)  # type: ignore[no-any-return]
     raw = read_config(folder)
     reason = unsupported(raw)
     if reason is None:

@@ -9,6 +9,7 @@ Shapes: P virtual tokens, N tokens of the batch, H hidden width, L layers, Hkv k
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +78,13 @@ def with_virtual(batch: Batch, count: int) -> Batch:
     segments[0] = torch.repeat_interleave(torch.arange(1, len(sizes) + 1, device=owner.device), sizes + count).int()
     back = torch.zeros(count + total, dtype=torch.int64, device=owner.device)  # padding takes what is at the first place
     back[index] = torch.arange(length, device=owner.device)
-    before = {
+    before: dict[str, Tensor] = {
         "ids": torch.zeros(1, count, dtype=torch.int64), "segments": torch.ones(1, count, dtype=torch.int32),
         "positions": torch.arange(count)[None], "targets": torch.zeros(1, count, dtype=torch.int64),
         "weights": torch.zeros(1, count),
     }  # fmt: skip
     flat["positions"] = flat["positions"] + count
-    joined = {name: torch.cat((before[name].to(x.device, x.dtype), x), 1) for name, x in flat.items()}
+    joined: dict[str, Any] = {name: torch.cat((before[name].to(x.device, x.dtype), x), 1) for name, x in flat.items()}
     return replace(batch, **joined, tree=Tree(index, segments, back), rows=None)
 
 
