@@ -9,7 +9,7 @@ from torch import nn
 from tutelage.data.families import Ending, Family
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
-from tutelage.models.interface import Batch, Output
+from tutelage.models.interface import Batch
 
 VOCABULARY = 61
 LONGEST = 12  # tokens of an answer, at most

@@ -153,7 +153,9 @@ def test_on_policy_every_method_is_the_plain_gradient(name):
     answers = assemble(made, "tree").answers
     logprobs = token_logprobs(model, assemble(made, "tree"))
     weight = answers.tokens["weight"] * (answers.lengths[answers.owner] if name == "rloo" else 1)
-    if name == "gspo":  # the mean of an answer's advantages, times the mean of its log-probabilities: the same for equal advantages
+    if (
+        name == "gspo"
+    ):  # the mean of an answer's advantages, times the mean of its log-probabilities: the same for equal advantages
         assert all(len(set(e.tokens["advantage"].tolist())) == 1 for f in made for e in f.endings)
     units = count(made, "tree")[TABLE[name].fixed["unit"]]
     (-(logprobs * weight * answers.tokens["advantage"]).sum() / units).backward()

@@ -63,7 +63,13 @@ def test_a_table_worked_by_hand():
     Squared errors of values: (.9 - .513)^2 = .149769 against (.7 - .513)^2; (.06)^2 = .0036; (.7)^2 = .49: half is .3216845."""
     advantage, returns = gae([0, 0, 1], [0.5, 0.6, 0.2], gamma=0.9, lam=0.5)
     old = np.array([-1.0, -2.0, -0.5])
-    streams = {"old": old, "advantage": advantage, "weight": np.ones(3), "value_old": np.array([0.5, 0.6, 0.2]), "return": returns}
+    streams = {
+        "old": old,
+        "advantage": advantage,
+        "weight": np.ones(3),
+        "value_old": np.array([0.5, 0.6, 0.2]),
+        "return": returns,
+    }
     made = [Family("r", np.array([7]), (Ending(np.array([1, 2, 3]), None, streams),))]
 
     class Given(torch.nn.Module):
@@ -153,9 +159,13 @@ def test_value_is_a_term_of_its_own():
 
 def test_a_clipped_value_gets_no_gradient():
     """Guards a clip that takes the smaller error: it would freeze values that are wrong and far from the old ones."""
-    made = replaced(families(), value_old=50.0, weight=1.0, **{"return": 50.5})  # the values are near 0: beyond the clip, still wrong
+    made = replaced(
+        families(), value_old=50.0, weight=1.0, **{"return": 50.5}
+    )  # the values are near 0: beyond the clip, still wrong
     assert run(made)[1]["value"].abs().max() > 0
-    made = replaced(families(), value_old=50.0, weight=1.0, **{"return": 0.0})  # they went further than the clip lets them: enough
+    made = replaced(
+        families(), value_old=50.0, weight=1.0, **{"return": 0.0}
+    )  # they went further than the clip lets them: enough
     result, gradient = run(made)
     assert result.terms["_value_clipped"] == pytest.approx(1)
     assert gradient["value"].abs().max() == 0

@@ -70,15 +70,17 @@ TABLE: dict[str, Method] = {
     "rloo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "answer", "unit": "sequences"}),
     "grpo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "sequences"}),
     "dr_grpo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "sequences"}),
-    "dapo": Method(
-        _POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "tokens"}, defaults={"clip_high": 0.28}
-    ),
+    "dapo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "tokens"}, defaults={"clip_high": 0.28}),
     "gspo": Method(
-        _POLICY, "rollouts", fixed={"form": "clip", "level": "sequence", "unit": "sequences"},
+        _POLICY,
+        "rollouts",
+        fixed={"form": "clip", "level": "sequence", "unit": "sequences"},
         defaults={"clip_low": 3e-4, "clip_high": 4e-4},
     ),
     "cispo": Method(
-        _POLICY, "rollouts", fixed={"form": "cispo", "level": "token", "unit": "tokens", "delta": None},
+        _POLICY,
+        "rollouts",
+        fixed={"form": "cispo", "level": "token", "unit": "tokens", "delta": None},
         defaults={"clip_low": 1.0, "clip_high": 4.0},
     ),
     "ppo": Method("tutelage.objectives.ppo:ppo", "rollouts"),

@@ -1,5 +1,5 @@
-"""Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv:1707.06347; for language models Stiennon et al. 2020,
-arXiv:2009.01325).
+"""Proximal policy optimisation with a value head (Schulman et al. 2017, arXiv:1707.06347; for language models Stiennon et al.
+2020, arXiv:2009.01325).
 
 The part `value` scores every place; the value of the state before a token is the score at the place that predicts it. Streams
 besides those of `policy_gradient`: `value_old`, that value when the answer was judged; `return`, what it should have been.
