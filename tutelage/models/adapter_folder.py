@@ -9,8 +9,6 @@ A folder says which base it is for. It is found by `base_model_name_or_path`, or
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +18,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tutelage import log
+from tutelage.bases import adapter_config, base_of, is_adapter, weights_digest
 from tutelage.config.adapter import Adapter
-from tutelage.errors import ArtifactError
-from tutelage.files import file_digest, read_json, whole_folder, write_json
+from tutelage.errors import ArtifactError, ConfigError
+from tutelage.files import read_json, whole_folder, write_json
 from tutelage.models import adapters
 from tutelage.models.adapted import Adapted, LowRankChange, Rescaling
 from tutelage.models.adapters import Worn, wear, worn_adapter
 from tutelage.models.decoder import Decoder
 from tutelage.models.lora import CONFIG, WEIGHTS, check_plain, linear_layers, module_scale, read_tensors
+from tutelage.models.shard import collected, is_sharded
 
 OURS = "tutelage_adapter.json"
 PREFIX = "base_model.model."
@@ -35,32 +36,22 @@ KINDS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt", "PREFIX_TUNING
 _SAME = {"prefix_projection": (False,), "num_transformer_submodules": (1, None)}  # of virtual tokens: the values that fit
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def weights_digest(base: Path) -> str:
-    """SHA-256 over the files with the base's weights; of an adapter over its own and its base's."""
-    total = hashlib.sha256()
-    if is_adapter(base):
-        total.update(weights_digest(base_of(base)).encode())
-    for file in sorted(base.glob("*.safetensors")):
-        total.update(f"{file.name} {file_digest(file)}\n".encode())
-    return total.hexdigest()
-
-
 # Writing
 
 
 def save_adapter(model: Any, folder: Path, *, base: Path, tokenizer: Path | None = None) -> None:
     """Writes what `model` wears so that `PeftModel.from_pretrained(base, folder)` and ours give its logits. `base` is the folder
-    that the model was loaded from; of `tokenizer` the files are copied."""
+    that the model was loaded from; of `tokenizer` the files are copied. Of a sharded model every rank calls this, and rank 0
+    writes."""
     from tutelage.models.export import tokenizer_files
 
     wearing = worn_adapter(model)
     assert wearing is not None, "this model wears no adapter"
     copied = () if tokenizer is None else tokenizer_files(tokenizer)
-    held = {name: x.detach().cpu().contiguous() for name, x in _tensors(model, wearing).items()}
+    whole = collected(_tensors(model, wearing).items())
+    if is_sharded(model) and log.rank() != 0:
+        return
+    held = {name: x.cpu().contiguous() for name, x in whole.items()}
     with whole_folder(folder) as out:
         save_file(held, out / WEIGHTS, metadata={"format": "pt"})
         write_json(out / CONFIG, peft_config(model, wearing) | {"base_model_name_or_path": str(base.resolve())})
@@ -132,26 +123,6 @@ def _tensors(model: Any, wearing: Worn) -> dict[str, Tensor]:
 # Reading
 
 
-def base_of(folder: Path) -> Path:
-    """The folder of the base that an adapter is for. Raises `ArtifactError` where it is not there."""
-    named = str(read_config(folder).get("base_model_name_or_path") or "")
-    if named and Path(named).expanduser().is_dir():
-        return Path(named).expanduser()
-    run = folder.resolve().parent
-    if (run / "run.json").is_file():
-        for parent in read_json(run / "run.json").get("parents", []):
-            place = (run / parent["path"]).resolve()
-            for inner in ("model", "adapter"):
-                if parent["name"] == "model" and (place / inner).is_dir():
-                    return place / inner
-            if parent["name"] == "model" and place.is_dir():
-                return place
-    raise ArtifactError(
-        "the base of this adapter is not there", file=folder / CONFIG, field="base_model_name_or_path", found=named or None,
-        expected="the folder of the model that it was trained on", fix="put the base there, or write its new place into the file",
-    )  # fmt: skip
-
-
 def check_base(folder: Path, base: Path) -> None:
     """Raises `ArtifactError` where the base's weights are not those that the adapter was trained on, if it says which."""
     if not (folder / OURS).is_file():
@@ -166,20 +137,13 @@ def check_base(folder: Path, base: Path) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The object of adapter_config.json. Raises `ArtifactError` for a kind that is not one of ours."""
-    path = folder / CONFIG
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"not an adapter's folder: {CONFIG} is missing", file=folder) from error
-    except ValueError as error:
-        raise ArtifactError(f"not valid JSON ({error})", file=path) from error
-    if not isinstance(raw, dict) or raw.get("peft_type") not in KINDS:
-        found = raw.get("peft_type") if isinstance(raw, dict) else raw
+    raw = adapter_config(folder)
+    if raw.get("peft_type") not in KINDS:
         raise ArtifactError(
             "this kind of adapter is not known here",
-            file=path,
+            file=folder / CONFIG,
             field="peft_type",
-            found=found,
+            found=raw.get("peft_type"),
             expected=f"one of: {', '.join(KINDS)}",
         )
     return raw
@@ -236,7 +200,7 @@ def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> An
             "the adapter has tensors that are not known here", file=folder / WEIGHTS, found=", ".join(sorted(tensors)[:3])
         )
     patterns = {key: raw[key] for key in ("rank_pattern", "alpha_pattern") if raw.get(key)}
-    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns)
+    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns, adapters.snapshot(model))
     return model
 
 
@@ -274,9 +238,7 @@ def _put_low_rank(
         at = _device(layer)
         long = None if norm is None else torch.nn.Parameter(norm.contiguous().to(at))
         up = torch.nn.Parameter(own.contiguous().to(at))
-        layer.change = LowRankChange(shared, up, module_scale(raw, name, len(a)), long, config.dropout).train(
-            model.training
-        )
+        layer.change = LowRankChange(shared, up, module_scale(raw, name, len(a)), long, config.dropout).train(model.training)
 
 
 @torch.no_grad()
@@ -320,7 +282,40 @@ def _load_virtual(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dic
             fix="take the base that its adapter_config.json names",
         )  # fmt: skip
     model.virtual.values.copy_(values)
+    model.worn_adapter.start = adapters.snapshot(model)
     return model
+
+
+def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed: int, sharded: bool = False) -> Any:
+    """The model in `folder` with a new adapter; or where that is the folder of an adapter, its base with it, to be trained on.
+
+    Raises `ConfigError` for settings that are not those of the adapter in the folder, `ArtifactError` for another base.
+    """
+    from tutelage.models.load import load
+
+    if sharded and config.quantize != "none":
+        raise ConfigError(
+            "weights in 4 bits are not cut over ranks", field="adapter.quantize", found=config.quantize, expected="none",
+            fix="use shard=none, where every rank holds the small base",
+        )  # fmt: skip
+    if not is_adapter(folder):
+        return wear(load(folder, device=device), config, seed)
+    kind, raw = kind_of(folder), read_config(folder)
+    held = adapter_section(raw, kind, quantized_as(folder))
+    for name, field in Adapter.model_fields.items():
+        asked, own = getattr(config, name), getattr(held, name)
+        fixed = name in ("kind", "rank", "alpha", "rslora") or (name == "quantize" and (folder / OURS).is_file())
+        if fixed and asked != own and (name == "kind" or asked != field.default):
+            raise ConfigError(
+                "the adapter that is trained on is another", field=f"adapter.{name}", found=asked,
+                expected=f"{own}, as in {folder}",
+                fix="leave it out to keep the adapter's own, or merge the adapter with `tutelage merge` and begin a new one",
+            )  # fmt: skip
+    base = base_of(folder)
+    check_base(folder, base)
+    quantize = config.quantize if config.quantize != "none" else held.quantize
+    log.say(f"training on the adapter of {folder} ({kind}), on its base {base}")
+    return load_adapter(folder, load(base, device=device), quantize=quantize)
 
 
 def load_with_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:

@@ -43,6 +43,7 @@ class Worn:
     targets: tuple[str, ...]  # linear layers by the names that they have on disk
     inputs: tuple[str, ...] = ()  # ia3: those of them whose input is rescaled
     patterns: dict[str, Any] = field(default_factory=dict)  # of `peft`: ranks and alphas of single layers
+    start: dict[str, Tensor] | None = None  # what an adapter that is trained on began with; None for a new one
 
 
 def worn_adapter(model: Any) -> Worn | None:
@@ -224,6 +225,36 @@ def bare(model: Any) -> Iterator[None]:
     finally:
         for part, was in zip(parts, before, strict=True):
             part.bare = was
+
+
+@contextmanager
+def beginning(model: Any) -> Iterator[None]:
+    """The model as it was before this training, inside: a reference. That is the base, or for an adapter that is trained on the
+    base with what the adapter began with."""
+    wearing = worn_adapter(model)
+    if wearing is None:
+        yield
+    elif wearing.start is None:
+        with bare(model):
+            yield
+    else:
+        now = snapshot(model)
+        _put(model, wearing.start)
+        try:
+            yield
+        finally:
+            _put(model, now)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what is trained."""
+    return {name: p.detach().clone() for name, p in trainable(model)}
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, p in trainable(model):
+        p.copy_(values[name])
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

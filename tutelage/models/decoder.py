@@ -40,6 +40,7 @@ class Decoder(nn.Module):
     The weights are what torch's modules start with: `init.build` and `load.load` give a model that is ready for use.
     """
 
+    supports_trees = True
     virtual: VirtualTokens | None
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError
 from tutelage.models import families
 from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
@@ -39,7 +40,7 @@ def load(
     """
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         from tutelage.models.adapter_folder import load_with_base
 
         return load_with_base(folder, device=torch.device(device), dtype=kind)  # type: ignore[no-any-return]

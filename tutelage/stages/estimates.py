@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tutelage.bases import whole_of
 from tutelage.config.stages import Data, Evaluate, Tokens
 from tutelage.config.train import Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.plan import stages as parts
+from tutelage.plan.adapters import adapter_memory
 from tutelage.plan.machine import Machine, core_count, find_compiler, measure
 from tutelage.plan.memory import estimate as training_memory
 from tutelage.plan.parameters import Shape
@@ -73,7 +75,9 @@ def training(planned: Planned) -> Estimate:
     device = _device(config.device, machine)
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config), **adapter_memory(shape, config.adapter)
+    )
     parent = _parent(planned)
     done = parent.steps if parent else 0
     steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
@@ -97,7 +101,10 @@ def tuning(planned: Planned) -> Estimate:
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     length = int(shape.get("max_position_embeddings", 2048)) if config.max_length == "derived" else config.max_length
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
+        **adapter_memory(shape, config.adapter),
+    )  # fmt: skip
     return parts.START_TORCH + parts.train(
         shape, seen * Span(1, 1.4), min(length, 2048), machine.peak_flops(device), device, need
     )
@@ -128,6 +135,11 @@ def evaluate(planned: Planned) -> Estimate:
     except ConfigError as error:  # of a family that is not ours: `transformers` runs it, and its shape has other names
         raise Unknown(f"not known: {error.message} ({error.field})") from None
     return out
+
+
+def merge(planned: Planned) -> Estimate:
+    """Reading a base, some tokens through it, and writing it again."""
+    return parts.START_TORCH
 
 
 def report(planned: Planned) -> Estimate:
@@ -170,7 +182,7 @@ def shape_of(planned: Planned) -> Mapping[str, Any]:
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
-    file = model / "config.json"
+    file = whole_of(model) / "config.json"
     try:
         found: dict[str, Any] = read_json(file)
     except ValueError as error:

@@ -13,8 +13,8 @@ from tutelage.data.family_source import FamilySource
 from tutelage.data.pairs import PairFamilies
 from tutelage.data.tokens import Segments
 from tutelage.errors import ConfigError
+from tutelage.models.adapters import beginning
 from tutelage.models.config import check_vocabulary
-from tutelage.models.export import save as save_model
 from tutelage.models.load import load
 from tutelage.objectives import TABLE, Objective, method, objective
 from tutelage.rundir import RunDir
@@ -32,7 +32,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     chosen = chosen_method(config)
     device = fitting.choose_device(config)
     start = run.input("model")
-    model = fitting.load_start(start, config, device)
+    model = fitting.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     layout = tuning.layout_for(config, model)
@@ -57,7 +57,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         micro=(1, config.micro_tokens),
         tokens=float(train.sizes(layout).mean()) * config.batch * steps,
         numbers={"max_length": length, "lr": rates.lr, "matrix_lr": rates.matrix_lr, "embedding_lr": rates.embedding_lr},
-        write=lambda: save_model(model, run.folder("model"), start, stop_ids=words.stop_ids),
+        write=lambda: fitting.write_model(model, run, start, words.stop_ids),
         validation=None if held_out is None else validation(held_out, config, layout),
     )
     return {**fitting.fit(config, run, work, device), "method": config.method, "pairs": len(train), "packing": train.report}
@@ -92,9 +92,10 @@ def families_of(
             if count:
                 log.say(f"{split}: {count:,} {what}")
         if reference:
-            families.give("reference", tuning.reference_logprobs(
-                Path(run.folder("reference")) / split, other, families, config, layout, device
-            ))  # fmt: skip
+            with beginning(other):
+                families.give("reference", tuning.reference_logprobs(
+                    Path(run.folder("reference")) / split, other, families, config, layout, device
+                ))  # fmt: skip
         found.append(families)
     assert found[0] is not None
     return found[0], found[1]
