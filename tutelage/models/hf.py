@@ -134,6 +134,19 @@ class Wrapped(nn.Module):
         self.hf._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    @property
+    def checkpointing(self) -> str:
+        """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
+        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
+
+    @checkpointing.setter
+    def checkpointing(self, value: str) -> None:
+        assert value in ("none", "layer"), value
+        if value == "layer":
+            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.checkpointing == "layer":
+            self.hf.gradient_checkpointing_disable()
+
 
 class Adapter(Wrapped):
     """A causal model as `model(batch) -> Output`."""
@@ -150,42 +163,9 @@ class Adapter(Wrapped):
         if own is not None:
             self.lm_head_of_hf = own  # stays among our modules: who replaces its parameters by shards finds it
 
-    @property
-    def checkpointing(self) -> str:
-        """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
-        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
-
-    @checkpointing.setter
-    def checkpointing(self, value: str) -> None:
-        assert value in ("none", "layer"), value
-        if value == "layer":
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif self.checkpointing == "layer":
-            self.hf.gradient_checkpointing_disable()
-
     def forward(self, batch: Batch) -> Output:
         """Hidden states after the last norm [B,T,H] (logits where `whole`); those of padding are 0."""
-        assert batch.cache is None, "this model has no key-value cache of ours; run the whole sequence"
-        assert batch.attention == "causal" and batch.embeds is None
-        flat_ids = batch.ids.flatten()
-        out: Tensor | None = None
-        for index, real, wanted in self.groups(batch.segments):
-            hidden = self.run(flat_ids[index], real)
-            if out is None:
-                out = hidden.new_zeros(*batch.shape, hidden.shape[-1])
-            at = index[wanted]
-            out = out.index_put((at // batch.shape[1], at % batch.shape[1]), hidden[wanted])
-        if out is None:
-            width = self.config.vocab_size if self.whole else self.config.hidden_size
-            out = torch.zeros(*batch.shape, width, device=batch.ids.device)
-        return Output(hidden=out)
-
-    def groups(self, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
-        often: those with fewer groups add some with one token that is not wanted."""
-        found = [(index, real, real) for index, real in pieces(segments)]
-        one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
-        return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
+        return Output(hidden=run_pieces(self, batch, self.config.vocab_size if self.whole else self.config.hidden_size))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
         if self.virtual is None or self.virtual.bare:
@@ -229,6 +209,29 @@ def keys_and_values(model: Adapter, ids: Tensor) -> Tensor:
     cache = model.hf(input_ids=ids[None], use_cache=True).past_key_values
     both = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])  # [L,2,Hkv,P,D]
     return both.permute(3, 0, 1, 2, 4).flatten(1).float()
+
+
+def run_pieces(model: Any, batch: Batch, width: int) -> Tensor:
+    """What `model.run` makes of each piece of a batch by itself, in the places of the batch: [B,T,width]; 0 for padding."""
+    assert batch.cache is None, "this model has no key-value cache of ours; run the whole sequence"
+    assert batch.attention == "causal" and batch.embeds is None and batch.tree is None
+    flat_ids = batch.ids.flatten()
+    out: Tensor | None = None
+    for index, real, wanted in _groups(model, batch.segments):
+        hidden = model.run(flat_ids[index], real)
+        if out is None:
+            out = hidden.new_zeros(*batch.shape, hidden.shape[-1])
+        at = index[wanted]
+        out = out.index_put((at // batch.shape[1], at % batch.shape[1]), hidden[wanted])
+    return torch.zeros(*batch.shape, width, device=batch.ids.device) if out is None else out
+
+
+def _groups(model: nn.Module, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
+    often: those with fewer groups add some with one token that is not wanted."""
+    found = [(index, real, real) for index, real in pieces(segments)]
+    one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
+    return found + [(one.long() - 1, one, ~one)] * (shard.most(model, len(found)) - len(found))
 
 
 def pieces(segments: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -58,6 +58,14 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:merge",
         makes="model",
     ),
+    "rl": Kind(
+        "Rl",
+        "tutelage.stages.rl",
+        "train a model on its own answers, by rewards: GRPO and its family, PPO",
+        "tutelage.stages.estimates:rollouts",
+        makes="model",
+        ranks=True,
+    ),
     "evaluate": Kind(
         "Evaluate",
         "tutelage.stages.evaluate",

@@ -18,7 +18,7 @@ class Rates:
 
     lr: float  # norms, biases and, under adamw, matrices
     matrix_lr: float  # Muon's matrices
-    embedding_lr: float  # token and position tables, output head
+    embedding_lr: float  # token and position tables, output heads
 
 
 def kind(name: str, p: nn.Parameter) -> str:
@@ -26,7 +26,7 @@ def kind(name: str, p: nn.Parameter) -> str:
     orthogonal steps, since what its factors do they do together."""
     if ".change." in name or name.endswith("virtual.values"):
         return "vector"
-    if any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
+    if any(part in name for part in ("embed", "lm_head", "score.", "wte", "wpe")):
         return "embedding"
     return "matrix" if p.ndim == 2 else "vector"
 
