@@ -129,7 +129,10 @@ def rollouts(planned: Planned) -> Estimate:
     read = (made + iterations * config.batch * per_prompt) * config.updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
+        **adapter_memory(shape, config.adapter),
+    )  # fmt: skip
     rate = machine.peak_flops(device, config.dtype)
     out = parts.START_TORCH + parts.train(shape, read, config.max_tokens, rate, device, need)
     return out + parts.answer(shape, answers, config.max_tokens, rate, device)

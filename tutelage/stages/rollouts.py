@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError
+from tutelage.models.adapters import beginning, follow, worn
 from tutelage.models.interface import Batch
 from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.load import load
@@ -63,13 +65,14 @@ class Kit:
             minibatches=config.minibatches, silent=config.silent, micro_tokens=config.micro_tokens, layout=layout,
             seed=config.seed,
         )  # fmt: skip
-        engine = Engine(model, renderer, slots=SLOTS, max_length=length, batch_invariant=invariant(model))
+        plain, lora = worn(model)
+        engine = Engine(plain, renderer, slots=SLOTS, max_length=length, batch_invariant=invariant(plain))
         sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
         value = value_of(config, run, model, device) if config.method == "ppo" else None
-        reference = reference_of(config, run, device) if config.kl else None
+        reference = reference_of(config, run, model, device) if config.kl else None
         return cls(
-            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine, sampler=Sampler(engine, sampling),
-            value=value, reference=reference, plan=plan, layout=layout,
+            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine,
+            sampler=Sampler(engine, sampling, lora), value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
 
     @property
@@ -94,14 +97,25 @@ class Kit:
         return Credit(
             settings,
             old=self.scores(self.model) if old == "trainer" else None,
-            reference=self.scores(self.reference) if self.reference is not None else None,
+            reference=self.scores(self.reference, start=True) if self.reference is not None else None,
             values=self.measured(self.value, values) if self.value is not None else None,
         )
 
-    def scores(self, model: Any) -> ByToken:
-        """Log-probabilities of every token under `model`, at the temperature of the answers."""
+    def scores(self, model: Any, start: bool = False) -> ByToken:
+        """Log-probabilities of every token under `model`, at the temperature of the answers; `start`: without what an adapter
+        has learned."""
         temperature = self.config.temperature
-        return self.measured(model, lambda part, batch: token_scores(part, batch, temperature)[0])
+
+        def measure(part: Any, batch: Batch) -> Tensor:
+            with beginning(part) if start else nullcontext():
+                return token_scores(part, batch, temperature)[0]
+
+        return self.measured(model, measure)
+
+    def publish(self) -> None:
+        """Tells the engine that the weights have changed."""
+        follow(self.model, self.engine.model)
+        self.engine.weights_changed()
 
     def measured(self, part: Any, measure: Callable[[Any, Batch], Tensor]) -> ByToken:
         def ask(families: Sequence[Family]) -> list[list[Any]]:
@@ -136,7 +150,7 @@ class Kit:
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
             prompts=prompts, sampler=self.sampler, judge=self.rubric, credit=self.credit(), plan=self.plan,
-            folder=self.run.folder("rollouts"), published=self.engine.weights_changed, blank=self.blank(prompts),
+            folder=self.run.folder("rollouts"), published=self.publish, blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
         )  # fmt: skip
 
@@ -174,7 +188,9 @@ def value_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Score
     return build_scorer(load(run.input("model"), device=device), 1, config.seed)
 
 
-def reference_of(config: Rl, run: RunDir, device: torch.device) -> Any:
-    """The model to stay close to, frozen."""
-    model: Any = load(run.input("reference" if config.reference else "model"), device=device)
-    return model.eval().requires_grad_(False)
+def reference_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Any:
+    """The model to stay close to, frozen. With an adapter it is the model itself without what that learns: no second copy."""
+    if config.reference is None and config.adapter.kind != "none":
+        return model
+    other: Any = load(run.input("reference" if config.reference else "model"), device=device)
+    return other.eval().requires_grad_(False)
