@@ -326,4 +326,4 @@ def load_with_base(folder: Path, *, device: torch.device, dtype: torch.dtype) ->
     base = base_of(folder)
     check_base(folder, base)
     model = load_adapter(folder, load(base, device=device, dtype=dtype))
-    return model.eval() if kind_of(folder) in ("prompt", "prefix") else adapters.merge(model)
+    return model.eval() if kind_of(folder) in ("prompt", "prefix") else adapters.merge(model, quiet=True)
