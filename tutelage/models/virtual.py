@@ -52,7 +52,7 @@ class Prefix:
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v [1,E,Hkv,D] with the prefix in them."""
         mask = self.virtual[None, :, None, None]
-        own = self.tensors[layer][:, self.which]
+        own = self.tensors[layer].index_select(1, self.which)
         return torch.where(mask, own[0], k), torch.where(mask, own[1], v)
 
 

@@ -26,9 +26,11 @@ from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
 from tutelage.rollout.credit import ByToken, Credit, Settings
+from tutelage.rollout.episodes import Episodes, environment_of
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
+from tutelage.rollout.tools import tools_of
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 
@@ -70,9 +72,13 @@ class Kit:
         sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
         value = value_of(config, run, model, device) if config.method == "ppo" else None
         reference = reference_of(config, run, model, device) if config.kl else None
+        sampler: Any = Sampler(engine, sampling, lora)
+        if config.tools or config.environment:
+            environment = environment_of(config.environment) if config.environment else None
+            sampler = Episodes(sampler, config.max_rounds, tools_of(config.tools), environment)
         return cls(
-            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine,
-            sampler=Sampler(engine, sampling, lora), value=value, reference=reference, plan=plan, layout=layout,
+            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine, sampler=sampler,
+            value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
 
     @property
@@ -160,7 +166,10 @@ class Kit:
         names = ["old", "advantage", "weight"]
         names += ["reference"] if self.reference is not None else []
         names += ["value_old", "return"] if self.value is not None else []
-        size = min(self.plan.max_tokens, self.engine.context_length - len(longest))
+        turns = self.config.max_rounds if isinstance(self.sampler, Episodes) else 1
+        size = min(
+            turns * 2 * self.plan.max_tokens if turns > 1 else self.plan.max_tokens, self.engine.context_length - len(longest)
+        )
         ending = Ending(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
 
