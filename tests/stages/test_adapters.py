@@ -16,6 +16,7 @@ from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixtur
 from tutelage import api
 from tutelage.config.base import build
 from tutelage.config.stages import Sft
+from tutelage.data.families import Ending, Family
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.models.interface import Batch
@@ -163,3 +164,42 @@ def test_a_preference_run_takes_the_base_as_its_reference(world: World, tmp_path
     for kind in ("lora", "prompt"):
         for one, other in zip(found["none"], found[kind], strict=True):
             np.testing.assert_allclose(np.load(one), np.load(other), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
+def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: World, tmp_path: Path, kind: str) -> None:  # noqa: F811
+    """Answers of the base, of weights some steps old, a reference that learns too: promise 16 with an adapter."""
+    from tutelage.config.stages import Rl
+    from tutelage.data.render import Renderer
+    from tutelage.models.adapters import trainable
+    from tutelage.records import Message, Prompt
+    from tutelage.stages.fitting import load_start
+    from tutelage.stages.rollouts import Kit
+
+    folder, cpu = world.made["chat"] / "model", torch.device("cpu")
+    config = build(Rl, {
+        "model": str(folder), "data": "-", "rewards": {"exact": 1}, "kl": 0.1, "max_tokens": 6, "max_length": 96,
+        "adapter": {"kind": kind},
+    })  # fmt: skip
+    run = RunDir(tmp_path, "rl", "", {"model": find(str(folder), "model", tmp_path)})
+    kit = Kit.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
+    with torch.no_grad():
+        for i, (_, p) in enumerate(trainable(kit.model)):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
+    kit.publish()
+    prompt = Prompt.make([Message(role="user", content="Where is cat 1?")], source="test")
+    ((made,),) = kit.sampler.answer([prompt], 1, seed=0, step=0, version=0)
+    text, at = [*made.prompt_ids, *made.ids], len(made.prompt_ids)
+    assert kit.reference is kit.model
+
+    def logprobs(model: Any) -> list[float]:
+        with torch.no_grad():
+            table = model.eval().logits(Batch.of([text]))[0].log_softmax(-1)
+        return [float(table[at - 1 + i, t]) for i, t in enumerate(made.ids)]
+
+    np.testing.assert_allclose(made.logprobs, logprobs(kit.model), atol=1e-4)
+    family = Family("a", np.array(made.prompt_ids), (Ending(np.array(made.ids)),))
+    (((found,),),) = (kit.scores(kit.reference, start=True)([family]),)
+    base = logprobs(load(folder))
+    np.testing.assert_allclose(found, base, atol=1e-4)
+    assert not np.allclose(made.logprobs, base, atol=1e-3)
