@@ -24,6 +24,7 @@ from tutelage.models.init import build
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.nf4 import BLOCK, VALUES, dequantize, quantize
+from tutelage.models.scorer import build_scorer
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4}, "whole": {"kind": "lora", "rank": 64},
@@ -222,6 +223,16 @@ def test_merged_is_adapted(kind: str) -> None:
         merged = merge(model)
         assert not adapted(merged)
         torch.testing.assert_close(merged.logits(batch), before, atol=2e-4, rtol=1e-3)
+
+
+def test_a_scorer_merges_too() -> None:
+    """A reward model that was trained with an adapter is written whole."""
+    scorer = build_scorer(dressed("lora", tie_word_embeddings=False), 2)
+    batch = Batch.of(texts())
+    with torch.no_grad():
+        before = scorer(batch)
+        torch.testing.assert_close(merge(scorer)(batch), before, atol=1e-5, rtol=1e-4)
+    assert not adapted(scorer) and not adapted(scorer.backbone)
 
 
 def test_virtual_tokens_are_not_merged() -> None:

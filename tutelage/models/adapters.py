@@ -342,7 +342,8 @@ def merge(model: Any, dtype: torch.dtype | None = None, *, quiet: bool = False) 
     be merged, and where logits differ."""
     if getattr(model, "virtual", None) is not None:
         raise ArtifactError(
-            "virtual tokens are no change of weights, so they can't be merged", found=model.worn_adapter.config.kind,
+            "virtual tokens are no change of weights, so they can't be merged",
+            found="a prefix" if model.virtual.is_prefix else "a prompt",
             expected="lora, dora or ia3", fix="use the adapter beside its base",
         )  # fmt: skip
     model.eval()
@@ -350,7 +351,8 @@ def merge(model: Any, dtype: torch.dtype | None = None, *, quiet: bool = False) 
     for name, own in adapted(model):
         kind = dtype or (own.packed.dtype if own.packed is not None else own.weight.dtype)
         _replace(model, name, _plain_like(own, own.whole_weight().to(kind), own.whole_bias()))
-    model.__dict__.pop("worn_adapter", None)
+    for wearing in (model, model.__dict__.get("backbone", model)):  # a scorer's layers are those of the model that it was made of
+        wearing.__dict__.pop("worn_adapter", None)
     model.requires_grad_(True)
     if dtype is not None:
         model.to(dtype)
@@ -374,12 +376,13 @@ def _plain_like(own: Adapted, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 @torch.no_grad()
 def probe(model: Any) -> Tensor:
-    """Logits [1,T,V] float32 of some tokens, the same for every model of one vocabulary."""
+    """Logits [1,T,V] float32 of some tokens, the same for every model of one vocabulary; of a scorer its scores [T,K]."""
     length = min(PROBE_TOKENS, model.config.max_position_embeddings)
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(7)).tolist()
     device = next(model.parameters()).device
-    logits: Tensor = model.logits(Batch.of([ids], device=device))
-    return logits.float().cpu()
+    batch = Batch.of([ids], device=device)
+    out: Tensor = model.logits(batch) if hasattr(model, "logits") else model(batch)
+    return out.float().cpu()
 
 
 def check_logits(before: Tensor, after: Tensor, what: str, quiet: bool = False) -> float:
