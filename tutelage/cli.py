@@ -200,11 +200,21 @@ def runs_(runs: Runs = RUNS) -> None:
 
 
 @app.command(rich_help_panel="Looking")
-def show(run: Annotated[str, typer.Argument(help="a run directory, or recipe/stage")], runs: Runs = RUNS) -> None:
-    """Draw the chain from data to this run, with its numbers."""
+def show(
+    run: Annotated[str, typer.Argument(help="a run directory, or recipe/stage")],
+    rollouts: Annotated[bool, typer.Option("--rollouts", help="the answers that it learned from")] = False,
+    step: Annotated[int | None, typer.Option("--step", help="of the rollouts; the last one where left out")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="prompts shown")] = 5,
+    runs: Runs = RUNS,
+) -> None:
+    """Draw the chain from data to this run, with its numbers; or browse its rollouts."""
     from tutelage.console import show_run
+    from tutelage.rollouts_shown import show_rollouts
 
-    show_run(run, runs)
+    if rollouts:
+        show_rollouts(run, runs, step, limit)
+    else:
+        show_run(run, runs)
 
 
 @app.command(rich_help_panel="Looking")

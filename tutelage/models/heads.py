@@ -90,6 +90,16 @@ def _loss_and_gradient(
     return _score(z, targets), None if weights is None else _grad_logits(z, targets, weights, scale, softcap)
 
 
+def _loss_and_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row [n], and the entropy of its distribution [n]."""
+    if kernels.fits(hidden, weight, bias):
+        return calls.entropy(F.linear(hidden, weight, bias), targets.contiguous(), scale, softcap)
+    z = _logits(hidden, weight, bias, scale, softcap)
+    return _score(z, targets), _entropy(z.float().log_softmax(1))
+
+
 def _score(z: Tensor, targets: Tensor) -> Tensor:
     """Minus log-probabilities of `targets` [n], from logits z [n,V] of any float type."""
     return z.float().logsumexp(1) - z.gather(1, targets[:, None]).squeeze(1).float()
@@ -195,8 +205,8 @@ class _LinearScores(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
         logprobs, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for part in _parts(len(hidden), _chunk(hidden, weight)):
-            z = _logits(hidden[part], weight, bias, scale, softcap)
-            logprobs[part], entropy[part] = -_score(z, targets[part]), _entropy(z.float().log_softmax(1))
+            loss, entropy[part] = _loss_and_entropy(hidden[part], weight, bias, targets[part], scale, softcap)
+            logprobs[part] = -loss
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.softcap = scale, softcap
         ctx.set_materialize_grads(False)
