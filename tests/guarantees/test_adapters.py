@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.guarantees import tiny
 from tests.objectives.rollouts import Value
@@ -63,6 +64,17 @@ def test_a_killed_run_with_an_adapter_is_the_unbroken_one(tmp_path: Path, kind: 
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step_000010/optimizer.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert tiny.metrics(one) == tiny.metrics(two)
+
+
+@pytest.mark.parametrize(("kind", "shard"), [("lora", "full"), ("prefix", "full"), ("qlora", "none")])
+def test_two_ranks_train_the_adapter_of_one(tmp_path: Path, kind: str, shard: str) -> None:
+    """Guards against gradients of an adapter that are not added over ranks, and against folders with half of each tensor."""
+    alone = tiny.start(tmp_path / "one", **settings(kind))
+    pair = [tiny.start(tmp_path / "two", env=env, shard=shard, **settings(kind)) for env in tiny.ranks(2)]
+    for process in (alone, *pair):
+        assert process.wait() == 0, process.said
+    one, two = (load_file(tiny.run_folder(tmp_path / n, "sft") / "adapter" / "adapter_model.safetensors") for n in ("one", "two"))
+    assert tiny.furthest(one, two) < 1e-4
 
 
 # Accumulation

@@ -28,6 +28,7 @@ from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
 from tutelage.models.lora import Lora, LowRank, linear_layers
 from tutelage.models.nf4 import Packed
+from tutelage.models.shard import is_sharded
 from tutelage.models.virtual import VirtualTokens
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
@@ -294,14 +295,15 @@ def worn(model: Any) -> tuple[Any, Lora | None]:
     call `engine.weights_changed()` then.
 
     DoRA and IA3 give (a copy of the changed layers merged, None): `follow(model, plain)` writes the changes of training to it.
-    Virtual tokens, a base in 4 bits and models of `transformers` give (model, None): the engine runs these operation by
+    Virtual tokens, a base in 4 bits, shards and models of `transformers` give (model, None): the engine runs these operation by
     operation.
     """
     wearing = worn_adapter(model)
     if wearing is None:
         return model, None
     layers = adapted(model)
-    if not isinstance(model, Decoder) or model.virtual is not None or any(m.quantized for _, m in layers):
+    alone = isinstance(model, Decoder) and model.virtual is None and not is_sharded(model)
+    if not alone or any(m.quantized for _, m in layers):
         return model, None
     with torch.device("meta"):
         plain = Decoder(model.config)
