@@ -130,9 +130,14 @@ class Function(Term):
     seconds: Positive = setting(30.0, "for one rollout; a function past it stops the run")
 
 
+class Environment(Term):
+    """What the environment says that an episode was worth."""
+
+
 KINDS: dict[str, type[Term]] = {
     "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema, "tests": Tests,
     "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
+    "environment": Environment,
 }  # fmt: skip
 
 

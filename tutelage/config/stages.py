@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from tutelage.config.base import Section, artifact, setting
+from tutelage.config.rewards import Rewards
 from tutelage.config.train import Count, Positive, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
@@ -176,7 +177,7 @@ class Rl(Tune):
 
     model: str = artifact("the model to train, usually a fine-tuned one", kind="model")
     data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
-    rewards: dict[str, Any] = setting(
+    rewards: Rewards = setting(
         ...,
         "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
     )

@@ -24,6 +24,7 @@ TABLE: dict[type[config.Term], str] = {
     config.RewardModel: "tutelage.rewards.model:RewardModel",
     config.Judge: "tutelage.rewards.judge:Judge",
     config.Function: "tutelage.rewards.function:Function",
+    config.Environment: "tutelage.rewards.plain:Environment",
 }
 
 

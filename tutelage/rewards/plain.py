@@ -97,3 +97,18 @@ def no_number(rollout: Rollout) -> RewardError:
         f"the expected answer of rollout {rollout.id} holds no number", found=rollout.answer, expected="such as 42 or #### 42",
         fix="mend the prompt's answer, or compare as text with `exact`",
     )  # fmt: skip
+
+
+class Environment:
+    """The environment's own score, which stands in the rollout."""
+
+    def __init__(self, settings: config.Environment) -> None:
+        self.settings = settings
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        missing = next((r for r in rollouts if "environment" not in r.meta), None)
+        if missing is not None:
+            raise RewardError("no environment took part in this answer", found=missing.id, fix="set environment=module:Class")
+        return [Judgement(float(r.meta["environment"])) for r in rollouts]
+
+    def close(self) -> None: ...

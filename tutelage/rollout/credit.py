@@ -50,13 +50,14 @@ class Credit:
     old: ByToken | None = None
     reference: ByToken | None = None
     values: ByToken | None = None
+    comparable: bool = True  # whether trainer and engine speak of one temperature
 
     def __call__(self, groups: Groups) -> tuple[Groups, list[Family], dict[str, float]]:
         bare = [family_of(group) for group in groups]
         engine = [[np.array(r.logprobs, np.float32) for r in group] for group in groups]
         old = engine if self.old is None else self.old(bare)
         reference = None if self.reference is None else self.reference(bare)
-        measured = {} if self.old is None else _mismatch(bare, old, engine).metrics()
+        measured = _mismatch(bare, old, engine).metrics() if self.old is not None and self.comparable else {}
         if reference is not None:
             measured["kl"] = _kl(bare, old, reference)
         found = cut(

@@ -21,13 +21,14 @@ def tools_of(names: Sequence[str]) -> list[Tool]:
 
 def python_tool() -> Tool:
     """Runs a program in the sandbox and gives what it printed."""
-    from tutelage.sandbox import Limits, Sandbox
+    from tutelage.sandbox.limits import Limits
+    from tutelage.sandbox.sandbox import Sandbox
 
-    sandbox = Sandbox(Limits(wall_seconds=PYTHON_SECONDS))
+    sandbox = Sandbox(Limits(seconds=PYTHON_SECONDS))
 
     def run(code: str) -> str:
         done = sandbox.run(code)
-        return done.stdout if done.ok else f"{done.stdout}error: {done.reason or done.stderr.strip()[-400:]}"
+        return done.stdout if done.reason == "done" else f"{done.stdout}error: {done.reason} {done.stderr.strip()[-400:]}"
 
     schema = {
         "type": "object",

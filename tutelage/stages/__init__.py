@@ -51,13 +51,6 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
-    "merge": Kind(
-        "Merge",
-        "tutelage.stages.merge",
-        "make an adapter part of its base: a whole model",
-        "tutelage.stages.estimates:merge",
-        makes="model",
-    ),
     "rl": Kind(
         "Rl",
         "tutelage.stages.rl",
@@ -65,6 +58,13 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:rollouts",
         makes="model",
         ranks=True,
+    ),
+    "merge": Kind(
+        "Merge",
+        "tutelage.stages.merge",
+        "make an adapter part of its base: a whole model",
+        "tutelage.stages.estimates:merge",
+        makes="model",
     ),
     "evaluate": Kind(
         "Evaluate",

@@ -5,15 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from tutelage import log
+from tutelage.config.rewards import RewardModel, terms_of
 from tutelage.config.stages import Rl
 from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
 from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
+<<<<<<< HEAD
+=======
+from tutelage.models.export import save as save_model
+from tutelage.models.scorer import load_scorer, score_answers
+>>>>>>> main
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.records import Conversation, Prompt, read_records
 from tutelage.rewards.build import build
+from tutelage.rewards.rubric import Rubric
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting, tuning
@@ -31,11 +40,25 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     model = fitting.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
-    rubric = build(config.rewards)
+    rubric = rubric_of(config, run, words, device)
     try:
         return learn(config, run, Kit.of(config, run, model, Renderer(words), device, rubric), chosen, words)
     finally:
         rubric.close()
+
+
+def rubric_of(config: Rl, run: RunDir, words: TokenizerFolder, device: torch.device) -> Rubric:
+    """The rewards with what they need of this stage. Raises `ConfigError` for a reward model that is asked for and not given."""
+    terms = terms_of(config.rewards)
+    wired: dict[str, Any] = {"asked": lambda rollout: words.decode(list(rollout.prompt_ids))}
+    if any(isinstance(term, RewardModel) for term in terms.values()):
+        if config.reward_model is None:
+            raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
+        scorer = load_scorer(run.input("reward_model"), device=device)
+        wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
+    elif config.reward_model is not None:
+        raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
+    return build(terms, **wired)
 
 
 def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:

@@ -93,8 +93,11 @@ class Kit:
             raise ConfigError(
                 "the engine's log-probabilities are of temperature 1", field="old", found=old, fix="set old=trainer"
             )
-        if c.correction != "none" and old == "engine":
-            raise ConfigError("nothing to correct", field="correction", found=c.correction, fix="set old=trainer")
+        if c.correction != "none" and (old == "engine" or c.temperature != 1):
+            raise ConfigError(
+                "engine and trainer can't be compared", field="correction", found=f"{c.correction}, temperature {c.temperature}",
+                expected="temperature 1", fix="set old=trainer and temperature=1, or correction=none",
+            )  # fmt: skip
         settings = Settings(
             method=c.method, max_tokens=c.max_tokens, truncated=c.truncated, penalty=c.penalty,
             kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, gamma=c.gamma, lam=c.lam, correction=c.correction,
@@ -103,6 +106,7 @@ class Kit:
         return Credit(
             settings,
             old=self.scores(self.model) if old == "trainer" else None,
+            comparable=c.temperature == 1,
             reference=self.scores(self.reference, start=True) if self.reference is not None else None,
             values=self.measured(self.value, values) if self.value is not None else None,
         )
@@ -151,7 +155,7 @@ class Kit:
         """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
         made = self.sampler.answer(prompts[:CHECKED], max(2, self.config.samples), seed=self.config.seed, step=0, version=0)
         rollouts = [r for group in made for r in group]
-        check_spread(rollouts, self.rubric.judge(rollouts))
+        check_spread(self.rubric.judge(rollouts), rollouts)
 
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
