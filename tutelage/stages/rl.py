@@ -14,11 +14,7 @@ from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
 from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
-<<<<<<< HEAD
-=======
-from tutelage.models.export import save as save_model
 from tutelage.models.scorer import load_scorer, score_answers
->>>>>>> main
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.records import Conversation, Prompt, read_records
 from tutelage.rewards.build import build
