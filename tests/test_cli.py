@@ -14,7 +14,7 @@ from tutelage import __version__, api
 from tutelage.cli import STAGE_HELP
 from tutelage.config.base import known_keys, subsection
 from tutelage.errors import DataError
-from tutelage.files import read_json
+from tutelage.files import read_json, write_json
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
 
@@ -148,6 +148,8 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
     """A plan that makes folders, or that shows neither where, nor with which settings, nor how long and how much memory."""
     corpus, words, model = (world.made[n] for n in ("corpus", "words", "chat"))
     prefs = answers(tmp_path, "preferences", {"question": "Where?", "chosen": "Here {}.", "rejected": "There {}."})
+    adapter = tmp_path / "adapter"
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": str(model / "model")})
     lines = {
         "data": ["--sources", world.folder / "texts"],
         "tokenizer": ["--data", corpus],
@@ -155,6 +157,7 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
         "pretrain": ["--data", corpus, "--tokenizer", words, "--size", "500k"],
         "sft": ["--model", model, "--data", world.made["chats"]],
         "prefer": ["--model", model, "--data", prefs],
+        "merge": ["--adapter", adapter],
         "evaluate": ["--model", model, "--documents", corpus],
         "report": ["--run", model],
     }

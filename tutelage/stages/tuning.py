@@ -16,10 +16,8 @@ from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.objectives.answers import answer_logprobs
-from tutelage.stages.derived import rate_factor, rate_reason
+from tutelage.stages.derived import tuning_rate
 from tutelage.train.optim import Rates
-
-RATE_AT = 7e9  # parameters of the model for which common rates hold; smaller models take more, by the square root
 
 
 def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
@@ -34,14 +32,10 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
 
 def rates(config: Tune, parameters: int, at_7b: float) -> Rates:
     """The settings' rates; those left to derive from the model's size, said with their reason."""
-    scale = math.sqrt(RATE_AT / parameters) * rate_factor(config)
-    derived = round(at_7b * scale, 8)
+    derived, reason = tuning_rate(config, at_7b, parameters)
     given = [getattr(config.optimizer, name) for name in ("lr", "matrix_lr", "embedding_lr")]
     if "derived" in given:
-        log.say(
-            f"learning rate {derived:g}: {at_7b:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5{rate_reason(config)}; "
-            "set optimizer.lr to change it"
-        )
+        log.say(f"learning rate {derived:g}: {reason}; set optimizer.lr to change it")
     return Rates(*(derived if value == "derived" else float(value) for value in given))
 
 
