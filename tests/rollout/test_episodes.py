@@ -1,4 +1,4 @@
-"""Episodes of several turns: what the model wrote is carried as it was made, and what others say stands where it would be served."""
+"""Episodes of several turns: what the model wrote is carried as it was made; others' words stand where they would be served."""
 
 from __future__ import annotations
 

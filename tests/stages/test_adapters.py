@@ -173,6 +173,7 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
     from tutelage.data.render import Renderer
     from tutelage.models.adapters import trainable
     from tutelage.records import Message, Prompt
+    from tutelage.stages.asking import published
     from tutelage.stages.fitting import load_start
     from tutelage.stages.rollouts import Kit
 
@@ -186,7 +187,7 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
     with torch.no_grad():
         for i, (_, p) in enumerate(trainable(kit.model)):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
-    kit.publish()
+    published(kit.model, kit.engine)()
     prompt = Prompt.make([Message(role="user", content="Where is cat 1?")], source="test")
     ((made,),) = kit.sampler.answer([prompt], 1, seed=0, step=0, version=0)
     text, at = [*made.prompt_ids, *made.ids], len(made.prompt_ids)

@@ -73,7 +73,7 @@ class Tests(Term):
     """1 where the Python in the text passes the prompt's tests (meta.tests, or meta.test and meta.entry_point), else 0."""
 
     partial: bool = setting(False, "the share of the tests that pass, where they are a list")
-    seconds: Positive = setting(10.0, "for one program, by the clock and of the processor")
+    seconds: Positive = setting(5.0, "processor time for one program; by the clock twice that and 5 s more")
     memory_mb: Count = setting(512, "memory for one program, beyond Python's own")
     parallel: int = setting(0, "programs at a time; 0: one a core", ge=0, identity=False)
 

@@ -200,7 +200,7 @@ def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> An
             "the adapter has tensors that are not known here", file=folder / WEIGHTS, found=", ".join(sorted(tensors)[:3])
         )
     patterns = {key: raw[key] for key in ("rank_pattern", "alpha_pattern") if raw.get(key)}
-    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns, adapters.snapshot(model))
+    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns, start=adapters.snapshot(model))
     return model
 
 
@@ -299,7 +299,9 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
             fix="use shard=none, where every rank holds the small base",
         )  # fmt: skip
     if not is_adapter(folder):
-        return wear(load(folder, device=device), config, seed)
+        model = wear(load(folder, device=device), config, seed)
+        model.worn_adapter.base = folder
+        return model
     kind, raw = kind_of(folder), read_config(folder)
     held = adapter_section(raw, kind, quantized_as(folder))
     for name, field in Adapter.model_fields.items():
@@ -315,7 +317,9 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
     check_base(folder, base)
     quantize = config.quantize if config.quantize != "none" else held.quantize
     log.say(f"training on the adapter of {folder} ({kind}), on its base {base}")
-    return load_adapter(folder, load(base, device=device), quantize=quantize)
+    model = load_adapter(folder, load(base, device=device), quantize=quantize)
+    model.worn_adapter.base = base
+    return model
 
 
 def load_with_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,11 +45,14 @@ class Worn:
     targets: tuple[str, ...]  # linear layers by the names that they have on disk
     inputs: tuple[str, ...] = ()  # ia3: those of them whose input is rescaled
     patterns: dict[str, Any] = field(default_factory=dict)  # of `peft`: ranks and alphas of single layers
+    base: Path | None = None  # the folder that the model came from
     start: dict[str, Tensor] | None = None  # what an adapter that is trained on began with; None for a new one
 
 
 def worn_adapter(model: Any) -> Worn | None:
-    found: Worn | None = model.__dict__.get("worn_adapter")
+    """What a model wears, if anything; of a scorer what the model under its head does."""
+    held = model.__dict__.get("backbone", model).__dict__
+    found: Worn | None = held.get("worn_adapter")
     return found
 
 
@@ -74,6 +78,13 @@ def wear(model: Any, config: Adapter, seed: int) -> Any:
             _wear_low_rank(model, name, layers[name], config, config.rank, scale_of(config, config.rank, config.alpha), seed)
     model.worn_adapter = Worn(config, tuple(targets), tuple(inputs))
     return model
+
+
+def wear_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
+    """The same for the model under a score head, which is trained whole."""
+    wear(scorer.backbone, config, seed)
+    scorer.score.requires_grad_(True)
+    return scorer
 
 
 def chosen(config: Adapter, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ class JsonSchema:
         self.settings = settings
         if settings.definition is not None:
             check_schema(settings.definition, "definition")
-        self._workers = verify.workers("json_schema", settings.seconds)
+        self._workers = verify.workers("parsers:json_schema", settings.seconds)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         return verify.judge(self._workers, rollouts, self.settings.tag, self._question, "its schema can't be checked")

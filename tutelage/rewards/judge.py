@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_CHARS = 50_000  # of a text that is shown to the judge
 LAST = 2000  # characters of its answer in which the score is looked for
-_SCORE = re.compile(r"score\W{1,6}(\d{1,6}(?:\.\d{1,6})?)", re.IGNORECASE)
+_SCORE = re.compile(r"score[\s*:=_]{1,8}(\d{1,6}(?:\.\d{1,6})?)", re.IGNORECASE)
 _BLANK = re.compile(r"\{(prompt|answer|text|highest)\}")
 
 

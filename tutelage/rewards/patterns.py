@@ -20,7 +20,7 @@ class Regex:
         self.settings = settings
         if settings.pattern is not None:
             check_pattern(settings.pattern)
-        self._workers = verify.workers("regex", settings.seconds)
+        self._workers = verify.workers("parsers:regex", settings.seconds)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         return verify.judge(self._workers, rollouts, self.settings.tag, self._question, "its pattern is no regular expression")

@@ -21,8 +21,8 @@ ANNOTATIONS = frozenset(
 KNOWN = ANNOTATIONS | {
     "type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "items",
     "prefixItems", "contains", "minContains", "maxContains", "minItems", "maxItems", "uniqueItems", "minLength", "maxLength",
-    "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minProperties", "maxProperties", "allOf", "anyOf", "oneOf", "not", "if", "then", "else",
-    "dependentRequired", "$ref",
+    "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minProperties", "maxProperties",
+    "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentRequired", "$ref",
 }  # fmt: skip
 _ONE, _MANY, _NAMED = (
     ("additionalProperties", "propertyNames", "items", "contains", "not", "if", "then", "else"),
@@ -150,9 +150,9 @@ def _combined(value: Any, schema: Mapping[str, Any], root: Any, place: str) -> s
 def _is(value: Any, name: str) -> bool:
     if isinstance(value, bool):
         return name == "boolean"
-    if not isinstance(value, TYPES[name]):
-        return False
-    return name != "integer" or value == int(value)
+    if name == "integer":
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return isinstance(value, TYPES[name])
 
 
 def _same(a: Any, b: Any) -> bool:

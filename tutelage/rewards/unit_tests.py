@@ -26,8 +26,8 @@ class UnitTests:
 
     def __init__(self, settings: config.Tests, *, sandbox: Sandbox | None = None) -> None:
         self.settings = settings
-        memory, seconds = settings.memory_mb << 20, settings.seconds
-        limits = Limits(seconds=2 * seconds, cpu_seconds=seconds, memory=memory)
+        patience = 2 * settings.seconds + 5  # on a machine that does other things too
+        limits = Limits(seconds=patience, cpu_seconds=settings.seconds, memory=settings.memory_mb << 20)
         self._ours = sandbox is None
         self._sandbox = sandbox or Sandbox(limits, parallel=settings.parallel or None)
 

@@ -18,8 +18,8 @@ Question = Callable[[Rollout, str], dict[str, Any]]
 
 
 def workers(function: str, seconds: float) -> Workers:
-    """Processes for one of the functions in `parsers.py`."""
-    return Workers(f"tutelage.rewards.parsers:{function}", seconds=seconds, most=min(os.cpu_count() or 1, 4))
+    """Processes for a function, "module:name" of this folder."""
+    return Workers(f"tutelage.rewards.{function}", seconds=seconds, most=min(os.cpu_count() or 1, 4))
 
 
 def judge(asked: Workers, rollouts: Sequence[Rollout], tag: str | None, question: Question, expected: str) -> list[Judgement]:

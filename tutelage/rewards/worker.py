@@ -22,7 +22,7 @@ from typing import Any
 from tutelage.errors import RewardError
 
 START_SECONDS = 120.0
-PATIENCE = 4  # times the processor time that a question may take, on a machine that does other things too
+PATIENCE = 10, 30.0  # times the processor time, and seconds, that it may take on a machine that does other things too
 _MODULE = "tutelage.rewards.inside"
 _CODE = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {_MODULE} import main; main()"
 
@@ -66,7 +66,7 @@ class Workers:
     def ask(self, question: Any) -> Answer:
         with self._free:
             process = next((p for p in iter(self._take, None) if p.alive), None) or self._make()
-            seconds = PATIENCE * self._seconds if self._bounded else self._seconds
+            seconds = PATIENCE[0] * self._seconds + PATIENCE[1] if self._bounded else self._seconds
             found = process.ask({"question": question, "seconds": self._seconds}, seconds)
             if found is not None:
                 self._idle.append(process)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tutelage import log
-from tutelage.bases import base_of, is_adapter
+from tutelage.bases import is_adapter
 from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
 from tutelage.errors import ConfigError
@@ -67,7 +67,7 @@ class Work:
 def fit(config: Loop, run: RunDir, work: Work, device: torch.device, parent: Parent | None = None) -> dict[str, Any]:
     """Trains in the run's folder, resuming what is there, lets `work` write its artifact and returns the facts of the run."""
     for part in work.parts.values():
-        part.train()
+        part.train(any(p.requires_grad for p in part.parameters()))
         part.checkpointing = config.checkpointing  # type: ignore[assignment]
         compile_model(part, config, device)
     distributed.start(str(device))
@@ -139,8 +139,20 @@ def write_model(model: Any, run: RunDir, tokenizer: Path, stop_ids: Sequence[int
     if worn_adapter(model) is None:
         save(model, run.folder("model"), tokenizer, stop_ids=stop_ids)
         return
-    start = run.input("model")
-    save_adapter(model, run.folder("adapter"), base=base_of(start) if is_adapter(start) else start, tokenizer=tokenizer)
+    save_adapter(model, run.folder("adapter"), base=model.worn_adapter.base, tokenizer=tokenizer)
+
+
+def result_of(config: Loop, run: RunDir) -> Path:
+    """What `write_model` wrote: the folder of a model, or of an adapter."""
+    return run.folder("model" if config.adapter.kind == "none" else "adapter")
+
+
+def no_adapter(config: Loop, why: str) -> None:
+    """Raises `ConfigError` for an adapter in a stage that has no use for one."""
+    if config.adapter.kind != "none":
+        raise ConfigError(
+            f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none"
+        )
 
 
 def compile_model(model: nn.Module, config: Loop, device: torch.device) -> None:
@@ -199,7 +211,7 @@ def say_plan(config: Loop, work: Work, machine: Machine, device: torch.device) -
         log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
     need = memory(
         work.shape, rows, row, config.optimizer.name, config.dtype, config.checkpointing, kernels.available(),
-        ranks=ranks_sharing(config), trained=shares["policy"].trained if "policy" in shares else None,
+        ranks=ranks_sharing(config), trained=next((share.trained for share in shares.values()), None),
         quantized=config.adapter.quantize == "nf4",
     )  # fmt: skip
     cards = machine.accelerators if device.type == "cuda" else ()

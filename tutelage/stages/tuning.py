@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tutelage import log
-from tutelage.config.train import Tune
+from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
@@ -30,7 +30,7 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
     return found
 
 
-def rates(config: Tune, parameters: int, at_7b: float) -> Rates:
+def rates(config: Loop, parameters: int, at_7b: float) -> Rates:
     """The settings' rates; those left to derive from the model's size, said with their reason."""
     derived, reason = tuning_rate(config, at_7b, parameters)
     given = [getattr(config.optimizer, name) for name in ("lr", "matrix_lr", "embedding_lr")]
@@ -70,6 +70,10 @@ def layout_for(config: Tune, model: Any) -> Any:
     if config.layout == "tree" and not getattr(model, "supports_trees", False):
         log.say("layout: packed, since this model's prompts can't be read once for several answers")
         return "packed"
+    steady = getattr(model, "cacheable", None)
+    if steady is not None and config.layout != "rows" and max_length(config, model.config.max_position_embeddings) > steady:
+        log.say(f"layout: rows, since this model turns its angles by the longest text of a row (above {steady:,} tokens)")
+        return "rows"
     return config.layout
 
 
