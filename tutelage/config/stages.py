@@ -90,6 +90,17 @@ class Sft(Train):
     seed: int = setting(0, "of the data order")
 
 
+class Merge(Section):
+    """Make an adapter part of its base: a whole model."""
+
+    adapter: str = artifact("the adapter: a folder that peft wrote, or a run that trained one", kind="adapter")
+    model: str | None = artifact("its base, where that is not at the place that the adapter names", kind="model", default=None)
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = setting(
+        "stored", "type of the written weights; stored: as in the base's folder"
+    )
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+
+
 class Sample(Section):
     """Have a model answer each prompt several times, and judge the answers."""
 
