@@ -150,10 +150,13 @@ class Prefer(Tune):
     """Train a model towards preferred answers, directly: DPO and its family."""
 
     model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")
-    data: str = artifact("preferences", kind="records")
-    method: str = setting("dpo", "a row about preferences in the table of objectives: dpo, ipo, kto, orpo, simpo, …")
+    data: str = artifact("preferences; for method=kto ratings that say true or false", kind="records")
+    method: str = setting("dpo", "a row of the table of objectives about what people prefer: dpo, ipo, kto, orpo, simpo, …")
     beta: Positive | None = setting(None, "how closely the model stays to the reference; the method's own where left out")
     label_smoothing: Share | None = setting(None, "share of preferences taken to be the wrong way round")
+    settings: dict[str, float | bool] = setting(
+        {}, "others of the method, by their names in docs/design.md: gamma, sft, offset, average, tau, desirable_weight, …"
+    )
     too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
     epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
     reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
