@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelage"
 
 # Left imports right; names on one line may import one another.
 LAYERS = [
-    {"cli", "api", "console", "options", "using"},
+    {"cli", "api", "console", "options", "rollouts_shown", "using"},
     {"stages"},
     {"web"},
     {"improve"},
@@ -32,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     "cli", "console", "recipe", "rundir", "records", "config.stages", "data.collect", "data.tokens", "data.render", "data.pack",
     "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks", "evaluate.intervals",
-    "stages.estimates",
+    "stages.estimates", "sandbox.sandbox", "config.rewards", "rewards.build", "rewards.check", "rewards.judge", "rewards.model",
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def last(run: Any) -> dict[str, float]:
 
 def test_kto_learns_from_ratings(world: World, tmp_path: Path) -> None:  # noqa: F811
     """Guards against a method of the table that no stage can run: verdicts, reference and balance reach the loss."""
-    run = prefer(world, tmp_path, "ratings", method="kto", settings={"desirable_weight": 0.5})
+    run = prefer(world, tmp_path, "ratings", method="kto", desirable_weight=0.5)
     said = (run.path / "logs" / "attempt_1.log").read_text(encoding="utf-8")
     assert run.facts["answers"] == 14
     assert said.count("10 desirable and 4 undesirable answers, weighted 0.5 and 1\n") == 1
@@ -50,11 +50,11 @@ def test_kto_learns_from_ratings(world: World, tmp_path: Path) -> None:  # noqa:
 
 def test_settings_of_a_method_reach_it(world: World, tmp_path: Path) -> None:  # noqa: F811
     """Guards against settings and margins that the stage takes and drops."""
-    run = prefer(world, tmp_path, "preferences", method="dpo", settings={"offset": 4.0})
+    run = prefer(world, tmp_path, "preferences", method="dpo", offset=4.0)
     assert last(run)["loss"] > 1.0  # without margins it would begin at ln 2
-    assert last(prefer(world, tmp_path, "preferences", method="cpo", settings={"sft": 0.0})).keys().isdisjoint({"term/sft"})
-    with pytest.raises(ConfigError, match="`gama` means nothing to simpo"):
-        prefer(world, tmp_path, "preferences", method="simpo", settings={"gama": 1.0})
+    assert last(prefer(world, tmp_path, "preferences", method="cpo", sft=0.0)).keys().isdisjoint({"term/sft"})
+    with pytest.raises(ConfigError, match="`gamma` means nothing to dpo"):
+        prefer(world, tmp_path, "preferences", method="dpo", gamma=1.0)
 
 
 def test_other_records_and_other_methods_are_refused(world: World, tmp_path: Path) -> None:  # noqa: F811
