@@ -12,7 +12,7 @@ from rich.text import Text
 from tutelage import log
 from tutelage.console import out, run_of
 from tutelage.errors import ArtifactError
-from tutelage.records import Conversation, Message, Prompt, Rollout, from_json, read_records
+from tutelage.records import Conversation, Message, Prompt, Rollout, read_records
 
 
 def show_rollouts(reference: str, root: Path, step: int | None = None, limit: int = 5) -> None:
@@ -20,13 +20,13 @@ def show_rollouts(reference: str, root: Path, step: int | None = None, limit: in
     folder = run_of(reference, root) / "rollouts"
     files = {int(f.stem.split(".")[0].removeprefix("step_")): f for f in sorted(folder.glob("step_*.jsonl"))}
     if not files:
-        raise ArtifactError("this run made no rollouts", file=folder, fix="look at a run of `tutelage rl`")
+        raise ArtifactError("this run made no rollouts", file=folder, fix="look at a run of `tutelage rl` or `tutelage sample`")
     chosen = max(files) if step is None else step
     if chosen not in files:
         raise ArtifactError(
             "no rollouts of this step", file=folder, found=chosen, expected=f"one of: {', '.join(map(str, list(files)[:12]))}, …"
         )
-    rollouts = [from_json(Rollout, json.loads(line)) for line in files[chosen].read_text(encoding="utf-8").splitlines()]
+    rollouts = list(read_records(files[chosen], Rollout))  # answers may hold what `splitlines` takes for the end of a line
     asked = _prompts(folder.parent)
     console = out()
     for shown, (prompt, group) in enumerate(groupby(rollouts, key=lambda r: r.prompt)):

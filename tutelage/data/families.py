@@ -25,7 +25,7 @@ class Ending:
 
     ids: npt.NDArray[Any]  # [n] integers
     mask: npt.NDArray[np.uint8] | None = None  # [n]: which are supervised; None: all
-    tokens: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)  # streams [n], read where the mask is 1
+    tokens: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # streams [n] or [n,k], read where the mask is 1
     whole: Mapping[str, Any] = field(default_factory=dict)  # a number, or a list of them, for the answer
 
     @property
@@ -122,7 +122,7 @@ def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:
         owner.append(np.full(len(picked), number))
         last.append(first + size - 1 if size else before)
         for name, streams in tokens.items():
-            streams.append(np.asarray(ending.tokens[name], np.float32)[picked])
+            streams.append(_stream(ending.tokens[name])[picked])
     whole = {name: [e.whole[name] for e in endings] for name in endings[0].whole}
     return Answers(
         _joined(places),
@@ -132,6 +132,11 @@ def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:
         {name: torch.from_numpy(np.concatenate(streams)) for name, streams in tokens.items()},
         {name: torch.tensor(values, dtype=torch.float32) for name, values in whole.items()},
     )
+
+
+def _stream(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Token ids stay whole numbers; what is measured is float32."""
+    return np.asarray(values, np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32)
 
 
 def _joined(parts: list[npt.NDArray[Any]]) -> torch.Tensor:

@@ -107,7 +107,8 @@ class RatedFamilies:
 
 
 def rotation(prompts: Ints) -> tuple[int, int]:
-    """`prompts`: equal numbers for equal prompts. By how many places answers move, and how many of them come to the same prompt all the same."""
+    """`prompts`: equal numbers for equal prompts. By how many places answers move, and how many come to the same prompt all the
+    same."""
     places = range(1, min(len(prompts), FARTHEST + 1))
     met = [int((prompts == np.roll(prompts, n)).sum()) for n in places]
     best = int(np.argmin(met))
@@ -122,7 +123,7 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32]:
         if said not in (0, 1):
             raise DataError(
                 "a rating does not say whether the answer is desirable", field="scores.desirable", found=row.get("scores"),
-                expected="1 or 0", fix=f"give `label: true` or `false` in every row (record {row.get('id')}, {row.get('source')})",
+                expected="1 or 0", fix=f"give `label: true` or `false` in every row ({row.get('source')})",
             )  # fmt: skip
         out.append(said)
     return np.array(out, np.float32)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tutelage.errors import ArtifactError, MissingExtra
 from tutelage.log import say
 from tutelage.models import shard
-from tutelage.models.heads import LmHead
+from tutelage.models.divergence import Distillation, Teacher, TopTokens
+from tutelage.models.heads import LmHead, distilled
 from tutelage.models.hf_state import State
 from tutelage.models.interface import Batch, Output
 
@@ -95,6 +96,12 @@ class LogitsHead(nn.Module):
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return hidden.float().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+
+    def distil(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | TopTokens, how: Distillation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `LmHead.distil`."""
+        return distilled(hidden, None, None, targets, weights, 1.0, None, teacher, how)
 
     def logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         hidden = hidden / temperature

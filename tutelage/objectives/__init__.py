@@ -62,6 +62,7 @@ class Objective:
 
 
 _PREFERENCE, _ABSOLUTE, _KTO = (f"tutelage.objectives.{name}" for name in ("preference", "absolute", "kto"))
+_DISTIL = "tutelage.objectives.distil"
 _REWARD = "tutelage.objectives.reward"
 _POLICY = "tutelage.objectives.policy_gradient:policy_gradient"
 _NO_CLIP = {"form": "none", "level": "token", "clip_low": 0.0, "clip_high": 0.0, "delta": None}
@@ -84,6 +85,9 @@ TABLE: dict[str, Method] = {
     "simpo": Method("tutelage.objectives.simpo:simpo", "preferences"),
     "cpo": Method("tutelage.objectives.cpo:cpo", "preferences"),
     "cpo_simpo": Method("tutelage.objectives.simpo:simpo", "preferences", defaults={"sft": 1.0}),
+    "forward_kl": Method(f"{_DISTIL}:forward_kl"),
+    "reverse_kl": Method(f"{_DISTIL}:reverse_kl"),
+    "jsd": Method(f"{_DISTIL}:jsd"),
     "reward": Method(f"{_REWARD}:reward", "preferences", part="reward"),
     "rating": Method(f"{_REWARD}:rating", "ratings", part="reward"),
     "process": Method(f"{_REWARD}:process", "ratings", part="reward"),

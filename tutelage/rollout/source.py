@@ -6,7 +6,6 @@ An iteration is one batch of prompts, answered by the weights as they are then; 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from tutelage.data.loader import GlobalBatch
 from tutelage.data.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import whole_file
-from tutelage.records import Prompt, Rollout, dump_line, from_json
+from tutelage.records import Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.scores import pieces
 from tutelage.train import distributed
 
@@ -252,7 +251,7 @@ class RolloutSource:
 
 def read_rollouts(file: Path) -> list[Rollout]:
     """The rollouts of one iteration."""
-    return [from_json(Rollout, json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    return list(read_records(file, Rollout))  # answers may hold what `splitlines` takes for the end of a line
 
 
 def _left_out(group: list[Rollout], why: str) -> list[Rollout]:

@@ -5,24 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from tutelage import log
-from tutelage.config.rewards import RewardModel, terms_of
 from tutelage.config.stages import Rl
 from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
 from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
 from tutelage.models.export import save as save_model
-from tutelage.models.scorer import load_scorer, score_answers
 from tutelage.objectives import TABLE, Objective, objective
-from tutelage.records import Conversation, Prompt, read_records
-from tutelage.rewards.build import build
-from tutelage.rewards.rubric import Rubric
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting, tuning
+from tutelage.stages.asking import read_prompts, rubric_of, with_room
 from tutelage.stages.fitting import Work
 from tutelage.stages.rollouts import Kit
 from tutelage.tokenizer.load import TokenizerFolder
@@ -44,23 +38,9 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
         rubric.close()
 
 
-def rubric_of(config: Rl, run: RunDir, words: TokenizerFolder, device: torch.device) -> Rubric:
-    """The rewards with what they need of this stage. Raises `ConfigError` for a reward model that is asked for and not given."""
-    terms = terms_of(config.rewards)
-    wired: dict[str, Any] = {"asked": lambda rollout: words.decode(list(rollout.prompt_ids))}
-    if any(isinstance(term, RewardModel) for term in terms.values()):
-        if config.reward_model is None:
-            raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
-        scorer = load_scorer(run.input("reward_model"), device=device)
-        wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
-    elif config.reward_model is not None:
-        raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
-    return build(terms, **wired)
-
-
 def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
     """Trains with what is there."""
-    prompts, held_out = (kit.fitting(read_prompts(run, part), part) for part in ("train", "validation"))
+    prompts, held_out = (with_room(kit.sampler, read_prompts(run, part), part) for part in ("train", "validation"))
     if config.batch > len(prompts):
         raise ConfigError("a batch larger than the data", field="batch", found=config.batch, expected=f"at most {len(prompts)}")
     kit.check_rewards(prompts)
@@ -114,11 +94,3 @@ def chosen_method(config: Rl) -> Objective:
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
         entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
     )  # fmt: skip
-
-
-def read_prompts(run: RunDir, part: str) -> list[Prompt]:
-    """The prompts of one part of the data."""
-    records = run.input("data")
-    kind = tuning.check_records(records, ("Prompt", "Conversation"), "read them with `tutelage data --kind prompts`")
-    file = records / f"{part}.jsonl"
-    return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage import log
 from tutelage.config.stages import Rl
 from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
-from tutelage.engine import Engine, Sampling
-from tutelage.errors import ConfigError, DataError
+from tutelage.engine import Engine
+from tutelage.errors import ConfigError
 from tutelage.models.interface import Batch
-from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.objectives.answers import answers_of, token_scores
@@ -25,14 +23,13 @@ from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
 from tutelage.rollout.credit import ByToken, Credit, Settings
 from tutelage.rollout.episodes import Episodes, environment_of
-from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
 from tutelage.rollout.tools import tools_of
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
+from tutelage.stages.asking import sampler_for
 
-SLOTS = 64  # answers in the making at a time
 CHECKED = 8  # prompts whose answers are judged before training starts
 
 
@@ -65,16 +62,15 @@ class Kit:
             minibatches=config.minibatches, silent=config.silent, micro_tokens=config.micro_tokens, layout=layout,
             seed=config.seed,
         )  # fmt: skip
-        engine = Engine(model, renderer, slots=SLOTS, max_length=length, batch_invariant=invariant(model))
-        sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
+        single = sampler_for(model, renderer, length, config.max_tokens, config.temperature)
         value = value_of(config, run, model, device) if config.method == "ppo" else None
         reference = reference_of(config, run, device) if config.kl else None
-        sampler: Any = Sampler(engine, sampling)
+        sampler: Any = single
         if config.tools or config.environment:
             environment = environment_of(config.environment) if config.environment else None
-            sampler = Episodes(sampler, config.max_rounds, tools_of(config.tools), environment)
+            sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environment)
         return cls(
-            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine, sampler=sampler,
+            config=config, run=run, model=model, device=device, rubric=rubric, engine=single.engine, sampler=sampler,
             value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
 
@@ -123,20 +119,6 @@ class Kit:
 
         return ask
 
-    def fitting(self, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
-        """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
-        out = [p for p in prompts if self.sampler.room(p)]
-        if len(out) < len(prompts):
-            log.say(
-                f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them"
-            )
-        if prompts and not out:
-            raise DataError(
-                "no prompt leaves room for an answer", field="max_tokens", found=self.config.max_tokens,
-                expected=f"prompt and answer within {self.engine.context_length} tokens", fix="lower max_tokens",
-            )  # fmt: skip
-        return out
-
     def check_rewards(self, prompts: Sequence[Prompt]) -> None:
         """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
         made = self.sampler.answer(prompts[:CHECKED], max(2, self.config.samples), seed=self.config.seed, step=0, version=0)
@@ -162,11 +144,6 @@ class Kit:
         )
         ending = Ending(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
-
-
-def invariant(model: Any) -> bool:
-    """Whether the engine can give the same bits in any company, which an exact resume needs."""
-    return FusedDecoder.of(model, model.new_cache(1, 2), "float32") is not None if hasattr(model, "new_cache") else False
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:
