@@ -71,7 +71,7 @@ def test_each_prompt_has_its_answer_and_anothers(segments, tokenizer):
             assert text.startswith(theirs.answer[0].content) and row.prompt[0].content not in text
             assert ending.whole["desirable"] == row.scores["desirable"]
         assert row.prompt[0].content in words.decode(family.prompt.tolist())
-    assert made.report["answers of other prompts that are to the same words"] == 0
+    assert made.report["answers of other prompts that are to the same one"] == 0
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "rows"])

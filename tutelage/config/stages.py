@@ -288,6 +288,7 @@ class Prefer(Tune):
     sft: float | None = setting(None, "simpo, cpo: weight of also learning the chosen answers", ge=0.0)
     tau: Positive | None = setting(None, "discopop: where its two losses meet")
     average: bool | None = setting(None, "ipo: log-probabilities a token (the authors' code) instead of sums (the paper)")
+    prompts: bool | None = setting(None, "orpo: also learn prompts, as TRL does, not the chosen answers alone")
     desirable_weight: Positive | None = setting(None, "kto: weight of good answers")
     undesirable_weight: Positive | None = setting(None, "kto: weight of bad answers")
     too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")

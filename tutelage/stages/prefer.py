@@ -27,7 +27,7 @@ from tutelage.train import distributed
 
 # Settings of this stage that are given to the method
 SETTINGS = (
-    "beta", "label_smoothing", "offset", "gamma", "sft", "tau", "average", "desirable_weight", "undesirable_weight",
+    "beta", "label_smoothing", "offset", "gamma", "sft", "tau", "average", "prompts", "desirable_weight", "undesirable_weight",
 )  # fmt: skip
 RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method learns from -> the records that hold it
 UNITS = {"preferences": "pairs", "ratings": "answers"}
