@@ -125,7 +125,7 @@ def case(name: str, kind: str, layout: Any) -> tuple[dict[str, Any], GlobalBatch
         parts = {"policy": wear(small_policy(), adapter, 0)}
         return parts | ({"value": Value()} if name == "ppo" else {}), of_families(rollouts("length"), layout)
     if name in OUTPUTS:
-        from tests.data.test_families import SHAPE
+        from tests.data.test_family_batches import SHAPE
 
         body = wear(build(DecoderConfig.from_hf({**SHAPE, "initializer_range": 0.3}), 0), adapter, 0)
         return {"reward": build_scorer(body, OUTPUTS[name], seed=1)}, of_families(ratings(), layout)
