@@ -123,6 +123,26 @@ class Wrapped(nn.Module):
         self.hf._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    @property
+    def checkpointing(self) -> str:
+        """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
+        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
+
+    @checkpointing.setter
+    def checkpointing(self, value: str) -> None:
+        assert value in ("none", "layer"), value
+        if value == "layer":
+            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self.checkpointing == "layer":
+            self.hf.gradient_checkpointing_disable()
+
+    def groups(self, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
+        often: those with fewer groups add some with one token that is not wanted."""
+        found = [(index, real, real) for index, real in pieces(segments)]
+        one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
+        return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
+
 
 class Adapter(Wrapped):
     """A causal model as `model(batch) -> Output`."""
@@ -138,19 +158,6 @@ class Adapter(Wrapped):
             self.lm_head = LmHead(output.weight, getattr(output, "bias", None))
         if own is not None:
             self.lm_head_of_hf = own  # stays among our modules: who replaces its parameters by shards finds it
-
-    @property
-    def checkpointing(self) -> str:
-        """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
-        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
-
-    @checkpointing.setter
-    def checkpointing(self, value: str) -> None:
-        assert value in ("none", "layer"), value
-        if value == "layer":
-            self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elif self.checkpointing == "layer":
-            self.hf.gradient_checkpointing_disable()
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states after the last norm [B,T,H] (logits where `whole`); those of padding are 0."""
@@ -168,13 +175,6 @@ class Adapter(Wrapped):
             width = self.config.vocab_size if self.whole else self.config.hidden_size
             out = torch.zeros(*batch.shape, width, device=batch.ids.device)
         return Output(hidden=out)
-
-    def groups(self, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
-        often: those with fewer groups add some with one token that is not wanted."""
-        found = [(index, real, real) for index, real in pieces(segments)]
-        one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
-        return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
         return self._run(ids, real, use_cache=False)
@@ -270,7 +270,7 @@ def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapte
     return model
 
 
-def save_hf(model: Adapter, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def save_hf(model: Wrapped, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
     """Writes the adapter's model with the weights `state` to the existing `folder`, stored as `dtype` (as they are when None)."""
     if dtype is not None:
         state = {k: v.to(dtype) for k, v in state.items()}

@@ -63,6 +63,8 @@ _PREFERENCE = "tutelage.objectives.preference"
 TABLE: dict[str, Method] = {
     "next_token": Method("tutelage.objectives.next_token:next_token"),
     "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
+    "classify": Method("tutelage.objectives.classify:classify", "examples"),
+    "tag": Method("tutelage.objectives.classify:tag", "examples"),
 }
 
 
