@@ -23,7 +23,7 @@ from tutelage.files import read_json, write_json
 from tutelage.plan import machine
 from tutelage.recipe import lineage
 from tutelage.rundir import find
-from tutelage.stages import derived, extension, training
+from tutelage.stages import derived, extension, fitting, training
 from tutelage.train.checkpoint import Progress
 from tutelage.train.loop import State, train
 
@@ -35,7 +35,7 @@ STEPS, MORE = 6, 10
 @pytest.fixture(autouse=True)
 def machine_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes seconds and proves nothing here."""
-    monkeypatch.setattr(training, "measure_machine", lambda: tiny.MACHINE)
+    monkeypatch.setattr(fitting, "measure_machine", lambda: tiny.MACHINE)
     monkeypatch.setattr(machine, "measure", lambda: tiny.MACHINE)
 
 
@@ -232,9 +232,11 @@ def test_energy_is_of_the_child_alone(tmp_path: Path) -> None:
     parent = parent_with(Schedule())
     parent.facts["train_seconds"] = 60.0
     state = State(tiny.job(tmp_path), Progress(step=MORE, seconds=100.0))
-    child = training.facts(state, {}, "test", numbers, parent)
+    child = fitting.facts(state, {}, numbers.derived, "test", parent)
     state.progress.seconds = 40.0
-    assert child["energy"] == training.facts(state, {}, "test", numbers, None)["energy"] and child["train_seconds"] == 100.0
+    assert (
+        child["energy"] == fitting.facts(state, {}, numbers.derived, "test", None)["energy"] and child["train_seconds"] == 100.0
+    )
 
 
 def test_best_weights_come_along(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from tutelage.files import read_json, write_json
 from tutelage.models.export import save
 from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded, local, shard, whole
-from tutelage.objectives import Term
+from tutelage.objectives import Objective, Term
 from tutelage.objectives.next_token import next_token
-from tutelage.stages import training
+from tutelage.stages import fitting
 from tutelage.train import checkpoint, distributed, hooks
 from tutelage.train.loop import Job, train
 from tutelage.train.step import Recipe, measure
@@ -121,7 +121,14 @@ def poison_gradient(folder: Path) -> None:
         extra = zero.sqrt() if (batch.ids == bad).all(1).any() else zero  # 0, with an infinite slope times 0
         return {"loss": Term(terms["loss"].sum + extra, "tokens")}
 
-    train(tiny.job(folder / "gradient", parts={"policy": model}, data=data, recipe=Recipe({"policy": model}, overflowing)))
+    train(
+        tiny.job(
+            folder / "gradient",
+            parts={"policy": model},
+            data=data,
+            recipe=Recipe({"policy": model}, Objective("overflowing", overflowing)),
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +234,6 @@ def test_killed_in_shards_goes_on_on_any_ranks(tmp_path: Path) -> None:
 def test_one_rank_has_nothing_to_shard(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a process group of one, or a setting that is ignored in silence."""
     model = tiny.model()
-    training.place(model, Train(shard="full"), CPU)
+    fitting.place(model, Train(shard="full"), CPU)
     assert not is_sharded(model) and type(model.lm_head.weight) is nn.Parameter
     assert "shard: full changes nothing" in capsys.readouterr().err

@@ -46,7 +46,7 @@ from tutelage.objectives import objective
 from tutelage.plan.code import code_digest
 from tutelage.plan.machine import Machine
 from tutelage.records import Conversation, Document, Message, dump_line
-from tutelage.stages import training
+from tutelage.stages import fitting, training
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train as train_tokenizer
 from tutelage.train import loop, tensors
@@ -332,7 +332,7 @@ def _run(spec: dict[str, Any]) -> None:
     sys.stdout = sys.stderr = log.console.file = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.update(spec["env"])
     torch.set_num_threads(1)
-    training.measure_machine = lambda: MACHINE  # two seconds of products that prove nothing here
+    fitting.measure_machine = lambda: MACHINE  # two seconds of products that prove nothing here
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _deaths(**spec["die"])
     code = 1

@@ -41,13 +41,46 @@ def warmup_steps(schedule: Schedule, steps: int) -> int:
     return round(schedule.warmup * steps) if schedule.warmup < 1 else int(schedule.warmup)
 
 
-class Train(Section):
+class Loop(Section):
+    """What every method that trains has."""
+
+    steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
+    optimizer: Optimizer = setting(Optimizer(), "optimizer")
+    schedule: Schedule = setting(Schedule(), "learning rate over time")
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "float32, or bfloat16 products with float32 weights (only where the machine is faster with it)"
+    )
+    compile: Literal["auto", "on", "off"] = setting(
+        "auto", "torch.compile; auto: on for CUDA, off for a CPU whose own kernels are available", identity=False
+    )
+    kernels: bool = setting(True, "use the C++ kernels where a compiler is found (results equal to rounding)")
+    checkpointing: Literal["none", "layer"] = setting(
+        "none", "layer: recompute each layer's activations in the backward pass", identity=False
+    )
+    evaluate_every: int = setting(0, "steps between validation losses; 0: ten times a run", ge=0, identity=False)
+    checkpoint_every: int = setting(
+        0, "steps between checkpoints; 0: every 10 minutes or so and at the end", ge=0, identity=False
+    )
+    keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
+    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
+    patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
+    shard: Literal["none", "full"] = setting(
+        "none",
+        "none: every rank holds the whole model; full: each holds its rows of weights, gradients and optimizer state",
+        identity=False,
+    )
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+
+
+class Train(Loop):
+    """Training on rows of tokens."""
+
     extends: str | None = artifact(
         "a finished run of the same stage and settings; go on from its last checkpoint: weights, optimizer, order of data",
         kind="run",
         default=None,
     )
-    steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
     tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")
     epochs: Positive | None = setting(None, "passes over the data, instead of a token budget")
     sequence_length: Count | Derived = setting("derived", "tokens in a row, at most the model's context")
@@ -62,35 +95,28 @@ class Train(Section):
         "drop",
         "a sample longer than a row: cut it in pieces, leave it out, or cut its left or right end; always counted",
     )
-    optimizer: Optimizer = setting(Optimizer(), "optimizer")
-    schedule: Schedule = setting(Schedule(), "learning rate over time")
-    dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "float32, or bfloat16 products with float32 weights (only where the machine is faster with it)"
-    )
-    compile: Literal["auto", "on", "off"] = setting(
-        "auto", "torch.compile; auto: on for CUDA, off for a CPU whose own kernels are available", identity=False
-    )
-    kernels: bool = setting(True, "use the C++ kernels where a compiler is found (results equal to rounding)")
-    checkpointing: Literal["none", "layer"] = setting(
-        "none", "layer: recompute each layer's activations in the backward pass", identity=False
-    )
-    evaluate_every: int = setting(0, "steps between validation losses; 0: ten times a run", ge=0, identity=False)
     evaluate_rows: Count = setting(
         64, "rows of the validation set used during the run (the evaluate stage uses all)", identity=False
     )
-    checkpoint_every: int = setting(
-        0, "steps between checkpoints; 0: every 10 minutes or so and at the end", ge=0, identity=False
+
+
+class Tune(Loop):
+    """Training on answers: prompts, each with the answers to it that are judged."""
+
+    optimizer: Optimizer = setting(Optimizer(name="adamw", weight_decay=0.0), "optimizer")
+    schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "learning rate over time")
+    batch: Count = setting(16, "prompts with their answers in a global batch (all ranks, all accumulation)")
+    max_length: Count | Derived = setting(
+        "derived", "tokens of a prompt and one answer; derived: the model's context, at most 2048"
     )
-    keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
-    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
-    patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
-    shard: Literal["none", "full"] = setting(
-        "none",
-        "none: every rank holds the whole model; full: each holds its rows of weights, gradients and optimizer state",
+    micro_tokens: Count = setting(
+        4096, "tokens in one forward pass on one device; changes memory, not the result", identity=False
+    )
+    layout: Literal["tree", "packed", "rows"] = setting(
+        "tree",
+        "tree: a prompt is read once for all its answers; packed: texts one after another; rows: padded. Equal to rounding",
         identity=False,
     )
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
-    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
 
 
 T = TypeVar("T", bound=Train)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage import log
 from tutelage.config.stages import Pretrain
-from tutelage.config.train import Train, warmup_steps
+from tutelage.config.train import Loop, Train, warmup_steps
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.parameters import count_config
@@ -31,7 +31,7 @@ def _given(value: object) -> Any:
     return None if value == "derived" else value
 
 
-def ranks_sharing(config: Train) -> int:
+def ranks_sharing(config: Loop) -> int:
     """How many ranks share one copy of weights, gradients and optimizer state."""
     return int(os.environ.get("WORLD_SIZE", "1")) if config.shard == "full" else 1
 

@@ -15,7 +15,7 @@ from tutelage.files import whole_folder
 from tutelage.models.load import load
 from tutelage.records import Conversation
 from tutelage.rundir import RunDir
-from tutelage.stages.training import choose_device
+from tutelage.stages.fitting import choose_device
 from tutelage.tokenizer.load import TokenizerFolder
 
 

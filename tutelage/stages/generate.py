@@ -19,7 +19,7 @@ from tutelage.serve.archive import Archive, opened
 from tutelage.serve.batch import Job, Kind, Prompts, check
 from tutelage.serve.part import PartFile
 from tutelage.serve.prompts import Prompting
-from tutelage.stages.training import choose_device
+from tutelage.stages.fitting import choose_device
 from tutelage.train.hooks import duration
 
 OF_PROMPTS = ("column", "prompt_template", "chat", "system")

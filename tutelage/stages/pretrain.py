@@ -10,7 +10,7 @@ from tutelage.config.stages import Pretrain
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, training
+from tutelage.stages import derived, extension, fitting, training
 from tutelage.tokenizer.load import TokenizerFolder
 
 
@@ -19,12 +19,12 @@ def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
     parent = extension.parent_of(config, run)
     tokenizer = run.input("tokenizer" if config.model is None else "model")
     words = TokenizerFolder.open(tokenizer)
-    device = training.choose_device(config)
+    device = fitting.choose_device(config)
     segments = training.open_segments(config, run, tokenizer, words.vocab_size)
     numbers, shape = derived.derive_numbers(
         config, words.vocab_size, segments[0], run.input("model") if config.model else None, parent
     )
-    model: Any = training.load_start(run.input("model"), config, device) if config.model else fresh(config, words, shape)
+    model: Any = fitting.load_start(run.input("model"), config, device) if config.model else fresh(config, words, shape)
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     return training.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
 

@@ -15,7 +15,7 @@ from tutelage.errors import DataError
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, training
+from tutelage.stages import derived, extension, fitting, training
 from tutelage.tokenizer.load import FILES
 
 
@@ -30,8 +30,8 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
         )
     parent = extension.parent_of(config, run)
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
-    device = training.choose_device(config)
-    model = training.load_start(run.input("model"), config, device)
+    device = fitting.choose_device(config)
+    model = fitting.load_start(run.input("model"), config, device)
     segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
     show_sample(records, tokenizer)
     totals = segments[0].totals

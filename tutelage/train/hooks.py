@@ -129,6 +129,7 @@ class Validate(Quiet):
     def __init__(self, batches: list[Batch], counts: dict[str, float], every: int, tokens_per_byte: float = 0.0) -> None:
         self.batches, self.counts, self.every, self.tokens_per_byte = batches, counts, every, tokens_per_byte
         self.latest: float | None = None
+        self.terms: dict[str, float] = {}
         self.at = -1
 
     def start(self, state: State) -> None:
@@ -141,7 +142,7 @@ class Validate(Quiet):
 
     def run(self, state: State) -> None:
         terms = measure(state.job.recipe, self.batches, self.counts)
-        self.latest = state.job.recipe.total(terms)
+        self.latest, self.terms = state.job.recipe.total(terms), terms
         self.at = state.progress.step
         row: dict[str, Any] = {"step": self.at, "tokens": state.progress.tokens, "validation_loss": self.latest}
         if len(terms) > 1:
@@ -151,14 +152,15 @@ class Validate(Quiet):
         if log.rank() == 0:
             state.job.metrics.write(**row)
         extra = f"  {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
+        extra += "".join(f"  {name.removeprefix('_')} {value:.3f}" for name, value in terms.items() if name != "loss")
         log.say(f"step {self.at}  validation loss {self.latest:.4f}{extra}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"latest": self.latest, "at": self.at}
+        return {"latest": self.latest, "terms": self.terms, "at": self.at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self.latest, self.at = state["latest"], state["at"]
+            self.latest, self.terms, self.at = state["latest"], state["terms"], state["at"]
 
 
 class EarlyStop(Quiet):

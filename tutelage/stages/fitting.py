@@ -1,0 +1,213 @@
+"""What every stage that trains shares: from parts, batches and an objective to a finished run. It knows no method."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tutelage import log
+from tutelage.config.base import identity_of
+from tutelage.config.train import Loop
+from tutelage.errors import ConfigError
+from tutelage.models import kernels
+from tutelage.models.interface import Batch
+from tutelage.models.load import load
+from tutelage.models.shard import is_sharded, shard
+from tutelage.objectives import Objective
+from tutelage.plan.energy import energy
+from tutelage.plan.flops import train_flops_per_token
+from tutelage.plan.machine import Machine
+from tutelage.plan.machine import measure as measure_machine
+from tutelage.plan.memory import estimate as memory
+from tutelage.plan.time import explain
+from tutelage.rundir import RunDir
+from tutelage.stages.derived import ranks_sharing
+from tutelage.stages.extension import Parent, start_of
+from tutelage.train import distributed, hooks
+from tutelage.train.loop import Hook, Job, Source, State, train
+from tutelage.train.optim import Optimizers, Rates
+from tutelage.train.step import Recipe
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """What one training stage brings to the loop."""
+
+    parts: dict[str, nn.Module]  # what is trained, and frozen parts that the objective asks
+    source: Source
+    objective: Objective
+    steps: int
+    rates: Rates
+    shape: dict[str, Any]  # config.json of the model, for the count of its operations
+    length: int  # tokens of a text, for the same
+    micro: tuple[int, int]  # rows and tokens of a row in the largest forward pass
+    tokens: float  # that all steps read, about: for the plan
+    numbers: Mapping[str, Any]  # with the settings and inputs, what a resumed run must have in common with its first attempt
+    write: Callable[[], None]  # writes what the run is for; called on every rank
+    weights: dict[str, float] = field(default_factory=dict)  # of the objective's terms
+    validation: tuple[list[Batch], dict[str, float]] | None = None
+    per_byte: float = 0.0  # supervised tokens of the validation a byte of its text
+    hooks: Callable[[Job], dict[str, Hook]] = lambda job: {}  # beside the common ones, made when the job is there
+    forward_share: float = 0.0  # work beside training, as a share of it: rollouts, a teacher
+
+
+def fit(config: Loop, run: RunDir, work: Work, device: torch.device, parent: Parent | None = None) -> dict[str, Any]:
+    """Trains in the run's folder, resuming what is there, lets `work` write its artifact and returns the facts of the run."""
+    for part in work.parts.values():
+        part.train()
+        part.checkpointing = config.checkpointing  # type: ignore[assignment]
+        compile_model(part, config, device)
+    distributed.start(str(device))
+    for part in work.parts.values():
+        place(part, config, device)
+    machine = measure_machine()
+    say_plan(config, work, machine, device)
+    job = Job(
+        recipe=Recipe(
+            work.parts, work.objective, work.weights, clip=config.optimizer.clip, dtype=getattr(torch, config.dtype),
+            device=device,
+        ),
+        source=work.source,
+        optimizers=Optimizers(work.parts, config.optimizer, work.rates),
+        schedule=config.schedule,
+        steps=work.steps,
+        folder=run.path,
+        metrics=log.Metrics(run.folder("metrics.jsonl")),
+        identity=identity(config, run, work),
+        flops_per_token=train_flops_per_token(work.shape, work.length),
+        peak_flops=machine.peak_flops(str(device), config.dtype),
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        start_from=start_of(run, parent) if parent else None,
+    )  # fmt: skip
+    job.hooks = make_hooks(config, job, run, work)
+    try:
+        state = train(job)
+        if log.rank() == 0 or any(is_sharded(part) for part in work.parts.values()):
+            work.write()
+    finally:
+        job.metrics.close()
+        distributed.stop()
+    return facts(state, work.shape, work.numbers, machine.cpu, parent)
+
+
+def choose_device(config: Any) -> torch.device:
+    """Sets threads and kernels and says what was chosen."""
+    if getattr(config, "threads", 0):
+        torch.set_num_threads(config.threads)
+    kernels.use(getattr(config, "kernels", True))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "no CUDA device here", field="device", found=name, fix="use device=cpu, or install a CUDA build of torch"
+        )
+    if name == "cuda" and distributed.world() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(name)
+    if name == "cpu":
+        reason = kernels.why_not()
+        log.say(f"CPU, {torch.get_num_threads()} threads, {'own kernels' if not reason else f'plain torch ({reason})'}")
+    return torch.device(name)
+
+
+def load_start(folder: Path, config: Loop, device: torch.device) -> Any:
+    """The model that a run goes on from: on the device, or in the CPU's memory where no device has to hold all of it."""
+    return load(folder, device="cpu" if ranks_sharing(config) > 1 else device)
+
+
+def compile_model(model: nn.Module, config: Loop, device: torch.device) -> None:
+    """Compiles in place where it pays, and says why not where it does not."""
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        model.compile()
+        log.say("torch.compile: on; the first steps are slow while it compiles")
+    elif device.type == "cpu" and config.compile == "auto" and kernels.available():
+        log.say("torch.compile: off on this CPU, our kernels are faster and need no compile")
+    elif device.type == "cpu" and config.compile == "auto":
+        log.say(f"torch.compile: off on this CPU, no own kernels either ({kernels.why_not()})")
+
+
+def place(model: nn.Module, config: Loop, device: torch.device) -> None:
+    """Moves the model to the device: all of it, or this rank's rows."""
+    if ranks_sharing(config) > 1:
+        shard(model, device)
+        log.say(f"shard: full, each of {distributed.world()} ranks holds its rows of every tensor")
+        return
+    model.to(device)
+    if config.shard == "full":
+        log.say("shard: full changes nothing, there is one rank; start several with torchrun")
+
+
+def identity(config: Loop, run: RunDir, work: Work) -> str:
+    """Digest of what may not change between the attempts of a run."""
+    covered = {
+        "config": identity_of(config),
+        "inputs": {n: a.digest for n, a in run.inputs.items()},
+        "numbers": {"steps": work.steps, **work.numbers},
+    }
+    return hashlib.sha256(json.dumps(covered, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def make_hooks(config: Loop, job: Job, run: RunDir, work: Work) -> dict[str, Hook]:
+    out: dict[str, Hook] = {"record": hooks.Record(), "display": hooks.Display(run.path.name.rsplit("-", 1)[0])}
+    validate = None
+    if work.validation is not None:
+        every = config.evaluate_every or max(1, math.ceil(work.steps / 10))
+        validate = hooks.Validate(*work.validation, every, work.per_byte)
+        out["validate"] = validate
+        if config.patience:
+            out["early_stop"] = hooks.EarlyStop(validate, config.patience, run.folder("best"))
+    out |= work.hooks(job)
+    out["tensorboard"] = hooks.TensorBoard(validate)
+    return out
+
+
+def say_plan(config: Loop, work: Work, machine: Machine, device: torch.device) -> None:
+    """Time and memory, before the first step (promise 11)."""
+    flops = work.tokens * train_flops_per_token(work.shape, work.length) * (1 + work.forward_share)
+    log.say(f"time: {explain(flops, machine.peak_flops(device.type, config.dtype), device.type)}")
+    rows, row = work.micro
+    need = memory(
+        work.shape, rows, row, config.optimizer.name, config.dtype, config.checkpointing, kernels.available(),
+        ranks=ranks_sharing(config),
+    )  # fmt: skip
+    cards = machine.accelerators if device.type == "cuda" else ()
+    here = cards[0].memory_bytes if cards else machine.memory_bytes
+    log.say(f"memory: {need.explain()}; {here / 1e9:,.0f} GB here{'' if need.low <= here else ': IT WILL NOT FIT'}")
+
+
+def facts(state: State, shape: dict[str, Any], numbers: Mapping[str, Any], cpu: str, parent: Parent | None) -> dict[str, Any]:
+    """The run's numbers for run.json. Those of a child run include its parent's, but for the energy, which chains add up."""
+    progress = state.progress
+    own_seconds = progress.seconds - (parent.facts["train_seconds"] if parent else 0.0)
+    validate = state.job.hooks.get("validate")
+    out: dict[str, Any] = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "train_seconds": round(progress.seconds, 2),
+        "flops": progress.flops,
+        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "mfu": round(progress.flops / max(progress.seconds, 1e-9) / state.job.peak_flops, 4) if state.job.peak_flops else None,
+        "loss": progress.loss,
+        "stopped_early": state.stop,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "shape": shape,
+        "energy": energy(max(0.0, own_seconds), cpu).to_json(),  # the parent's seconds are rounded
+        "numbers": dict(numbers),
+    }
+    if parent is not None:
+        out["extended_from"] = {"run": parent.name, "step": parent.steps}
+    if isinstance(validate, hooks.Validate) and validate.latest is not None:
+        out["validation_loss"] = validate.latest
+        out |= {f"validation_{name.removeprefix('_')}": value for name, value in validate.terms.items() if name != "loss"}
+        if validate.tokens_per_byte:
+            out["bits_per_byte_in_run"] = validate.latest / math.log(2) * validate.tokens_per_byte
+    return out
