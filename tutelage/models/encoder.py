@@ -39,7 +39,7 @@ class Encoder(Wrapped):
         return Output(hidden=out.unflatten(0, batch.shape))
 
 
-class Classifier(Wrapped):
+class ClassScorer(Wrapped):
     """A classification model of `transformers` as a part that scores: `part(batch)` -> [B*T,K] float32.
 
     `class`: the scores of a text stand at its last token, whatever token its head reads (BERT: the first one). `token`: each
@@ -70,7 +70,7 @@ class Classifier(Wrapped):
         return out
 
 
-def inputs(model: Encoder | Classifier, ids: Tensor, real: Tensor) -> dict[str, Tensor]:
+def inputs(model: Encoder | ClassScorer, ids: Tensor, real: Tensor) -> dict[str, Tensor]:
     """The arguments of a forward pass over texts [n,L], each a row. The second text of a pair begins after the first separator;
     no content makes one, so its places say which text a token belongs to."""
     pad = model.config.pad_token_id
@@ -105,7 +105,7 @@ def load_encoder(folder: Path, *, device: str | torch.device = "cpu", sep_id: in
 def load_classifier(
     folder: Path, task: Task, labels: Sequence[str] | None = None, *, many: bool = False, sep_id: int | None = None,
     device: str | torch.device = "cpu",
-) -> tuple[Classifier, bool]:  # fmt: skip
+) -> tuple[ClassScorer, bool]:  # fmt: skip
     """The classifier of a folder, and whether its head is new: that of an encoder without one, or of other classes.
 
     `labels`: the classes it is to have; without them those that the folder was saved with. `many`: a text may have several.
@@ -134,12 +134,12 @@ def load_classifier(
     new = bool(missing or changed or not kept)
     if new and not missing:
         _renew(hf)
-    return Classifier(hf.to(device).eval(), task, sep_id), new
+    return ClassScorer(hf.to(device).eval(), task, sep_id), new
 
 
 def new_classifier(
     shape: Mapping[str, Any], task: Task, labels: Sequence[str], *, many: bool = False, sep_id: int | None = None
-) -> Classifier:
+) -> ClassScorer:
     """A classifier from scratch: random weights in the shape of a config.json, BERT where it names no `model_type`."""
     transformers = _library()
     kind = shape.get("model_type", "bert")
@@ -150,7 +150,7 @@ def new_classifier(
     if not is_encoder(config):
         raise ConfigError("not an encoder", field="architecture.model_type", found=kind, expected="bert, roberta, modernbert, …")
     name_classes(config, labels, task, many)
-    return Classifier(getattr(transformers, CLASSES[task]).from_config(config).eval(), task, sep_id)
+    return ClassScorer(getattr(transformers, CLASSES[task]).from_config(config).eval(), task, sep_id)
 
 
 def name_classes(config: Any, labels: Sequence[str], task: Task, many: bool) -> None:
