@@ -23,8 +23,10 @@ class Data(Section):
         identity=False,
         min_length=1,
     )
-    kind: Literal["documents", "conversations"] = setting(
-        "documents", "documents: plain text; conversations: dialogues or prompt/completion pairs"
+    kind: Literal["documents", "conversations", "preferences", "ratings", "prompts"] = setting(
+        "documents",
+        "documents: plain text; conversations: dialogues or prompt/completion pairs; preferences: a better and a worse answer; "
+        "ratings: answers with labels or scores; prompts: what is asked, with the right answer where there is one",
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,32 @@ from tutelage.data.readers import ReadOptions, Rejections, Row, source_digest
 from tutelage.data.spool import Spool
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import write_json
-from tutelage.records import SCHEMA_VERSION, Conversation, Document, Message, content_id, to_json
+from tutelage.records import (
+    SCHEMA_VERSION,
+    TURNS,
+    Conversation,
+    Document,
+    Message,
+    Preference,
+    Prompt,
+    Rating,
+    content_id,
+    to_json,
+)  # fmt: skip
 
 __all__ = ["collect", "source_digest"]
 
 FORMAT_NAMES = {"messages": "openai", "prompt_completion": "completion"}  # of the settings -> of data/formats.py
-KINDS = {"documents": "Document", "conversations": "Conversation"}
+KINDS = {
+    "documents": "Document",
+    "conversations": "Conversation",
+    "preferences": "Preference",
+    "ratings": "Rating",
+    "prompts": "Prompt",
+}
 NEAR_THRESHOLD = 0.8  # Jaccard similarity of word 5-grams
 CONTAINED = 0.5  # a held-out document with more of its 5-grams than this in the training text is no test
+Judged = Document | Conversation | Preference | Rating | Prompt
 NEAR_CONVERSATION_WORDS = 64  # shorter dialogues differ by one number or name and mean something else
 
 
@@ -105,7 +123,7 @@ class _Collection:
         found = 0
         for item in reading.read(source, self.options, self.report):
             found += 1
-            record = item if not isinstance(item, Row) else self._conversation(item)
+            record = self._record(item)
             if record is None:
                 continue
             record = self._cleaned(record)
@@ -119,19 +137,25 @@ class _Collection:
             raise DataError("this source gave nothing to learn from", file=source,
                             found=_counted(self.report), fix="check that it holds text in a format that is read")  # fmt: skip
 
-    def _conversation(self, row: Row) -> Conversation | None:
-        from tutelage.data import formats
+    def _record(self, item: Row | Document | Conversation) -> Judged | None:
+        """The record of an item, or None after it was counted as broken."""
+        from tutelage.data import formats, judged
 
-        name = None if self.options.format == "auto" else FORMAT_NAMES.get(self.options.format, self.options.format)
+        options = self.options
+        if not isinstance(item, Row):
+            asks = options.kind == "prompts" and isinstance(item, Conversation)
+            return Prompt.of(item) if asks else item  # type: ignore[arg-type]
+        name = None if options.format == "auto" else FORMAT_NAMES.get(options.format, options.format)
+        where: dict[str, Any] = {"file": item.file, "line": item.line, "source": item.source, "fields": options.fields or None}
         try:
-            return formats.to_conversation(
-                row.fields, file=row.file, line=row.line, source=row.source, fmt=name, fields=self.options.fields or None
-            )
+            if options.kind == "conversations":
+                return formats.to_conversation(item.fields, fmt=name, **where)
+            return judged.read(options.kind, item.fields, **where)  # type: ignore[no-any-return]
         except DataError as error:
-            self.report.broken(error, source=row.source, excerpt=json.dumps(row.fields, ensure_ascii=False, default=str))
+            self.report.broken(error, source=item.source, excerpt=json.dumps(item.fields, ensure_ascii=False, default=str))
             return None
 
-    def _cleaned(self, record: Document | Conversation) -> Document | Conversation | None:
+    def _cleaned(self, record: Judged) -> Judged | None:
         """The record as it will be written, or None after it was counted as left out."""
         if isinstance(record, Document):
             text = filters.clean(record.text, self.limits.normalise)
@@ -139,8 +163,10 @@ class _Collection:
             if text != record.text:
                 record = replace(record, id=content_id(text), text=text)
         else:
-            record, text = _clean_conversation(record, self.limits.normalise)
+            record, text = _clean_turns(record, self.limits.normalise)
             reason = "too_long" if self.limits.max_chars is not None and len(text) > self.limits.max_chars else None
+            if isinstance(record, Preference) and record.chosen == record.rejected:
+                reason = "no_difference"  # but for white space
         if reason is None and self.dedup != "none" and not self._new(record.id):
             reason = "duplicate"
         if reason is not None:
@@ -281,37 +307,46 @@ class _Collection:
         return facts
 
 
-def _clean_conversation(record: Conversation, form: str) -> tuple[Conversation, str]:
-    """The conversation with cleaned contents (ends kept: they are part of what a completion model sees), and its text."""
-    changed = False
-    messages: list[Message] = []
-    for message in record.messages:
-        content = message.content
-        if record.style == "chat":
-            content = filters.clean(content, form)
-        elif form != "none":
-            content = filters.normal(content, form)
-        changed |= content != message.content
-        messages.append(replace(message, content=content) if content != message.content else message)
-    text = "\n".join(m.content for m in messages)
-    if not changed:
-        return record, text
-    made = Conversation.make(
-        messages, source=record.source, tools=record.tools, style=record.style, parents=record.parents,
-        licence=record.licence, meta=record.meta,
-    )  # fmt: skip
-    return made, text
+def _clean_turns(record: Judged, form: str) -> tuple[Judged, str]:
+    """The record with cleaned contents (ends kept: they are part of what a completion model sees), and its text. What was made of
+    steps stays as it is: they must join to the content."""
+    assert not isinstance(record, Document)
+    changed: dict[str, Any] = {}
+    for name in TURNS:
+        turns = getattr(record, name, None)
+        if isinstance(turns, tuple) and not getattr(record, "steps", ()):
+            made = tuple(_clean(message, record.style, form) for message in turns)
+            if made != turns:
+                changed[name] = made
+    if changed:
+        named = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "id"}
+        record = type(record).make(**{**named, **changed})
+    return record, _text_of(to_json(record))
+
+
+def _clean(message: Message, style: str, form: str) -> Message:
+    content = message.content
+    if style == "chat":
+        content = filters.clean(content, form)
+    elif form != "none":
+        content = filters.normal(content, form)
+    return replace(message, content=content) if content != message.content else message
+
+
+def _turns_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [m for name in TURNS if isinstance(row.get(name), list) for m in row[name]]
 
 
 def _text_of(row: dict[str, Any]) -> str:
-    if "text" in row:
-        return str(row["text"])
-    return "\n".join(str(m["content"]) for m in row["messages"])
+    return str(row["text"]) if "text" in row else "\n".join(str(m["content"]) for m in _turns_of(row))
 
 
 def _prompt_of(row: dict[str, Any]) -> str:
-    """What the assistant answers to, in lower case and single spaces: everything before its last turn."""
-    turns = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    """What is answered, in lower case and single spaces: of a conversation, everything before its last turn."""
+    if isinstance(row.get("prompt"), list):
+        turns = row["prompt"]
+    else:
+        turns = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
     return " ".join(" ".join(f"{m['role']}: {m['content']}" for m in turns).lower().split())
 
 

@@ -51,7 +51,7 @@ def sniff(row: Row) -> str:
             "this is a preference row, not a conversation",
             found=", ".join(row),
             expected=_known(),
-            fix="use it to align a model, not for SFT",
+            fix="read it with kind=preferences, for `tutelage prefer` and `tutelage reward`",
         )
     scores = {
         n: sum(bool(difflib.get_close_matches(k, row, 1, 0.7)) for k in keys) / len(keys) for n, (keys, _) in FORMATS.items()
@@ -104,7 +104,7 @@ def to_conversation(
                 expected=", ".join(sorted(keys)),
             )
         parsed = parse(row)
-        _check_order(parsed)
+        check_order(parsed.messages)
     except DataError as error:
         raise DataError(
             error.message, file=file, line=line, field=error.field, found=error.found, expected=error.expected, fix=error.fix
@@ -154,7 +154,16 @@ def _openai(row: Row) -> Parsed:
 
 
 def _sharegpt(row: Row) -> Parsed:
-    rows, messages = row["conversations"], _system(row)
+    return Parsed(sharegpt_turns(row), read_tools(row))
+
+
+def read_tools(row: Row) -> list[dict[str, Any]]:
+    return _tools(row.get("tools"), "tools")
+
+
+def sharegpt_turns(row: Row) -> list[Message]:
+    """Messages of ShareGPT's `conversations`. Raises `DataError` naming the turn."""
+    rows, messages = row["conversations"], system_turn(row)
     if not isinstance(rows, list) or not rows:
         raise DataError("no turns", field="conversations", found=rows, expected="a list of {from, value}")
     for i, turn in enumerate(rows):
@@ -173,24 +182,24 @@ def _sharegpt(row: Row) -> Parsed:
             messages[-1] = replace(messages[-1], tool_calls=calls)  # what it said, then what it calls: one turn
         else:
             messages.append(Message(role="assistant", content="", tool_calls=calls, train=train))
-    return Parsed(messages, _tools(row.get("tools"), "tools"))
+    return messages
 
 
 def _alpaca(row: Row) -> Parsed:
-    messages = _system(row)
+    messages = system_turn(row)
     history = row.get("history") or []
     for i, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError("a history entry must be a pair", field=f"history[{i}]", found=pair, expected="[question, answer]")
-        messages += [_turn(role, pair[j], f"history[{i}][{j}]") for j, role in enumerate(("user", "assistant"))]
+        messages += [turn(role, pair[j], f"history[{i}][{j}]") for j, role in enumerate(("user", "assistant"))]
     asked = [text_content(row.get(key), key) for key in ("instruction", "input")]
-    messages.append(_turn("user", "\n\n".join(x for x in asked if x.strip()), "instruction"))
-    messages.append(_turn("assistant", row["output"], "output"))
+    messages.append(turn("user", "\n\n".join(x for x in asked if x.strip()), "instruction"))
+    messages.append(turn("assistant", row["output"], "output"))
     return Parsed(messages, [])
 
 
 def _qa(row: Row) -> Parsed:
-    return Parsed([*_system(row), _turn("user", row["question"], "question"), _turn("assistant", row["answer"], "answer")], [])
+    return Parsed([*system_turn(row), turn("user", row["question"], "question"), turn("assistant", row["answer"], "answer")], [])
 
 
 def _completion(row: Row) -> Parsed:
@@ -201,7 +210,7 @@ def _completion(row: Row) -> Parsed:
     for key in ("prompt", "completion"):
         if not isinstance(row[key], str):
             raise DataError(f"the {key} is not text", field=key, found=row[key], expected="two strings, or two lists of messages")
-    messages = [_turn("user", prompt, "prompt"), _turn("assistant", answer.removesuffix(END_MARK), "completion")]
+    messages = [turn("user", prompt, "prompt"), turn("assistant", answer.removesuffix(END_MARK), "completion")]
     return Parsed(messages, [], style="completion")
 
 
@@ -257,7 +266,7 @@ def _role(value: Any, table: Mapping[str, str], field: str) -> str:
     return table[value]
 
 
-def _turn(role: str, value: Any, field: str) -> Message:
+def turn(role: str, value: Any, field: str) -> Message:
     return _checked(Message(role=role, content=text_content(value, field)), field)
 
 
@@ -269,9 +278,9 @@ def _checked(message: Message, field: str) -> Message:
     return message
 
 
-def _system(row: Row) -> list[Message]:
+def system_turn(row: Row) -> list[Message]:
     text = row.get("system") or ""
-    return [_turn("system", text, "system")] if text else []
+    return [turn("system", text, "system")] if text else []
 
 
 def _message(row: Any, field: str) -> Message:
@@ -364,9 +373,9 @@ _BEFORE: dict[str, tuple[str | None, ...]] = {  # role -> the roles it may follo
 }
 
 
-def _check_order(parsed: Parsed) -> None:
+def check_order(messages: Sequence[Message]) -> None:
+    """Raises `DataError` for roles in an order that no dialogue has, and where there is nothing to learn from."""
     previous: str | None = None
-    messages: Sequence[Message] = parsed.messages
     called = False
     for i, message in enumerate(messages):
         allowed: Iterable[str | None] = _BEFORE[message.role]

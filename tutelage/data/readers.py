@@ -54,8 +54,10 @@ def read(source: str, options: ReadOptions | None = None, report: Rejections | N
     if scheme == "python-docs":
         yield from _python_docs(options, report)
     elif scheme in ("python-questions", "skill"):
-        if options.kind != "conversations":
-            raise ConfigError("this source gives conversations", field="sources", found=source, fix="set kind=conversations")
+        if options.kind not in ("conversations", "prompts"):
+            raise ConfigError(
+                "this source gives conversations", field="sources", found=source, fix="set kind=conversations or kind=prompts"
+            )
         from tutelage.data import questions, skills
 
         parameters.setdefault("seed", str(options.seed))
@@ -106,10 +108,10 @@ def _files(source: str, options: ReadOptions, report: Rejections) -> Iterator[It
             if reader is read_text and (what := not_text(path, options.encoding)):
                 _refuse(path, what, source, report)
                 continue
-            if options.kind == "conversations" and reader not in TABLES:
+            if options.kind != "documents" and reader not in TABLES:
                 if named:
                     fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
-                    raise DataError("a text file holds no conversations", file=path, fix=fix)
+                    raise DataError(f"a text file holds no {options.kind}", file=path, fix=fix)
                 report.add("no conversations in such a file", source=str(path), file=str(path))
                 continue
             if path.stat().st_size == 0:

@@ -29,7 +29,7 @@ MARKS = (
 class ReadOptions:
     """How sources are read. Raises `ConfigError` for a value that means nothing."""
 
-    kind: str = "documents"  # documents | conversations: what the caller wants
+    kind: str = "documents"  # what the caller wants, a kind of `config.stages.Data`
     text_field: str = "text"  # field of a JSON, CSV or Parquet row that holds the text
     encoding: str = "utf-8"  # of text files; a byte-order mark in the file wins
     split: str = "none"  # none | blank_lines | form_feed | lines: where one text file becomes several documents

@@ -180,8 +180,8 @@ def read_parquet(path: Path, options: ReadOptions, report: Rejections) -> Iterat
 def _item(
     fields: dict[str, Any], source: str, path: Path | str, number: int, options: ReadOptions, report: Rejections
 ) -> Iterator[Item]:
-    """A row as the caller wants it: as it is for conversations, else the documents of its text field."""
-    if options.kind == "conversations":
+    """A row as the caller wants it: the documents of its text field, or for all other kinds as it is."""
+    if options.kind != "documents":
         yield Row(fields, source, str(path), number)
         return
     text = fields.get(options.text_field)

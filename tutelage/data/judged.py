@@ -1,0 +1,242 @@
+"""Rows about answers as they come -> `Preference`, `Rating`, `Prompt`.
+
+| record | keys | becomes |
+| --- | --- | --- |
+| preference | prompt, chosen, rejected: three strings | completion: no chat template |
+| | question, chosen, rejected (system): strings | chat |
+| | chosen, rejected: lists of messages, with or without the prompt before them (prompt: a list, or a user's words) | chat |
+| | chosen, rejected: transcripts of "Human: … Assistant: …" | chat |
+| | conversations, chosen, rejected: ShareGPT turns | chat |
+| rating | any conversation row, with label or kto_tag (true, false), or score, or scores {aspect: number} | chat or completion |
+| | prompt, completions [steps], labels [one a step] | completion |
+| prompt | messages; or prompt; or question; with answer where there is one | chat; completion; chat |
+
+`margin`, or score_chosen and score_rejected, say by how much the chosen answer is better. A row that cannot be trusted is a
+`DataError` with file, line and field; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tutelage.data import formats
+from tutelage.data.formats import Row, text_content, to_messages
+from tutelage.errors import DataError
+from tutelage.records import Message, Preference, Prompt, Rating
+
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+VERDICTS = ("label", "kto_tag", "score", "rating", "scores")
+ANSWERS = ("answer", "solution", "ground_truth", "completion", "canonical_solution")
+
+
+def read(kind: str, row: Row, *, file: str | Path | None, line: int | None, source: str, fields: Mapping[str, str] | None) -> Any:
+    """The record of one row. Raises `DataError` (file, line, field, found, expected, fix)."""
+    try:
+        if not isinstance(row, Mapping):
+            raise DataError("a row must be a JSON object", found=row, expected="{...}")
+        for ours, theirs in (fields or {}).items():
+            if theirs not in row:
+                raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
+        renamed = {ours: row[theirs] for ours, theirs in (fields or {}).items()}
+        row = {k: v for k, v in row.items() if k not in set((fields or {}).values())} | renamed
+        return READERS[kind](row, source)
+    except DataError as error:
+        raise DataError(
+            error.message, file=file, line=line, field=error.field, found=error.found, expected=error.expected, fix=error.fix
+        ) from error
+
+
+def _preference(row: Row, source: str) -> Preference:
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            raise DataError(
+                "a preference needs two answers", field=key, found=", ".join(row), expected="chosen and rejected",
+                fix="map the names of your fields: fields={chosen: YOUR_KEY, rejected: YOUR_KEY}",
+            )  # fmt: skip
+    before, style = _before(row)
+    prompts, answers = [], []
+    for key in ("chosen", "rejected"):
+        turns = _turns(row[key], key, style)
+        prompt, answer = _split(before, turns, key)
+        prompts.append(prompt)
+        answers.append(answer)
+    if prompts[0] != prompts[1]:
+        raise DataError(
+            "the two answers are not to the same prompt", field="rejected", found=_short(prompts[1]), expected=_short(prompts[0]),
+            fix="give rows whose conversations differ in the last answer only, or leave them out with on_error=skip",
+        )  # fmt: skip
+    if answers[0] == answers[1]:
+        raise DataError(
+            "chosen and rejected are the same answer", field="rejected", found=_short(answers[1]), expected="another answer",
+            fix="remove the row: it has nothing to teach",
+        )  # fmt: skip
+    formats.check_order([*prompts[0], *answers[0]])
+    formats.check_order([*prompts[1], *answers[1]])
+    return Preference.make(
+        prompts[0], answers[0], answers[1], source=source, style=style, margin=_margin(row), tools=formats.read_tools(row),
+        licence=_licence(row), meta=_meta(row),
+    )  # fmt: skip
+
+
+def _before(row: Row) -> tuple[list[Message], str]:
+    """What both answers follow, as far as the row says it apart, and the style."""
+    if isinstance(row.get("conversations"), list):
+        return list(formats.sharegpt_turns(row)), "chat"
+    given = row.get("prompt")
+    if isinstance(given, list):
+        return to_messages(given, "prompt"), "chat"
+    texts = isinstance(row["chosen"], str)
+    if given is not None and not isinstance(given, str):
+        raise DataError("the prompt is not text", field="prompt", found=given, expected="a string, or a list of messages")
+    if given is not None and texts:
+        return [formats.turn("user", given, "prompt")], "completion"
+    asked = row.get("question", row.get("instruction", given))
+    if asked is None:
+        return [], "chat"
+    more = text_content(row.get("input"), "input")
+    whole = f"{text_content(asked, 'question')}\n\n{more}" if more.strip() else asked
+    return [*formats.system_turn(row), formats.turn("user", whole, "question")], "chat"
+
+
+def _turns(value: Any, field: str, style: str) -> list[Message]:
+    if isinstance(value, str):
+        if style == "chat" and TURN.match(value):
+            return transcript(value, field)
+        return [formats.turn("assistant", value.removesuffix(formats.END_MARK), field)]
+    if isinstance(value, Mapping):
+        return list(formats.sharegpt_turns({"conversations": [value]})) if "from" in value else to_messages([value], field)
+    return to_messages(value, field)
+
+
+def _split(before: list[Message], turns: list[Message], field: str) -> tuple[list[Message], list[Message]]:
+    """The prompt and the answer: a prompt that the row gives apart may be repeated before the answer."""
+    if before and turns[: len(before)] == before:
+        turns = turns[len(before) :]
+    start = next((i for i in range(len(turns), 0, -1) if turns[i - 1].role == "user"), 0)
+    prompt, answer = [*before, *turns[:start]], turns[start:]
+    if not prompt or not answer or answer[-1].role != "assistant":
+        raise DataError(
+            "this is not a prompt with an answer", field=field, found=" ".join(m.role for m in [*before, *turns]),
+            expected="turns that end with the assistant's, after at least one of the user",
+        )  # fmt: skip
+    return prompt, answer
+
+
+def transcript(text: str, field: str) -> list[Message]:
+    """Turns of a text like "Human: … Assistant: …"."""
+    parts = TURN.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise DataError("not a transcript", field=field, found=text[:80], expected="Human: … Assistant: …")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [formats.turn(roles[who], said.strip(), field) for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _rating(row: Row, source: str) -> Rating:
+    if isinstance(row.get("completions"), list):
+        return _steps(row, source)
+    scores = _scores(row)
+    if isinstance(row.get("messages"), list) and "completion" not in row:
+        turns, style = to_messages(row["messages"]), "chat"
+        prompt, answer = _split([], turns, "messages")
+    else:
+        made = formats.to_conversation({k: v for k, v in row.items() if k not in VERDICTS})
+        style = made.style
+        prompt, answer = _split([], list(made.messages), "completion")
+    formats.check_order([*prompt, *answer])
+    return Rating.make(
+        prompt, answer, source=source, style=style, scores=scores, tools=formats.read_tools(row), licence=_licence(row),
+        meta=_meta(row),
+    )  # fmt: skip
+
+
+def _scores(row: Row) -> dict[str, float]:
+    for key in ("label", "kto_tag"):
+        if key in row:
+            if row[key] not in (0, 1):
+                raise DataError("a label is true or false", field=key, found=row[key], expected="true (desirable) or false")
+            return {"desirable": float(row[key])}
+    if isinstance(row.get("scores"), Mapping) and row["scores"]:
+        return {str(k): _number(v, f"scores.{k}") for k, v in row["scores"].items()}
+    for key in ("score", "rating"):
+        if key in row:
+            return {"score": _number(row[key], key)}
+    raise DataError("a rating says nothing of its answer", found=", ".join(row), expected=f"one of: {', '.join(VERDICTS)}")
+
+
+def _steps(row: Row, source: str) -> Rating:
+    steps, labels = row["completions"], row.get("labels")
+    if not isinstance(labels, list) or len(labels) != len(steps) or not steps:
+        raise DataError("each step needs a label", field="labels", found=labels, expected=f"a list of {len(steps)}")
+    texts = [text_content(step, f"completions[{i}]") for i, step in enumerate(steps)]
+    prompt = row.get("prompt")
+    before = to_messages(prompt, "prompt") if isinstance(prompt, list) else [formats.turn("user", prompt, "prompt")]
+    joined = [text if i == 0 or text.startswith(("\n", " ")) else f"\n{text}" for i, text in enumerate(texts)]
+    return Rating.make(
+        before, [formats.turn("assistant", "".join(joined), "completions")], source=source, steps=tuple(joined),
+        step_scores=tuple(_number(label, f"labels[{i}]") for i, label in enumerate(labels)),
+        style="chat" if isinstance(prompt, list) else "completion", licence=_licence(row), meta=_meta(row),
+    )  # fmt: skip
+
+
+def _prompt(row: Row, source: str) -> Prompt:
+    used = {"messages", "prompt", "question", "system", "tools", "meta", "licence", "license"}
+    style = "chat"
+    if isinstance(row.get("messages"), list):
+        turns = to_messages(row["messages"])
+    elif isinstance(row.get("prompt"), list):
+        turns = to_messages(row["prompt"], "prompt")
+    elif "question" in row:
+        turns = [*formats.system_turn(row), formats.turn("user", row["question"], "question")]
+    elif "prompt" in row:
+        turns, style = [formats.turn("user", row["prompt"], "prompt")], "completion"
+    else:
+        raise DataError("a prompt row asks nothing", found=", ".join(row), expected="messages, prompt or question")
+    key = next((k for k in ANSWERS if row.get(k) is not None), None)
+    answer = None if key is None else row[key] if isinstance(row[key], str) else json.dumps(row[key])
+    if turns[-1].role == "assistant":
+        answer = turns[-1].content if answer is None else answer
+        turns = turns[:-1]
+    if not turns or turns[-1].role not in ("user", "tool"):
+        raise DataError("a prompt ends with the user's words", field="messages", found=" ".join(m.role for m in turns))
+    rest = {k: v for k, v in row.items() if k not in used and k != key and v is not None}
+    return Prompt.make(
+        turns, source=source, answer=answer, style=style, tools=formats.read_tools(row), licence=_licence(row),
+        meta={**rest, **_meta(row)},
+    )  # fmt: skip
+
+
+def _margin(row: Row) -> float | None:
+    if row.get("margin") is not None:
+        return _number(row["margin"], "margin")
+    keys = ("score_chosen", "score_rejected")
+    if all(row.get(key) is not None for key in keys):
+        better, worse = (_number(row[key], key) for key in keys)
+        return better - worse
+    return None
+
+
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value)
+    raise DataError("not a number", field=field, found=value, expected="a finite number")
+
+
+def _licence(row: Row) -> str | None:
+    found = row.get("licence") or row.get("license")
+    return found if isinstance(found, str) else None
+
+
+def _meta(row: Row) -> dict[str, Any]:
+    return dict(row["meta"]) if isinstance(row.get("meta"), Mapping) else {}
+
+
+def _short(turns: list[Message]) -> str:
+    return " / ".join(f"{m.role}: {m.content[:60]}" for m in turns)[-200:]
+
+
+READERS: dict[str, Callable[[Row, str], Any]] = {"preferences": _preference, "ratings": _rating, "prompts": _prompt}
