@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
+from pydantic import Field as Bound
 
 from tutelage.config.base import Section, artifact, setting
-from tutelage.config.train import Count, Share, Train
+from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -19,18 +20,19 @@ class Data(Section):
     # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
     sources: Names = setting(
         ...,
-        "files, folders, globs, python-docs:, python-questions:, skill:…, hf:org/name",
+        "files, folders, globs, python-docs:, python-questions:, python-areas:, skill:…, hf:org/name",
         identity=False,
         min_length=1,
     )
-    kind: Literal["documents", "conversations", "preferences", "ratings", "prompts"] = setting(
+    kind: Literal["documents", "conversations", "preferences", "ratings", "prompts", "examples"] = setting(
         "documents",
         "documents: plain text; conversations: dialogues or prompt/completion pairs; preferences: a better and a worse answer; "
-        "ratings: answers with labels or scores; prompts: what is asked, with the right answer where there is one",
+        "ratings: answers with labels or scores; prompts: what is asked, with the right answer where there is one; "
+        "examples: texts with a class, several, or parts that are something",
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(
-        {}, "conversations: names of the prompt and completion fields, such as {prompt: question, completion: answer}"
+        {}, "names of your rows' fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}"
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = setting(
         "auto", "conversations: the rows' format; auto looks at each row"
@@ -88,6 +90,32 @@ class Sft(Train):
     epochs: float | None = setting(2.0, "passes over the data", gt=0)
     template: str | None = setting(None, "chat template to give a checkpoint that has none, or to replace its own")
     seed: int = setting(0, "of the data order")
+
+
+class Classify(Tune):
+    """Train a classifier of texts, or of their parts, and measure it beside word counts."""
+
+    data: str = artifact("examples", kind="records")
+    encoder: str | None = artifact(
+        "folder of an encoder (bert, roberta, modernbert, …) to start from", kind="model", default=None
+    )
+    tokenizer: str | None = artifact("for a small encoder from scratch", kind="tokenizer", default=None)
+    architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the small shape")
+    schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "learning rate over time")
+    batch: Count = setting(32, "texts in a global batch")
+    epochs: Positive = setting(3.0, "passes over the data, where steps are not given")
+    max_length: Count | Derived = setting("derived", "tokens of a text; derived: what the encoder reads, at most 256")
+    too_long: Literal["right", "left", "drop"] = setting(
+        "right", "a text that is longer: its right or left end is cut, or it is left out; always counted"
+    )
+    layout: Literal["packed", "rows"] = setting("packed", "texts one after another, or padded; equal to rounding", identity=False)
+    class_weights: Literal["none", "balanced"] | dict[str, Positive] = setting(
+        "none", "what an example counts in the loss; balanced: every class alike; or a weight for each class"
+    )
+    label_smoothing: Annotated[float, Bound(ge=0.0, lt=1.0)] = setting(0.0, "share of certainty taken from the right class")
+    folds: int = setting(0, "cross-validation of the training part: every text is judged by a model that did not see it", ge=0)
+    baseline: bool = setting(True, "also TF-IDF and logistic regression, given the same texts (scikit-learn)")
+    seed: int = setting(0, "of new weights, dropout, order and folds")
 
 
 class Evaluate(Section):

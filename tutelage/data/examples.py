@@ -176,8 +176,10 @@ class ExampleFamilies:
             self.examples.append(example)
             self.encoded.append(found)
         if not self.examples:
-            raise DataError("no example is short enough", found=f"{len(examples)} examples", expected=f"{encode.max_length} tokens",
-                            fix="raise max_length, or set too_long=right")  # fmt: skip
+            raise DataError(
+                "no example is short enough", found=f"{len(examples)} examples", expected=f"{encode.max_length} tokens",
+                fix="raise max_length, or set too_long=right",
+            )  # fmt: skip
         seen = hashlib.sha256()
         for example, found in zip(self.examples, self.encoded, strict=True):
             seen.update(f"{example.id} {found.ids} {self._answer(example, found)}\n".encode())
@@ -215,7 +217,9 @@ class ExampleFamilies:
             return self.number[str(example.label)]
         if self.labels.task == "many":
             return [float(name in example.labels) for name in self.labels.names]
-        return {token: self.number[tag] for token, tag in zip([w[0] for w in found.words], tags(found, example.spans), strict=True)}
+        return {
+            token: self.number[tag] for token, tag in zip([w[0] for w in found.words], tags(found, example.spans), strict=True)
+        }
 
 
 def tags(found: Encoded, spans: Sequence[Span]) -> list[str]:

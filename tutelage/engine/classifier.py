@@ -45,8 +45,9 @@ class Classifier:
         tagger = any(str(a).endswith("ForTokenClassification") for a in raw.get("architectures") or ())
         if not tagger and not any(str(a).endswith("ForSequenceClassification") for a in raw.get("architectures") or ()):
             raise ArtifactError(
-                "this model does not classify", file=folder / "config.json", field="architectures", found=raw.get("architectures"),
-                expected="a folder that `tutelage classify` wrote", fix="train one: tutelage classify --encoder FOLDER --data RUN",
+                "this model does not classify", file=folder / "config.json", field="architectures",
+                found=raw.get("architectures"), expected="a folder that `tutelage classify` wrote",
+                fix="train one: tutelage classify --encoder FOLDER --data RUN",
             )  # fmt: skip
         words = TokenizerFolder.open(folder)
         self.part, _ = load_classifier(folder, "token" if tagger else "class", sep_id=separator(words), device=device)

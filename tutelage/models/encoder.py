@@ -116,9 +116,7 @@ def load_classifier(
     if labels is not None:
         name_classes(config, labels, task, many)
     hf, found = _opened(folder, CLASSES[task], config)
-    missing, changed = (
-        {k if isinstance(k, str) else k[0] for k in found[name]} for name in ("missing_keys", "mismatched_keys")
-    )
+    missing, changed = ({k if isinstance(k, str) else k[0] for k in found[name]} for name in ("missing_keys", "mismatched_keys"))
     inner = f"{hf.base_model_prefix}."
     outside = sorted(k for k in missing | changed if k.startswith(inner) and ".pooler." not in k)
     if outside:

@@ -43,6 +43,13 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "classify": Kind(
+        "Classify",
+        "tutelage.stages.classify",
+        "train a classifier of texts, or of their parts, and measure it",
+        "tutelage.stages.estimates:classify",
+        makes="model",
+    ),
     "evaluate": Kind(
         "Evaluate",
         "tutelage.stages.evaluate",
