@@ -136,15 +136,25 @@ def world_shape() -> dict[str, object]:
     return SHAPE
 
 
+def answers(folder: Path, kind: str, row: dict[str, str]) -> Path:
+    """Records about answers, made of one row with numbers in it."""
+    file = folder / f"{kind}.jsonl"
+    rows = [{key: f"{i} {text}".format(i) for key, text in row.items()} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return api.data(sources=[file], kind=kind, dedup="exact", validation_share=0.2, runs=folder / "made").path
+
+
 def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
     """A plan that makes folders, or that shows neither where, nor with which settings, nor how long and how much memory."""
     corpus, words, model = (world.made[n] for n in ("corpus", "words", "chat"))
+    prefs = answers(tmp_path, "preferences", {"question": "Where?", "chosen": "Here {}.", "rejected": "There {}."})
     lines = {
         "data": ["--sources", world.folder / "texts"],
         "tokenizer": ["--data", corpus],
         "tokens": ["--data", corpus, "--tokenizer", words],
         "pretrain": ["--data", corpus, "--tokenizer", words, "--size", "500k"],
         "sft": ["--model", model, "--data", world.made["chats"]],
+        "prefer": ["--model", model, "--data", prefs],
         "evaluate": ["--model", model, "--documents", corpus],
         "report": ["--run", model],
     }

@@ -21,6 +21,7 @@ STAGE_HELP = {
     "tokens": "Turn records into memory-mapped token shards.",
     "pretrain": "Train on plain text, from scratch or on from a checkpoint.",
     "sft": "Fine-tune a checkpoint on conversations.",
+    "prefer": "Train towards preferred answers: DPO and its family.",
     "classify": "Train a classifier of texts, or of their parts, and measure it beside word counts.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",

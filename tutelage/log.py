@@ -9,13 +9,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 
 from tutelage.files import whole_file
 
+T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
 _log_files: list[TextIO] = []  # of the runs being made, the innermost last
 
@@ -46,6 +48,17 @@ def rank() -> int:
 
 def interactive() -> bool:
     return sys.stderr.isatty()
+
+
+def counted(items: Sequence[T], what: str, every: float = 15.0) -> Iterator[T]:
+    """The items one by one; says every so many seconds how far it is, how fast, and how long it will take."""
+    started = said = time.monotonic()
+    for number, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if now - said >= every and number + 1 < len(items):
+            said, left = now, (now - started) / (number + 1) * (len(items) - number - 1)
+            say(f"{what}: {number + 1:,} of {len(items):,}, {left:,.0f} s left")
 
 
 class Metrics:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tutelage.models import heads
 from tutelage.models.heads import LmHead
+from tutelage.models.hf import LogitsHead
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +154,61 @@ def test_target_outside_the_vocabulary_is_an_error(path: str) -> None:
         targets[1] = wrong
         with pytest.raises((IndexError, RuntimeError)):
             LmHead(nn.Parameter(matrix))(hidden, targets, weights)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_entropy(path: str, softcap: float | None, scale: float, with_bias: bool) -> None:
+    """The bonus for entropy is trained on: value and gradients against dense logits, beside those of log-probabilities."""
+    hidden, targets, weights, matrix, bias = data()
+    h = hidden.clone().requires_grad_()
+    head = LmHead(nn.Parameter(matrix.clone()), nn.Parameter(bias.clone()) if with_bias else None, scale, softcap)
+    logprobs, entropy = head.logprobs_and_entropy(h, targets, temperature=0.7)
+    (logprobs * weights + entropy * weights.flip(0)).sum().backward()
+    doubles = [x.double().requires_grad_() for x in (hidden, matrix, bias)]
+    z = (plain_logits(doubles[0], doubles[1], doubles[2] if with_bias else None, scale, softcap) / 0.7).log_softmax(1)
+    expected = z.gather(1, targets[:, None]).squeeze(1), -(z.exp() * z).sum(1)
+    (expected[0] * weights + expected[1] * weights.flip(0)).sum().backward()
+    for found, wanted in zip((logprobs, entropy), expected, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for a, b in zip((h.grad, head.weight.grad, None if head.bias is None else head.bias.grad), doubles, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_log_probabilities_and_entropy_are_differentiated_apart(path: str, which: int) -> None:
+    """Guards the short ways that the backward pass takes when one of the two is only measured."""
+    hidden, targets, weights, matrix, _ = data()
+    h = hidden.clone().requires_grad_()
+    head = LmHead(nn.Parameter(matrix.clone()))
+    (head.logprobs_and_entropy(h, targets)[which] * weights).sum().backward()
+    doubles = [x.double().requires_grad_() for x in (hidden, matrix)]
+    z = (doubles[0] @ doubles[1].t()).log_softmax(1)
+    ((z.gather(1, targets[:, None]).squeeze(1), -(z.exp() * z).sum(1))[which] * weights).sum().backward()
+    for a, b in zip((h.grad, head.weight.grad), doubles, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a.double(), b.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head.entropy(hidden), head.logprobs_and_entropy(hidden, targets)[1])
+
+
+def test_entropy_of_certain_and_of_all_tokens(path: str) -> None:
+    """Guards 0 * log 0: a certain token has entropy 0, tokens that are all alike log V; NaN stays NaN."""
+    head = LmHead(nn.Parameter(torch.eye(16) * 300))
+    certain, even = head.entropy(torch.eye(16)), head.entropy(torch.zeros(1, 16))
+    torch.testing.assert_close(certain, torch.zeros(16), atol=1e-5, rtol=0)
+    assert even.item() == pytest.approx(torch.tensor(16.0).log().item(), rel=1e-6)
+    assert head.entropy(torch.full((1, 16), float("nan"))).isnan().all()
+    assert len(head.entropy(torch.zeros(0, 16))) == 0
+
+
+def test_a_head_of_whole_logits_gives_the_same() -> None:
+    """Models of `transformers` whose head is more than a product have their own: guards two definitions that drift apart."""
+    hidden, targets, _, matrix, _ = data()
+    dense, ours = LogitsHead(), LmHead(nn.Parameter(matrix))
+    expected = ours.logprobs_and_entropy(hidden, targets, temperature=2.0)
+    for a, b in zip(dense.logprobs_and_entropy(hidden @ matrix.t(), targets, temperature=2.0), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense.entropy(hidden @ matrix.t()), ours.entropy(hidden), rtol=1e-5, atol=1e-5)

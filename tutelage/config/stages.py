@@ -26,9 +26,7 @@ class Data(Section):
     )
     kind: Literal["documents", "conversations", "preferences", "ratings", "prompts", "examples"] = setting(
         "documents",
-        "documents: plain text; conversations: dialogues or prompt/completion pairs; preferences: a better and a worse answer; "
-        "ratings: answers with labels or scores; prompts: what is asked, with the right answer where there is one; "
-        "examples: texts with a class, several, or parts that are something",
+        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked; texts with classes",
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(
@@ -173,3 +171,66 @@ class Generate(Section):
         "stop", "what a row that cannot be answered does; skipped ones get a field `error` and are counted", identity=False
     )
     device: str = setting("auto", "auto, cpu, cuda", identity=False)
+
+
+class Prefer(Tune):
+    """Train a model towards preferred answers, directly: DPO and its family."""
+
+    model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")
+    data: str = artifact("preferences", kind="records")
+    method: str = setting("dpo", "a row about preferences in the table of objectives: dpo, ipo, kto, orpo, simpo, …")
+    beta: Positive | None = setting(None, "how closely the model stays to the reference; the method's own where left out")
+    label_smoothing: Share | None = setting(None, "share of preferences taken to be the wrong way round")
+    too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
+    epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
+    reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
+    seed: int = setting(0, "of the data order")
+
+
+class Rl(Tune):
+    """Train a model on its own answers, by what they are worth: policy gradients and PPO."""
+
+    model: str = artifact("the model to train, usually a fine-tuned one", kind="model")
+    data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
+    rewards: dict[str, Any] = setting(
+        ...,
+        "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
+    )
+    method: str = setting("grpo", "a row about rollouts in the table of objectives: grpo, rloo, dapo, ppo, …")
+    samples: Count = setting(8, "answers to each prompt")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers; the loss is about the same distribution")
+    epochs: Positive = setting(1.0, "passes over the prompts, where steps is not given")
+    updates: Count = setting(1, "times that each answer is trained on")
+    minibatches: Count = setting(1, "steps that one time is made in")
+    silent: Literal["keep", "skip", "resample"] = setting(
+        "keep", "groups whose answers are all worth the same: kept, left out, or others asked for instead; always counted"
+    )
+    truncated: Literal["keep", "mask", "penalise"] = setting(
+        "keep", "answers cut at max_tokens: kept, not trained on, or their reward lowered by `penalty`; always counted"
+    )
+    penalty: float = setting(1.0, "what truncated=penalise takes off a reward", ge=0.0)
+    kl: float = setting(0.0, "weight of staying close to the reference; 0: no reference is kept", ge=0.0)
+    kl_in: Literal["loss", "reward"] = setting("loss", "where the weight of `kl` is: a term of the loss, or taken off rewards")
+    clip_low: Positive | None = setting(None, "how far below 1 the ratio of a token counts; the method's own where left out")
+    clip_high: Positive | None = setting(None, "how far above 1; the method's own where left out")
+    entropy: float = setting(0.0, "weight of a bonus for uncertainty", ge=0.0)
+    old: Literal["derived", "engine", "trainer"] = setting(
+        "derived", "whose log-probabilities the ratio starts from; derived: the engine's, but at other temperatures than 1"
+    )
+    correction: Literal["none", "truncate", "mask"] = setting(
+        "none", "of what engine and trainer disagree about, with old=trainer: ratios above the cap cut to it, or left out"
+    )
+    correction_cap: Positive = setting(2.0, "largest ratio of trainer to engine")
+    reference: str | None = artifact("the model to stay close to, instead of the start", kind="model", default=None)
+    value: str | None = artifact("ppo: a reward model that values start from; without one, the start with a new head", kind="model",
+                                 default=None)  # fmt: skip
+    reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
+    gamma: Share = setting(1.0, "ppo: discount of rewards a token later")
+    lam: Share = setting(0.95, "ppo: how far advantages look ahead (lambda of GAE)")
+    value_weight: Positive = setting(0.5, "ppo: weight of the values' error in the loss")
+    tools: Names = setting([], "tools that answers may call: calculator, python (in the sandbox)")
+    environment: str | None = setting(None, "a class by import path, such as my_game:Game, that the model talks with")
+    max_rounds: Count = setting(4, "answers of the model in one episode, with tools or an environment")
+    probes: int = setting(200, "held-out prompts asked greedily before, during and after; 0: none", ge=0, identity=False)
+    seed: int = setting(0, "of the order of prompts and of every answer")

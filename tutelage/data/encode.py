@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -22,13 +22,14 @@ import numpy.typing as npt
 
 from tutelage.errors import ArtifactError, DataError, UserError
 from tutelage.files import read_json, whole_file
-from tutelage.records import Conversation, from_json
+from tutelage.records import TYPES, Conversation, Preference, from_json
 
 if TYPE_CHECKING:
     from tutelage.data.render import Rendered
 
 CHUNK_BYTES = 1 << 20  # 1 MiB of JSONL: enough work to hide a worker's round trip, small enough to share out evenly
 SEGMENT = np.dtype([("record", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("bytes", "<u4"), ("supervised", "<u4")])
+TOKENIZED = ("Document", "Conversation", "Preference", "Rating")
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -112,24 +113,28 @@ class TextEncoder:
 
 
 class ChatEncoder:
-    """Conversations, through the one renderer: each rendered sample is a segment with its own mask."""
+    """Conversations, through the one renderer: each rendered sample is a segment with its own mask. Of records about answers
+    each answer is a segment, supervised alone: the chosen one first, then the rejected one."""
 
     kind = "chat"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record: str = "Conversation") -> None:
         from tutelage.data.render import Renderer
 
         self._renderer = Renderer(folder)
+        self._record = record
         self.dtype = id_type(self._renderer.tokenizer.vocab_size)
 
     def encode(self, lines: list[bytes]) -> Part:
         records: list[Conversation] = []
         for index, line in enumerate(lines):
             try:
-                records.append(from_json(Conversation, json.loads(line)))
+                records += self._conversations(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BadLine(index, error) from error
-        samples = [(int(c.id, 16), s) for c, group in zip(records, self._render(records), strict=True) for s in group]
+        rendered = zip(records, self._render(records, len(records) // max(1, len(lines))), strict=True)
+        last = self._record != "Conversation"  # a template may make a sample of each turn; the answer is the last
+        samples = [(int(c.id, 16), s) for c, group in rendered for s in (group[-1:] if last else group)]
         segments = np.zeros(len(samples), SEGMENT)
         for i, (record, sample) in enumerate(samples):
             size = sum(len(sample.text[a:b].encode()) for a, b in sample.spans)
@@ -139,8 +144,20 @@ class ChatEncoder:
         masks = [np.empty(0, np.uint8), *(s.mask for _, s in samples)]
         return Part(ids=np.concatenate(ids), mask=np.concatenate(masks), segments=segments)
 
-    def _render(self, records: list[Conversation]) -> list[list[Rendered]]:
-        """All at once, which is several times faster; one by one to find the line only if that fails."""
+    def _conversations(self, row: dict[str, Any]) -> list[Conversation]:
+        """What is rendered of a record."""
+        if self._record == "Conversation":
+            return [from_json(Conversation, row)]
+        record: Any = from_json(TYPES[self._record], row)
+        answers = (record.chosen, record.rejected) if isinstance(record, Preference) else (record.answer,)
+        asked = [replace(m, train=False) if m.role == "assistant" else m for m in record.prompt]
+        return [
+            Conversation(id=record.id, messages=(*asked, *answer), tools=record.tools, style=record.style, source=record.source)
+            for answer in answers
+        ]
+
+    def _render(self, records: list[Conversation], each: int) -> list[list[Rendered]]:
+        """All at once, which is several times faster; one by one to find the line only if that fails. `each`: of one line."""
         try:
             return self._renderer.render_batch(records)
         except UserError:
@@ -148,12 +165,12 @@ class ChatEncoder:
                 try:
                     self._renderer.render(record)
                 except UserError as error:
-                    raise BadLine(index, error) from error
+                    raise BadLine(index // each, error) from error
             raise
 
 
-def open_encoder(kind: str, folder: Path) -> Encoder:
-    return TextEncoder(folder) if kind == "text" else ChatEncoder(folder)
+def open_encoder(record: str, folder: Path) -> Encoder:
+    return TextEncoder(folder) if record == "Document" else ChatEncoder(folder, record)
 
 
 def chunks_of(source: Path, parts: Path) -> list[Chunk]:
@@ -198,28 +215,30 @@ def read_part(path: str) -> Part:
     return Part(ids=ids, mask=mask, segments=segments)
 
 
-def encode_chunks(chunks: list[Chunk], kind: str, tokenizer: Path, *, workers: int, progress: Callable[[Chunk], None]) -> None:
+def encode_chunks(chunks: list[Chunk], record: str, tokenizer: Path, *, workers: int, progress: Callable[[Chunk], None]) -> None:
     """Writes the part of every chunk. With one worker in this process, else in `workers` processes."""
     if workers <= 1 or len(chunks) < 2:
-        encoder = open_encoder(kind, tokenizer) if chunks else None
+        encoder = open_encoder(record, tokenizer) if chunks else None
         for chunk in chunks:
             assert encoder is not None
             encode_chunk(encoder, chunk)
             progress(chunk)
         return
-    pool = _Pool(chunks, kind, tokenizer, min(workers, len(chunks)), progress)
+    pool = _Pool(chunks, record, tokenizer, min(workers, len(chunks)), progress)
     pool.run()
 
 
 class _Pool:
     """Worker processes, each fed by one thread of this process: a thread takes the next chunk, sends it, waits for the answer."""
 
-    def __init__(self, chunks: list[Chunk], kind: str, tokenizer: Path, workers: int, progress: Callable[[Chunk], None]) -> None:
+    def __init__(
+        self, chunks: list[Chunk], record: str, tokenizer: Path, workers: int, progress: Callable[[Chunk], None]
+    ) -> None:
         self._todo: Iterator[Chunk] = iter(chunks)
         self._lock = threading.Lock()
         self._progress = progress
         self._failed: list[Exception] = []
-        setup = json.dumps({"path": sys.path, "kind": kind, "tokenizer": str(tokenizer)})
+        setup = json.dumps({"path": sys.path, "record": record, "tokenizer": str(tokenizer)})
         code = (
             "import sys, json; setup = json.loads(sys.argv[1]); sys.path[:] = setup['path']; "
             "from tutelage.data.encode import serve; serve(setup)"
@@ -291,7 +310,7 @@ def serve(setup: dict[str, Any]) -> None:
         answer: dict[str, Any] = {}
         try:
             if encoder is None:
-                encoder = open_encoder(setup["kind"], Path(setup["tokenizer"]))
+                encoder = open_encoder(setup["record"], Path(setup["tokenizer"]))
             encode_chunk(encoder, Chunk(**json.loads(line)))
         except UserError as error:
             answer = {"error": error_fields(error)}
@@ -331,16 +350,16 @@ def _data_error(chunk: Chunk, lines: list[bytes], bad: BadLine) -> DataError:
     )
 
 
-def records_kind(records: Path) -> str:
-    """`text` for a records artifact of documents, `chat` for one of conversations. Raises `ArtifactError`."""
+def record_type(records: Path) -> str:
+    """The type of a records artifact that can be tokenized. Raises `ArtifactError`."""
     schema = records / "schema.json"
     if not schema.is_file():
         raise ArtifactError(
             "not a records artifact", file=records, expected="a folder with schema.json", fix="run the data stage first"
         )
-    kind = read_json(schema).get("type")
-    if kind not in ("Document", "Conversation"):
+    found = read_json(schema).get("type")
+    if found not in TOKENIZED:
         raise ArtifactError(
-            "records of this type have no tokens", file=schema, field="type", found=kind, expected="Document | Conversation"
+            "records of this type have no tokens", file=schema, field="type", found=found, expected=" | ".join(TOKENIZED)
         )
-    return "text" if kind == "Document" else "chat"
+    return str(found)

@@ -18,8 +18,8 @@ from tutelage.models.interface import Batch
 class Families(Protocol):
     """Families by number. `sizes` are their tokens by layout, so that packing reads nothing."""
 
-    digest: str  # of all that an objective sees
-
+    @property
+    def digest(self) -> str: ...  # of all that an objective sees
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Family: ...
     def sizes(self, layout: Layout) -> np.ndarray: ...

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.data.encode import SEGMENT, Chunk, Part, chunks_of, encode_chunks, id_type, read_part, records_kind
+from tutelage.data.encode import SEGMENT, Chunk, Part, chunks_of, encode_chunks, id_type, read_part, record_type
 from tutelage.errors import ArtifactError, DataError
 from tutelage.files import file_digest, read_json, storage_errors, whole_file, write_json
 
@@ -56,9 +56,10 @@ def tokenize(
     """
     from tutelage.tokenizer.load import TokenizerFolder
 
-    kind = records_kind(records)
+    record = record_type(records)
+    kind = "text" if record == "Document" else "chat"
     tokenizer = TokenizerFolder.open(tokenizer_folder)
-    plan = {"version": VERSION, "kind": kind, "vocabulary": tokenizer.vocab_size, "tokenizer": tokenizer.digest}
+    plan = {"version": VERSION, "kind": kind, "record": record, "vocabulary": tokenizer.vocab_size, "tokenizer": tokenizer.digest}
     sources = {split: records / f"{split}.jsonl" for split in SPLITS}
     for path in sources.values():
         if not path.is_file():
@@ -69,7 +70,7 @@ def tokenize(
     with storage_errors(out):
         _keep_parts_of(parts, {**plan, "records": {split: file_digest(path) for split, path in sources.items()}})
     chunks = {split: chunks_of(path, parts) for split, path in sources.items()}
-    _encode_missing([c for split in SPLITS for c in chunks[split]], kind, tokenizer_folder, workers, progress)
+    _encode_missing([c for split in SPLITS for c in chunks[split]], record, tokenizer_folder, workers, progress)
     with storage_errors(out):
         (out / "tokens.json").unlink(missing_ok=True)
     totals = {split: _join(chunks[split], out / split, {**plan, "split": split}, shard_tokens) for split in SPLITS}
@@ -90,7 +91,7 @@ def _keep_parts_of(parts: Path, plan: dict[str, Any]) -> None:
         write_json(made_for, plan)
 
 
-def _encode_missing(chunks: list[Chunk], kind: str, tokenizer: Path, workers: int | None, progress: Progress | None) -> None:
+def _encode_missing(chunks: list[Chunk], record: str, tokenizer: Path, workers: int | None, progress: Progress | None) -> None:
     total, missing = sum(c.end - c.begin for c in chunks), [c for c in chunks if not os.path.exists(c.part)]
     done = total - sum(c.end - c.begin for c in missing)
 
@@ -102,7 +103,7 @@ def _encode_missing(chunks: list[Chunk], kind: str, tokenizer: Path, workers: in
 
     if workers is None:
         workers = (os.cpu_count() or 1) if len(missing) > 4 else 1  # a process takes longer to start than 4 MiB to tokenize
-    encode_chunks(missing, kind, tokenizer, workers=workers, progress=one_done)
+    encode_chunks(missing, record, tokenizer, workers=workers, progress=one_done)
 
 
 def _join(chunks: list[Chunk], folder: Path, about: dict[str, Any], shard_tokens: int) -> dict[str, Any]:
@@ -175,6 +176,8 @@ class Segments:
     def __init__(self, folder: Path, index: dict[str, Any], shards: list[Shard], table: npt.NDArray[Any], shard_of: Ints) -> None:
         self.folder, self.index = folder, index
         self.kind: str = index["kind"]
+        # The type of the records; of preferences, segments 2i and 2i+1 are a pair. Older tokens do not say.
+        self.record: str = index.get("record", "Document" if self.kind == "text" else "Conversation")
         self.digest: str = index["digest"]  # of all ids, masks and segments
         self.vocabulary: int = index["vocabulary"]
         self._shards, self._shard_of = shards, shard_of

@@ -47,6 +47,16 @@ class LmHead(nn.Module):
         """Log-probability of each target: [N,H], [N] -> [N] float32. Differentiable; the backward pass makes the logits again."""
         return _LinearLogprobs.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap)  # type: ignore[no-any-return]
 
+    def logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target, and the entropy in nats of the distribution that it is drawn from: [N,H], [N] -> two
+        [N] float32, from one set of logits that are divided by `temperature`. Differentiable, as `logprobs` is."""
+        scale, softcap = self.scale / temperature, None if self.softcap is None else self.softcap / temperature
+        return _LinearScores.apply(hidden, self.weight, self.bias, targets, scale, softcap)  # type: ignore[no-any-return]
+
+    def entropy(self, hidden: Tensor) -> Tensor:
+        """Entropy in nats of the next token: [N,H] -> [N] float32. Differentiable."""
+        return self.logprobs_and_entropy(hidden, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device))[1]
+
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     z = F.linear(hidden, weight, bias)
@@ -176,6 +186,48 @@ class _LinearLogprobs(torch.autograd.Function):
             assert dz is not None
             grads.add(part, dz, h, weight)
         return grads.hidden, grads.weight, grads.bias, None, None, None
+
+
+class _LinearScores(torch.autograd.Function):
+    """Log-probabilities and entropies; logits are made chunk by chunk, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
+        logprobs, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        for part in _parts(len(hidden), _chunk(hidden, weight)):
+            z = _logits(hidden[part], weight, bias, scale, softcap)
+            logprobs[part], entropy[part] = -_score(z, targets[part]), _entropy(z.float().log_softmax(1))
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.scale, ctx.softcap = scale, softcap
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, by_logprobs, by_entropy):  # type: ignore[no-untyped-def]
+        if by_entropy is None:
+            return _LinearLogprobs.backward(ctx, by_logprobs)
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grads = _Gradients(hidden, weight, bias, tuple(ctx.needs_input_grad[:3]))
+        by_logprobs = torch.zeros_like(by_entropy) if by_logprobs is None else by_logprobs
+        for part in _parts(len(hidden), _chunk(hidden, weight)):
+            z = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+            dz = _grad_logits(z, targets[part], -by_logprobs[part], ctx.scale, ctx.softcap)
+            dz += _grad_entropy(z, by_entropy[part], ctx.scale, ctx.softcap)
+            grads.add(part, dz, hidden[part], weight)
+        return grads.hidden, grads.weight, grads.bias, None, None, None
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """[n,V] -> [n]."""
+    return -(logprobs.exp() * logprobs).sum(1)
+
+
+def _grad_entropy(z: Tensor, weights: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Gradient of sum(weights * entropy) with respect to raw logits, from final logits z [n,V]: -p * (log p + entropy)."""
+    logprobs = z.float().log_softmax(1)
+    factor = (weights * -scale)[:, None]
+    slope = factor if softcap is None else factor * (1 - (z.float() / softcap).square())
+    return (logprobs.exp() * (logprobs + _entropy(logprobs)[:, None]) * slope).to(z.dtype)
 
 
 def _parts(total: int, size: int) -> list[slice]:

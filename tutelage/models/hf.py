@@ -96,6 +96,14 @@ class LogitsHead(nn.Module):
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return hidden.float().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
+    def logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        hidden = hidden / temperature
+        return self.logprobs(hidden, targets), self.entropy(hidden)
+
+    def entropy(self, hidden: Tensor) -> Tensor:
+        logprobs = hidden.float().log_softmax(-1)
+        return -(logprobs.exp() * logprobs).sum(-1)
+
 
 class Wrapped(nn.Module):
     """A `transformers` model whose parameters keep their own names."""

@@ -40,6 +40,7 @@ class Method:
     reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `whole["reference"]`
     prepare: str | None = None  # "module:function" (parts, batch, *, settings) -> terms
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make this method of a family
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of settings, where the function's own are another method's
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,29 @@ class Objective:
 
 
 _PREFERENCE = "tutelage.objectives.preference"
+_POLICY = "tutelage.objectives.policy_gradient:policy_gradient"
+_NO_CLIP = {"form": "none", "level": "token", "clip_low": 0.0, "clip_high": 0.0, "delta": None}
 TABLE: dict[str, Method] = {
     "next_token": Method("tutelage.objectives.next_token:next_token"),
     "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
+    "reinforce": Method(_POLICY, "rollouts", fixed={**_NO_CLIP, "unit": "sequences"}),
+    "rloo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "answer", "unit": "sequences"}),
+    "grpo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "sequences"}),
+    "dr_grpo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "sequences"}),
+    "dapo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "tokens"}, defaults={"clip_high": 0.28}),
+    "gspo": Method(
+        _POLICY,
+        "rollouts",
+        fixed={"form": "clip", "level": "sequence", "unit": "sequences"},
+        defaults={"clip_low": 3e-4, "clip_high": 4e-4},
+    ),
+    "cispo": Method(
+        _POLICY,
+        "rollouts",
+        fixed={"form": "cispo", "level": "token", "unit": "tokens", "delta": None},
+        defaults={"clip_low": 1.0, "clip_high": 4.0},
+    ),
+    "ppo": Method("tutelage.objectives.ppo:ppo", "rollouts"),
     "classify": Method("tutelage.objectives.classify:classify", "examples"),
     "tag": Method("tutelage.objectives.classify:tag", "examples"),
 }
@@ -98,7 +119,7 @@ def objective(name: str, **settings: Any) -> Objective:
                 expected=f"one of: {', '.join(known)}" if known else "no settings",
                 fix=f"did you mean `{near}`?" if near else None,
             )  # fmt: skip
-    return Objective(name, function, {**given, **row.fixed}, _function(row.prepare) if row.prepare else None)
+    return Objective(name, function, {**row.defaults, **given, **row.fixed}, _function(row.prepare) if row.prepare else None)
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -19,6 +19,13 @@ def token_logprobs(policy: nn.Module, batch: Batch) -> Tensor:
     return policy.lm_head.logprobs(hidden, answers.targets)  # type: ignore[operator, no-any-return, union-attr]
 
 
+def token_scores(policy: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of all supervised tokens, and the entropies [N] of the distributions that they come from."""
+    answers = answers_of(batch)
+    hidden = policy(batch).hidden.flatten(0, 1)[answers.places]
+    return policy.lm_head.logprobs_and_entropy(hidden, answers.targets, temperature)  # type: ignore[operator, no-any-return, union-attr]
+
+
 def answer_logprobs(policy: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities [S] of whole answers: sums over their supervised tokens."""
     return answers_of(batch).sums(token_logprobs(policy, batch))

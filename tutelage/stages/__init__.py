@@ -43,6 +43,14 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "prefer": Kind(
+        "Prefer",
+        "tutelage.stages.prefer",
+        "train a model towards preferred answers: DPO and its family",
+        "tutelage.stages.estimates:tuning",
+        makes="model",
+        ranks=True,
+    ),
     "classify": Kind(
         "Classify",
         "tutelage.stages.classify",

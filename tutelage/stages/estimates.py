@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config.stages import Data, Evaluate, Tokens
-from tutelage.config.train import Train
+from tutelage.config.train import Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
@@ -80,6 +80,27 @@ def training(planned: Planned) -> Estimate:
     out = parts.train(shape, Span(steps[0], steps[-1]), row, machine.peak_flops(device, config.dtype), device, need)
     out = parts.START_TORCH + out
     return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+
+
+def tuning(planned: Planned) -> Estimate:
+    """Passes over answers, forward and backward; the reference reads them once more."""
+    config = planned.config
+    assert isinstance(config, Tune)
+    records, shape = records_of(planned, "data"), shape_of(planned)
+    machine = measure()
+    device = _device(config.device, machine)
+    read = records.train_bytes / parts.bytes_per_token(Shape.of(shape).vocab) + records.train * 2 * CONTROL[True]
+    if config.steps == "derived":
+        seen = read * float(getattr(config, "epochs", 1.0))
+    else:
+        seen = read / records.train * (config.steps * config.batch)
+    kernels = config.kernels and device == "cpu" and find_compiler() is not None
+    length = int(shape.get("max_position_embeddings", 2048)) if config.max_length == "derived" else config.max_length
+    options = (config.dtype, config.checkpointing, kernels)
+    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    return parts.START_TORCH + parts.train(
+        shape, seen * Span(1, 1.4), min(length, 2048), machine.peak_flops(device), device, need
+    )
 
 
 def evaluate(planned: Planned) -> Estimate:

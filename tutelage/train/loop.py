@@ -145,7 +145,8 @@ def one_step(state: State, watch: UpdateWatch) -> None:
     result = train_step(job.recipe, batch, job.optimizers)
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         stop_with_rows(job.recipe, batch, result, progress.step, job.folder)
-    watch.after_step()
+    if result.grad_norm > 0:  # without a signal nothing has to move: a batch of rollouts that are all worth the same
+        watch.after_step()
     tokens = int(batch.counts["processed"])
     state.result, state.step_tokens = result, tokens
     state.step_seconds = time.monotonic() - started

@@ -1,0 +1,175 @@
+"""What judged answers are worth: rewards become advantages, and rollouts the families that a policy is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tutelage.data.families import Ending, Family
+from tutelage.records import Rollout
+from tutelage.rollout.advantages import gae, group_advantages, token_rewards, whiten
+from tutelage.rollout.correction import Level, Mismatch, Mode, correction
+from tutelage.rollout.weights import CREDIT, Truncated, cut, weights
+
+Floats = npt.NDArray[np.float32]
+ByToken = Callable[[Sequence[Family]], list[list[Floats]]]  # a number for each token of each ending
+Groups = list[list[Rollout]]
+Rewards = npt.NDArray[np.float64]  # [S], answer after answer
+Streams = list[list[Floats]]  # of each family, of each ending: [n]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How rewards become what tokens are worth."""
+
+    method: str  # a row of the table about rollouts
+    max_tokens: int
+    truncated: Truncated = "keep"
+    penalty: float = 1.0  # of truncated="penalise"
+    kl_in_reward: float = 0.0  # times the divergence from the reference, taken off the reward
+    gamma: float = 1.0  # ppo
+    lam: float = 0.95
+    correction: Mode | Literal["none"] = "none"
+    correction_level: Level = "token"
+    correction_cap: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Groups of judged rollouts -> the same with advantages, their families, and what was measured.
+
+    `old`: log-probabilities by the trainer's own arithmetic; without it those of the engine are the old ones. `reference`: those
+    of the model to stay close to. `values`: of the states before each token, for PPO.
+    """
+
+    settings: Settings
+    old: ByToken | None = None
+    reference: ByToken | None = None
+    values: ByToken | None = None
+
+    def __call__(self, groups: Groups) -> tuple[Groups, list[Family], dict[str, float]]:
+        bare = [family_of(group) for group in groups]
+        engine = [[np.array(r.logprobs, np.float32) for r in group] for group in groups]
+        old = engine if self.old is None else self.old(bare)
+        reference = None if self.reference is None else self.reference(bare)
+        measured = {} if self.old is None else _mismatch(bare, old, engine).metrics()
+        if reference is not None:
+            measured["kl"] = _kl(bare, old, reference)
+        found = cut(
+            self.settings.truncated, _rewards(groups), [r.finish_reason for g in groups for r in g], self.settings.penalty
+        )
+        streams = (
+            self._by_gae(bare, found.rewards, old, reference)
+            if self.values
+            else self._by_group(bare, found.rewards, old, reference)
+        )
+        kept = iter(found.kept.tolist())
+        out, families = [], []
+        for i, (group, family) in enumerate(zip(groups, bare, strict=True)):
+            rows, endings = [], []
+            for k, (rollout, ending) in enumerate(zip(group, family.endings, strict=True)):
+                own = {name: values[i][k].astype(np.float32) for name, values in streams.items()}
+                own["old"] = old[i][k]
+                if reference is not None:
+                    own["reference"] = reference[i][k]
+                if self.old is not None and self.settings.correction != "none":
+                    own["correction"] = self._correction(old[i][k], engine[i][k])
+                picked = _picked(ending)
+                rows.append(replace(rollout, advantage=float(own["advantage"][picked].mean()) if picked.any() else 0.0))
+                mask = ending.mask if next(kept) else np.zeros(len(ending.ids), np.uint8)
+                endings.append(replace(ending, mask=mask, tokens=own))
+            out.append(rows)
+            families.append(replace(family, endings=tuple(endings)))
+        return out, families, measured
+
+    def _by_group(
+        self,
+        families: list[Family],
+        rewards: npt.NDArray[np.float64],
+        old: list[list[Floats]],
+        reference: list[list[Floats]] | None,
+    ) -> dict[str, Streams]:
+        """One advantage for all tokens of an answer, from the others to its prompt."""
+        how = CREDIT[self.settings.method]
+        if reference is not None and self.settings.kl_in_reward:
+            far = [float((o - q)[_picked(e)].sum()) for f, a, b in zip(families, old, reference, strict=True)
+                   for e, o, q in zip(f.endings, a, b, strict=True)]  # fmt: skip
+            rewards = rewards - self.settings.kl_in_reward * np.array(far)
+        numbers = np.repeat(np.arange(len(families)), [len(f.endings) for f in families])
+        values = iter(group_advantages(rewards, numbers, how.baseline, how.scale).values.tolist())
+        lengths = [e.supervised for f in families for e in f.endings]
+        each = iter(weights(how.normaliser, lengths, self.settings.max_tokens).tolist())
+        return {
+            "advantage": [[np.full(len(e.ids), next(values), np.float32) for e in f.endings] for f in families],
+            "weight": [[np.full(len(e.ids), next(each), np.float32) for e in f.endings] for f in families],
+        }
+
+    def _by_gae(
+        self,
+        families: list[Family],
+        rewards: npt.NDArray[np.float64],
+        old: list[list[Floats]],
+        reference: list[list[Floats]] | None,
+    ) -> dict[str, Streams]:
+        """An advantage for each token, whitened over the batch, from the values of the states before."""
+        assert self.values is not None
+        values, own = self.values(families), iter(rewards.tolist())
+        out: dict[str, Streams] = {name: [] for name in ("advantage", "return", "value_old", "weight")}
+        for i, family in enumerate(families):
+            for stream in out.values():
+                stream.append([])
+            for k, ending in enumerate(family.endings):
+                at = _picked(ending)
+                far = None if reference is None else reference[i][k][at]
+                given = token_rewards(next(own), old[i][k][at], far, self.settings.kl_in_reward)
+                advantages, returns = gae(given, values[i][k][at], gamma=self.settings.gamma, lam=self.settings.lam)
+                for name, found in (("advantage", advantages), ("return", returns), ("weight", np.ones(int(at.sum())))):
+                    row = np.zeros(len(ending.ids), np.float32)
+                    row[at] = found
+                    out[name][i].append(row)
+                out["value_old"][i].append(values[i][k])
+        flat = np.concatenate([row for rows in out["advantage"] for row in rows])
+        used = np.concatenate([row for rows in out["weight"] for row in rows])
+        white, start = whiten(flat, used).astype(np.float32), 0
+        for rows in out["advantage"]:
+            for row in rows:
+                row[:] = white[start : start + len(row)]
+                start += len(row)
+        return out
+
+    def _correction(self, trainer: Floats, engine: Floats) -> Floats:
+        s = self.settings
+        assert s.correction != "none"
+        return correction(trainer, engine, mode=s.correction, level=s.correction_level, cap=s.correction_cap).astype(np.float32)
+
+
+def family_of(group: Sequence[Rollout]) -> Family:
+    """The answers to one prompt, without streams."""
+    endings = tuple(Ending(np.array(r.ids, np.int64), np.array(r.mask, np.uint8)) for r in group)
+    return Family(group[0].prompt, np.array(group[0].prompt_ids, np.int64), endings)
+
+
+def _rewards(groups: Groups) -> Rewards:
+    return np.array([np.nan if r.reward is None else r.reward for group in groups for r in group], np.float64)
+
+
+def _picked(ending: Ending) -> npt.NDArray[np.bool_]:
+    return np.ones(len(ending.ids), bool) if ending.mask is None else ending.mask > 0
+
+
+def _flat(families: list[Family], values: Streams) -> list[Floats]:
+    return [row[_picked(e)] for f, rows in zip(families, values, strict=True) for e, row in zip(f.endings, rows, strict=True)]
+
+
+def _mismatch(families: list[Family], trainer: Streams, engine: Streams) -> Mismatch:
+    return Mismatch.of(_flat(families, trainer), _flat(families, engine))
+
+
+def _kl(families: list[Family], old: Streams, reference: Streams) -> float:
+    """Nats a token that the policy is away from the reference: k3, never negative."""
+    far = np.concatenate(_flat(families, old)).astype(np.float64) - np.concatenate(_flat(families, reference))
+    return float((np.expm1(-far) + far).mean()) if len(far) else 0.0

@@ -1,0 +1,124 @@
+"""What stages about answers share: settings left to derive, the reference's log-probabilities, the common part of their work."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage import log
+from tutelage.config.train import Tune
+from tutelage.data.families import assemble, bins
+from tutelage.data.family_source import Families
+from tutelage.errors import ConfigError, DataError
+from tutelage.files import read_json, whole_file, write_json
+from tutelage.objectives.answers import answer_logprobs
+from tutelage.train.optim import Rates
+
+RATE_AT = 7e9  # parameters of the model for which common rates hold; smaller models take more, by the square root
+
+
+def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
+    """The type of a records artifact. Raises `DataError` for one that the stage does not read."""
+    found = str(read_json(records / "schema.json")["type"])
+    if found not in wanted:
+        raise DataError(
+            "these are other records than this stage reads", file=records, found=found, expected=" | ".join(wanted), fix=fix
+        )
+    return found
+
+
+def rates(config: Tune, parameters: int, at_7b: float) -> Rates:
+    """The settings' rates; those left to derive from the model's size, said with their reason."""
+    scale = math.sqrt(RATE_AT / parameters)
+    derived = round(at_7b * scale, 8)
+    given = [getattr(config.optimizer, name) for name in ("lr", "matrix_lr", "embedding_lr")]
+    if "derived" in given:
+        log.say(
+            f"learning rate {derived:g}: {at_7b:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5; set optimizer.lr to change it"
+        )
+    return Rates(*(derived if value == "derived" else float(value) for value in given))
+
+
+def steps_of(config: Tune, epochs: float, families: int) -> int:
+    """Steps of a run over so many families. Raises `ConfigError` for a batch larger than the data."""
+    if config.batch > families:
+        raise ConfigError(
+            "a batch is larger than the data",
+            field="batch",
+            found=config.batch,
+            expected=f"at most {families}",
+            fix="lower batch",
+        )
+    steps = max(1, math.ceil(epochs * families / config.batch)) if config.steps == "derived" else config.steps
+    log.say(f"{steps:,} steps of {config.batch} of {families:,}: {steps * config.batch / families:.2f} epochs")
+    return steps
+
+
+def max_length(config: Tune, context: int) -> int:
+    """Raises `ConfigError` for more than the model's context."""
+    if config.max_length == "derived":
+        return min(context, 2048)
+    if config.max_length > context:
+        raise ConfigError(
+            "longer than the model's context", field="max_length", found=config.max_length, expected=f"at most {context}"
+        )
+    return config.max_length
+
+
+def layout_for(config: Tune, model: Any) -> Any:
+    """The layout asked for, or the nearest that the model knows."""
+    if config.layout == "tree" and not getattr(model, "supports_cache", False):
+        log.say("layout: packed, since this model's prompts can't be read once for several answers")
+        return "packed"
+    return config.layout
+
+
+def reference_logprobs(
+    folder: Path, model: Any, families: Families, config: Tune, layout: Any, device: torch.device
+) -> np.ndarray:
+    """Log-probabilities of all answers under `model` as it is now, [families, endings]: made once and kept in `folder`, in parts,
+    so that an interrupted run goes on where it was."""
+    sizes = families.sizes(layout).tolist()
+    groups = bins(sizes, config.micro_tokens)[0]
+    done = _Kept(folder, families.digest, len(families))
+    model.eval()
+    for number, group in enumerate(log.counted(groups, "log-probabilities of the reference")):
+        if not done.has(group):
+            with torch.inference_mode():
+                found = answer_logprobs(model, assemble([families[i] for i in group], layout).to(device))
+            done.put(group, found.float().cpu().numpy().reshape(len(group), -1), last=number == len(groups) - 1)
+    return done.values
+
+
+class _Kept:
+    """Numbers by family in a file that grows whole parts at a time."""
+
+    EVERY = 20  # groups between writings
+
+    def __init__(self, folder: Path, digest: str, count: int) -> None:
+        self.folder, self.digest, self.pending = folder, digest, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        about = folder / "about.json"
+        self.values = np.full((count, 0), np.nan, np.float32)
+        if about.is_file() and read_json(about)["data"] == digest and (folder / "logprobs.npy").is_file():
+            self.values = np.load(folder / "logprobs.npy", allow_pickle=False)
+        else:
+            write_json(about, {"data": digest})
+            (folder / "logprobs.npy").unlink(missing_ok=True)
+
+    def has(self, group: list[int]) -> bool:
+        return self.values.shape[1] > 0 and not bool(np.isnan(self.values[group]).any())
+
+    def put(self, group: list[int], found: np.ndarray, last: bool) -> None:
+        if self.values.shape[1] != found.shape[1]:
+            self.values = np.full((len(self.values), found.shape[1]), np.nan, np.float32)
+        self.values[group] = found
+        self.pending += 1
+        if log.rank() == 0 and (last or self.pending >= self.EVERY):  # every rank has all of them
+            with whole_file(self.folder / "logprobs.npy", "wb") as f:
+                np.save(f, self.values, allow_pickle=False)
+            self.pending = 0
