@@ -22,6 +22,7 @@ STAGE_HELP = {
     "pretrain": "Train on plain text, from scratch or on from a checkpoint.",
     "sft": "Fine-tune a checkpoint on conversations.",
     "prefer": "Train towards preferred answers: DPO and its family.",
+    "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",
     "classify": "Train a classifier of texts, or of their parts, and measure it beside word counts.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",

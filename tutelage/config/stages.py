@@ -223,8 +223,9 @@ class Rl(Tune):
     )
     correction_cap: Positive = setting(2.0, "largest ratio of trainer to engine")
     reference: str | None = artifact("the model to stay close to, instead of the start", kind="model", default=None)
-    value: str | None = artifact("ppo: a reward model that values start from; without one, the start with a new head", kind="model",
-                                 default=None)  # fmt: skip
+    value: str | None = artifact(
+        "ppo: a reward model that values start from; without one, the start with a new head", kind="model", default=None
+    )
     reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
     gamma: Share = setting(1.0, "ppo: discount of rewards a token later")
     lam: Share = setting(0.95, "ppo: how far advantages look ahead (lambda of GAE)")

@@ -107,12 +107,19 @@ class FamilySource:
 
 
 def count(families: list[Family], layout: Layout) -> dict[str, float]:
-    """The units that every batch of families has."""
-    return {
-        "tokens": float(sum(e.supervised for f in families for e in f.endings)),
-        "sequences": float(sum(len(f.endings) for f in families)),
+    """The units that every batch of families has; ratings and judged steps where there are such streams, in which NaN is none."""
+    endings = [e for f in families for e in f.endings]
+    out = {
+        "tokens": float(sum(e.supervised for e in endings)),
+        "sequences": float(len(endings)),
         "processed": float(sum(f.size(layout) for f in families)),
     }
+    if "ratings" in endings[0].whole:
+        out["ratings"] = float(sum(np.isfinite(e.whole["ratings"]).sum() for e in endings))
+    if "step_score" in endings[0].tokens:
+        scores = [e.tokens["step_score"] if e.mask is None else e.tokens["step_score"][e.mask > 0] for e in endings]
+        out["steps"] = float(sum(np.isfinite(s).sum() for s in scores))
+    return out
 
 
 def family_batch(groups: list[list[Family]], counts: dict[str, float], layout: Layout) -> GlobalBatch:

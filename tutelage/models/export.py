@@ -47,7 +47,7 @@ def save(
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     copied = () if tokenizer_folder is None else tokenizer_files(Path(tokenizer_folder))
-    held = collected(_tensors(model))
+    held = collected(tensors(model))
     if is_sharded(model) and log.rank() != 0:
         return
     with whole_folder(folder) as partial:
@@ -65,7 +65,7 @@ def save(
             shutil.copyfile(file, partial / file.name)
 
 
-def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+def tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """What is stored of a model, a tensor that has several names under each of them where `transformers` does the writing."""
     release(model)
     hf = model.__dict__.get("hf")
@@ -91,9 +91,15 @@ def generation_config(raw: dict[str, Any], stop_ids: Sequence[int]) -> dict[str,
 
 
 def _write_decoder(model: Decoder, held: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
-    kind = dtype or model.dtype
-    write_json(folder / "config.json", {**model.config.to_hf(), "dtype": str(kind).removeprefix("torch.")})
-    rows = stored(families.family(model.config.model_type).disk, list(held))
+    write_folder(model.config.to_hf(), held, folder, dtype or model.dtype, shard_bytes)
+
+
+def write_folder(
+    config: dict[str, Any], held: dict[str, Tensor], folder: Path, kind: torch.dtype, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes the config.json of a family of ours, and the tensors `held` under the names that it has on disk."""
+    write_json(folder / "config.json", {**config, "dtype": str(kind).removeprefix("torch.")})
+    rows = stored(families.family(config["model_type"]).disk, list(held))
 
     def get(name: str) -> Tensor:
         return held[name].to("cpu", kind)

@@ -38,6 +38,7 @@ class Family:
 
     name: str  # `model_type` in config.json
     architecture: str
+    scorer: str  # the class in `transformers` that has a score head in place of the language head
     disk: DiskLayout
     keys: dict[str, str | None]  # our field -> key in config.json where they differ; None: the family has no such key
     norms: dict[str, str | None]  # attention_in, attention_out, mlp_in, mlp_out -> module name

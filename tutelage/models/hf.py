@@ -144,13 +144,6 @@ class Wrapped(nn.Module):
         elif self.checkpointing == "layer":
             self.hf.gradient_checkpointing_disable()
 
-    def groups(self, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
-        often: those with fewer groups add some with one token that is not wanted."""
-        found = [(index, real, real) for index, real in pieces(segments)]
-        one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
-        return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
-
 
 class Adapter(Wrapped):
     """A causal model as `model(batch) -> Output`."""
@@ -169,20 +162,7 @@ class Adapter(Wrapped):
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states after the last norm [B,T,H] (logits where `whole`); those of padding are 0."""
-        assert batch.cache is None, "this model has no key-value cache of ours; run the whole sequence"
-        assert batch.attention == "causal" and batch.embeds is None
-        flat_ids = batch.ids.flatten()
-        out: Tensor | None = None
-        for index, real, wanted in self.groups(batch.segments):
-            hidden = self.run(flat_ids[index], real)
-            if out is None:
-                out = hidden.new_zeros(*batch.shape, hidden.shape[-1])
-            at = index[wanted]
-            out = out.index_put((at // batch.shape[1], at % batch.shape[1]), hidden[wanted])
-        if out is None:
-            width = self.config.vocab_size if self.whole else self.config.hidden_size
-            out = torch.zeros(*batch.shape, width, device=batch.ids.device)
-        return Output(hidden=out)
+        return Output(hidden=run_pieces(self, batch, self.config.vocab_size if self.whole else self.config.hidden_size))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
         return self._run(ids, real, use_cache=False)
@@ -205,6 +185,29 @@ class Adapter(Wrapped):
         """Logits of every token, [B,T,V]."""
         logits: Tensor = self.lm_head.logits(self(batch).hidden)  # type: ignore[operator]
         return logits
+
+
+def run_pieces(model: Any, batch: Batch, width: int) -> Tensor:
+    """What `model.run` makes of each piece of a batch by itself, in the places of the batch: [B,T,width]; 0 for padding."""
+    assert batch.cache is None, "this model has no key-value cache of ours; run the whole sequence"
+    assert batch.attention == "causal" and batch.embeds is None and batch.tree is None
+    flat_ids = batch.ids.flatten()
+    out: Tensor | None = None
+    for index, real, wanted in groups(model, batch.segments):
+        hidden = model.run(flat_ids[index], real)
+        if out is None:
+            out = hidden.new_zeros(*batch.shape, hidden.shape[-1])
+        at = index[wanted]
+        out = out.index_put((at // batch.shape[1], at % batch.shape[1]), hidden[wanted])
+    return torch.zeros(*batch.shape, width, device=batch.ids.device) if out is None else out
+
+
+def groups(model: nn.Module, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
+    often: those with fewer groups add some with one token that is not wanted."""
+    found = [(index, real, real) for index, real in pieces(segments)]
+    one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
+    return found + [(one.long() - 1, one, ~one)] * (shard.most(model, len(found)) - len(found))
 
 
 def pieces(segments: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

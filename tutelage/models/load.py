@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError
 from tutelage.models import families
@@ -26,6 +26,7 @@ __all__ = ["check_folder", "check_vocabulary", "load", "read_config"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCORES = ("ForSequenceClassification", "ForTokenClassification")  # ends of the names of classes with a score head
 
 
 def load(
@@ -39,13 +40,13 @@ def load(
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     raw = read_config(folder)
+    _refuse_scorer(folder, raw)
     reason = unsupported(raw)
     if reason is None:
         return _load_decoder(folder, raw, torch.device(device), kind)
-    _refuse_code(folder, raw)
     if not adapter:
         raise ArtifactError(f"our decoder does not run this model: {reason}", file=folder / "config.json")
-    _Files.find(folder)
+    check_files(folder, raw)
     from tutelage.models.hf import load_hf
 
     return load_hf(folder, device=torch.device(device), dtype=kind)
@@ -53,11 +54,22 @@ def load(
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """The configuration of a model folder that another library is to read. Raises `ArtifactError` for what is never read here:
-    pickled weights, code of the model's own."""
+    pickled weights, code of the model's own; and for a model that writes no text."""
     raw = read_config(folder)
-    _refuse_code(folder, raw)
-    _Files.find(folder)
+    _refuse_scorer(folder, raw)
+    check_files(folder, raw)
     return raw
+
+
+def check_files(folder: Path, raw: dict[str, Any]) -> None:
+    """Raises `ArtifactError` for pickled weights and for code of the model's own."""
+    if raw.get("auto_map"):
+        raise ArtifactError(
+            "this model runs Python code from its folder, which is never done here", file=folder / "config.json",
+            field="auto_map", found=raw["auto_map"],
+            fix="use a model of a family that `transformers` knows, or convert it to one",
+        )  # fmt: skip
+    _Files.find(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -81,12 +93,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_code(folder: Path, raw: dict[str, Any]) -> None:
-    if raw.get("auto_map"):
+def scores(raw: dict[str, Any]) -> bool:
+    """Whether the model of a config.json has a score head in place of a language head."""
+    return any(str(name).endswith(SCORES) for name in raw.get("architectures") or ())
+
+
+def _refuse_scorer(folder: Path, raw: dict[str, Any]) -> None:
+    if scores(raw):
         raise ArtifactError(
-            "this model runs Python code from its folder, which is never done here", file=folder / "config.json",
-            field="auto_map", found=raw["auto_map"],
-            fix="use a model of a family that `transformers` knows, or convert it to one",
+            "this model gives scores (a reward model, a classifier) and writes no text", file=folder / "config.json",
+            field="architectures", found=raw["architectures"], expected="a language model, such as a …ForCausalLM",
+            fix="give the language model; this one belongs where a reward is asked for",
         )  # fmt: skip
 
 
@@ -94,6 +111,13 @@ def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype
     config = DecoderConfig.from_hf(raw, folder / "config.json")
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
+    fill(model, folder, config, device, dtype)
+    model.tie()
+    return model.eval()
+
+
+def fill(model: nn.Module, folder: Path, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives a model of our families, which may be on "meta", the weights of `folder`: all there are, and no others."""
     shapes = {name: p.shape for name, p in model.named_parameters()}
     disk = families.family(config.model_type).disk
     wanted = stored(disk, list(shapes))
@@ -105,8 +129,13 @@ def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype
                 # A copy of its own: a view of the mapped file would change or vanish with the file.
                 state[name] = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, strict=False, assign=True)
-    model.tie()
-    return model.eval()
+
+
+def stored_shapes(folder: Path, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of those of the tensors `names` that the files of `folder` hold."""
+    with _Files.find(folder).open("", []) as files:
+        found = {name: files.place[name] for name in names if name in files.place}
+        return {name: tuple(handle.get_slice(key).get_shape()) for name, (_, handle, key) in found.items()}
 
 
 class _Files:

@@ -41,6 +41,7 @@ class Method:
     prepare: str | None = None  # "module:function" (parts, batch, *, settings) -> terms
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make this method of a family
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of settings, where the function's own are another method's
+    part: str = "policy"  # which of the parts it is for: policy | reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,15 @@ class Objective:
 
 
 _PREFERENCE = "tutelage.objectives.preference"
+_REWARD = "tutelage.objectives.reward"
 _POLICY = "tutelage.objectives.policy_gradient:policy_gradient"
 _NO_CLIP = {"form": "none", "level": "token", "clip_low": 0.0, "clip_high": 0.0, "delta": None}
 TABLE: dict[str, Method] = {
     "next_token": Method("tutelage.objectives.next_token:next_token"),
     "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
+    "reward": Method(f"{_REWARD}:reward", "preferences", part="reward"),
+    "rating": Method(f"{_REWARD}:rating", "ratings", part="reward"),
+    "process": Method(f"{_REWARD}:process", "ratings", part="reward"),
     "reinforce": Method(_POLICY, "rollouts", fixed={**_NO_CLIP, "unit": "sequences"}),
     "rloo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "answer", "unit": "sequences"}),
     "grpo": Method(_POLICY, "rollouts", fixed={"form": "clip", "level": "token", "unit": "sequences"}),

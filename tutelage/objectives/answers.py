@@ -29,3 +29,11 @@ def token_scores(policy: nn.Module, batch: Batch, temperature: float = 1.0) -> t
 def answer_logprobs(policy: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities [S] of whole answers: sums over their supervised tokens."""
     return answers_of(batch).sums(token_logprobs(policy, batch))
+
+
+def own_places(batch: Batch) -> Tensor:
+    """[N]: the places of the supervised tokens themselves, where `places` are those that predict them. An answer's tokens lie
+    side by side in every layout, but the first one may lie far from the end of its prompt."""
+    answers, positions = answers_of(batch), batch.positions.flatten()
+    ends = answers.last[answers.owner]
+    return ends - (positions[ends] - positions[answers.places] - 1)

@@ -51,6 +51,14 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "rl": Kind(
+        "Rl",
+        "tutelage.stages.rl",
+        "train a model on its own answers, by rewards: GRPO and its family, PPO",
+        "tutelage.stages.estimates:rollouts",
+        makes="model",
+        ranks=True,
+    ),
     "classify": Kind(
         "Classify",
         "tutelage.stages.classify",

@@ -183,4 +183,5 @@ def shape(part: Any) -> dict[str, Any]:
     c = part.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "max_position_embeddings")  # fmt: skip
-    return {"model_type": c.model_type, "tie_word_embeddings": True, **{n: getattr(c, n) for n in names}}
+    of = {"model_type": c.model_type, "architectures": ["ForClassification"], "id2label": dict(enumerate(part.labels))}
+    return {**of, "tie_word_embeddings": True, **{n: getattr(c, n) for n in names}}

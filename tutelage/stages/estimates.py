@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import Data, Evaluate, Tokens
+from tutelage.config.stages import Data, Evaluate, Rl, Tokens
 from tutelage.config.train import Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
@@ -101,6 +101,31 @@ def tuning(planned: Planned) -> Estimate:
     return parts.START_TORCH + parts.train(
         shape, seen * Span(1, 1.4), min(length, 2048), machine.peak_flops(device), device, need
     )
+
+
+def rollouts(planned: Planned) -> Estimate:
+    """Answers made one token after another, read again by references and values, and trained on."""
+    config = planned.config
+    assert isinstance(config, Rl)
+    records, shape = records_of(planned, "data"), shape_of(planned)
+    machine = measure()
+    device = _device(config.device, machine)
+    asked = records.train_bytes / parts.bytes_per_token(Shape.of(shape).vocab) + records.train * CONTROL[True]
+    per_prompt = Span(asked.low / max(1.0, records.train.high), asked.high / max(1.0, records.train.low))
+    steps_each = config.updates * config.minibatches
+    if config.steps == "derived":
+        iterations = records.train * (config.epochs / config.batch)
+    else:
+        iterations = Span(config.steps / steps_each, config.steps / steps_each)
+    answers = iterations * (config.batch * config.samples)
+    made = answers * Span(config.max_tokens * 0.1, config.max_tokens)
+    read = (made + iterations * config.batch * per_prompt) * config.updates
+    kernels = config.kernels and device == "cpu" and find_compiler() is not None
+    options = (config.dtype, config.checkpointing, kernels)
+    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    rate = machine.peak_flops(device, config.dtype)
+    out = parts.START_TORCH + parts.train(shape, read, config.max_tokens, rate, device, need)
+    return out + parts.answer(shape, answers, config.max_tokens, rate, device)
 
 
 def evaluate(planned: Planned) -> Estimate:

@@ -18,12 +18,12 @@ class Rates:
 
     lr: float  # norms, biases and, under adamw, matrices
     matrix_lr: float  # Muon's matrices
-    embedding_lr: float  # token and position tables, output head
+    embedding_lr: float  # token and position tables, output heads
 
 
 def kind(name: str, p: nn.Parameter) -> str:
     """matrix | embedding | vector, from the parameter's name and shape."""
-    if any(part in name for part in ("embed", "lm_head", "wte", "wpe")):
+    if any(part in name for part in ("embed", "lm_head", "score.", "wte", "wpe")):
         return "embedding"
     return "matrix" if p.ndim == 2 else "vector"
 

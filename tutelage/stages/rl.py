@@ -1,0 +1,105 @@
+"""Stage `rl`: a model, prompts and rewards -> a model whose own answers are worth more (GRPO and family, PPO)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from tutelage import log
+from tutelage.config.stages import Rl
+from tutelage.data.render import Renderer
+from tutelage.errors import ConfigError
+from tutelage.evaluate.intervals import mean, paired_difference
+from tutelage.models.config import check_vocabulary
+from tutelage.models.export import save as save_model
+from tutelage.objectives import TABLE, Objective, objective
+from tutelage.records import Conversation, Prompt, read_records
+from tutelage.rewards.build import build
+from tutelage.rollout.probe import Measured, Probe
+from tutelage.rundir import RunDir
+from tutelage.stages import fitting, tuning
+from tutelage.stages.fitting import Work
+from tutelage.stages.rollouts import Kit
+from tutelage.tokenizer.load import TokenizerFolder
+
+RATE_AT_7B = 1e-6
+
+
+def run(config: Rl, run: RunDir) -> dict[str, Any]:
+    chosen = chosen_method(config)
+    device = fitting.choose_device(config)
+    start = run.input("model")
+    model = fitting.load_start(start, config, device)
+    words = TokenizerFolder.open(start)
+    check_vocabulary(model.config, words.vocab_size, start)
+    rubric = build(config.rewards)
+    try:
+        return learn(config, run, Kit.of(config, run, model, Renderer(words), device, rubric), chosen, words)
+    finally:
+        rubric.close()
+
+
+def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
+    """Trains with what is there."""
+    prompts, held_out = (kit.fitting(read_prompts(run, part), part) for part in ("train", "validation"))
+    if config.batch > len(prompts):
+        raise ConfigError("a batch larger than the data", field="batch", found=config.batch, expected=f"at most {len(prompts)}")
+    kit.check_rewards(prompts)
+    source, plan, model = kit.source(prompts), kit.plan, kit.model
+    steps = config.steps
+    if steps == "derived":
+        steps = max(1, round(config.epochs * len(prompts) / plan.prompts)) * plan.steps
+    log.say("\n".join([*source.describe(), f"{steps:,} steps"]))
+    rates = tuning.rates(config, sum(p.numel() for p in model.parameters()), RATE_AT_7B)
+    every = config.evaluate_every or max(1, steps // 5)
+    asked = held_out[: config.probes]
+    probe = Probe(asked, kit.sampler, kit.rubric, every, run.folder("probes")) if asked else None
+    work = Work(
+        parts=kit.parts,
+        source=source,
+        objective=chosen,
+        steps=steps,
+        rates=rates,
+        shape=model.config.to_hf(),
+        length=kit.engine.context_length,
+        micro=(1, config.micro_tokens),
+        tokens=float(source.blank.size(plan.layout)) * plan.prompts / plan.minibatches * steps,
+        numbers={"max_length": kit.engine.context_length, **asdict(rates)},
+        write=lambda: save_model(model, run.folder("model"), run.input("model"), stop_ids=words.stop_ids),
+        weights={"value": config.value_weight},
+        hooks=lambda job: {"rollouts": Measured(source), **({"probe": probe} if probe else {})},
+        forward_share=0.5,
+    )
+    facts = fitting.fit(config, run, work, kit.device)
+    return {**facts, "method": config.method, "prompts": len(prompts), "rollouts": source.facts, **gain(probe)}
+
+
+def gain(probe: Probe | None) -> dict[str, Any]:
+    """Rewards of held-out prompts before and after, with intervals."""
+    if probe is None or len(probe.rewards) < 2:
+        return {}
+    before, after = probe.rewards["before"], probe.rewards["after"]
+    found = {"before": mean(before), "after": mean(after), "gain": paired_difference(after, before)}
+    said = "  ".join(f"{name} {e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in found.items())
+    log.say(f"held-out reward, {len(after)} greedy answers: {said}")
+    return {f"held_out_{name}": e.to_json() for name, e in found.items()}
+
+
+def chosen_method(config: Rl) -> Objective:
+    """The objective of the settings. Raises `ConfigError` for one that does not learn from rollouts."""
+    names = [name for name, row in TABLE.items() if row.data == "rollouts"]
+    if config.method in TABLE and config.method not in names:
+        raise ConfigError("this method learns from other data", field="method", found=config.method, expected=", ".join(names))
+    return objective(
+        config.method, clip_low=config.clip_low, clip_high=config.clip_high,
+        kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
+        entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
+    )  # fmt: skip
+
+
+def read_prompts(run: RunDir, part: str) -> list[Prompt]:
+    """The prompts of one part of the data."""
+    records = run.input("data")
+    kind = tuning.check_records(records, ("Prompt", "Conversation"), "read them with `tutelage data --kind prompts`")
+    file = records / f"{part}.jsonl"
+    return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]

@@ -1,0 +1,180 @@
+"""The parts that rollouts are made with, around one model: engine, sampler, rewards, reference, values, the source of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tutelage import log
+from tutelage.config.stages import Rl
+from tutelage.data.families import Ending, Family
+from tutelage.data.render import Renderer
+from tutelage.engine import Engine, Sampling
+from tutelage.errors import ConfigError, DataError
+from tutelage.models.interface import Batch
+from tutelage.models.kernels.decoder import FusedDecoder
+from tutelage.models.load import load
+from tutelage.models.scorer import Scorer, build_scorer, load_scorer
+from tutelage.objectives.answers import answers_of, token_scores
+from tutelage.records import Prompt
+from tutelage.rewards.check import check_spread
+from tutelage.rollout.credit import ByToken, Credit, Settings
+from tutelage.rollout.sampler import Sampler
+from tutelage.rollout.scores import by_token
+from tutelage.rollout.source import Plan, RolloutSource
+from tutelage.rundir import RunDir
+from tutelage.stages import tuning
+
+SLOTS = 64  # answers in the making at a time
+CHECKED = 8  # prompts whose answers are judged before training starts
+
+
+@dataclass(slots=True, kw_only=True)
+class Kit:
+    """Everything of one run."""
+
+    config: Rl
+    run: RunDir
+    model: Any
+    device: torch.device
+    rubric: Any
+    engine: Engine
+    sampler: Any
+    value: Scorer | None
+    reference: Any | None
+    plan: Plan
+    layout: Any = "tree"
+    streams: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any) -> Kit:
+        """Raises `ConfigError` for settings that do not go together."""
+        if config.kl == 0 and config.reference is not None:
+            raise ConfigError("a reference without a weight", field="kl", found=0, expected="more than 0", fix="set kl=0.05")
+        length = tuning.max_length(config, model.config.max_position_embeddings)
+        layout = tuning.layout_for(config, model)
+        plan = Plan(
+            prompts=config.batch, samples=config.samples, max_tokens=config.max_tokens, updates=config.updates,
+            minibatches=config.minibatches, silent=config.silent, micro_tokens=config.micro_tokens, layout=layout,
+            seed=config.seed,
+        )  # fmt: skip
+        engine = Engine(model, renderer, slots=SLOTS, max_length=length, batch_invariant=invariant(model))
+        sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
+        value = value_of(config, run, model, device) if config.method == "ppo" else None
+        reference = reference_of(config, run, device) if config.kl else None
+        return cls(
+            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine, sampler=Sampler(engine, sampling),
+            value=value, reference=reference, plan=plan, layout=layout,
+        )  # fmt: skip
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is trained."""
+        return {"policy": self.model} | ({"value": self.value} if self.value is not None else {})
+
+    def credit(self) -> Credit:
+        c = self.config
+        old = c.old if c.old != "derived" else "engine" if c.temperature == 1 else "trainer"
+        if old == "engine" and c.temperature != 1:
+            raise ConfigError(
+                "the engine's log-probabilities are of temperature 1", field="old", found=old, fix="set old=trainer"
+            )
+        if c.correction != "none" and old == "engine":
+            raise ConfigError("nothing to correct", field="correction", found=c.correction, fix="set old=trainer")
+        settings = Settings(
+            method=c.method, max_tokens=c.max_tokens, truncated=c.truncated, penalty=c.penalty,
+            kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, gamma=c.gamma, lam=c.lam, correction=c.correction,
+            correction_cap=c.correction_cap,
+        )  # fmt: skip
+        return Credit(
+            settings,
+            old=self.scores(self.model) if old == "trainer" else None,
+            reference=self.scores(self.reference) if self.reference is not None else None,
+            values=self.measured(self.value, values) if self.value is not None else None,
+        )
+
+    def scores(self, model: Any) -> ByToken:
+        """Log-probabilities of every token under `model`, at the temperature of the answers."""
+        temperature = self.config.temperature
+        return self.measured(model, lambda part, batch: token_scores(part, batch, temperature)[0])
+
+    def measured(self, part: Any, measure: Callable[[Any, Batch], Tensor]) -> ByToken:
+        def ask(families: Sequence[Family]) -> list[list[Any]]:
+            was = part.training
+            part.eval()
+            found = by_token(families, lambda batch: measure(part, batch), self.layout, self.config.micro_tokens, self.device)
+            part.train(was)
+            return found
+
+        return ask
+
+    def fitting(self, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
+        """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
+        out = [p for p in prompts if self.sampler.room(p)]
+        if len(out) < len(prompts):
+            log.say(
+                f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them"
+            )
+        if prompts and not out:
+            raise DataError(
+                "no prompt leaves room for an answer", field="max_tokens", found=self.config.max_tokens,
+                expected=f"prompt and answer within {self.engine.context_length} tokens", fix="lower max_tokens",
+            )  # fmt: skip
+        return out
+
+    def check_rewards(self, prompts: Sequence[Prompt]) -> None:
+        """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
+        made = self.sampler.answer(prompts[:CHECKED], max(2, self.config.samples), seed=self.config.seed, step=0, version=0)
+        rollouts = [r for group in made for r in group]
+        check_spread(rollouts, self.rubric.judge(rollouts))
+
+    def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
+        return RolloutSource(
+            prompts=prompts, sampler=self.sampler, judge=self.rubric, credit=self.credit(), plan=self.plan,
+            folder=self.run.folder("rollouts"), published=self.engine.weights_changed, blank=self.blank(prompts),
+            identity={"prompts": len(prompts), "method": self.config.method},
+        )  # fmt: skip
+
+    def blank(self, prompts: Sequence[Prompt]) -> Family:
+        """The largest family that may come, with every stream an objective may ask for."""
+        longest = max((self.sampler.ids(p) for p in prompts), key=len)
+        names = ["old", "advantage", "weight"]
+        names += ["reference"] if self.reference is not None else []
+        names += ["value_old", "return"] if self.value is not None else []
+        size = min(self.plan.max_tokens, self.engine.context_length - len(longest))
+        ending = Ending(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
+        return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
+
+
+def invariant(model: Any) -> bool:
+    """Whether the engine can give the same bits in any company, which an exact resume needs."""
+    return FusedDecoder.of(model, model.new_cache(1, 2), "float32") is not None if hasattr(model, "new_cache") else False
+
+
+def values(scorer: Any, batch: Batch) -> Tensor:
+    """[N]: the value of the state before each supervised token."""
+    return scorer(batch)[answers_of(batch).places, 0]  # type: ignore[no-any-return]
+
+
+def value_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Scorer:
+    """The value function: a reward model, or the start with a new head."""
+    if config.value is not None:
+        found = load_scorer(run.input("value"), device=device)
+        if found.config.vocab_size != model.config.vocab_size:
+            raise ConfigError(
+                "the value model has another vocabulary", field="value", found=found.config.vocab_size,
+                expected=model.config.vocab_size, fix="train it from the same model",
+            )  # fmt: skip
+        return found
+    return build_scorer(load(run.input("model"), device=device), 1, config.seed)
+
+
+def reference_of(config: Rl, run: RunDir, device: torch.device) -> Any:
+    """The model to stay close to, frozen."""
+    model: Any = load(run.input("reference" if config.reference else "model"), device=device)
+    return model.eval().requires_grad_(False)
