@@ -13,6 +13,9 @@ from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Tra
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
+TEXT_LENGTH = 256  # tokens of a text to classify where nothing else is said: cost grows with it, labels seldom hang on the end
+SMALL_ENCODER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+
 
 class Data(Section):
     """Collect, clean, deduplicate and split text or conversations."""
@@ -26,7 +29,8 @@ class Data(Section):
     )
     kind: Literal["documents", "conversations", "preferences", "ratings", "prompts", "examples"] = setting(
         "documents",
-        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked; texts with classes",
+        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked; "
+        "texts with classes",
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(
@@ -97,6 +101,7 @@ class Classify(Tune):
     encoder: str | None = artifact(
         "folder of an encoder (bert, roberta, modernbert, …) to start from", kind="model", default=None
     )
+    model: str | None = artifact("a decoder to start from: a text is judged at its last token", kind="model", default=None)
     tokenizer: str | None = artifact("for a small encoder from scratch", kind="tokenizer", default=None)
     architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the small shape")
     schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "learning rate over time")

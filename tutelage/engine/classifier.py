@@ -12,9 +12,10 @@ import torch
 
 from tutelage.data.examples import Encoded, Task, TextEncoder, spans_of
 from tutelage.errors import ArtifactError, DataError
-from tutelage.models.encoder import ClassScorer, context, load_classifier
+from tutelage.models.encoder import PROBLEM, ClassScorer, context, is_encoder, load_classifier
 from tutelage.models.interface import Batch
 from tutelage.models.load import read_config
+from tutelage.models.scorer import Scorer, load_scorer
 from tutelage.records import Span
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -50,10 +51,14 @@ class Classifier:
                 fix="train one: tutelage classify --encoder FOLDER --data RUN",
             )  # fmt: skip
         words = TokenizerFolder.open(folder)
-        self.part, _ = load_classifier(folder, "token" if tagger else "class", sep_id=separator(words), device=device)
-        many = raw.get("problem_type") == "multi_label_classification"
-        self.task: Task = "tag" if tagger else "many" if many else "class"
-        self.labels = self.part.labels
+        if raw.get("problem_type") == "regression":
+            raise ArtifactError(
+                "this model scores, it does not classify", file=folder / "config.json", field="problem_type", found="regression",
+                expected=" or ".join(PROBLEM.values()), fix="use it as a reward model",
+            )  # fmt: skip
+        self.part = open_part(folder, tagger, words, device)
+        self.task: Task = "tag" if tagger else "many" if raw.get("problem_type") == PROBLEM[True] else "class"
+        self.labels = names_of(self.part)
         self.encode = TextEncoder(words, longest(words, self.part))
 
     def predict(self, texts: Iterable[Text]) -> Predicted:
@@ -77,15 +82,28 @@ class Classifier:
         return Predicted(spans, means, sum(e.cut for e in found))
 
 
+def open_part(folder: Path, tagger: bool, words: TokenizerFolder, device: str) -> ClassScorer | Scorer:
+    """An encoder's classifier, or a decoder's."""
+    if not tagger and not is_encoder(folder):
+        return load_scorer(folder, device=device)
+    return load_classifier(folder, "token" if tagger else "class", sep_id=separator(words), device=device)[0]
+
+
+def names_of(part: ClassScorer | Scorer) -> tuple[str, ...]:
+    """The K classes."""
+    return part.labels if isinstance(part, ClassScorer) else part.outputs
+
+
 def separator(words: TokenizerFolder) -> int | None:
     """The id between the texts of a pair, where the tokenizer has one."""
     token = words.special_tokens.get("sep_token")
     return None if token is None else words.tokenizer.token_to_id(token)
 
 
-def longest(words: TokenizerFolder, part: ClassScorer) -> int:
+def longest(words: TokenizerFolder, part: ClassScorer | Scorer) -> int:
     """Tokens of a text: what the model reads, and what its tokenizer says where that is less."""
-    return min(context(part.hf), words.max_length or 1 << 20)
+    most = context(part.hf) if isinstance(part, ClassScorer) else part.config.max_position_embeddings
+    return min(most, words.max_length or 1 << 20)
 
 
 def chosen(probabilities: np.ndarray, names: Sequence[str], task: Task) -> list[Any]:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
+from tutelage.models.config import unsupported
 from tutelage.models.hf import Wrapped, groups
 from tutelage.models.interface import Batch, Output
-from tutelage.models.load import check_folder
+from tutelage.models.load import check_files, read_config
 
 Task = Literal["class", "token"]
 CLASSES = {"class": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
+
+PROBLEM = {False: "single_label_classification", True: "multi_label_classification"}  # whether a text may have several classes
 
 
 class Encoder(Wrapped):
@@ -89,8 +92,12 @@ def context(hf: Any) -> int:
     return int(longest - max(offsets, default=0))
 
 
-def is_encoder(config: Any) -> bool:
-    """Whether a configuration of `transformers` is of a model that reads in both directions and writes nothing."""
+def is_encoder(folder: Path) -> bool:
+    """Whether a model folder holds a model that reads in both directions and writes nothing."""
+    return unsupported(read_config(folder)) is not None and _encodes(_read(folder))
+
+
+def _encodes(config: Any) -> bool:
     from transformers import AutoModelForMaskedLM
 
     return type(config) in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
@@ -145,7 +152,7 @@ def new_classifier(
         config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in shape.items() if k != "model_type"})
     except ValueError as error:
         raise ConfigError("transformers knows no such model", field="architecture.model_type", found=kind) from error
-    if not is_encoder(config):
+    if not _encodes(config):
         raise ConfigError("not an encoder", field="architecture.model_type", found=kind, expected="bert, roberta, modernbert, …")
     name_classes(config, labels, task, many)
     return ClassScorer(getattr(transformers, CLASSES[task]).from_config(config).eval(), task, sep_id)
@@ -156,13 +163,13 @@ def name_classes(config: Any, labels: Sequence[str], task: Task, many: bool) -> 
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
     if task == "class":
-        config.problem_type = "multi_label_classification" if many else "single_label_classification"
+        config.problem_type = PROBLEM[many]
 
 
 def _config_of(folder: Path) -> Any:
-    check_folder(folder)
-    config = _library().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not is_encoder(config):
+    check_files(folder, read_config(folder))
+    config = _read(folder)
+    if not _encodes(config):
         raise ArtifactError(
             "not an encoder", file=folder / "config.json", field="model_type", found=config.model_type,
             expected="a model of the BERT family (bert, roberta, distilbert, electra, deberta-v2, modernbert, …)",
@@ -171,10 +178,19 @@ def _config_of(folder: Path) -> Any:
     return config
 
 
+def _read(folder: Path) -> Any:
+    try:
+        return _library().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise ArtifactError(f"transformers does not know this model ({error})", file=folder / "config.json") from error
+
+
 def _opened(folder: Path, kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
     transformers = _library()
     log = transformers.utils.logging
-    before, _ = log.get_verbosity(), log.set_verbosity_error()  # a new head is said by whoever asked for it
+    before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()  # a new head is said by whoever asked for it
+    log.disable_progress_bar()
     try:
         return getattr(transformers, kind).from_pretrained(  # type: ignore[no-any-return]
             folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True,
@@ -186,6 +202,8 @@ def _opened(folder: Path, kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
         ) from error
     finally:
         log.set_verbosity(before)
+        if bars:
+            log.enable_progress_bar()
 
 
 @torch.no_grad()

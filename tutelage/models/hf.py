@@ -134,7 +134,8 @@ class Wrapped(nn.Module):
     @property
     def checkpointing(self) -> str:
         """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
-        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
+        on = any(getattr(m, "gradient_checkpointing", False) for m in self.hf.modules())  # its property has changed its name
+        return "layer" if on else "none"
 
     @checkpointing.setter
     def checkpointing(self, value: str) -> None:

@@ -13,14 +13,17 @@ import torch
 from tokenizers import Tokenizer, processors
 
 from tutelage import log
-from tutelage.config.stages import Classify
+from tutelage.config.stages import SMALL_ENCODER, TEXT_LENGTH, Classify
 from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.family_source import FamilySource
-from tutelage.engine.classifier import longest, separator
+from tutelage.engine.classifier import longest, names_of, separator
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_folder, write_json
-from tutelage.models.encoder import ClassScorer, load_classifier, new_classifier
+from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier, new_classifier
 from tutelage.models.export import save
+from tutelage.models.load import load
+from tutelage.models.scorer import Scorer, build_scorer
+from tutelage.models.scorer_export import save_scorer
 from tutelage.objectives import objective
 from tutelage.records import Example
 from tutelage.rundir import RunDir
@@ -31,8 +34,6 @@ from tutelage.train.optim import Rates
 
 TUNE_RATE, TUNE_AT = 5e-5, 110e6  # for BERT base, Devlin et al. 2019; smaller encoders take more, by the square root
 NEW_RATE = 1e-3  # of a small encoder from scratch
-LENGTH = 256  # tokens of a text where nothing else is said: cost grows with it, and labels seldom hang on the end
-SMALL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,39 +50,50 @@ class Start:
 
     @classmethod
     def of(cls, config: Classify, run: RunDir, labels: Labels, device: torch.device) -> Start:
-        """Raises `ConfigError` unless there is exactly one of `encoder` and `tokenizer`."""
-        if (config.encoder is None) == (config.tokenizer is None):
+        """Raises `ConfigError` unless there is exactly one of `encoder`, `model` and `tokenizer`."""
+        given = [name for name in ("encoder", "model", "tokenizer") if getattr(config, name) is not None]
+        if len(given) != 1:
             raise ConfigError(
-                "a classifier starts from an encoder, or from a tokenizer and nothing else", field="encoder",
-                found="both" if config.encoder else "neither", expected="`encoder`: the folder of a model of the BERT family; or "
-                "`tokenizer`, for a small one from scratch",
+                "a classifier starts from one model, or from a tokenizer and nothing else", field="encoder",
+                found=", ".join(given) or None, expected="`encoder`: a folder of the BERT family; `model`: a decoder; or "
+                "`tokenizer`: a small encoder from scratch",
             )  # fmt: skip
-        folder = run.input("encoder") if config.encoder else marked(run)
+        if config.model and labels.task == "tag":
+            raise ConfigError("a decoder does not see what comes after a word", field="model", expected="`encoder`, to tag words")
+        folder = marked(run) if config.tokenizer else run.input(given[0])
         start = cls(config=config, run=run, labels=labels, tokenizer=folder, words=TokenizerFolder.open(folder),
-                    max_length=LENGTH, device=device)  # fmt: skip
-        if config.max_length != "derived":
-            start.max_length = config.max_length
-        if config.encoder:
-            most = longest(start.words, start.build())
-            if config.max_length != "derived" and config.max_length > most:
-                raise ConfigError(
-                    "longer than the encoder reads", field="max_length", found=config.max_length, expected=f"{most} or less"
-                )
-            start.max_length = min(start.max_length, most)
+                    max_length=TEXT_LENGTH if config.max_length == "derived" else config.max_length, device=device)  # fmt: skip
+        most = start.max_length if config.tokenizer else longest(start.words, start.build())
+        if config.max_length != "derived" and start.max_length > most:
+            raise ConfigError(
+                "longer than the model reads", field="max_length", found=start.max_length, expected=f"{most} or less"
+            )
+        start.max_length = min(start.max_length, most)
         return start
 
-    def build(self) -> ClassScorer:
+    def build(self) -> ClassScorer | Scorer:
         """The model before its first step: the same one for the same seed."""
         torch.manual_seed(self.config.seed)
         task: Any = "token" if self.labels.task == "tag" else "class"
-        how: dict[str, Any] = {"many": self.labels.task == "many", "sep_id": separator(self.words)}
+        names, many = self.labels.names, self.labels.task == "many"
+        if self.config.model:
+            return build_scorer(load(self.tokenizer), names, self.config.seed, PROBLEM[many])
+        how: dict[str, Any] = {"many": many, "sep_id": separator(self.words)}
         if self.config.encoder:
-            return load_classifier(self.tokenizer, task, self.labels.names, **how)[0]
-        shape = {**SMALL, "vocab_size": self.words.vocab_size, "max_position_embeddings": self.max_length,
+            return load_classifier(self.tokenizer, task, names, **how)[0]
+        shape = {**SMALL_ENCODER, "vocab_size": self.words.vocab_size, "max_position_embeddings": self.max_length,
                  "pad_token_id": self.words.pad_id or 0, **self.config.architecture}  # fmt: skip
-        return new_classifier(shape, task, self.labels.names, **how)
+        return new_classifier(shape, task, names, **how)
+
+    def save(self, part: ClassScorer | Scorer, folder: Path) -> None:
+        if isinstance(part, Scorer):
+            save_scorer(part, folder, self.tokenizer, stop_ids=self.words.stop_ids)
+        else:
+            save(part, folder, self.tokenizer)
 
     def families(self, examples: Sequence[Example]) -> ExampleFamilies:
+        if self.config.model and any(e.pair is not None for e in examples):
+            raise ConfigError("a decoder has no mark between the texts of a pair", field="model", expected="`encoder`, for pairs")
         return ExampleFamilies(examples, TextEncoder(self.words, self.max_length, self.config.too_long), self.labels)
 
 
@@ -146,7 +158,7 @@ def train(
         micro=(max(1, config.micro_tokens // start.max_length), start.max_length),
         tokens=steps * batch * tokens / len(families),
         numbers={"batch": batch, "max_length": start.max_length, "lr": rates.lr, "classes": start.labels.names},
-        write=lambda: save(part, save_to, start.tokenizer) if save_to else None,
+        write=lambda: start.save(part, save_to) if save_to else None,
         validation=None
         if held_out is None
         else FamilySource(
@@ -169,7 +181,7 @@ def rates_of(config: Classify, part: torch.nn.Module) -> Rates:
     """Peak learning rates, those left to derive with their reason."""
     size = sum(p.numel() for p in part.parameters())
     rate, reason = NEW_RATE, "a small encoder from scratch"
-    if config.encoder:
+    if config.tokenizer is None:
         rate = round(TUNE_RATE * math.sqrt(TUNE_AT / size), 8)
         reason = f"{TUNE_RATE:g} x (110M / {size / 1e6:.3g}M parameters)^0.5"
     given = config.optimizer
@@ -183,5 +195,5 @@ def shape(part: Any) -> dict[str, Any]:
     c = part.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "max_position_embeddings")  # fmt: skip
-    of = {"model_type": c.model_type, "architectures": ["ForClassification"], "id2label": dict(enumerate(part.labels))}
+    of = {"model_type": c.model_type, "architectures": ["ForClassification"], "id2label": dict(enumerate(names_of(part)))}
     return {**of, "tie_word_embeddings": True, **{n: getattr(c, n) for n in names}}

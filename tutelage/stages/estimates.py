@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import Data, Evaluate, Rl, Tokens
+from tutelage.config.stages import SMALL_ENCODER, TEXT_LENGTH, Classify, Data, Evaluate, Rl, Tokens
 from tutelage.config.train import Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
@@ -128,6 +128,28 @@ def rollouts(planned: Planned) -> Estimate:
     return out + parts.answer(shape, answers, config.max_tokens, rate, device)
 
 
+def classify(planned: Planned) -> Estimate:
+    """Passes over texts, once for the model and once more for each fold."""
+    config = planned.config
+    assert isinstance(config, Classify)
+    records = records_of(planned, "data")
+    start = next((n for n in ("encoder", "model") if getattr(config, n)), None)
+    raw = {**SMALL_ENCODER, "vocab_size": 8192, "max_position_embeddings": 512, **config.architecture} if start is None else {}
+    raw = dict(shape_of(planned, start)) if start else raw
+    raw |= {"architectures": ["ForClassification"], "id2label": {}}
+    length = min(
+        TEXT_LENGTH if config.max_length == "derived" else config.max_length, int(raw.get("max_position_embeddings", 512))
+    )
+    texts = records.train_bytes / parts.bytes_per_token(Shape.of(raw).vocab) + records.train * 2
+    read = Span(min(texts.low, records.train.low * length), min(texts.high, records.train.high * length))
+    passes = config.epochs if config.steps == "derived" else config.steps * config.batch / max(1.0, records.train.low)
+    machine = measure()
+    device = _device(config.device, machine)
+    need = training_memory(raw, 1, config.micro_tokens, config.optimizer.name, config.dtype, config.checkpointing, False)
+    seen = read * (passes * max(1, config.folds))  # each fold leaves one part out
+    return parts.START_TORCH + parts.train(raw, seen * Span(1, 1.4), length, machine.peak_flops(device), device, need)
+
+
 def evaluate(planned: Planned) -> Estimate:
     """Reading the held-out documents, the yardsticks, and answering the held-out questions."""
     config = planned.config
@@ -187,11 +209,11 @@ def _parent(planned: Planned) -> Parent | None:
     return None if planned.run is None else parent_of(planned.config, planned.run)
 
 
-def shape_of(planned: Planned) -> Mapping[str, Any]:
+def shape_of(planned: Planned, key: str = "model") -> Mapping[str, Any]:
     """The config.json of the model that a stage reads, there or still to be made."""
-    if "model" in planned.inputs:
-        return _config_json(planned.inputs["model"].path)
-    return derived(planned.waits_for["model"], SOME_TOKENS).architecture
+    if key in planned.inputs:
+        return _config_json(planned.inputs[key].path)
+    return derived(planned.waits_for[key], SOME_TOKENS).architecture
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
