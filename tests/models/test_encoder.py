@@ -18,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 TEXTS = [[2, 9, 40, 3, 77, 12, 8, 60, 31, 5, 90, 14, 22, 3], [2, 70, 6, 3], [2, 4, 17, 28, 3]]
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-         "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}  # fmt: skip
+         "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+         "pad_token_id": 0}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "roberta": {**SIZES, "pad_token_id": 1, "type_vocab_size": 1},
@@ -107,7 +108,7 @@ def test_the_second_text_of_a_pair_has_its_own_type() -> None:
 
 
 def test_roberta_counts_positions_from_its_padding(tmp_path: Path) -> None:
-    """A text of 64 tokens in a table of 64 places, of which RoBERTa leaves the first two out: an index error in the last batch."""
+    """A text of 64 tokens in a table of 64 places, of which RoBERTa leaves two out: an index error in the last batch."""
     part = made("roberta")
     assert context(part.hf) == 62 and context(made("bert").hf) == 64
     part(Batch.of([[5] * 62, [5]]))

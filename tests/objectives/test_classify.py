@@ -28,7 +28,7 @@ pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "classify.json"
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z . ,".split()
+WORDS = [*"abcdefghijklmnopqrstuvwxyz.,"]
 PIECES = ["##a", "##b", "##c", "##n", "##e"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "pad_token_id": 0,
          "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
@@ -210,7 +210,9 @@ def test_long_texts_are_cut_as_said_and_counted(words: TokenizerFolder) -> None:
 )
 def test_labels_that_teach_nothing_are_errors(train: Sequence[str | None], held: Sequence[str], said: str) -> None:
     """A classifier of one class, which is always right; a class that no training text has, which is always wrong."""
-    made, kept = ([Example.make(f"{p} {i}", source="t", label=x) for i, x in enumerate(rows)] for p, rows in (("a", train), ("b", held)))
+    made, kept = (
+        [Example.make(f"{p} {i}", source="t", label=x) for i, x in enumerate(rows)] for p, rows in (("a", train), ("b", held))
+    )
     with pytest.raises(DataError, match=said):
         labels_of(made, kept)
 
