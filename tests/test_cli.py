@@ -154,7 +154,12 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
         "tokens": ["--data", corpus, "--tokenizer", words],
         "pretrain": ["--data", corpus, "--tokenizer", words, "--size", "500k"],
         "sft": ["--model", model, "--data", world.made["chats"]],
+        "vocabulary": ["--model", model, "--data", corpus],
+        "adapt": ["--model", model, "--data", corpus, "--general", corpus, "--vocab-add", "20"],
         "prefer": ["--model", model, "--data", prefs],
+        "sample": ["--model", model, "--data", world.made["chats"], "--rewards", "{exact: 1}"],
+        "select": ["--answers", sampled, "--data", world.made["chats"]],
+        "distil": ["--model", model, "--teacher", world.made["base"], "--data", corpus],
         "evaluate": ["--model", model, "--documents", corpus],
         "report": ["--run", model],
     }

@@ -20,8 +20,10 @@ def settings(name: str, here: World) -> list[str]:
     texts, chats, model = here.folder / "texts", here.folder / "chats.jsonl", here.made["base"] / "model"
     return {
         "quickstart": [],
+        "adapt": [],
         "pretrain_folder": [f"corpus.sources={texts}"],
         "continue_pretraining": [f"corpus.sources=[{texts}]", f"adapted.model={model}", f"before.model={model}"],
+        "expert_iteration": [f"{name}.model={here.made['chat'] / 'model'}" for name in ("before", "answers_1", "round_1")],
         "sft_jsonl": [f"chats.sources={chats}", f"chat.model={model}"],
     }[name]
 

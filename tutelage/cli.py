@@ -21,6 +21,12 @@ STAGE_HELP = {
     "tokens": "Turn records into memory-mapped token shards.",
     "pretrain": "Train on plain text, from scratch or on from a checkpoint.",
     "sft": "Fine-tune a checkpoint on conversations.",
+    "reward": "Train a model that scores answers as people did.",
+    "sample": "Answer each prompt several times and judge the answers.",
+    "select": "Choose good answers, or the best and the worst, to train on.",
+    "distil": "Train a model on what a larger one predicts.",
+    "vocabulary": "Give a checkpoint new tokens for the texts of a field.",
+    "adapt": "Adapt a checkpoint to a field with replay, and measure gain and loss.",
     "prefer": "Train towards preferred answers: DPO and its family.",
     "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",
     "classify": "Train a classifier of texts, or of their parts, and measure it beside word counts.",
@@ -201,11 +207,21 @@ def runs_(runs: Runs = RUNS) -> None:
 
 
 @app.command(rich_help_panel="Looking")
-def show(run: Annotated[str, typer.Argument(help="a run directory, or recipe/stage")], runs: Runs = RUNS) -> None:
-    """Draw the chain from data to this run, with its numbers."""
+def show(
+    run: Annotated[str, typer.Argument(help="a run directory, or recipe/stage")],
+    rollouts: Annotated[bool, typer.Option("--rollouts", help="the answers that it learned from")] = False,
+    step: Annotated[int | None, typer.Option("--step", help="of the rollouts; the last one where left out")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="prompts shown")] = 5,
+    runs: Runs = RUNS,
+) -> None:
+    """Draw the chain from data to this run, with its numbers; or browse its rollouts."""
     from tutelage.console import show_run
+    from tutelage.rollouts_shown import show_rollouts
 
-    show_run(run, runs)
+    if rollouts:
+        show_rollouts(run, runs, step, limit)
+    else:
+        show_run(run, runs)
 
 
 @app.command(rich_help_panel="Looking")

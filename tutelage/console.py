@@ -122,12 +122,7 @@ def headline(row: dict[str, Any]) -> str:
 
 def show_run(reference: str, root: Path) -> None:
     """Draws the chain from data to a run, then its own numbers."""
-    path = Path(reference)
-    if not (path / "run.json").exists():
-        path = next(iter(reversed(matching(reference, root, "run.json"))), path)
-    if not (path / "run.json").exists():
-        path = find(reference, "run", root).path
-    rows = lineage(path)
+    rows = lineage(run_of(reference, root))
     tree = Tree(_node("", *rows[0][2:]))
     branches = {0: tree}
     for depth, name, folder, row in rows[1:]:
@@ -138,8 +133,16 @@ def show_run(reference: str, root: Path) -> None:
     table = Table(show_header=False)
     for key, value in rows[0][3].items():
         if key not in known and not isinstance(value, dict | list):
-            table.add_row(key, Text(status_of(path, rows[0][3]) if key == "status" else str(value)))
+            table.add_row(key, Text(status_of(rows[0][2], rows[0][3]) if key == "status" else str(value)))
     console.print(table)
+
+
+def run_of(reference: str, root: Path) -> Path:
+    """The run directory of a path or of recipe/stage, finished or not. Raises `ArtifactError`."""
+    path = Path(reference)
+    if not (path / "run.json").exists():
+        path = next(iter(reversed(matching(reference, root, "run.json"))), path)
+    return path if (path / "run.json").exists() else find(reference, "run", root).path
 
 
 def _node(name: str, folder: Path, row: dict[str, Any]) -> Text:

@@ -7,6 +7,8 @@ TutelageError
     ├── ArtifactError         a run, model or tokenizer folder that is missing, unfinished or does not fit
     ├── StorageError          disk full, read-only output, a run held by another process
     ├── MissingExtra          an optional library that is not installed
+    ├── RewardError           a reward that is no number, raises, hangs, or says the same of every answer
+    ├── SandboxError          walls for model-written code that can't be put up or do not hold
     └── TrainingStopped       a run that must not go on: non-finite loss, nothing trained
 """
 
@@ -68,6 +70,14 @@ class ArtifactError(UserError):
 
 class StorageError(UserError):
     """Disk full, read-only output, or a run held by another process."""
+
+
+class RewardError(UserError):
+    """A reward that is no number, raises, hangs, or says the same of every answer."""
+
+
+class SandboxError(UserError):
+    """Walls for model-written code that can't be put up or do not hold."""
 
 
 class TrainingStopped(UserError):

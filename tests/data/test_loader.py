@@ -185,6 +185,9 @@ def test_a_mixture_keeps_its_weights_and_every_row(tmp_path):
     rows = [row for batch in batches for row in batch.rows]
     chat = [row for row in rows if int(row[0], 16) >= 20_000]
     assert len(chat) == MIX_BLOCK // 4
+    for steps in (0, 7, len(batches), 2 * len(batches) + 3):
+        given = [row for step in range(steps) for row in mix.next(step).rows]
+        assert mix.drawn(steps) == {"text": len(given) - len(c := [r for r in given if int(r[0], 16) >= 20_000]), "chat": len(c)}
     assert chat == [row for step in range(MIX_BLOCK // 16 + 1) for row in parts["chat"][0].next(step).rows][: len(chat)]
     fresh = MixSource({"text": (source(a), 3.0), "chat": (source(b), 1.0)}, seed=5)
     assert same(fresh.next(200).micro[1], batches[200].micro[1]) and same(mix.next(3).micro[0], batches[3].micro[0])

@@ -46,7 +46,7 @@ def test_nothing_is_imported_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "hidden.py").write_text('"""A test that documents nothing for users."""\n')
-    monkeypatch.setattr(python_docs, "_stdlib", lambda: tmp_path)
+    monkeypatch.setattr(python_docs, "stdlib", lambda: tmp_path)
     (document,) = python_docs.documents()
     assert "module" not in sys.modules
     assert document.text == (
@@ -58,7 +58,7 @@ def test_nothing_is_imported_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_python_without_sources_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded Pythons ship a zip of compiled files: an empty corpus would train a model of nothing."""
-    monkeypatch.setattr(python_docs, "_stdlib", lambda: tmp_path)
+    monkeypatch.setattr(python_docs, "stdlib", lambda: tmp_path)
     with pytest.raises(DataError, match=r"no \.py files"):
         list(python_docs.documents())
 
@@ -66,7 +66,7 @@ def test_a_python_without_sources_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 def test_digest_follows_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a Python update a cached corpus must not be taken for the new one."""
     (tmp_path / "a.py").write_text('"""One."""')
-    monkeypatch.setattr(python_docs, "_stdlib", lambda: tmp_path)
+    monkeypatch.setattr(python_docs, "stdlib", lambda: tmp_path)
     before = python_docs.digest()
     assert before == python_docs.digest()
     (tmp_path / "a.py").write_text('"""Two."""')

@@ -83,7 +83,12 @@ def finished(tmp_path: Path) -> Path:
     curves(base)
     for step in (10, 119):
         write_json(base / "samples" / f"step_{step:06d}.json", [{"prompt": "Return", "text": f"{EVIL} {step}"}])
-    run = make_run(root, "assistant-dddd", "sft", [("model", "model", "base-cccc")], artifact={"kind": "model", "digest": "3"})
+    change = {"documents": 9, "before": estimate(2.5, 2, 3), "after": estimate(2.0, 1, 3), "share": estimate(-0.2, -0.25, -0.15),
+              "bytes_per_token": [2.5, 3.125]}  # fmt: skip
+    run = make_run(
+        root, "assistant-dddd", "sft", [("model", "model", "base-cccc")], artifact={"kind": "model", "digest": "3"},
+        change={EVIL: change},
+    )  # fmt: skip
     scored = make_run(root, "scores-eeee", "evaluate", [("model", "model", "assistant-dddd")])
     rows = [
         {"name": "xz", "label": "xz -9e", "bits_per_byte": estimate(1.6, 1.5, 1.7)},
@@ -140,7 +145,7 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
     assert not re.search(r"url\((?!#)|@import", text)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    for section in ("yardsticks", "questions", "says", "curves", "data", "lineage", "cost", "use", "details"):
+    for section in ("yardsticks", "questions", "says", "curves", "data", "lineage", "cost", "use", "details", "change-1"):
         assert section in ids
     for shown in (
         "12.5% fewer bits",
@@ -151,6 +156,8 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
         "2.0 kB",
         "tutelage chat runs/demo/assistant-dddd/model",
         "96 W",
+        "-25.0% to -15.0%",
+        "2.5 to 3.12",
     ):
         assert shown in text, shown
     assert text.count("<svg") >= 5

@@ -81,7 +81,7 @@ def test_limits_spread_and_nothing_to_measure(records: tuple[Path, Path], tmp_pa
     """A limit that takes the first documents measures one corner of the data."""
     result = suite.evaluate(subject(), tmp_path / "out", documents=records[0], yardsticks=False, max_documents=5)
     assert result["documents"]["count"] == 5
-    assert suite._spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert suite.spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
     with pytest.raises(DataError, match="nothing to measure"):
         suite.evaluate(subject(), tmp_path / "out")
 

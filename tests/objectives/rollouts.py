@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -57,7 +59,8 @@ def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[
             mask = None if s != 1 else (np.arange(n) % 4 != 2).astype(np.uint8)
             count = n if mask is None else int(mask.sum())
             streams = {
-                "old": level + wave(n, number, 0.5) + wave(1, number * 2.6, 0.4)[0], "reference": level + wave(n, number + 0.4, 0.6),
+                "old": level + wave(n, number, 0.5) + wave(1, number * 2.6, 0.4)[0],
+                "reference": level + wave(n, number + 0.4, 0.6),
                 "advantage": np.full(n, wave(1, number * 1.1 + 0.5)[0]), "correction": 1 + wave(n, number + 0.2, 0.3),
                 "weight": np.full(n, {"length": 1 / count, "longest": 1 / LONGEST, "sum": 1, "token": 1}[weight], np.float32),
                 "value_old": wave(n, number + 0.9, 0.5), "return": wave(n, number + 1.8, 1.5),
@@ -68,24 +71,21 @@ def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[
     return out
 
 
+def changed(made: list[Family], change: Any) -> list[Family]:
+    """The families with the streams that `change(family, ending)` gives."""
+    return [Family(f.name, f.prompt, tuple(Ending(e.ids, e.mask, change(f, e), e.whole) for e in f.endings)) for f in made]
+
+
 def without(made: list[Family], *names: str) -> list[Family]:
     """The same families without some of their streams."""
-    return [
-        Family(f.name, f.prompt, tuple(
-            Ending(e.ids, e.mask, {k: v for k, v in e.tokens.items() if k not in names}, e.whole) for e in f.endings
-        ))
-        for f in made
-    ]  # fmt: skip
+    return changed(made, lambda f, e: {k: v for k, v in e.tokens.items() if k not in names})
 
 
-def replaced(made: list[Family], **streams: object) -> list[Family]:
+def replaced(made: list[Family], **streams: Any) -> list[Family]:
     """The same families with streams that a function (family, ending) -> [n], or a number, makes."""
-    return [
-        Family(f.name, f.prompt, tuple(
-            Ending(e.ids, e.mask, {**e.tokens, **{
-                k: np.asarray(v(f, e), np.float32) if callable(v) else np.full(len(e.ids), v, np.float32) for k, v in streams.items()
-            }}, e.whole)
-            for e in f.endings
-        ))
-        for f in made
-    ]  # fmt: skip
+
+    def values(family: Family, ending: Ending) -> dict[str, np.ndarray]:
+        found = {k: v(family, ending) if callable(v) else np.full(len(ending.ids), v) for k, v in streams.items()}
+        return {**ending.tokens, **{k: np.asarray(v, np.float32) for k, v in found.items()}}
+
+    return changed(made, values)

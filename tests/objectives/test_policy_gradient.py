@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.objectives import rollouts
 from tests.objectives.rollouts import LONGEST, families, policy, replaced, without
-from tutelage.data.families import assemble, bins
+from tutelage.data.families import Ending, Family, assemble, bins
 from tutelage.data.family_source import count, family_batch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
+from tutelage.models.interface import Batch, Output
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
 from tutelage.rollout.weights import CREDIT
@@ -38,20 +38,20 @@ def run(name, made, micro=1000, layout="tree", dtype=torch.float32, **settings):
     return result, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def expected_terms(name, made, kl="k3", **settings):
+def expected_terms(name, made, kl="k3", kl_importance=True, **settings):
     """The terms by another way: numpy over single answers, from log-probabilities of the model in float64."""
     row = TABLE[name]
     wanted = {"clip_low": 0.2, "clip_high": 0.2, "delta": None} | row.defaults | settings | row.fixed
     low, high, delta = (wanted[key] for key in ("clip_low", "clip_high", "delta"))
     model = policy(torch.float64)
     tokens = answers = 0
-    loss = penalty = entropy = below = above = 0.0
+    loss = penalty = distance = entropy = below = above = 0.0
     for family in made:
         for ending in family.endings:
             mask = np.ones(len(ending.ids), bool) if ending.mask is None else ending.mask.astype(bool)
             text = np.concatenate([family.prompt, ending.ids])
             with torch.no_grad():
-                z = model.logits(rollouts.Batch.of([text.tolist()]))[0].double().log_softmax(-1).numpy()
+                z = model.logits(Batch.of([text.tolist()]))[0].double().log_softmax(-1).numpy()
             at = len(family.prompt) - 1 + np.flatnonzero(mask)
             lp = z[at, ending.ids[mask]]
             s = {k: v[mask].astype(float) for k, v in ending.tokens.items()}
@@ -71,24 +71,25 @@ def expected_terms(name, made, kl="k3", **settings):
             d = lp - s["reference"]
             k = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[kl]
             weight = {"length": 1 / n, "longest": 1 / LONGEST, "sum": 1.0, "token": 1.0}[CREDIT[name].normaliser]
-            loss, penalty = loss - weight * each.sum(), penalty + weight * k.sum()
+            loss, penalty = loss - weight * each.sum(), penalty + weight * (k * (r if kl_importance else 1)).sum()
+            distance += k.sum()
             entropy -= (np.exp(z[at]) * z[at]).sum()
             below, above = below + ((r < 1 - low) & (a < 0)).sum(), above + ((r > 1 + high) & (a > 0)).sum()
             tokens, answers = tokens + n, answers + 1
     units = {"sequences": answers, "tokens": tokens}[row.fixed["unit"]]
-    found = {"loss": loss / units, "kl": penalty / units, "_entropy": entropy / tokens}
+    found = {"loss": loss / units, "kl": penalty / units, "_kl": distance / tokens, "_entropy": entropy / tokens}
     if row.fixed["form"] != "none":
         found |= {"_clipped_low": below / tokens, "_clipped_high": above / tokens}
     return found
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_terms_are_their_formulas(name, kl):
+@pytest.mark.parametrize(("kl", "kl_importance"), [("k1", True), ("k2", True), ("k3", True), ("k3", False)])
+def test_terms_are_their_formulas(name, kl, kl_importance):
     """Against an independent calculation, answer by answer: normaliser, ratio, clip, penalty, entropy, shares."""
     clip = {"clip_low": 0.3, "clip_high": 0.25} if name == "cispo" else {}  # its own are hardly ever reached
-    result, _ = run(name, made_for(name), kl=kl, **PENALTIES, **clip)
-    expected = expected_terms(name, made_for(name), kl, **clip)
+    result, _ = run(name, made_for(name), kl=kl, kl_importance=kl_importance, **PENALTIES, **clip)
+    expected = expected_terms(name, made_for(name), kl, kl_importance, **clip)
     assert result.terms["kl"] == pytest.approx(0.3 * expected.pop("kl"), rel=1e-5)
     assert result.terms["entropy"] == pytest.approx(-0.2 * expected["_entropy"], rel=1e-5)
     for key, value in expected.items():
@@ -162,22 +163,27 @@ def test_on_policy_every_method_is_the_plain_gradient(name):
     torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-4, atol=1e-6)
 
 
-class OneToken(torch.nn.Module):
+class Given(torch.nn.Module):
     """A policy whose tokens have given log-probabilities."""
+
+    lm_head = property(lambda self: self)
 
     def __init__(self, logprobs):
         super().__init__()
-        self.logprobs = torch.nn.Parameter(torch.tensor(logprobs))
+        self.logprobs = torch.nn.Parameter(torch.as_tensor(logprobs, dtype=torch.float32))
 
     def forward(self, batch):
-        return rollouts.Output(torch.zeros(1, batch.ids.numel(), 1))
-
-    @property
-    def lm_head(self):
-        return self
+        return Output(torch.zeros(*batch.shape, 1))
 
     def logprobs_and_entropy(self, hidden, targets, temperature):
-        return self.logprobs / temperature, torch.zeros_like(self.logprobs)
+        return self.logprobs, torch.zeros_like(self.logprobs)
+
+
+def single(streams):
+    """Answers of one token, with these streams."""
+    count = len(next(iter(streams.values())))
+    endings = (Ending(np.array([2]), None, {k: np.array([v[i]]) for k, v in streams.items()}) for i in range(count))
+    return assemble([Family("r", np.array([1]), (e,)) for e in endings], "tree")
 
 
 @pytest.mark.parametrize("form", ["clip", "cispo"])
@@ -189,15 +195,12 @@ def test_clipping_stops_gradients_exactly_where_it_should(form):
         for delta in (None, 3.0):
             if form == "cispo" and delta:
                 continue
-            made = [
-                rollouts.Family("r", np.array([1]), (rollouts.Ending(np.array([2]), None, {
-                    "old": np.array([-2.0]), "advantage": np.array([advantage]), "weight": np.array([1.0]),
-                }),)) for _ in ratios
-            ]  # fmt: skip
-            model = OneToken((np.log(ratios) - 2).astype(np.float32))
+            ones = np.ones(len(ratios))
+            batch = single({"old": -2 * ones, "advantage": advantage * ones, "weight": ones})
+            model = Given(np.log(ratios) - 2)
             name = "dapo" if form == "clip" else "cispo"
             settings = {"clip_low": 0.2, "clip_high": 0.3} | ({"delta": delta} if delta else {})
-            objective(name, **settings)({"policy": model}, assemble(made, "tree"))["loss"].sum.backward()
+            objective(name, **settings)({"policy": model}, batch)["loss"].sum.backward()
             if form == "cispo":
                 expected = -advantage * np.clip(ratios, 0.8, 1.3)
             else:
@@ -206,14 +209,36 @@ def test_clipping_stops_gradients_exactly_where_it_should(form):
             np.testing.assert_allclose(model.logprobs.grad.numpy(), expected, rtol=1e-5, err_msg=f"{advantage} {delta}")
 
 
+@pytest.mark.parametrize(("kl", "kl_importance"), [("k1", True), ("k2", True), ("k3", True), ("k2", False)])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_penalty_has_the_gradient_of_the_divergence(kl, kl_importance, on_policy):
+    """Over all tokens there are, each as often as it is sampled, against the divergence itself: guards estimators that are right
+    in value and wrong in gradient, as plain k1 (0 on average) and k3 are."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], requires_grad=True)
+    reference = torch.tensor([0.1, 0.4, -0.6, 0.2]).log_softmax(0)
+    sampled = logits.detach() if on_policy else torch.tensor([0.5, -0.2, 0.4, 0.0])
+    if not (on_policy or kl_importance):
+        return
+    old = sampled.log_softmax(0)
+    batch = single({"old": old.numpy(), "advantage": np.zeros(4), "weight": old.exp().numpy(), "reference": reference.numpy()})
+    policy = Given(logits.detach().log_softmax(0))
+    objective("grpo", kl_weight=1.0, kl=kl, kl_importance=kl_importance)({"policy": policy}, batch)["kl"].sum.backward()
+    p = logits.log_softmax(0)
+    (p.exp() * (p - reference)).sum().backward()
+    through_softmax = policy.logprobs.grad - p.detach().exp() * policy.logprobs.grad.sum()
+    torch.testing.assert_close(through_softmax, logits.grad, atol=1e-6, rtol=1e-5)
+
+
 def test_tokens_of_weight_0_are_not_there():
     """Guards against masked answers that still move the entropy bonus, the penalty or what is measured."""
     made = made_for("grpo")
     none = replaced(made, weight=lambda f, e: np.where(np.arange(len(e.ids)) < len(e.ids) - 2, e.tokens["weight"], 0))
-    wild = replaced(none, **{
-        key: (lambda f, e, key=key: np.where(e.tokens["weight"] == 0, -9.0, e.tokens[key])) for key in ("old", "advantage", "reference")
-    })  # fmt: skip
-    a, b = run("grpo", none, **PENALTIES), run("grpo", wild, **PENALTIES)
+
+    def wild(key):
+        return lambda f, e: np.where(e.tokens["weight"] == 0, -9.0, e.tokens[key])
+
+    others = replaced(none, **{key: wild(key) for key in ("old", "advantage", "reference")})
+    a, b = run("grpo", none, **PENALTIES), run("grpo", others, **PENALTIES)
     assert a[0].terms == b[0].terms
     assert torch.equal(a[1], b[1])
 
@@ -228,7 +253,7 @@ def test_correction_scales_the_surrogate_alone():
 
 
 def test_temperature_divides_the_logits():
-    """Answers that were sampled at another temperature come from another distribution: guards one that is accepted and ignored."""
+    """Answers that were sampled at another temperature come from another distribution: guards a setting that is ignored."""
     made = made_for("reinforce")
     found = run("reinforce", made, temperature=0.5)[0].terms
     model = policy()

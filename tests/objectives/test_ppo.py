@@ -57,8 +57,8 @@ def judged(made, reward=1.0):
 
 
 def test_a_table_worked_by_hand():
-    """One answer of three tokens. Rewards 0 0 1, values .5 .6 .2, gamma .9, lambda .5: advantages .013 -.06 .8, returns .513 .54 1.
-    New log-probabilities make the ratios 1.5, 0.5 and 1.1; new values are .9, .6 and .3.
+    """One answer of three tokens. Rewards 0 0 1, values .5 .6 .2, gamma .9, lambda .5: advantages .013 -.06 .8, returns .513 .54
+    1. New log-probabilities make the ratios 1.5, 0.5 and 1.1; new values are .9, .6 and .3.
     Gains: 1.2 * .013; the worse of .5 and .8 times -.06; 1.1 * .8. Together .0156 - .048 + .88 = .8476.
     Squared errors of values: (.9 - .513)^2 = .149769 against (.7 - .513)^2; (.06)^2 = .0036; (.7)^2 = .49: half is .3216845."""
     advantage, returns = gae([0, 0, 1], [0.5, 0.6, 0.2], gamma=0.9, lam=0.5)

@@ -98,7 +98,7 @@ def test_preferences_by_hand() -> None:
     assert (found["_accuracy"], found["_margin"], found["_reward"]) == (1.0, 1.0, 3.0)
     far = pair(Ending(np.array([1]), whole={"margin": 1.0}), Ending(np.array([2]), whole={"margin": 1.0}))
     assert values("reward", rows, far)["loss"] == pytest.approx(math.log(2))
-    assert "centring" not in values("reward", rows, far)
+    assert "centring" not in values("reward", rows, far, centring=0.0)
 
 
 def test_ratings_by_hand() -> None:
@@ -247,7 +247,7 @@ def test_as_in_trl(centring: float | None, margin: bool, tmp_path: Path) -> None
             for ending in family.endings:
                 del ending.whole["margin"]  # type: ignore[attr-defined]
     result = gradients(
-        Recipe({"reward": part}, objective("reward", centring=centring)), family_batch([made], counts(made), "tree")
+        Recipe({"reward": part}, objective("reward", centring=centring or 0.0)), family_batch([made], counts(made), "tree")
     )
     assert result.loss == pytest.approx(expected.item(), abs=1e-5)
     wanted = {n: p.grad for n, p in theirs.named_parameters()}

@@ -60,7 +60,8 @@ def test_whiten():
 
 
 def test_gae_by_hand():
-    """gamma 0.9, lambda 0.5: deltas 0.9*0.6-0.5 = 0.04, 0.9*0.2-0.6 = -0.42 and 1-0.2 = 0.8; from behind, each plus 0.45 times the next."""
+    """gamma 0.9, lambda 0.5: deltas 0.9*0.6-0.5 = 0.04, 0.9*0.2-0.6 = -0.42 and 1-0.2 = 0.8; from behind, each plus 0.45 times
+    the next: guards the order and the discount."""
     advantages, returns = gae([0.0, 0.0, 1.0], [0.5, 0.6, 0.2], gamma=0.9, lam=0.5)
     np.testing.assert_allclose(advantages, [0.013, -0.06, 0.8], atol=1e-12)
     np.testing.assert_allclose(returns, [0.513, 0.54, 1.0], atol=1e-12)

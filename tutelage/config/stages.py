@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
-from pydantic import Field as Bound
 
 from tutelage.config.base import Section, artifact, setting
+from tutelage.config.rewards import Rewards
+from tutelage.config.tasks import Classify as Classify
 from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-
-TEXT_LENGTH = 256  # tokens of a text to classify where nothing else is said: cost grows with it, labels seldom hang on the end
-SMALL_ENCODER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 
 
 class Data(Section):
@@ -23,7 +21,7 @@ class Data(Section):
     # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
     sources: Names = setting(
         ...,
-        "files, folders, globs, python-docs:, python-questions:, python-areas:, skill:…, hf:org/name",
+        "files, folders, globs, python-docs:, python-code:, python-questions:, python-areas:, skill:…, hf:org/name",
         identity=False,
         min_length=1,
     )
@@ -94,31 +92,119 @@ class Sft(Train):
     seed: int = setting(0, "of the data order")
 
 
-class Classify(Tune):
-    """Train a classifier of texts, or of their parts, and measure it beside word counts."""
+class Sample(Section):
+    """Have a model answer each prompt several times, and judge the answers."""
 
-    data: str = artifact("examples", kind="records")
-    encoder: str | None = artifact(
-        "folder of an encoder (bert, roberta, modernbert, …) to start from", kind="model", default=None
+    model: str = artifact("the model to ask", kind="model")
+    data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
+    rewards: dict[str, Any] = setting(
+        ...,
+        "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
     )
-    model: str | None = artifact("a decoder to start from: a text is judged at its last token", kind="model", default=None)
-    tokenizer: str | None = artifact("for a small encoder from scratch", kind="tokenizer", default=None)
-    architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the small shape")
-    schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "learning rate over time")
-    batch: Count = setting(32, "texts in a global batch")
-    epochs: Positive = setting(3.0, "passes over the data, where steps are not given")
-    max_length: Count | Derived = setting("derived", "tokens of a text; derived: what the encoder reads, at most 256")
-    too_long: Literal["right", "left", "drop"] = setting(
-        "right", "a text that is longer: its right or left end is cut, or it is left out; always counted"
+    reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
+    part: Literal["train", "validation"] = setting("train", "which prompts of the data are asked")
+    max_prompts: int = setting(0, "prompts asked; 0: all", ge=0)
+    samples: Count = setting(8, "answers to each prompt")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers")
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+    kernels: bool = setting(True, "our own CPU kernels", identity=False)
+    seed: int = setting(0, "of every answer")
+
+
+class Select(Section):
+    """Choose among judged answers: the good ones to imitate, or the best and the worst as a preference."""
+
+    answers: str = artifact("judged answers, made by `sample`", kind="records")
+    data: str = artifact("the prompts that they answer", kind="records")
+    make: Literal["conversations", "preferences"] = setting(
+        "conversations", "conversations for `sft`, or preferences for `prefer`"
     )
-    layout: Literal["packed", "rows"] = setting("packed", "texts one after another, or padded; equal to rounding", identity=False)
-    class_weights: Literal["none", "balanced"] | dict[str, Positive] = setting(
-        "none", "what an example counts in the loss; balanced: every class alike; or a weight for each class"
+    threshold: float = setting(1.0, "make=conversations: least reward of an answer that is kept")
+    keep: Literal["best", "all"] = setting("best", "make=conversations: of a prompt's good answers the best, or all that differ")
+    margin: float = setting(0.0, "make=preferences: least difference of rewards; at 0 any difference will do", ge=0.0)
+    validation_share: Share = setting(0.05, "share of the prompts whose answers are held out")
+    seed: int = setting(0, "of the split")
+
+
+class Rollouts(Section):
+    prompts: Count = setting(16, "prompts in a global batch")
+    samples: Count = setting(1, "answers to each")
+    max_tokens: Count = setting(64, "longest answer, in tokens")
+    temperature: Positive = setting(1.0, "of the answers")
+    micro_tokens: Count = setting(4096, "tokens in one forward pass; changes memory, not the result", identity=False)
+
+
+class Distil(Train):
+    """Train a model to predict what a larger one predicts."""
+
+    model: str = artifact("the student: checkpoint to start from", kind="model")
+    teacher: str = artifact("the model to learn from, with the student's vocabulary", kind="model")
+    data: str = artifact("documents or conversations that both read; with policy=on what is asked", kind="records")
+    policy: Literal["off", "on"] = setting(
+        "off", "off: the given texts are read; on: the student's own answers, made in each step"
     )
-    label_smoothing: Annotated[float, Bound(ge=0.0, lt=1.0)] = setting(0.0, "share of certainty taken from the right class")
-    folds: int = setting(0, "cross-validation of the training part: every text is judged by a model that did not see it", ge=0)
-    baseline: bool = setting(True, "also TF-IDF and logistic regression, given the same texts (scikit-learn)")
-    seed: int = setting(0, "of new weights, dropout, order and folds")
+    rollouts: Rollouts = setting(Rollouts(), "the student's answers, with policy=on")
+    loss: Literal["forward", "reverse", "jsd"] = setting(
+        "forward", "KL(teacher||student), KL(student||teacher), or the generalised Jensen-Shannon divergence between them"
+    )
+    beta: Share | None = setting(None, "loss=jsd: the teacher's share of the mixture; none: 0.5")
+    temperature: Positive = setting(1.0, "both distributions are softened by it first")
+    cross_entropy: Share = setting(0.0, "share of the next-token loss; the rest is the teacher's")
+    top_k: int = setting(
+        0,
+        "so many of the teacher's likeliest tokens are kept in files before the start; 0: all, the teacher runs in each step",
+        ge=0,
+    )
+    rest: Literal["bucket", "renormalise"] | None = setting(
+        None, "with top_k, all other tokens are: bucket, one token more; renormalise, left out on both sides; none: bucket"
+    )
+    epochs: Positive | None = setting(1.0, "passes over the data")
+    too_long: Literal["split", "drop", "left", "right"] | None = setting(  # type: ignore[assignment]
+        None, "what happens to a text longer than a row; none: split for documents, drop for conversations"
+    )
+    seed: int = setting(0, "of the data order and of every answer")
+
+
+class Vocabulary(Train):
+    """Give a checkpoint new tokens that shorten the texts of a field, and train the rows of these tokens alone."""
+
+    model: str = artifact("checkpoint whose tokenizer is byte-level BPE", kind="model")
+    data: str = artifact("documents of the field", kind="records")
+    add: Count = setting(256, "new tokens, at most")
+    rows: Literal["mean", "ends", "random"] = setting(
+        "mean",
+        "what new rows of embedding and head begin with: mean of the rows of their old pieces; ends: of the last piece to read, "
+        "of the first to predict; random",
+    )
+    train: bool = setting(True, "train the new rows, all else frozen; false: only begin them")
+    steps: Count | Derived = setting(100, "optimizer steps; derived from tokens or epochs")
+    schedule: Schedule = setting(Schedule(name="constant", warmup=0.1), "learning rate over time")
+    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
+    seed: int = setting(0, "of the data order")
+
+
+class Adapt(Train):
+    """Go on training a checkpoint on the texts of a field, with replay of general text; measure gain and loss."""
+
+    model: str = artifact("checkpoint to adapt", kind="model")
+    data: str = artifact("documents of the field", kind="records")
+    general: str | None = artifact(
+        "documents of the kind the checkpoint knows: a share of them is replayed, and their held-out part measures what is lost",
+        kind="records",
+        default=None,
+    )
+    replay_share: float = setting(
+        0.2, "share of rows that are general text, exact in every 1,000; 0: it is only measured", ge=0, lt=1
+    )
+    vocab_add: int = setting(0, "new tokens learnt from the texts of the field, at most (see `tutelage vocabulary`)", ge=0)
+    rows: Literal["mean", "ends", "random"] = setting("mean", "vocab_add: what new rows begin with")
+    warm_steps: int = setting(100, "vocab_add: steps in which the new rows alone are trained, before everything is", ge=0)
+    epochs: float | None = setting(1.0, "passes over the field's texts", gt=0)
+    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
+    max_documents: int = setting(500, "held-out documents of each kind that are measured before and after; 0: all", ge=0)
+    seed: int = setting(0, "of the data order")
 
 
 class Evaluate(Section):
@@ -183,13 +269,39 @@ class Prefer(Tune):
 
     model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")
     data: str = artifact("preferences", kind="records")
-    method: str = setting("dpo", "a row about preferences in the table of objectives: dpo, ipo, kto, orpo, simpo, …")
+    method: str = setting(
+        "dpo", "a row of the table of objectives: dpo, ipo, hinge, robust, orpo, simpo, cpo, … of preferences; kto of ratings"
+    )
     beta: Positive | None = setting(None, "how closely the model stays to the reference; the method's own where left out")
-    label_smoothing: Share | None = setting(None, "share of preferences taken to be the wrong way round")
+    label_smoothing: Share | None = setting(None, "cdpo, robust, exo_pair: share of preferences taken to be the wrong way round")
+    offset: float | None = setting(None, "dpo: how much of the data's margins the rewards must differ by", ge=0.0)
+    gamma: float | None = setting(None, "simpo: margin that the better answer must have", ge=0.0)
+    sft: float | None = setting(None, "simpo, cpo: weight of also learning the chosen answers", ge=0.0)
+    tau: Positive | None = setting(None, "discopop: where its two losses meet")
+    average: bool | None = setting(None, "ipo: log-probabilities a token (the authors' code) instead of sums (the paper)")
+    desirable_weight: Positive | None = setting(None, "kto: weight of good answers")
+    undesirable_weight: Positive | None = setting(None, "kto: weight of bad answers")
     too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
     epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
     reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
     seed: int = setting(0, "of the data order")
+
+
+class Reward(Tune):
+    """Train a model that scores answers as people did: from preferences, ratings, or verdicts on steps."""
+
+    model: str = artifact("the language model to start from, or a reward model to go on with", kind="model")
+    data: str = artifact("preferences or ratings", kind="records")
+    method: Literal["reward", "rating", "process"] | None = setting(
+        None, "reward: from preferences; rating: from scores by aspect; process: from scores of steps. None: by the data"
+    )
+    centring: float | None = setting(None, "reward: how strongly the mean of a pair's rewards is held at 0", ge=0.0)
+    aspects: Names = setting([], "rating: the aspects to learn, a score each; none: all that the data has")
+    loss: Literal["mse", "huber"] | None = setting(None, "rating: the squared error, or one that is linear beyond `delta`")
+    delta: Positive | None = setting(None, "rating with loss=huber: where it becomes linear")
+    too_long: Literal["drop", "left", "right"] = setting("drop", "a text over max_length: left out, or cut; always counted")
+    epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
+    seed: int = setting(0, "of the new head and the data order")
 
 
 class Rl(Tune):
@@ -197,7 +309,7 @@ class Rl(Tune):
 
     model: str = artifact("the model to train, usually a fine-tuned one", kind="model")
     data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
-    rewards: dict[str, Any] = setting(
+    rewards: Rewards = setting(
         ...,
         "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
     )

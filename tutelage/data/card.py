@@ -102,7 +102,7 @@ class Tally:
 def _group(source: str) -> str:
     """The file or reader a record came from, without the position inside it."""
     head = source.split("#", 1)[0]
-    return re.sub(r"^(python-docs|python-questions):.*", r"\1:", head)
+    return re.sub(r"^(python-docs|python-code|python-questions):.*", r"\1:", head)
 
 
 def guess_language(text: str) -> str:

@@ -25,7 +25,7 @@ class Ending:
 
     ids: npt.NDArray[Any]  # [n] integers
     mask: npt.NDArray[np.uint8] | None = None  # [n]: which are supervised; None: all
-    tokens: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)  # streams [n], read where the mask is 1
+    tokens: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # streams [n] or [n,k], read where the mask is 1
     whole: Mapping[str, Any] = field(default_factory=dict)  # a number, or a list of them, for the answer
 
     @property
@@ -48,11 +48,12 @@ class Family:
 
 
 def assemble(families: Sequence[Family], layout: Layout) -> Batch:
-    """The batch of some families; answers in their order."""
+    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once."""
     build = {"tree": _tree, "packed": _packed, "rows": _rows}[layout]
     batch, firsts = build(families)
+    targets, weights = _prompts(families, firsts, batch.shape)
     names = tuple(f.name for f in families)
-    return replace(batch, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
+    return replace(batch, targets=targets, weights=weights, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
 
 
 # Where the tokens of an answer's text are: (place of the prompt's last token, place of the answer's first one)
@@ -95,6 +96,19 @@ def _rows(families: Sequence[Family]) -> tuple[Batch, Firsts]:
     return batch, firsts
 
 
+def _prompts(families: Sequence[Family], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets [B,T] and weights [B,T]: where the next token is one of a prompt. A prompt's first token is never predicted."""
+    targets, weights = torch.zeros(shape[0] * shape[1], dtype=torch.int64), torch.zeros(shape[0] * shape[1])
+    number = 0
+    for family in families:
+        last = firsts[number][0]
+        first = last - len(family.prompt) + 1
+        targets[first:last] = torch.from_numpy(family.prompt[1:].astype(np.int64))
+        weights[first:last] = 1.0
+        number += len(family.endings)
+    return targets.view(shape), weights.view(shape)
+
+
 def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:
     endings = [e for f in families for e in f.endings]
     places, targets, owner, last = [], [], [], []
@@ -108,7 +122,7 @@ def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:
         owner.append(np.full(len(picked), number))
         last.append(first + size - 1 if size else before)
         for name, streams in tokens.items():
-            streams.append(np.asarray(ending.tokens[name], np.float32)[picked])
+            streams.append(_stream(ending.tokens[name])[picked])
     whole = {name: [e.whole[name] for e in endings] for name in endings[0].whole}
     return Answers(
         _joined(places),
@@ -118,6 +132,11 @@ def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:
         {name: torch.from_numpy(np.concatenate(streams)) for name, streams in tokens.items()},
         {name: torch.tensor(values, dtype=torch.float32) for name, values in whole.items()},
     )
+
+
+def _stream(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Token ids stay whole numbers; what is measured is float32."""
+    return np.asarray(values, np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32)
 
 
 def _joined(parts: list[npt.NDArray[Any]]) -> torch.Tensor:

@@ -107,10 +107,15 @@ class FamilySource:
 
 
 def count(families: list[Family], layout: Layout) -> dict[str, float]:
-    """The units that every batch of families has; ratings and judged steps where there are such streams, in which NaN is none."""
+    """The units that every batch of families has: `chosen_tokens` are the supervised tokens of each family's first ending,
+    `chosen_text_tokens` these and its prompt's but the first. Ratings, judged steps and judged answers are counted where there
+    are such streams; NaN is no rating."""
     endings = [e for f in families for e in f.endings]
+    chosen = float(sum(f.endings[0].supervised for f in families))
     out = {
         "tokens": float(sum(e.supervised for e in endings)),
+        "chosen_tokens": chosen,
+        "chosen_text_tokens": chosen + sum(len(f.prompt) - 1 for f in families),
         "sequences": float(len(endings)),
         "processed": float(sum(f.size(layout) for f in families)),
     }
@@ -119,6 +124,9 @@ def count(families: list[Family], layout: Layout) -> dict[str, float]:
     if "step_score" in endings[0].tokens:
         scores = [e.tokens["step_score"] if e.mask is None else e.tokens["step_score"][e.mask > 0] for e in endings]
         out["steps"] = float(sum(np.isfinite(s).sum() for s in scores))
+    if "desirable" in endings[0].whole:  # the second ending is another prompt's answer
+        out["desirable"] = float(sum(f.endings[0].whole["desirable"] > 0.5 for f in families))
+        out["undesirable"] = len(families) - out["desirable"]
     return out
 
 

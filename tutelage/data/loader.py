@@ -243,16 +243,28 @@ class MixSource(_Source):
     def rows_of(self, step: int) -> list[Row]:
         return [self._row(step * self.rows_per_step + j) for j in range(self.rows_per_step)]
 
+    def drawn(self, steps: int) -> dict[str, int]:
+        """How many rows of each source the first `steps` steps hold, over all ranks."""
+        block, at = divmod(steps * self.rows_per_step, MIX_BLOCK)
+        which, _ = self._order(block)
+        counts = {name: block * quota for name, quota in zip(self.names, self.quotas, strict=True)}
+        return {name: counts[name] + int((which[:at] == k).sum()) for k, name in enumerate(self.names)}
+
     def _row(self, number: int) -> Row:
         block, at = divmod(number, MIX_BLOCK)
+        which, rank = self._order(block)
+        k = int(which[at])
+        return self.streams[k].row(block * self.quotas[k] + int(rank[at]))
+
+    def _order(self, block: int) -> tuple[Ints, Ints]:
+        """The source of each row of a block, and how many rows of the same source come before it in the block."""
         if self._block is None or self._block[0] != block:
             which = np.repeat(np.arange(len(self.quotas)), self.quotas)[shuffled(MIX_BLOCK, self.seed, block, 4)]
-            rank = np.empty(MIX_BLOCK, np.int64)  # how many rows of the same source come before, in the block
+            rank = np.empty(MIX_BLOCK, np.int64)
             for k, quota in enumerate(self.quotas):
                 rank[which == k] = np.arange(quota)
             self._block = (block, which, rank)
-        k = int(self._block[1][at])
-        return self.streams[k].row(block * self.quotas[k] + int(self._block[2][at]))
+        return self._block[1:]
 
     def largest(self) -> GlobalBatch:
         """The fullest rows of all sources, as one batch."""

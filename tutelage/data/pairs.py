@@ -16,7 +16,8 @@ from tutelage.errors import DataError
 
 class PairFamilies:
     """Families of two endings over the tokens of preferences. What both texts begin with, up to the first supervised token, is
-    the prompt. `whole`: named numbers of each answer, [pairs, 2] (`reference`, `margin`).
+    the prompt; an answer ends with its last supervised token, since no model writes what a template puts behind it. `whole`:
+    named numbers of each answer, [pairs, 2] (`reference`, `margin`).
 
     Pairs whose texts are longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt
     (`left`) or the end of their answers (`right`); `report` counts them. Raises `DataError` where nothing is left.
@@ -25,7 +26,7 @@ class PairFamilies:
     def __init__(self, segments: Segments, max_length: int, too_long: str = "drop") -> None:
         assert segments.record == "Preference", segments.record
         self.segments, self.max_length, self.too_long = segments, max_length, too_long
-        lengths = segments.lengths.reshape(-1, 2)
+        self._lengths = lengths = np.array([_end(segments.mask(i)) for i in range(len(segments))], np.int64).reshape(-1, 2)
         fits = (lengths <= max_length).all(1)
         trained = (segments.supervised.reshape(-1, 2) > 0).all(1)
         self.kept = np.flatnonzero((fits | (too_long != "drop")) & trained)
@@ -58,7 +59,8 @@ class PairFamilies:
 
     def __getitem__(self, i: int) -> Family:
         pair, cut = int(self.kept[i]), int(self._prompts[i])
-        texts = [(self.segments.ids(n), self.segments.mask(n)) for n in (2 * pair, 2 * pair + 1)]
+        ends = {2 * pair + side: int(end) for side, end in enumerate(self._lengths[pair])}
+        texts = [(self.segments.ids(n, 0, end), self.segments.mask(n, 0, end)) for n, end in ends.items()]
         start = 0
         if self.too_long == "left":  # one beginning for both, so that they still share it
             start = min(max(0, max(len(ids) for ids, _ in texts) - self.max_length), cut - 1)
@@ -70,7 +72,7 @@ class PairFamilies:
         return Family(self.segments.record_id(2 * pair), texts[0][0][start:cut], tuple(endings))
 
     def sizes(self, layout: Layout) -> npt.NDArray[np.int64]:
-        lengths = np.minimum(self.segments.lengths.reshape(-1, 2)[self.kept], self.max_length)
+        lengths = np.minimum(self._lengths[self.kept], self.max_length)
         return lengths.sum(1) - (self._prompts if layout == "tree" else 0)
 
     def _shared(self, pair: int) -> int:
@@ -79,6 +81,11 @@ class PairFamilies:
         most = min(min(int(np.argmax(self.segments.mask(n) > 0)) for n in (2 * pair, 2 * pair + 1)), *(len(x) - 1 for x in ids))
         differ = np.flatnonzero(ids[0][:most] != ids[1][:most])
         return max(1, int(differ[0]) if len(differ) else most)
+
+
+def _end(mask: npt.NDArray[np.uint8]) -> int:
+    """Behind the last supervised token; all of it where there is none."""
+    return len(mask) - int(np.argmax(mask[::-1] > 0))
 
 
 def margins(records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32] | None:

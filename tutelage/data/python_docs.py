@@ -73,7 +73,7 @@ def module_document(module: Module, text: str | None = None) -> Document:
 
 def topics() -> dict[str, str]:
     """Text of each topic of the language reference; empty where this Python came without `pydoc_data`."""
-    path = _stdlib() / "pydoc_data" / "topics.py"
+    path = stdlib() / "pydoc_data" / "topics.py"
     if not path.is_file():
         return {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -88,7 +88,7 @@ def modules() -> tuple[Module, ...]:
 
     Files of one documented name (decimal.py and _pydecimal.py) are one module.
     """
-    return _modules(_stdlib())
+    return _modules(stdlib())
 
 
 @functools.lru_cache(maxsize=2)
@@ -117,14 +117,14 @@ def _joined(a: Module, b: Module) -> Module:
 
 def source_files() -> list[Path]:
     """The .py files below the standard library that are read, in path order."""
-    root = _stdlib()
+    root = stdlib()
     return sorted(p for p in root.rglob("*.py") if not _left_out(p.relative_to(root)))
 
 
 def digest() -> str:
     """64 hex digits over the contents of everything that is read."""
     total = hashlib.sha256()
-    root = _stdlib()
+    root = stdlib()
     for path in [*source_files(), root / "pydoc_data" / "topics.py"]:
         if path.is_file():
             total.update(f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -166,7 +166,7 @@ def _without_underlines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if not UNDERLINE.match(line))
 
 
-def _stdlib() -> Path:
+def stdlib() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 

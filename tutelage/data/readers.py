@@ -1,7 +1,7 @@
 """Readers: one source string -> documents, or rows that will become conversations.
 
-A source is a file, a folder, a glob, `hf:org/name[:config][:split]`, `python-docs:`, `python-questions:`, `python-areas:` or
-`skill:add,reverse?count=2000&seed=0`. Everything streams: no reader holds more than one file.
+A source is a file, a folder, a glob, `hf:org/name[:config][:split]`, `python-docs:`, `python-code:`, `python-questions:`,
+`python-areas:` or `skill:add,reverse?count=2000&seed=0`. Everything streams: no reader holds more than one file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ READERS: dict[str, Reader] = {
     ".conll": read_conll, ".iob": read_conll, ".bio": read_conll,
 }  # fmt: skip
 TABLES = {read_jsonl, read_json, read_csv, read_parquet, read_conll}
-SCHEMES = ("python-docs", "python-questions", "python-areas", "skill", "hf")
+SCHEMES = ("python-docs", "python-code", "python-questions", "python-areas", "skill", "hf")
 
 
 def read(
@@ -55,8 +55,8 @@ def read(
     """
     options, report = options or ReadOptions(), report or Rejections()
     scheme, parameters, rest = parse_spec(source)
-    if scheme == "python-docs":
-        yield from _python_docs(options, report)
+    if scheme in ("python-docs", "python-code"):
+        yield from _python(scheme, parameters, options, report)
     elif scheme in ("python-questions", "skill"):
         if options.kind not in ("conversations", "prompts"):
             raise ConfigError(
@@ -92,14 +92,14 @@ def parse_spec(source: str) -> tuple[str, dict[str, str], str]:
     return scheme, dict(parse_qsl(query, keep_blank_values=True)), rest
 
 
-def _python_docs(options: ReadOptions, report: Rejections) -> Iterator[Item]:
-    from tutelage.data import python_docs
+def _python(scheme: str, parameters: dict[str, str], options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    from tutelage.data import python_code, python_docs
     from tutelage.data.readers_base import pieces
 
     if options.kind != "documents":
         fix = "set kind=documents, or use python-questions: for conversations made from them"
-        raise ConfigError("python-docs: gives documents", field="sources", fix=fix)
-    for document in python_docs.documents():
+        raise ConfigError(f"{scheme}: gives documents", field="sources", fix=fix)
+    for document in python_docs.documents() if scheme == "python-docs" else python_code.documents(parameters):
         report.seen += 1
         if options.chunk_chars is None or len(document.text) <= options.chunk_chars:
             yield document

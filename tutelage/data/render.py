@@ -168,6 +168,22 @@ class Renderer:
         open_end = spans.Region(len(turns) - 1, region.before, text, end=len(text))
         return self._encoder.prompt(text, _inside(text, [*self._earlier(turns[:-1], offered), open_end]), mark)
 
+    def following(
+        self, messages: Iterable[Message | Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids from the end of the last answer to where the next one begins. Behind the very ids of an answer that a model made
+        they let it go on, and nothing that it wrote is tokenized again. Raises `DataError` for a template that changes earlier
+        turns."""
+        turns, offered, mark = self._encoder.guard(plain_messages(messages), list(tools or []))
+        last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
+        region, text = self._border(turns, offered, last), self._text(turns, offered, True)
+        if region.end is None or not text.startswith(region.after[: region.end]) or not self._encoder.cuttable:
+            raise DataError(
+                "the chat template does not keep an answer as it was when the conversation goes on", file=self._where(),
+                fix="choose a template that leaves earlier turns as they are, or episodes of one answer",
+            )  # fmt: skip
+        return self._encoder.prompt(text[region.end :], [], mark)
+
     def with_variables(self, variables: Mapping[str, Any]) -> Renderer:
         """The same renderer, with more told to the template. Raises `DataError` for a name that it does not read, or that
         others tell it, and for a value that spells a control token."""

@@ -101,7 +101,6 @@ def run_with_tools(
     answers the calls stand in the transcript without results.
     """
     said = [dict(message) for message in messages]
-    known = {tool.name: tool for tool in tools}
     offered = [tool.to_json() for tool in tools]
     for number in range(1, max_rounds + 1):
         reply = generate([dict(message) for message in said], offered)
@@ -110,8 +109,14 @@ def run_with_tools(
         if not reply.calls or reply.finish_reason not in ("stop", "tool_calls"):
             return Transcript(tuple(said), reply.finish_reason, number)
         if number < max_rounds:
-            said += [_result(call, known) for call in reply.calls]
+            said += run_calls(reply.calls, tools)
     return Transcript(tuple(said), "max_rounds", max_rounds)
+
+
+def run_calls(calls: Sequence[ToolCall], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """The results of calls, in their order, as messages."""
+    known = {tool.name: tool for tool in tools}
+    return [_result(call, known) for call in calls]
 
 
 def _result(call: ToolCall, known: Mapping[str, Tool]) -> dict[str, Any]:

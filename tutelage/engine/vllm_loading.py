@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
-from tutelage.models.load import check_folder
+from tutelage.models.load import check_folder, refuse_scorer
 
 FIXED: dict[str, Any] = {
     "runner": "generate", "load_format": "safetensors", "trust_remote_code": False, "generation_config": "vllm",
@@ -96,6 +96,7 @@ def _watch(core: Any) -> None:
 def _checked(folder: Path) -> dict[str, Any]:
     """The folder's configuration."""
     config = check_folder(folder)
+    refuse_scorer(folder, config)
     if config.get("is_encoder_decoder"):
         raise ArtifactError(
             "vLLM is not used for encoder-decoders here", file=folder / "config.json", field="is_encoder_decoder", found=True,

@@ -58,6 +58,7 @@ def context(story: Story) -> dict[str, Any]:
         "tasks": ((story.scores or {}).get("questions") or {}).get("tasks") or [],
         "definitions": (story.scores or {}).get("definitions") or {},
         "gallery": story.gallery or {},
+        "changes": [(n.name, n.facts["change"]) for n in story.chain if isinstance(n.facts.get("change"), dict)],
         "growth": next((s for s in (data.training_samples(n) for n in story.training()) if len(s) > 1), []),
         "training": training,
         "cards": cards,

@@ -78,7 +78,7 @@ def evaluate(
     result: dict[str, Any] = {"version": 1, "model": {"name": subject.name, **subject.facts}, "definitions": DEFINITIONS}
     held_out: list[Document] = []
     if documents is not None:
-        held_out = _spread(list(read_records(documents / "validation.jsonl", Document)), max_documents)
+        held_out = spread(list(read_records(documents / "validation.jsonl", Document)), max_documents)
         if not held_out:
             raise DataError("no held-out document", file=documents / "validation.jsonl", fix="use a larger validation_share")
         result["documents"] = _documents(subject, documents, held_out, yardsticks, stride, batch_tokens, seed)
@@ -86,7 +86,7 @@ def evaluate(
         log.say(result["documents"]["verdict"]["text"])
     predictions: list[questions.Prediction] = []
     if conversations is not None and subject.generate is not None and subject.prompt is not None:
-        asked = _spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
+        asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
         predictions = questions.ask(asked, subject.prompt, subject.generate, context=subject.context, max_tokens=max_tokens)
         tasks = [_task(t) for t in questions.scores(predictions, chance)]
         too_long = sum(p.too_long is not None for p in predictions)
@@ -203,7 +203,7 @@ def _write(out: Path, result: dict[str, Any], predictions: Sequence[questions.Pr
     write_json(out / "scores.json", result)  # last: its presence says that the others are there
 
 
-def _spread(records: list[Any], limit: int) -> list[Any]:
+def spread(records: list[Any], limit: int) -> list[Any]:
     """`limit` records evenly spread over the list; all where limit is 0."""
     if not limit or len(records) <= limit:
         return records

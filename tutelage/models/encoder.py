@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
 from tutelage.models.config import unsupported
-from tutelage.models.hf import Wrapped, groups
+from tutelage.models.hf import Wrapped
 from tutelage.models.interface import Batch, Output
 from tutelage.models.load import check_files, read_config
 
@@ -36,7 +36,7 @@ class Encoder(Wrapped):
         assert batch.attention == "bidirectional", "an encoder reads in both directions"
         flat = batch.ids.flatten()
         out = torch.zeros(flat.numel(), self.config.hidden_size, device=flat.device)
-        for index, real, wanted in groups(self, batch.segments):
+        for index, real, wanted in self.groups(batch.segments):
             got = self.hf(**inputs(self, flat[index], real)).last_hidden_state
             out = out.to(got.dtype).index_put((index[wanted],), got[wanted])
         return Output(hidden=out.unflatten(0, batch.shape))
@@ -62,7 +62,7 @@ class ClassScorer(Wrapped):
     def forward(self, batch: Batch) -> Tensor:
         flat = batch.ids.flatten()
         out = torch.zeros(flat.numel(), self.hf.config.num_labels, device=flat.device)
-        for index, real, wanted in groups(self, batch.segments):
+        for index, real, wanted in self.groups(batch.segments):
             scores = self.hf(**inputs(self, flat[index], real)).logits.float()
             if self.task == "token":
                 out = out.index_put((index[wanted],), scores[wanted])

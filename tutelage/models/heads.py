@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.models import kernels
+from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.kernels import calls
 
 CHUNK_LOGITS = 1 << 22
 """Logits held at a time (16 MiB of float32)."""
+SEVERAL = 4
+"""Matrices of that size that a distillation's chunk holds instead of one: the chunk is so much shorter."""
 
 
 class LmHead(nn.Module):
@@ -47,6 +50,13 @@ class LmHead(nn.Module):
         """Log-probability of each target: [N,H], [N] -> [N] float32. Differentiable; the backward pass makes the logits again."""
         return _LinearLogprobs.apply(hidden, self.weight, self.bias, targets, self.scale, self.softcap)  # type: ignore[no-any-return]
 
+    def distil(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | TopTokens, how: Distillation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sums over tokens of (the mixture that is trained, its divergence, its cross-entropy); the last two are only
+        measured. hidden [N,H], targets [N], weights [N], `teacher` of the same N tokens."""
+        return distilled(hidden, self.weight, self.bias, targets, weights, self.scale, self.softcap, teacher, how)
+
     def logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of each target, and the entropy in nats of the distribution that it is drawn from: [N,H], [N] -> two
         [N] float32, from one set of logits that are divided by `temperature`. Differentiable, as `logprobs` is."""
@@ -56,6 +66,14 @@ class LmHead(nn.Module):
     def entropy(self, hidden: Tensor) -> Tensor:
         """Entropy in nats of the next token: [N,H] -> [N] float32. Differentiable."""
         return self.logprobs_and_entropy(hidden, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device))[1]
+
+
+def distilled(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, targets: Tensor, weights: Tensor, scale: float,
+    softcap: float | None, teacher: Teacher | TopTokens, how: Distillation,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `LmHead.distil`. Where `weight` is None `hidden` are the logits themselves."""
+    return _Distilled.apply(hidden, weight, bias, targets, weights, scale, softcap, teacher, how)  # type: ignore[no-any-return]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -88,6 +106,16 @@ def _loss_and_gradient(
         return loss, None if weights is None else raw
     z = _logits(hidden, weight, bias, scale, softcap)
     return _score(z, targets), None if weights is None else _grad_logits(z, targets, weights, scale, softcap)
+
+
+def _loss_and_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row [n], and the entropy of its distribution [n]."""
+    if kernels.fits(hidden, weight, bias):
+        return calls.entropy(F.linear(hidden, weight, bias), targets.contiguous(), scale, softcap)
+    z = _logits(hidden, weight, bias, scale, softcap)
+    return _score(z, targets), _entropy(z.float().log_softmax(1))
 
 
 def _score(z: Tensor, targets: Tensor) -> Tensor:
@@ -188,6 +216,41 @@ class _LinearLogprobs(torch.autograd.Function):
         return grads.hidden, grads.weight, grads.bias, None, None, None
 
 
+class _Distilled(torch.autograd.Function):
+    """As `_LinearLoss`, against a teacher's distributions."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, scale, softcap, teacher, how):  # type: ignore[no-untyped-def]
+        wanted = tuple(ctx.needs_input_grad[:3])
+        matrix = hidden.new_empty(hidden.shape[1], 0) if weight is None else weight
+        grads = _Gradients(hidden, matrix, bias, wanted) if any(wanted) else None
+        sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        for part in _parts(len(hidden), max(64, _chunk(hidden, matrix) // SEVERAL)):
+            h, y, w = hidden[part], targets[part], weights[part].float()
+            z = h if weight is None else _logits(h, weight, bias, scale, softcap)
+            distance, entropy, dz = how.measure(z.float(), y, teacher.part(part), grads is not None)
+            sums += torch.stack([distance, entropy]).double() @ w.double()
+            if grads is None:
+                continue
+            dz.mul_((w * scale)[:, None])
+            if softcap is not None:
+                dz.mul_(1 - (z.float() / softcap).square())
+            if weight is None:
+                grads.hidden[part] = dz  # type: ignore[index]
+            else:
+                grads.add(part, dz.to(z.dtype), h, weight)
+        ctx.grads = grads
+        distance, entropy = sums.float()
+        ctx.mark_non_differentiable(distance, entropy)
+        return ((1 - how.cross_entropy) * sums[0] + how.cross_entropy * sums[1]).float(), distance, entropy
+
+    @staticmethod
+    def backward(ctx, factor, *measured):  # type: ignore[no-untyped-def]
+        grads, ctx.grads = ctx.grads, None
+        assert grads is not None, "the loss of LmHead can be differentiated once; call it again for a second backward pass"
+        return *grads.times(factor), None, None, None, None, None, None
+
+
 class _LinearScores(torch.autograd.Function):
     """Log-probabilities and entropies; logits are made chunk by chunk, and again in the backward pass."""
 
@@ -195,8 +258,8 @@ class _LinearScores(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):  # type: ignore[no-untyped-def]
         logprobs, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for part in _parts(len(hidden), _chunk(hidden, weight)):
-            z = _logits(hidden[part], weight, bias, scale, softcap)
-            logprobs[part], entropy[part] = -_score(z, targets[part]), _entropy(z.float().log_softmax(1))
+            loss, entropy[part] = _loss_and_entropy(hidden[part], weight, bias, targets[part], scale, softcap)
+            logprobs[part] = -loss
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.softcap = scale, softcap
         ctx.set_materialize_grads(False)

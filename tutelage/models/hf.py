@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tutelage.errors import ArtifactError, MissingExtra
 from tutelage.log import say
 from tutelage.models import shard
-from tutelage.models.heads import LmHead
+from tutelage.models.divergence import Distillation, Teacher, TopTokens
+from tutelage.models.heads import LmHead, distilled
 from tutelage.models.hf_state import State
 from tutelage.models.interface import Batch, Output
 
@@ -96,6 +97,12 @@ class LogitsHead(nn.Module):
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return hidden.float().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
+    def distil(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, teacher: Teacher | TopTokens, how: Distillation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `LmHead.distil`."""
+        return distilled(hidden, None, None, targets, weights, 1.0, None, teacher, how)
+
     def logprobs_and_entropy(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         hidden = hidden / temperature
         return self.logprobs(hidden, targets), self.entropy(hidden)
@@ -144,6 +151,13 @@ class Wrapped(nn.Module):
             self.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         elif self.checkpointing == "layer":
             self.hf.gradient_checkpointing_disable()
+
+    def groups(self, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
+        often: those with fewer groups add some with one token that is not wanted."""
+        found = [(index, real, real) for index, real in pieces(segments)]
+        one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
+        return found + [(one.long() - 1, one, ~one)] * (shard.most(self, len(found)) - len(found))
 
 
 class Adapter(Wrapped):
@@ -194,21 +208,13 @@ def run_pieces(model: Any, batch: Batch, width: int) -> Tensor:
     assert batch.attention == "causal" and batch.embeds is None and batch.tree is None
     flat_ids = batch.ids.flatten()
     out: Tensor | None = None
-    for index, real, wanted in groups(model, batch.segments):
+    for index, real, wanted in model.groups(batch.segments):
         hidden = model.run(flat_ids[index], real)
         if out is None:
             out = hidden.new_zeros(*batch.shape, hidden.shape[-1])
         at = index[wanted]
         out = out.index_put((at // batch.shape[1], at % batch.shape[1]), hidden[wanted])
     return torch.zeros(*batch.shape, width, device=batch.ids.device) if out is None else out
-
-
-def groups(model: nn.Module, segments: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What `pieces` gives, and of which tokens the hidden states are wanted. Ranks of a sharded model run its layers equally
-    often: those with fewer groups add some with one token that is not wanted."""
-    found = [(index, real, real) for index, real in pieces(segments)]
-    one = torch.ones(1, 1, dtype=torch.bool, device=segments.device)
-    return found + [(one.long() - 1, one, ~one)] * (shard.most(model, len(found)) - len(found))
 
 
 def pieces(segments: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

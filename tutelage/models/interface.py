@@ -93,7 +93,7 @@ class Answers:
     targets: Tensor  # [N] int64
     owner: Tensor  # [N] int64, ascending: the answer that a token belongs to
     last: Tensor  # [S] int64: the place of each answer's last token
-    tokens: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [N]: what is known of each supervised token
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [N] or [N,k]: what is known of each token
     whole: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [S] or [S,k]: what is known of each answer
     shared: Mapping[str, float] = field(default_factory=dict)  # of the global batch, from a pass that prepares it
 

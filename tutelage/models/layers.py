@@ -103,11 +103,13 @@ class Context:
 
     def spread(self, x: Tensor) -> Tensor:
         """From tokens [1,T,..] to what attention runs over."""
-        return x if self.tree is None else x[:, self.tree.index]
+        return (
+            x if self.tree is None else x.index_select(1, self.tree.index)
+        )  # its gradient is made faster than that of x[:, index]
 
     def gather(self, x: Tensor) -> Tensor:
         """The way back."""
-        return x if self.tree is None else x[:, self.tree.back]
+        return x if self.tree is None else x.index_select(1, self.tree.back)
 
 
 class RMSNorm(nn.Module):

@@ -40,13 +40,14 @@ def load(
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     raw = read_config(folder)
-    _refuse_scorer(folder, raw)
+    refuse_scorer(folder, raw)
     reason = unsupported(raw)
     if reason is None:
         return _load_decoder(folder, raw, torch.device(device), kind)
+    _refuse_code(folder, raw)
     if not adapter:
         raise ArtifactError(f"our decoder does not run this model: {reason}", file=folder / "config.json")
-    check_files(folder, raw)
+    _Files.find(folder)
     from tutelage.models.hf import load_hf
 
     return load_hf(folder, device=torch.device(device), dtype=kind)
@@ -54,22 +55,11 @@ def load(
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """The configuration of a model folder that another library is to read. Raises `ArtifactError` for what is never read here:
-    pickled weights, code of the model's own; and for a model that writes no text."""
+    pickled weights, code of the model's own."""
     raw = read_config(folder)
-    _refuse_scorer(folder, raw)
-    check_files(folder, raw)
-    return raw
-
-
-def check_files(folder: Path, raw: dict[str, Any]) -> None:
-    """Raises `ArtifactError` for pickled weights and for code of the model's own."""
-    if raw.get("auto_map"):
-        raise ArtifactError(
-            "this model runs Python code from its folder, which is never done here", file=folder / "config.json",
-            field="auto_map", found=raw["auto_map"],
-            fix="use a model of a family that `transformers` knows, or convert it to one",
-        )  # fmt: skip
+    _refuse_code(folder, raw)
     _Files.find(folder)
+    return raw
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -98,12 +88,22 @@ def scores(raw: dict[str, Any]) -> bool:
     return any(str(name).endswith(SCORES) for name in raw.get("architectures") or ())
 
 
-def _refuse_scorer(folder: Path, raw: dict[str, Any]) -> None:
+def refuse_scorer(folder: Path, raw: dict[str, Any]) -> None:
+    """Raises `ArtifactError` for a model that writes no text."""
     if scores(raw):
         raise ArtifactError(
             "this model gives scores (a reward model, a classifier) and writes no text", file=folder / "config.json",
             field="architectures", found=raw["architectures"], expected="a language model, such as a …ForCausalLM",
             fix="give the language model; this one belongs where a reward is asked for",
+        )  # fmt: skip
+
+
+def _refuse_code(folder: Path, raw: dict[str, Any]) -> None:
+    if raw.get("auto_map"):
+        raise ArtifactError(
+            "this model runs Python code from its folder, which is never done here", file=folder / "config.json",
+            field="auto_map", found=raw["auto_map"],
+            fix="use a model of a family that `transformers` knows, or convert it to one",
         )  # fmt: skip
 
 

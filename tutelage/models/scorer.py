@@ -20,7 +20,7 @@ from tutelage.errors import ArtifactError
 from tutelage.models.config import DecoderConfig, unsupported
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
-from tutelage.models.load import DTYPES, check_files, fill, read_config, scores, stored_shapes
+from tutelage.models.load import DTYPES, check_folder, fill, read_config, scores, stored_shapes
 
 HEAD = ("score.weight", "score.bias")
 SHARED_TOKENS = 16
@@ -33,7 +33,6 @@ class Scorer(nn.Module):
     Parameters have the names of Hugging Face: those of the model without its language head, and `score.weight` [K,H].
     """
 
-    supports_cache = False
     backbone: Any  # a Decoder, or what stands under the head of a `transformers` classifier
 
     def __init__(self, backbone: Any, score: nn.Linear, outputs: Sequence[str], problem: str = "regression") -> None:
@@ -52,9 +51,14 @@ class Scorer(nn.Module):
         return replace(self.backbone.config, source=self.backbone.config.source | labels(self.outputs, self.problem))
 
     @property
-    def supports_tree(self) -> bool:
-        """Whether batches may hold texts that share a beginning."""
-        return isinstance(self.backbone, Decoder) and self.backbone.cacheable is None
+    def supports_cache(self) -> bool:
+        return bool(self.backbone.supports_cache)
+
+    @property
+    def cacheable(self) -> int | None:
+        """As of a decoder: tokens up to which a text's angles do not follow the length of its row; None for any number."""
+        found: int | None = getattr(self.backbone, "cacheable", None)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +149,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
             found=raw.get("architectures"), expected="…ForSequenceClassification",
             fix="train one from it with `tutelage reward --model FOLDER`",
         )  # fmt: skip
-    check_files(folder, raw)
+    check_folder(folder)
     if unsupported(raw) is not None:
         from tutelage.models.hf_scorer import load_body
 
@@ -191,10 +195,10 @@ _Group = tuple[list[int], int]  # texts by number, and the length of the beginni
 
 def _packs(scorer: Scorer, texts: Sequence[Sequence[int]], tokens: int) -> list[list[_Group]]:
     """All texts in groups, and as many groups together as have so many tokens."""
-    steady = getattr(scorer.backbone, "cacheable", None) is None  # else angles follow the length of a row: each has its own
+    steady = scorer.cacheable is None  # else angles follow the length of a row: each has its own
     packs: list[list[_Group]] = []
     room = 0
-    for members, shared in _groups(texts, scorer.supports_tree):
+    for members, shared in _groups(texts, steady and scorer.supports_cache):
         size = shared + sum(len(texts[i]) - shared for i in members)
         if size > room or not steady:
             packs.append([])

@@ -61,13 +61,33 @@ class Objective:
         return {} if self.preparing is None else self.preparing(parts, batch, **self.settings)
 
 
-_PREFERENCE = "tutelage.objectives.preference"
+_PREFERENCE, _ABSOLUTE, _KTO = (f"tutelage.objectives.{name}" for name in ("preference", "absolute", "kto"))
+_DISTIL = "tutelage.objectives.distil"
 _REWARD = "tutelage.objectives.reward"
 _POLICY = "tutelage.objectives.policy_gradient:policy_gradient"
 _NO_CLIP = {"form": "none", "level": "token", "clip_low": 0.0, "clip_high": 0.0, "delta": None}
 TABLE: dict[str, Method] = {
     "next_token": Method("tutelage.objectives.next_token:next_token"),
     "dpo": Method(f"{_PREFERENCE}:dpo", "preferences", reference=True),
+    "cdpo": Method(f"{_PREFERENCE}:cdpo", "preferences", reference=True),
+    "robust": Method(f"{_PREFERENCE}:robust", "preferences", reference=True),
+    "dpo_norm": Method(f"{_PREFERENCE}:dpo_norm", "preferences", reference=True),
+    "ipo": Method(f"{_PREFERENCE}:ipo", "preferences", reference=True),
+    "hinge": Method(f"{_PREFERENCE}:hinge", "preferences", reference=True),
+    "exo_pair": Method(f"{_PREFERENCE}:exo_pair", "preferences", reference=True),
+    "discopop": Method(f"{_PREFERENCE}:discopop", "preferences", reference=True),
+    "nca_pair": Method(f"{_ABSOLUTE}:nca_pair", "preferences", reference=True),
+    "sppo_hard": Method(f"{_ABSOLUTE}:sppo_hard", "preferences", reference=True),
+    "apo_zero": Method(f"{_ABSOLUTE}:apo_zero", "preferences", reference=True),
+    "apo_down": Method(f"{_ABSOLUTE}:apo_down", "preferences", reference=True),
+    "kto": Method(f"{_KTO}:kto", "ratings", reference=True, prepare=f"{_KTO}:reference_point"),
+    "orpo": Method("tutelage.objectives.orpo:orpo", "preferences"),
+    "simpo": Method("tutelage.objectives.simpo:simpo", "preferences"),
+    "cpo": Method("tutelage.objectives.cpo:cpo", "preferences"),
+    "cpo_simpo": Method("tutelage.objectives.simpo:simpo", "preferences", defaults={"sft": 1.0}),
+    "forward_kl": Method(f"{_DISTIL}:forward_kl"),
+    "reverse_kl": Method(f"{_DISTIL}:reverse_kl"),
+    "jsd": Method(f"{_DISTIL}:jsd"),
     "reward": Method(f"{_REWARD}:reward", "preferences", part="reward"),
     "rating": Method(f"{_REWARD}:rating", "ratings", part="reward"),
     "process": Method(f"{_REWARD}:process", "ratings", part="reward"),

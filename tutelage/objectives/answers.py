@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from tutelage.models.interface import Answers, Batch
+from tutelage.objectives import Term
 
 
 def answers_of(batch: Batch) -> Answers:
@@ -12,23 +16,63 @@ def answers_of(batch: Batch) -> Answers:
     return batch.answers
 
 
+def every(batch: Batch, first: int, of: int) -> Batch:
+    """The same tokens with every `of`th answer alone, from number `first` on: the head runs over no other."""
+    answers = answers_of(batch)
+    kept = answers.owner % of == first
+    return replace(
+        batch,
+        answers=replace(
+            answers,
+            places=answers.places[kept],
+            targets=answers.targets[kept],
+            owner=answers.owner[kept] // of,
+            last=answers.last[first::of],
+            tokens={name: stream[kept] for name, stream in answers.tokens.items()},
+            whole={name: stream[first::of] for name, stream in answers.whole.items()},
+        ),
+    )
+
+
 def token_logprobs(policy: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities [N] of all supervised tokens, in their order."""
     answers = answers_of(batch)
-    hidden = policy(batch).hidden.flatten(0, 1)[answers.places]
+    hidden = policy(batch).hidden.flatten(0, 1).index_select(0, answers.places)
     return policy.lm_head.logprobs(hidden, answers.targets)  # type: ignore[operator, no-any-return, union-attr]
 
 
 def token_scores(policy: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of all supervised tokens, and the entropies [N] of the distributions that they come from."""
     answers = answers_of(batch)
-    hidden = policy(batch).hidden.flatten(0, 1)[answers.places]
+    hidden = policy(batch).hidden.flatten(0, 1).index_select(0, answers.places)
     return policy.lm_head.logprobs_and_entropy(hidden, answers.targets, temperature)  # type: ignore[operator, no-any-return, union-attr]
 
 
 def answer_logprobs(policy: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities [S] of whole answers: sums over their supervised tokens."""
     return answers_of(batch).sums(token_logprobs(policy, batch))
+
+
+def paired(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[S] -> of the chosen answers [S/2], of the rejected ones [S/2]."""
+    return values[0::2], values[1::2]
+
+
+def pair_terms(loss: Tensor, chosen: Tensor, rejected: Tensor, name: str = "loss") -> dict[str, Term]:
+    """The loss [P] of each pair; and, measured only, the rewards [P] that it compares and how often they are in order."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    measured = {
+        "_accuracy": (chosen > rejected).to(loss.dtype),
+        "_chosen": chosen,
+        "_rejected": rejected,
+        "_margin": chosen - rejected,
+    }
+    return {name: Term(loss.sum(), "pairs")} | {n: Term(torch.sum(v), "pairs") for n, v in measured.items()}
+
+
+def chosen_loss(logprobs: Tensor, answers: Answers, weight: float = 1.0) -> dict[str, Term]:
+    """`weight` times the cross-entropy of the chosen answers' tokens, as the term "sft"; nothing where the weight is 0."""
+    return {"sft": Term(-weight * logprobs[answers.owner % 2 == 0].sum(), "chosen_tokens")} if weight else {}
 
 
 def own_places(batch: Batch) -> Tensor:

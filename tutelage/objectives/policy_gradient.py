@@ -26,7 +26,7 @@ Estimator = Literal["k1", "k2", "k3"]
 def policy_gradient(
     parts: dict[str, nn.Module], batch: Batch, *, form: Form = "clip", level: Level = "token", unit: str = "sequences",
     clip_low: float = 0.2, clip_high: float = 0.2, delta: float | None = None, kl_weight: float = 0.0, kl: Estimator = "k3",
-    entropy_weight: float = 0.0, temperature: float = 1.0,
+    kl_importance: bool = True, entropy_weight: float = 0.0, temperature: float = 1.0,
 ) -> dict[str, Term]:  # fmt: skip
     """The surrogate loss, the penalty for leaving the reference (`kl`) and the bonus for entropy, weighted here.
 
@@ -34,6 +34,9 @@ def policy_gradient(
     clipped ratio as a constant times the log-probability; "none", the log-probability alone.
     `level`: the ratio of a "token"; of a "sequence", the geometric mean over its tokens; of a whole "answer", the product.
     `delta`: the largest ratio where the advantage is negative (dual clip, Ye et al. 2020, arXiv:1912.09729).
+    `kl_importance`: the penalty of a token counts by its ratio, so that its gradient is that of the divergence, whichever the
+    estimator, off policy too (DeepSeek-AI 2025, arXiv:2512.02556, for k3). Without: as in GRPO's paper; right for k2 on policy,
+    close for k3, and 0 on average for k1.
     `temperature`: that the answers were sampled at; `old` and `reference` are of it too.
     """
     answers = answers_of(batch)
@@ -63,6 +66,8 @@ def policy_gradient(
         distance = kl_estimate(kl, logprobs, answers.tokens["reference"])
         terms["_kl"] = _share(distance, used)
         if kl_weight:
+            if kl_importance:
+                distance = distance * (ratio.detach() if kl == "k2" else ratio)
             terms["kl"] = Term(kl_weight * (distance * weight).sum(), unit)
     if entropy_weight:
         terms["entropy"] = Term(-entropy_weight * (entropy * used).sum(), "tokens")
@@ -70,10 +75,7 @@ def policy_gradient(
 
 
 def kl_estimate(kind: Estimator, logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Of the divergence from the reference, from tokens of the policy (Schulman 2020, http://joschu.net/blog/kl-approx.html).
-
-    In a loss k2 has the gradient of the divergence and k3 comes close to it; that of k1 is 0 on average: it is for rewards.
-    """
+    """Of the divergence from the reference, from tokens of the policy (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""
     beyond = logprobs - reference
     if kind == "k1":
         return beyond

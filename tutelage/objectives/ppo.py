@@ -18,15 +18,15 @@ from tutelage.objectives.policy_gradient import Estimator, policy_gradient
 
 def ppo(
     parts: dict[str, nn.Module], batch: Batch, *, clip_low: float = 0.2, clip_high: float = 0.2, delta: float | None = None,
-    value_clip: float | None = 0.2, kl_weight: float = 0.0, kl: Estimator = "k3", entropy_weight: float = 0.0,
-    temperature: float = 1.0,
+    value_clip: float | None = 0.2, kl_weight: float = 0.0, kl: Estimator = "k3", kl_importance: bool = True,
+    entropy_weight: float = 0.0, temperature: float = 1.0,
 ) -> dict[str, Term]:  # fmt: skip
     """The clipped policy loss over tokens, and as `value` half the squared error of the values: the larger of that of the value
     and of the value at most `value_clip` away from the old one."""
     answers = answers_of(batch)
     terms = policy_gradient(
         parts, batch, form="clip", level="token", unit="tokens", clip_low=clip_low, clip_high=clip_high, delta=delta,
-        kl_weight=kl_weight, kl=kl, entropy_weight=entropy_weight, temperature=temperature,
+        kl_weight=kl_weight, kl=kl, kl_importance=kl_importance, entropy_weight=entropy_weight, temperature=temperature,
     )  # fmt: skip
     values, weight = parts["value"](batch)[answers.places, 0], answers.tokens["weight"]
     old, target = answers.tokens["value_old"], answers.tokens["return"]

@@ -16,12 +16,12 @@ from tutelage.objectives import Term
 from tutelage.objectives.answers import answers_of, own_places
 
 
-def reward(parts: dict[str, nn.Module], batch: Batch, *, centring: float = 0.0) -> dict[str, Term]:
+def reward(parts: dict[str, nn.Module], batch: Batch, *, centring: float = 0.01) -> dict[str, Term]:
     """Bradley-Terry: -log sigmoid(r(chosen) - r(rejected) - margin), over pairs (Ouyang et al. 2022, arXiv:2203.02155). The
     margin is `whole["margin"]` where people said by how much an answer is better (Touvron et al. 2023, arXiv:2307.09288).
 
     Only differences are learned from, so rewards may drift: `centring` times (r(chosen) + r(rejected))^2 keeps them around 0
-    (Eisenstein et al. 2023, arXiv:2312.09244; 0.01 there).
+    (Eisenstein et al. 2023, arXiv:2312.09244; 0.01 there, too).
     """
     answers = answers_of(batch)
     scores = parts["reward"](batch)[answers.last]

@@ -43,7 +43,8 @@ def group_advantages(rewards: npt.ArrayLike, groups: npt.ArrayLike, baseline: Ba
     size = int(numbers.max()) + 1
 
     def total(values: Any) -> Floats:
-        return np.bincount(numbers, np.where(judged, values, 0.0), size).astype(np.float64)[numbers]
+        sums: Floats = np.bincount(numbers, np.where(judged, values, 0.0), size).astype(np.float64)
+        return sums[numbers]
 
     count = total(1.0)
     mean = total(r) / np.maximum(count, 1)

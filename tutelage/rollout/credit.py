@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from tutelage.data.families import Ending, Family
 from tutelage.records import Rollout
-from tutelage.rollout.advantages import gae, group_advantages, token_rewards, whiten
+from tutelage.rollout.advantages import gae, group_advantages, token_rewards
 from tutelage.rollout.correction import Level, Mismatch, Mode, correction
 from tutelage.rollout.weights import CREDIT, Truncated, cut, weights
+from tutelage.train import distributed
 
 Floats = npt.NDArray[np.float32]
 ByToken = Callable[[Sequence[Family]], list[list[Floats]]]  # a number for each token of each ending
@@ -50,13 +51,14 @@ class Credit:
     old: ByToken | None = None
     reference: ByToken | None = None
     values: ByToken | None = None
+    comparable: bool = True  # whether trainer and engine speak of one temperature
 
     def __call__(self, groups: Groups) -> tuple[Groups, list[Family], dict[str, float]]:
         bare = [family_of(group) for group in groups]
         engine = [[np.array(r.logprobs, np.float32) for r in group] for group in groups]
         old = engine if self.old is None else self.old(bare)
         reference = None if self.reference is None else self.reference(bare)
-        measured = {} if self.old is None else _mismatch(bare, old, engine).metrics()
+        measured = _mismatch(bare, old, engine).metrics() if self.old is not None and self.comparable else {}
         if reference is not None:
             measured["kl"] = _kl(bare, old, reference)
         found = cut(
@@ -134,7 +136,7 @@ class Credit:
                 out["value_old"][i].append(values[i][k])
         flat = np.concatenate([row for rows in out["advantage"] for row in rows])
         used = np.concatenate([row for rows in out["weight"] for row in rows])
-        white, start = whiten(flat, used).astype(np.float32), 0
+        white, start = _whitened(flat, used).astype(np.float32), 0
         for rows in out["advantage"]:
             for row in rows:
                 row[:] = white[start : start + len(row)]
@@ -151,6 +153,16 @@ def family_of(group: Sequence[Rollout]) -> Family:
     """The answers to one prompt, without streams."""
     endings = tuple(Ending(np.array(r.ids, np.int64), np.array(r.mask, np.uint8)) for r in group)
     return Family(group[0].prompt, np.array(group[0].prompt_ids, np.int64), endings)
+
+
+def _whitened(values: Floats, weights: Floats) -> Rewards:
+    """Mean 0 and standard deviation 1 over the tokens of all ranks."""
+    x, used = values.astype(np.float64), weights != 0
+    sums = distributed.sum_values({"count": float(used.sum()), "sum": float(x[used].sum())})
+    mean = sums["sum"] / max(1.0, sums["count"])
+    squares = distributed.sum_values({"squares": float(((x[used] - mean) ** 2).sum())})["squares"]
+    deviation = (squares / max(1.0, sums["count"] - 1)) ** 0.5
+    return np.where(used, (x - mean) / (deviation + 1e-8), 0.0)
 
 
 def _rewards(groups: Groups) -> Rewards:

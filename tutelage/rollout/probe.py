@@ -68,6 +68,6 @@ class Measured(Quiet):
 
     def after_step(self, state: State) -> None:
         source = self.source
-        if log.rank() == 0 and source.iteration != self.last:
+        if log.rank() == 0 and source.iteration != self.last and source.facts:  # none where it goes on with kept rollouts
             self.last = source.iteration
             state.job.metrics.write(step=state.progress.step, **{f"rollout/{k}": v for k, v in source.facts.items()})

@@ -6,7 +6,6 @@ An iteration is one batch of prompts, answered by the weights as they are then; 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from tutelage.data.loader import GlobalBatch
 from tutelage.data.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import whole_file
-from tutelage.records import Prompt, Rollout, dump_line, from_json
+from tutelage.records import Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.scores import pieces
 from tutelage.train import distributed
 
@@ -89,7 +88,8 @@ class RolloutSource:
     blank: Family  # as large as a family can become, with all its streams: for the largest batch
     identity: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)  # of the last iteration
-    _families: list[Family] = field(default_factory=list)
+    families: dict[int, Family] = field(default_factory=dict)  # this rank's groups by their place
+    places: list[int] = field(default_factory=list)  # of the groups of all ranks
     iteration: int = -1  # of the rollouts that are there
     _version: int = 0
 
@@ -107,43 +107,47 @@ class RolloutSource:
     # Making rollouts
 
     def _collect(self, iteration: int, step: int) -> None:
+        """Asks prompts until there are enough groups, which all ranks decide together."""
         started = time.monotonic()
-        self.facts = {}
-        wanted, groups, families, silent, asked = self.plan.prompts, [], [], 0, 0
+        wanted, asked, silent = self.plan.prompts, 0, 0
+        groups: dict[int, list[Rollout]] = {}
+        families: dict[int, Family] = {}
+        places: list[int] = []  # of the groups that are used, over all ranks
         measured: dict[str, float] = {}
-        for attempt in range(self.plan.tries if self.plan.silent == "resample" else 1):
-            chosen = self._choose(iteration, attempt)
-            made = self.judged(self.sampler.answer(
-                chosen, self.plan.samples, seed=self.plan.seed, step=step, version=self._version
-            ))  # fmt: skip
-            made, own, measured = self.credit(made)
-            asked += len(made)
+        for attempt in range(self._tries):
+            first = (iteration * self._tries + attempt) * wanted
+            own = range(first + log.rank(), first + wanted, distributed.world())
+            made = self.sampler.answer(
+                [self._prompt(p) for p in own], self.plan.samples, seed=self.plan.seed, step=step, version=self._version
+            )
+            made, found, measured = self.credit(self.judged(made))
             quiet = [all(not r.advantage for r in group) for group in made]
-            silent += sum(quiet)
-            if self.plan.silent == "keep":
-                quiet = [False] * len(made)
-            groups += [_left_out(g, "no signal in the group") if q else g for g, q in zip(made, quiet, strict=True)]
-            families += [f for f, q in zip(own, quiet, strict=True) if not q]
-            if len(families) * distributed.world() >= wanted:
+            asked, silent = asked + len(made), silent + sum(quiet)
+            loud = [self.plan.silent == "keep" or not q for q in quiet]
+            for place, group, family, used in zip(own, made, found, loud, strict=True):
+                groups[place] = group if used else _left_out(group, "no signal in the group")
+                families[place] = family
+            there = distributed.sum_values({str(p): float(p in own and loud[own.index(p)]) for p in range(first, first + wanted)})
+            places += [int(p) for p in sorted(there, key=int) if there[p]]
+            if len(places) >= wanted:
                 break
-        if not families:  # nothing to learn: the step is made, and moves nothing
-            families = own
-        self._families, self.iteration = families[: wanted // distributed.world()], iteration
-        used = {f.name for f in self._families}
-        groups = [g if g[0].prompt in used or not g[0].used else _left_out(g, "there were enough groups") for g in groups]
-        self._write(groups, step)
-        self._measure(groups, measured, asked, silent, time.monotonic() - started)
+        # Where there is nothing to learn from, the step is made all the same, and moves nothing.
+        self.places = places[:wanted] or list(range(first, first + wanted))
+        self.families = {p: f for p, f in families.items() if p in self.places}
+        self.iteration = iteration
+        late = "there were enough groups"
+        kept = [g if p in self.families or not g[0].used else _left_out(g, late) for p, g in groups.items()]
+        self._write(kept, step)
+        self._measure(kept, measured, asked, silent, time.monotonic() - started)
 
-    def _choose(self, iteration: int, attempt: int) -> list[Prompt]:
-        """This rank's prompts. Every epoch has its own order; further attempts take the prompts of later iterations' places."""
-        size, tries = self.plan.prompts, self.plan.tries if self.plan.silent == "resample" else 1
-        first = (iteration * tries + attempt) * size
-        places = range(first + log.rank(), first + size, distributed.world())
-        out = []
-        for place in places:
-            epoch, at = divmod(place, len(self.prompts))
-            out.append(self.prompts[int(shuffled(len(self.prompts), self.plan.seed, epoch, 6)[at])])
-        return out
+    @property
+    def _tries(self) -> int:
+        return self.plan.tries if self.plan.silent == "resample" else 1
+
+    def _prompt(self, place: int) -> Prompt:
+        """Every epoch has its own order; places of further attempts are those that no other iteration asks."""
+        epoch, at = divmod(place, len(self.prompts))
+        return self.prompts[int(shuffled(len(self.prompts), self.plan.seed, epoch, 6)[at])]
 
     def judged(self, groups: Groups) -> Groups:
         """The rollouts with their rewards, all scored together."""
@@ -192,16 +196,18 @@ class RolloutSource:
     # Using them
 
     def _minibatch(self, iteration: int, at: int) -> list[Family]:
-        """The families of one step of an iteration; each time through them in another order."""
+        """This rank's families of one step of an iteration; each time through them in another order."""
         time_through, part = divmod(at, self.plan.minibatches)
-        order = shuffled(len(self._families), self.plan.seed, iteration * self.plan.updates + time_through, 7)
-        return [self._families[int(i)] for i in np.array_split(order, self.plan.minibatches)[part]]
+        order = shuffled(len(self.places), self.plan.seed, iteration * self.plan.updates + time_through, 7)
+        chosen = [self.places[int(i)] for i in np.array_split(order, self.plan.minibatches)[part]]
+        return [self.families[p] for p in chosen if p in self.families] or [_muted(self.blank)]
 
     def _batch(self, families: list[Family]) -> GlobalBatch:
         layout = self.plan.layout
         parts = [p for family in families for p in pieces(family, layout, self.plan.micro_tokens)]
         groups = bins([p.size(layout) for p in parts], self.plan.micro_tokens)[0]
-        counts = distributed.sum_values(count(parts, layout) | {"prompts": float(len(families))})
+        own = count([p for p in parts if any(e.supervised for e in p.endings) or p.name != "blank"], layout)
+        counts = distributed.sum_values(own | {"prompts": float(len(families))})
         return family_batch([[parts[i] for i in group] for group in groups], counts, layout)
 
     # The loop's side
@@ -213,10 +219,10 @@ class RolloutSource:
     def state_dict(self) -> dict[str, Any]:
         """Between iterations nothing but the settings; within one, its families, since their weights are gone."""
         done = self._version % self.plan.steps == 0
-        kept = [] if done else [_packed(f) for f in self._families]
+        kept = {} if done else {str(p): _packed(f) for p, f in self.families.items()}
         return {
             "identity": self.identity, "plan": asdict(self.plan), "iteration": self.iteration, "version": self._version,
-            "families": kept,
+            "families": kept, "places": self.places,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,8 +235,9 @@ class RolloutSource:
                     found=str({k: ours.get(k) for k in different}), expected=str({k: state[name].get(k) for k in different}),
                     fix="resume with the settings of the checkpoint, or start a new run from its model",
                 )  # fmt: skip
-        self._families = [_unpacked(f) for f in state["families"]]
-        self.iteration = state["iteration"] if self._families else -1
+        self.families = {int(p): _unpacked(f) for p, f in state["families"].items()}
+        self.places = state["places"]
+        self.iteration = state["iteration"] if self.families else -1
         self._version = state["version"]
         self.published()
 
@@ -244,11 +251,17 @@ class RolloutSource:
 
 def read_rollouts(file: Path) -> list[Rollout]:
     """The rollouts of one iteration."""
-    return [from_json(Rollout, json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+    return list(read_records(file, Rollout))  # answers may hold what `splitlines` takes for the end of a line
 
 
 def _left_out(group: list[Rollout], why: str) -> list[Rollout]:
     return [replace(r, used=False, meta={**r.meta, "left_out": why}) for r in group]
+
+
+def _muted(family: Family) -> Family:
+    """A family that counts nothing: ranks go through the model equally often, also where one has nothing to learn from."""
+    one = family.endings[0]
+    return replace(family, endings=(replace(one, mask=np.zeros(len(one.ids), np.uint8)),))
 
 
 def _packed(family: Family) -> dict[str, Any]:

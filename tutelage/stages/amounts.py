@@ -31,6 +31,8 @@ ROW = Span(50, 3000)  # bytes of text in a row, where its lines cannot be counte
 # `python-docs:` and `python-questions:` read the standard library once a process: 11 MB of sources in 2 s
 DOCS = Span(2e6, 3.5e6)  # 2.3 MB are kept
 DOCS_SECONDS = Span(1.2, 6)
+FILES = 573  # of the standard library; 5.6 MB of code without comments and docstrings
+CODE, CODE_SECONDS = Span(3e3, 20e3), Span(5e-3, 60e-3)  # of a file
 FACTS = Span(1.6, 2.0)  # for each function asked about; 1.8
 FUNCTIONS = 3500  # about as many there are
 OWN_WORDS = 0.05 + 0.95 * 0.3  # held-out questions for each fact (data/questions.py)
@@ -124,6 +126,9 @@ def source(name: str, config: Data) -> Source:
         raise Unknown(f"known after reading {name}")
     if scheme == "python-docs":
         return Source(text=DOCS, records=_documents(500, DOCS, config), seconds=DOCS_SECONDS)
+    if scheme == "python-code":
+        files = min(int(parameters.get("modules", FILES)), FILES)
+        return Source(text=CODE * files, records=_documents(files, CODE * files, config), seconds=CODE_SECONDS * files)
     if scheme == "python-questions":
         questions.read(parameters)  # a mistake in them is told now
         facts = FACTS * min(int(parameters.get("functions", 900)), FUNCTIONS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.stages import Classify
+from tutelage.config.tasks import Classify
 from tutelage.data.examples import Labels, balanced, labels_of, named
 from tutelage.data.split import position
 from tutelage.errors import ConfigError, DataError

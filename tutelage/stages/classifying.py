@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, processors
 
 from tutelage import log
-from tutelage.config.stages import SMALL_ENCODER, TEXT_LENGTH, Classify
+from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
 from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.family_source import FamilySource
 from tutelage.engine.classifier import longest, names_of, separator

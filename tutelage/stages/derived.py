@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage import log
-from tutelage.config.stages import Pretrain
+from tutelage.config.stages import Adapt, Pretrain, Vocabulary
 from tutelage.config.train import Loop, Train, warmup_steps
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
@@ -47,6 +47,16 @@ def check_start(config: Train) -> None:
         )
 
 
+def learnt_share(config: Train) -> float:
+    """The share of rows that are of `data`: an epoch is a pass over these, however many others are between them."""
+    return 1.0 - config.replay_share if isinstance(config, Adapt) and config.general is not None else 1.0
+
+
+def new_tokens(config: Train) -> int:
+    """How many tokens a stage adds to its model's vocabulary, at most."""
+    return config.vocab_add if isinstance(config, Adapt) else config.add if isinstance(config, Vocabulary) else 0
+
+
 def derive_all(
     config: Train,
     vocabulary: int,
@@ -68,6 +78,8 @@ def derive_all(
         "weight_decay": config.optimizer.weight_decay,
     }
     epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
+    if corpus_tokens is not None:
+        corpus_tokens = round(corpus_tokens / learnt_share(config))
     size, architecture = getattr(config, "size", "3m"), dict(getattr(config, "architecture", {}))
     because: dict[str, str] = {}
     if parent is not None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.config.stages import SMALL_ENCODER, TEXT_LENGTH, Classify, Data, Evaluate, Rl, Tokens
-from tutelage.config.train import Train, Tune
+from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
+from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
+from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
@@ -24,7 +25,7 @@ from tutelage.plan.time import NOTHING, Span
 from tutelage.recipe import Estimate, Planned, Unknown
 from tutelage.stages import amounts
 from tutelage.stages.amounts import Records, records_of
-from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows, ranks_sharing
+from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows, new_tokens, ranks_sharing
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -61,25 +62,90 @@ def training(planned: Planned) -> Estimate:
     found = derived(planned, SOME_TOKENS)
     check_context(found)
     shape, row = found.architecture, int(found.values["sequence_length"])
-    ends, making = [found], None
-    try:
-        records = records_of(planned, "data")
-        most = corpus_tokens(records, Shape.of(shape).vocab)
-        ends, making = [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
-    except Unknown:
-        if config.steps == config.tokens == "derived":
-            raise
+    ends, making = _ends(planned, found)
     machine = measure()
     device = _device(config.device, machine)
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
     need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    tokens = _tokens(planned, ends)
+    out = parts.train(shape, tokens, row, machine.peak_flops(device, config.dtype), device, need)
+    out = parts.START_TORCH + out
+    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+
+
+def distil(planned: Planned) -> Estimate:
+    """The student's training, and the teacher's reading: of each step, or of the texts once."""
+    config = planned.config
+    assert isinstance(config, Distil)
+    shape, machine = shape_of(planned, "teacher"), measure()
+    device = _device(config.device, machine)
+    try:
+        if config.policy == "on":
+            student, tokens = _answers(planned, config, config.rollouts.prompts)
+            return student + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+        if config.top_k:
+            tokens = corpus_tokens(records_of(planned, "data"), Shape.of(shape).vocab)
+        else:
+            tokens = _tokens(planned, _ends(planned, derived(planned, SOME_TOKENS))[0])
+        return training(planned) + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+    except ConfigError as error:  # of a family that is not ours
+        raise Unknown(f"not known: {error.message} ({error.field})") from None
+
+
+def _ends(planned: Planned, found: Derived) -> tuple[list[Derived], Estimate | None]:
+    """The derivations for the least and the most data that there may be, and what making its tokens takes; only `found` where
+    that does not count."""
+    config = planned.config
+    assert isinstance(config, Train)
+    try:
+        records = records_of(planned, "data")
+        most = corpus_tokens(records, Shape.of(found.architecture).vocab)
+        return [derived(planned, max(1, round(n))) for n in (most.low, most.high)], _encoding(records, 0)
+    except Unknown:
+        if config.steps == config.tokens == "derived":
+            raise
+        return [found], None
+
+
+def _tokens(planned: Planned, ends: list[Derived]) -> Span:
+    """What all steps read."""
     parent = _parent(planned)
     done = parent.steps if parent else 0
     steps = sorted((int(d.values["steps"]) - done) * int(d.values["batch_tokens"]) for d in ends)
-    out = parts.train(shape, Span(steps[0], steps[-1]), row, machine.peak_flops(device, config.dtype), device, need)
-    out = parts.START_TORCH + out
-    return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
+    return Span(steps[0], steps[-1])
+
+
+def vocabulary(planned: Planned) -> Estimate:
+    """Learning tokens from the texts, and the steps that train their rows."""
+    assert isinstance(planned.config, Vocabulary)
+    found = records_of(planned, "data")
+    out = parts.learn(found.train_bytes + found.held_out_bytes)
+    return training(planned) + out if planned.config.train else parts.START_TORCH + out
+
+
+def adapt(planned: Planned) -> Estimate:
+    """Training, with the rows of new tokens before it, and reading the held-out documents of each kind before and after."""
+    config, out = planned.config, training(planned)
+    assert isinstance(config, Adapt)
+    shape, machine = derived(planned, SOME_TOKENS).architecture, measure()
+    device = _device(config.device, machine)
+    peak = machine.peak_flops(device)
+    if config.general:
+        out += replace(_encoding(records_of(planned, "general"), 0), memory_bytes=NOTHING, room="")
+    if config.vocab_add:
+        found = derived(planned, SOME_TOKENS)
+        tokens = config.warm_steps * int(found.values["batch_tokens"])
+        need = training_memory(shape, micro_rows(config, found), int(found.values["sequence_length"]), config.optimizer.name)
+        warm = parts.train(shape, Span(tokens, tokens), int(found.values["sequence_length"]), peak, device, need)
+        out += replace(warm + parts.learn(records_of(planned, "data").train_bytes), memory_bytes=NOTHING, room="")
+    for key in ("data", "general") if config.general else ("data",):
+        held = records_of(planned, key)
+        part = min(1.0, config.max_documents / held.held_out.high) if config.max_documents and held.held_out.high else 1.0
+        text = Span(held.held_out_bytes.low * part, held.held_out_bytes.high * part)
+        read = (text / parts.bytes_per_token(Shape.of(shape).vocab) + held.held_out * part) * 2
+        out += replace(parts.read(shape, read, 0.5, peak, device), memory_bytes=NOTHING, room="")
+    return out
 
 
 def tuning(planned: Planned) -> Estimate:
@@ -107,25 +173,48 @@ def rollouts(planned: Planned) -> Estimate:
     """Answers made one token after another, read again by references and values, and trained on."""
     config = planned.config
     assert isinstance(config, Rl)
+    return _answers(planned, config, config.batch, config.updates, config.minibatches)[0]
+
+
+def _answers(planned: Planned, config: Loop, batch: int, updates: int = 1, minibatches: int = 1) -> tuple[Estimate, Span]:
+    """What training on a model's own answers takes, and how many tokens are read in it."""
+    how: Any = getattr(config, "rollouts", config)
     records, shape = records_of(planned, "data"), shape_of(planned)
     machine = measure()
     device = _device(config.device, machine)
     asked = records.train_bytes / parts.bytes_per_token(Shape.of(shape).vocab) + records.train * CONTROL[True]
     per_prompt = Span(asked.low / max(1.0, records.train.high), asked.high / max(1.0, records.train.low))
-    steps_each = config.updates * config.minibatches
+    steps_each = updates * minibatches
     if config.steps == "derived":
-        iterations = records.train * (config.epochs / config.batch)
+        iterations = records.train * (float(getattr(config, "epochs", None) or 1.0) / batch)
     else:
         iterations = Span(config.steps / steps_each, config.steps / steps_each)
-    answers = iterations * (config.batch * config.samples)
-    made = answers * Span(config.max_tokens * 0.1, config.max_tokens)
-    read = (made + iterations * config.batch * per_prompt) * config.updates
+    answers = iterations * (batch * how.samples)
+    made = answers * Span(how.max_tokens * 0.1, how.max_tokens)
+    read = (made + iterations * batch * per_prompt) * updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
     rate = machine.peak_flops(device, config.dtype)
-    out = parts.START_TORCH + parts.train(shape, read, config.max_tokens, rate, device, need)
-    return out + parts.answer(shape, answers, config.max_tokens, rate, device)
+    out = parts.START_TORCH + parts.train(shape, read, how.max_tokens, rate, device, need)
+    return out + parts.answer(shape, answers, how.max_tokens, rate, device), read
+
+
+def sample(planned: Planned) -> Estimate:
+    """Answers made one token after another."""
+    config = planned.config
+    assert isinstance(config, Sample)
+    machine, records = measure(), records_of(planned, "data")
+    asked = records.train if config.part == "train" else records.held_out
+    most = config.max_prompts or asked.high
+    answers = Span(min(asked.low, most), min(asked.high, most)) * config.samples
+    device = _device(config.device, machine)
+    return parts.START_TORCH + parts.answer(shape_of(planned), answers, config.max_tokens, machine.peak_flops(device), device)
+
+
+def select(planned: Planned) -> Estimate:
+    """Reading answers and writing some of them."""
+    return parts.START + parts.collect(records_of(planned, "answers").train_bytes, "conversations", 0)
 
 
 def classify(planned: Planned) -> Estimate:
@@ -189,12 +278,14 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
         raise Unknown(f"known after {planned.name}")
     check_start(config)
     parent = _parent(planned)
-    if "model" in planned.inputs:
+    if "model" in planned.inputs and not new_tokens(config):
         start = planned.inputs["model"].path
         return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start, parent=parent)
-    if "model" in waits:
-        before = derived(waits["model"], SOME_TOKENS).architecture
-        return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before)
+    if "model" in planned.inputs or "model" in waits:
+        here = "model" in planned.inputs
+        before = _config_json(planned.inputs["model"].path) if here else derived(waits["model"], SOME_TOKENS).architecture
+        before = {**before, "vocab_size": Shape.of(before).vocab + new_tokens(config)}
+        return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before, parent=parent)
     if "tokenizer" in waits:
         return derive_all(config, int(getattr(waits["tokenizer"].config, "vocab_size", 4096)), corpus_tokens, None)
     words = TokenizerFolder.open(planned.inputs["tokenizer"].path)
@@ -209,11 +300,11 @@ def _parent(planned: Planned) -> Parent | None:
     return None if planned.run is None else parent_of(planned.config, planned.run)
 
 
-def shape_of(planned: Planned, key: str = "model") -> Mapping[str, Any]:
-    """The config.json of the model that a stage reads, there or still to be made."""
-    if key in planned.inputs:
-        return _config_json(planned.inputs[key].path)
-    return derived(planned.waits_for[key], SOME_TOKENS).architecture
+def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
+    """The config.json of a model that a stage reads, there or still to be made."""
+    if name in planned.inputs:
+        return _config_json(planned.inputs[name].path)
+    return derived(planned.waits_for[name], SOME_TOKENS).architecture
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:

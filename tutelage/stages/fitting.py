@@ -63,7 +63,7 @@ class Work:
 def fit(config: Loop, run: RunDir, work: Work, device: torch.device, parent: Parent | None = None) -> dict[str, Any]:
     """Trains in the run's folder, resuming what is there, lets `work` write its artifact and returns the facts of the run."""
     for part in work.parts.values():
-        part.train()
+        part.train(any(p.requires_grad for p in part.parameters()))
         part.checkpointing = config.checkpointing  # type: ignore[assignment]
         compile_model(part, config, device)
     distributed.start(str(device))

@@ -1,8 +1,8 @@
-"""Stage `prefer`: a model and preferences -> a model that prefers what people prefer, without a reward model (DPO and family)."""
+"""Stage `prefer`: a model and preferences or ratings -> a model that answers as people prefer, without a reward model."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from tutelage import log
 from tutelage.config.stages import Prefer
 from tutelage.data.family_source import FamilySource
-from tutelage.data.pairs import PairFamilies
+from tutelage.data.pairs import PairFamilies, margins
+from tutelage.data.rated import RatedFamilies, verdicts
 from tutelage.data.tokens import Segments
 from tutelage.errors import ConfigError
 from tutelage.models.config import check_vocabulary
@@ -20,32 +21,40 @@ from tutelage.objectives import TABLE, Objective, method, objective
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting, tuning
 from tutelage.stages.fitting import Work
+from tutelage.stages.judged import read_rows
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
-SETTINGS = ("beta", "label_smoothing")  # of this stage, that are given to the method
+# Settings of this stage that are given to the method
+SETTINGS = (
+    "beta", "label_smoothing", "offset", "gamma", "sft", "tau", "average", "desirable_weight", "undesirable_weight",
+)  # fmt: skip
+RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method learns from -> the records that hold it
+UNITS = {"preferences": "pairs", "ratings": "answers"}
 RATE_AT_7B = 1e-6
+
+Families = PairFamilies | RatedFamilies
 
 
 def run(config: Prefer, run: RunDir) -> dict[str, Any]:
-    tuning.check_records(run.input("data"), ("Preference",), "read them with `tutelage data --kind preferences`")
     chosen = chosen_method(config)
+    kind = method(config.method).data
+    tuning.check_records(run.input("data"), (RECORDS[kind],), f"read them with `tutelage data --kind {kind}`")
     device = fitting.choose_device(config)
     start = run.input("model")
     model = fitting.load_start(start, config, device)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     layout = tuning.layout_for(config, model)
-    train, held_out = families_of(config, run, model, device, layout, method(config.method).reference)
-    steps = tuning.steps_of(config, config.epochs, len(train))
-    source = FamilySource(
-        train, per_step=config.batch, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit="pairs",
-        rank=log.rank(), world=distributed.world(),
-    )  # fmt: skip
-    log.say("\n".join(source.describe()))
-    parameters = sum(p.numel() for p in model.parameters())
     length = tuning.max_length(config, model.config.max_position_embeddings)
-    rates = tuning.rates(config, parameters, RATE_AT_7B)
+    train, held_out = (families_of(config, run, model, part, length) for part in ("train", "validation"))
+    assert train is not None
+    steps = tuning.steps_of(config, config.epochs, len(train))
+    if method(config.method).reference:
+        give_reference(config, run, model, {"train": train, "validation": held_out}, layout, device)
+    source = source_of(train, config, layout, UNITS[kind], config.batch)
+    log.say("\n".join(source.describe()))
+    rates = tuning.rates(config, sum(p.numel() for p in model.parameters()), RATE_AT_7B)
     work = Work(
         parts={"policy": model},
         source=source,
@@ -56,50 +65,65 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         length=length,
         micro=(1, config.micro_tokens),
         tokens=float(train.sizes(layout).mean()) * config.batch * steps,
-        numbers={"max_length": length, "lr": rates.lr, "matrix_lr": rates.matrix_lr, "embedding_lr": rates.embedding_lr},
+        numbers={"max_length": length, **asdict(rates)},
         write=lambda: save_model(model, run.folder("model"), start, stop_ids=words.stop_ids),
-        validation=None if held_out is None else validation(held_out, config, layout),
+        validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
-    return {**fitting.fit(config, run, work, device), "method": config.method, "pairs": len(train), "packing": train.report}
+    return {**fitting.fit(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
 
 
 def chosen_method(config: Prefer) -> Objective:
-    """The objective of the settings. Raises `ConfigError` for a method that does not learn from preferences."""
-    names = [name for name, row in TABLE.items() if row.data == "preferences"]
+    """The objective of the settings. Raises `ConfigError` for a method that is about something else."""
+    names = [name for name, row in TABLE.items() if row.data in RECORDS and row.part == "policy"]
     if config.method in TABLE and config.method not in names:
-        raise ConfigError(
-            "this method does not learn from preferences", field="method", found=config.method, expected=", ".join(names)
-        )
-    return objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
+        raise ConfigError("this method is not of this stage", field="method", found=config.method, expected=", ".join(names))
+    chosen = objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
+    if config.reference is not None and not method(config.method).reference:
+        raise ConfigError("this method keeps no reference", field="reference", found=config.method, fix="leave `reference` out")
+    return chosen
 
 
-def families_of(
-    config: Prefer, run: RunDir, model: Any, device: torch.device, layout: Any, reference: bool
-) -> tuple[PairFamilies, PairFamilies | None]:
-    """The pairs for training and those held out, where there are any, with the reference's log-probabilities."""
-    length = tuning.max_length(config, model.config.max_position_embeddings)
+def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int) -> Families | None:
+    """The families of one part; None for a held-out part that holds nothing. Says what is left out."""
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(run.input("model"))})
-    other = load(run.input("reference"), device=device) if config.reference else model
-    found: list[PairFamilies | None] = []
-    for split in ("train", "validation"):
-        segments = Segments.open(tokens.path / "tokens" / split, vocabulary=model.config.vocab_size)
-        if split == "validation" and not len(segments):
-            found.append(None)
-            continue
+    segments = Segments.open(tokens.path / "tokens" / part, vocabulary=model.config.vocab_size)
+    rated = segments.record == "Rating"
+    if part == "validation" and len(segments) < 2 + 2 * rated:
+        return None
+    rows = read_rows(run.input("data") / f"{part}.jsonl")
+    if rated:
+        families: Families = RatedFamilies(segments, verdicts(rows), length, config.too_long)
+        log.say(f"{part}: {families.balance(config.desirable_weight or 1.0, config.undesirable_weight or 1.0)}")  # type: ignore[union-attr]
+    else:
         families = PairFamilies(segments, length, config.too_long)
-        for what, count in families.report.items():
-            if count:
-                log.say(f"{split}: {count:,} {what}")
-        if reference:
-            families.give("reference", tuning.reference_logprobs(
-                Path(run.folder("reference")) / split, other, families, config, layout, device
-            ))  # fmt: skip
-        found.append(families)
-    assert found[0] is not None
-    return found[0], found[1]
+        given = margins(rows)
+        if config.offset and given is None:
+            raise ConfigError(
+                "the data has no margins", field="offset", found=config.offset, fix="leave it out, or give `margin`"
+            )
+        if given is not None:
+            families.give("margin", given[families.kept])
+    for what, count in families.report.items():
+        if count:
+            log.say(f"{part}: {count:,} {what}")
+    return families
 
 
-def validation(held_out: PairFamilies, config: Prefer, layout: Any) -> Any:
-    source = FamilySource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit="pairs")
-    return source.validation()
+def give_reference(
+    config: Prefer, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
+) -> None:
+    """What the model to stay close to says of every answer, asked once."""
+    other = load(run.input("reference"), device=device) if config.reference else model
+    for name, families in parts.items():
+        if families is not None:
+            folder = run.folder("reference") / name
+            families.give("reference", tuning.reference_logprobs(folder, other, families, config, layout, device))
+
+
+def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> FamilySource:
+    alone = per_step == 1
+    return FamilySource(
+        families, per_step=per_step, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=unit,
+        rank=0 if alone else log.rank(), world=1 if alone else distributed.world(),
+    )  # fmt: skip

@@ -13,11 +13,10 @@ from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
 from tutelage.models.export import save as save_model
 from tutelage.objectives import TABLE, Objective, objective
-from tutelage.records import Conversation, Prompt, read_records
-from tutelage.rewards.build import build
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting, tuning
+from tutelage.stages.asking import read_prompts, rubric_of, with_room
 from tutelage.stages.fitting import Work
 from tutelage.stages.rollouts import Kit
 from tutelage.tokenizer.load import TokenizerFolder
@@ -32,7 +31,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     model = fitting.load_start(start, config, device)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
-    rubric = build(config.rewards)
+    rubric = rubric_of(config, run, words, device)
     try:
         return learn(config, run, Kit.of(config, run, model, Renderer(words), device, rubric), chosen, words)
     finally:
@@ -41,7 +40,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
 
 def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
     """Trains with what is there."""
-    prompts, held_out = (kit.fitting(read_prompts(run, part), part) for part in ("train", "validation"))
+    prompts, held_out = (with_room(kit.sampler, read_prompts(run, part), part) for part in ("train", "validation"))
     if config.batch > len(prompts):
         raise ConfigError("a batch larger than the data", field="batch", found=config.batch, expected=f"at most {len(prompts)}")
     kit.check_rewards(prompts)
@@ -95,11 +94,3 @@ def chosen_method(config: Rl) -> Objective:
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
         entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
     )  # fmt: skip
-
-
-def read_prompts(run: RunDir, part: str) -> list[Prompt]:
-    """The prompts of one part of the data."""
-    records = run.input("data")
-    kind = tuning.check_records(records, ("Prompt", "Conversation"), "read them with `tutelage data --kind prompts`")
-    file = records / f"{part}.jsonl"
-    return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]

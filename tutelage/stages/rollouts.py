@@ -10,27 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tutelage import log
 from tutelage.config.stages import Rl
 from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
-from tutelage.engine import Engine, Sampling
-from tutelage.errors import ConfigError, DataError
+from tutelage.engine import Engine
+from tutelage.errors import ConfigError
 from tutelage.models.interface import Batch
-from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
 from tutelage.rollout.credit import ByToken, Credit, Settings
-from tutelage.rollout.sampler import Sampler
+from tutelage.rollout.episodes import Episodes, environment_of
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
+from tutelage.rollout.tools import tools_of
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
+from tutelage.stages.asking import sampler_for
 
-SLOTS = 64  # answers in the making at a time
 CHECKED = 8  # prompts whose answers are judged before training starts
 
 
@@ -63,12 +62,15 @@ class Kit:
             minibatches=config.minibatches, silent=config.silent, micro_tokens=config.micro_tokens, layout=layout,
             seed=config.seed,
         )  # fmt: skip
-        engine = Engine(model, renderer, slots=SLOTS, max_length=length, batch_invariant=invariant(model))
-        sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
+        single = sampler_for(model, renderer, length, config.max_tokens, config.temperature)
         value = value_of(config, run, model, device) if config.method == "ppo" else None
         reference = reference_of(config, run, device) if config.kl else None
+        sampler: Any = single
+        if config.tools or config.environment:
+            environment = environment_of(config.environment) if config.environment else None
+            sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environment)
         return cls(
-            config=config, run=run, model=model, device=device, rubric=rubric, engine=engine, sampler=Sampler(engine, sampling),
+            config=config, run=run, model=model, device=device, rubric=rubric, engine=single.engine, sampler=sampler,
             value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
 
@@ -84,8 +86,11 @@ class Kit:
             raise ConfigError(
                 "the engine's log-probabilities are of temperature 1", field="old", found=old, fix="set old=trainer"
             )
-        if c.correction != "none" and old == "engine":
-            raise ConfigError("nothing to correct", field="correction", found=c.correction, fix="set old=trainer")
+        if c.correction != "none" and (old == "engine" or c.temperature != 1):
+            raise ConfigError(
+                "engine and trainer can't be compared", field="correction", found=f"{c.correction}, temperature {c.temperature}",
+                expected="temperature 1", fix="set old=trainer and temperature=1, or correction=none",
+            )  # fmt: skip
         settings = Settings(
             method=c.method, max_tokens=c.max_tokens, truncated=c.truncated, penalty=c.penalty,
             kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, gamma=c.gamma, lam=c.lam, correction=c.correction,
@@ -94,6 +99,7 @@ class Kit:
         return Credit(
             settings,
             old=self.scores(self.model) if old == "trainer" else None,
+            comparable=c.temperature == 1,
             reference=self.scores(self.reference) if self.reference is not None else None,
             values=self.measured(self.value, values) if self.value is not None else None,
         )
@@ -113,25 +119,11 @@ class Kit:
 
         return ask
 
-    def fitting(self, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
-        """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
-        out = [p for p in prompts if self.sampler.room(p)]
-        if len(out) < len(prompts):
-            log.say(
-                f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them"
-            )
-        if prompts and not out:
-            raise DataError(
-                "no prompt leaves room for an answer", field="max_tokens", found=self.config.max_tokens,
-                expected=f"prompt and answer within {self.engine.context_length} tokens", fix="lower max_tokens",
-            )  # fmt: skip
-        return out
-
     def check_rewards(self, prompts: Sequence[Prompt]) -> None:
         """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
         made = self.sampler.answer(prompts[:CHECKED], max(2, self.config.samples), seed=self.config.seed, step=0, version=0)
         rollouts = [r for group in made for r in group]
-        check_spread(rollouts, self.rubric.judge(rollouts))
+        check_spread(self.rubric.judge(rollouts), rollouts)
 
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
@@ -146,14 +138,12 @@ class Kit:
         names = ["old", "advantage", "weight"]
         names += ["reference"] if self.reference is not None else []
         names += ["value_old", "return"] if self.value is not None else []
-        size = min(self.plan.max_tokens, self.engine.context_length - len(longest))
+        turns = self.config.max_rounds if isinstance(self.sampler, Episodes) else 1
+        size = min(
+            turns * 2 * self.plan.max_tokens if turns > 1 else self.plan.max_tokens, self.engine.context_length - len(longest)
+        )
         ending = Ending(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
-
-
-def invariant(model: Any) -> bool:
-    """Whether the engine can give the same bits in any company, which an exact resume needs."""
-    return FusedDecoder.of(model, model.new_cache(1, 2), "float32") is not None if hasattr(model, "new_cache") else False
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tutelage.stages.extension import Parent, say_rate
 from tutelage.stages.fitting import Work, fit
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
-from tutelage.train.loop import Hook
+from tutelage.train.loop import Hook, Source
 from tutelage.train.optim import Rates
 
 
@@ -44,10 +45,10 @@ class Numbers:
         return {"sequence_length": self.sequence_length, "batch_tokens": batch, **asdict(self.rates)}
 
 
-def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int) -> tuple[Segments, Segments]:
-    """Tokens of the input, made now or found, as (train, validation)."""
+def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data") -> tuple[Segments, Segments]:
+    """Tokens of the input `data`, made now or found, as (train, validation)."""
     assert run.nested is not None
-    tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(tokenizer)})
+    tokens = run.nested("tokens", {"data": str(run.input(data)), "tokenizer": str(tokenizer)})
     folder = tokens.path / "tokens"
     return tuple(Segments.open(folder / split, vocabulary=vocabulary) for split in ("train", "validation"))  # type: ignore[return-value]
 
@@ -61,9 +62,27 @@ def train_model(
     numbers: Numbers,
     device: torch.device,
     parent: Parent | None,
+    source: Source | None = None,
+    beside: Mapping[str, Hook] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
-    of the run."""
+    of the run. `source`: where rows come from, if not from `segments` alone; `beside`: more hooks."""
+    work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent, source, beside)
+    return fit(config, run, work, device, parent)
+
+
+def work_on_rows(
+    config: Train,
+    run: RunDir,
+    model: Any,
+    segments: tuple[Segments, Segments],
+    tokenizer: Path,
+    numbers: Numbers,
+    parent: Parent | None,
+    source: Source | None = None,
+    beside: Mapping[str, Hook] | None = None,
+) -> Work:
+    """Learning to predict the next token of texts."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
         check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")
@@ -73,9 +92,9 @@ def train_model(
         say_rate(parent, config, numbers.steps)
     row, steps = numbers.sequence_length, numbers.steps - (parent.steps if parent else 0)
     held_out = segments[1]
-    work = Work(
+    return Work(
         parts={"policy": model},
-        source=make_source(config, run, segments[0], numbers),
+        source=source or make_source(config, run, segments[0], numbers),
         objective=objective("next_token"),
         steps=numbers.steps,
         rates=numbers.rates,
@@ -87,9 +106,8 @@ def train_model(
         write=lambda: save_model(model, run.folder("model"), tokenizer, stop_ids=words.stop_ids),
         validation=validation(config, held_out, numbers),
         per_byte=tokens_per_byte(held_out),
-        hooks=lambda job: sampling(config, model, words, held_out, numbers),
+        hooks=lambda job: {**sampling(config, model, words, held_out, numbers), **(beside or {})},
     )
-    return fit(config, run, work, device, parent)
 
 
 def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers) -> StaticSource:

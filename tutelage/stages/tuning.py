@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tutelage import log
-from tutelage.config.train import Tune
+from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
     return found
 
 
-def rates(config: Tune, parameters: int, at_7b: float) -> Rates:
+def rates(config: Loop, parameters: int, at_7b: float) -> Rates:
     """The settings' rates; those left to derive from the model's size, said with their reason."""
     scale = math.sqrt(RATE_AT / parameters)
     derived = round(at_7b * scale, 8)

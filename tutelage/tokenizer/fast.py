@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,20 @@ class CorpusEncoder:
         parts = self.encode_batch(texts)
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return (np.concatenate(parts) if parts else np.empty(0, self.dtype)), lengths
+
+    def count_words(self, texts: Sequence[str]) -> Counter[tuple[int, ...]]:
+        """How often each word occurs in the texts. A word is the ids of what no merge reaches across."""
+        out: Counter[tuple[int, ...]] = Counter()
+        cut = [text for text in texts if self.fast and not self._must_stay_whole(text)]
+        found = Counter(word for text in cut for word in self._split(text))
+        if found:
+            encodings = self._merge.encode_batch_fast(list(found), add_special_tokens=False)
+            out.update({tuple(e.ids): n for e, n in zip(encodings, found.values(), strict=True)})
+        rest = [text for text in texts if not self.fast or self._must_stay_whole(text)]
+        for encoding in self._plain.encode_batch(list(rest), add_special_tokens=False):
+            pairs = zip(encoding.word_ids, encoding.ids, strict=True)
+            out.update(tuple(i for _, i in word) for _, word in groupby(pairs, lambda pair: pair[0]))
+        return out
 
     def _encode_plain(self, texts: Sequence[str]) -> list[Ids]:
         return [np.array(e.ids, self.dtype) for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -55,8 +55,13 @@ def save_parts(folder: Path, parts: dict[str, nn.Module]) -> None:
         _write_parts(out, parts)
 
 
+def trained(parts: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The parts of which anything is trained: the others are as they were loaded."""
+    return {name: part for name, part in parts.items() if any(p.requires_grad for p in part.parameters())}
+
+
 def _write_parts(out: Path, parts: dict[str, nn.Module]) -> None:
-    for name, part in parts.items():
+    for name, part in trained(parts).items():
         tensors.write(out / f"{name}.safetensors", _unique(part))
 
 
@@ -71,7 +76,7 @@ def _step(path: Path) -> int:
 
 def load(path: Path, parts: dict[str, nn.Module], optimizers: Optimizers) -> Progress:
     """Restores everything in place. Raises `ArtifactError` for a checkpoint of another model."""
-    for name, part in parts.items():
+    for name, part in trained(parts).items():
         load_weights(path / f"{name}.safetensors", part)
     state = tensors.Saved.open(path / "optimizer.safetensors")
     torch.set_rng_state(state.read(RNG))

@@ -32,9 +32,10 @@ def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step:
     target = folder / "failure" / f"step_{step:06d}"
     several = distributed.world() > 1
     index, rows = _culprits(recipe, batch, loss=not math.isfinite(result.loss))
+    names = [names for part in _apart(batch, index) for names in (part.rows or ())[:1]]
     known = distributed.any_rank(rows=bool(rows))["rows"]
     if rows or (not known and log.rank() == 0):
-        _save(target / f"rank_{log.rank()}" if several else target, batch.micro[index], index, rows, result, step)
+        _save(target / f"rank_{log.rank()}" if several else target, batch.micro[index], index, rows, names, result, step)
     distributed.barrier()
     facts = [read_json(f) for f in sorted(target.glob("rank_*/failure.json" if several else "failure.json"))]
     names = [name for row in facts for record in row["records"] for name in record]
@@ -53,13 +54,14 @@ def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step:
     )
 
 
-def _save(target: Path, micro: Batch, index: int, rows: list[int], result: StepResult, step: int) -> None:
-    names = micro.rows if micro.answers is None or micro.rows is None else [(name,) for name in micro.rows[0]]
+def _save(
+    target: Path, micro: Batch, index: int, rows: list[int], names: list[tuple[str, ...]], result: StepResult, step: int
+) -> None:
     facts: dict[str, Any] = {
         "step": step,
         "micro_batch": index,
         "rows": rows,
-        "records": [list(names[r]) for r in rows] if names is not None else [],
+        "records": [list(names[r]) for r in rows] if names else [],
         "loss": str(result.loss),
         "grad_norm": str(result.grad_norm),
     }
@@ -115,4 +117,5 @@ def _apart(batch: GlobalBatch, index: int) -> list[Batch]:
     if batch.apart is not None:
         return batch.apart(index)
     micro = batch.micro[index]
-    return [replace(micro, **{n: getattr(micro, n)[r : r + 1] for n in TENSORS}, rows=None) for r in range(len(micro.ids))]
+    rows = [slice(r, r + 1) for r in range(len(micro.ids))]
+    return [replace(micro, **{n: getattr(micro, n)[r] for n in TENSORS}, rows=micro.rows and micro.rows[r]) for r in rows]

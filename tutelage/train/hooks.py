@@ -15,7 +15,7 @@ from tutelage.files import write_json
 from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded, release
 from tutelage.train import distributed
-from tutelage.train.checkpoint import load_weights, save_parts
+from tutelage.train.checkpoint import load_weights, save_parts, trained
 from tutelage.train.loop import State
 from tutelage.train.step import measure
 
@@ -124,10 +124,14 @@ def duration(seconds: float) -> str:
 
 
 class Validate(Quiet):
-    """Loss on fixed validation batches, every `every` steps and at the end. Streams: only sums are kept."""
+    """Loss on fixed validation batches, every `every` steps and at the end. Streams: only sums are kept. `of` names other texts
+    than those that are learnt: their numbers stand under names of their own."""
 
-    def __init__(self, batches: list[Batch], counts: dict[str, float], every: int, tokens_per_byte: float = 0.0) -> None:
+    def __init__(
+        self, batches: list[Batch], counts: dict[str, float], every: int, tokens_per_byte: float = 0.0, of: str = ""
+    ) -> None:
         self.batches, self.counts, self.every, self.tokens_per_byte = batches, counts, every, tokens_per_byte
+        self.of = of
         self.latest: float | None = None
         self.terms: dict[str, float] = {}
         self.at = -1
@@ -150,10 +154,11 @@ class Validate(Quiet):
         if self.tokens_per_byte:
             row["bits_per_byte"] = self.latest / math.log(2) * self.tokens_per_byte
         if log.rank() == 0:
-            state.job.metrics.write(**row)
+            own = {k if k in ("step", "tokens") or not self.of else f"{self.of}_{k}": v for k, v in row.items()}
+            state.job.metrics.write(**own)
         extra = f"  {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
         extra += "".join(f"  {name.removeprefix('_')} {value:.3f}" for name, value in terms.items() if name != "loss")
-        log.say(f"step {self.at}  validation loss {self.latest:.4f}{extra}")
+        log.say(f"step {self.at}  {self.of or 'validation'} loss {self.latest:.4f}{extra}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": self.latest, "terms": self.terms, "at": self.at}
@@ -190,7 +195,7 @@ class EarlyStop(Quiet):
     def finish(self, state: State) -> None:
         distributed.barrier()
         if self.at >= 0:
-            for name, part in state.job.recipe.parts.items():
+            for name, part in trained(state.job.recipe.parts).items():
                 load_weights(self.folder / f"{name}.safetensors", part)
             log.say(f"weights of the best validation, step {self.at}")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tutelage.errors import DataError
 from tutelage.models.shard import local, release
-from tutelage.objectives import Objective
+from tutelage.objectives import Objective, Term
 from tutelage.train import distributed
 from tutelage.train.optim import Optimizers
 
@@ -67,6 +67,8 @@ def gradients(recipe: Recipe, batch: GlobalBatch) -> StepResult:
             terms = recipe.objective(recipe.parts, micro)
         total = None
         for name, term in terms.items():
+            if _absent(name, term, batch.counts):
+                continue
             share = term.sum / _count(batch, term.unit)
             sums[name] = sums.get(name, 0.0) + share.item()
             if name.startswith("_"):
@@ -136,12 +138,18 @@ def measure(recipe: Recipe, batches: list[Batch], counts: dict[str, float]) -> d
         with recipe.autocast():
             terms = recipe.objective(recipe.parts, with_shared(micro.to(recipe.device), shared))
         for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.sum.item()
-            units[name] = term.unit
+            if not _absent(name, term, counts):
+                sums[name] = sums.get(name, 0.0) + term.sum.item()
+                units[name] = term.unit
     for name, part in recipe.parts.items():
         release(part)
         part.train(was_training[name])
     return {name: value / counts[units[name]] for name, value in sums.items()}
+
+
+def _absent(name: str, term: Term, counts: dict[str, float]) -> bool:
+    """Whether this is only measured, and of something that the whole batch has none of (desirable answers, perhaps)."""
+    return name.startswith("_") and counts.get(term.unit) == 0
 
 
 def _count(batch: GlobalBatch, unit: str) -> float:

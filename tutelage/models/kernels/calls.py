@@ -23,6 +23,7 @@ _SIGNATURES = {
     "heads_backward": "p lll ppp llll p ff pp ll l",
     "embedding_backward": "ppp ll l",
     "cross_entropy": "pppp ll ff l",
+    "entropy": "pppp ll ff l",
     "decoder_forward": "ppppp l p l pp",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
@@ -244,8 +245,20 @@ def embedding_backward(ids: Tensor, grad: Tensor, vocabulary: int) -> Tensor:
 
 def cross_entropy(z: Tensor, targets: Tensor, weights: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Loss of each row of raw logits z [n,V] (overwritten: by the gradient of sum(weights * loss), if there are weights)."""
-    if len(z) and not (int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]):
-        raise IndexError(f"a target outside the vocabulary of {z.shape[1]}: {int(targets.min())} to {int(targets.max())}")
+    _check_targets(z, targets)
     loss = torch.empty(len(z))
     call("cross_entropy", z, targets, weights, loss, len(z), z.shape[1], scale, softcap or 0.0, torch.get_num_threads())
     return loss
+
+
+def entropy(z: Tensor, targets: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Loss of each row of raw logits z [n,V] (overwritten), and the entropy of its distribution."""
+    _check_targets(z, targets)
+    loss, out = torch.empty(len(z)), torch.empty(len(z))
+    call("entropy", z, targets, loss, out, len(z), z.shape[1], scale, softcap or 0.0, torch.get_num_threads())
+    return loss, out
+
+
+def _check_targets(z: Tensor, targets: Tensor) -> None:
+    if len(z) and not (int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]):
+        raise IndexError(f"a target outside the vocabulary of {z.shape[1]}: {int(targets.min())} to {int(targets.max())}")

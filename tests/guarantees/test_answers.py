@@ -1,0 +1,84 @@
+"""The promises for methods that learn from answers: resume, accumulation, layouts, ranks, agreement of trainer and engine."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.guarantees import answers, tiny
+from tutelage.files import read_json
+from tutelage.rollout.source import read_rollouts
+
+CLOCKS = ("rollout/rollout_seconds", "rollout/generated_per_second")
+
+
+def same(run: Path, other: Path) -> None:
+    """Weights, optimizer state, metrics and rollouts, bit for bit."""
+    last = max(p.name for p in (run / "checkpoints").iterdir())
+    for name in ("model/model.safetensors", f"checkpoints/{last}/optimizer.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    rows = [[{k: v for k, v in row.items() if k not in CLOCKS} for row in tiny.metrics(r)] for r in (run, other)]
+    assert rows[0] == rows[1]
+    files = [sorted((r / "rollouts").glob("*.jsonl")) for r in (run, other)]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+@pytest.mark.parametrize("name", list(answers.STAGES))
+def test_killed_and_resumed_is_never_killed(tmp_path: Path, name: str) -> None:
+    """Promise 7. Guards against rollouts that are made again by other weights, noise that goes on from where it was, references
+    and values that were never saved. Killed in the middle of an iteration, and before a checkpoint."""
+    straight = answers.start(name, tmp_path / "straight")
+    assert straight.wait() == 0, straight.said
+    for die in ({"at": "update", "count": 4}, {"at": "checkpoint", "count": 1}):
+        killed = answers.start(name, tmp_path / "killed", die=die)
+        assert killed.wait() == -signal.SIGKILL, killed.said
+    last = answers.start(name, tmp_path / "killed")
+    assert last.wait() == 0, last.said
+    assert "resuming after step" in last.said
+    same(answers.folder(name, tmp_path / "killed"), answers.folder(name, tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("name", list(answers.STAGES))
+def test_micro_batches_and_layouts_change_nothing(tmp_path: Path, name: str) -> None:
+    """Promises 5 and 6: one large forward pass, many small ones, and padded rows give one model, to rounding."""
+    small = answers.run(name, tmp_path / "a", steps=2)
+    for i, change in enumerate(({"micro_tokens": 100_000}, {"layout": "rows"}, {"layout": "packed", "micro_tokens": 1})):
+        other = answers.run(name, tmp_path / f"b{i}", steps=2, **change)
+        weights = [load_file(r.path / "model" / "model.safetensors") for r in (small, other)]
+        assert tiny.furthest(*weights) < 2e-4, change
+
+
+@pytest.mark.parametrize("name", list(answers.STAGES))
+def test_two_ranks_are_one(tmp_path: Path, name: str) -> None:
+    """Promise 6 over ranks: the prompts of a batch are shared out, and the sums are those of one process."""
+    pair = [answers.start(name, tmp_path / "two", env=env, steps=2) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [0, 0], [p.said for p in pair]
+    alone = answers.run(name, tmp_path / "one", steps=2)
+    weights = [load_file(r / "model" / "model.safetensors") for r in (answers.folder(name, tmp_path / "two"), alone.path)]
+    assert tiny.furthest(*weights) < 2e-4
+
+
+def test_trainer_and_engine_agree(tmp_path: Path) -> None:
+    """Promise 16: log-probabilities of the same tokens, by the engine that made them and by the trainer; bounded and written."""
+    run = answers.run("reused", tmp_path)
+    rows = [r for r in tiny.metrics(run.path) if "rollout/mismatch_max" in r]
+    assert rows and all(r["rollout/mismatch_max"] < 1e-4 for r in rows)
+
+
+def test_every_rollout_is_written(tmp_path: Path) -> None:
+    """Guards against answers that nobody can look at: each with its ids, rewards by term, advantage, and why it was left out."""
+    run = answers.run("grpo", tmp_path, silent="skip")
+    files = sorted((run.path / "rollouts").glob("*.jsonl"))
+    assert [f.stem for f in files] == [f"step_{i:06d}" for i in range(6)]
+    for file in files:
+        rollouts = read_rollouts(file)
+        assert len(rollouts) == 16
+        for r in rollouts:
+            assert len(r.ids) == len(r.logprobs) == len(r.mask) > 0 and set(r.terms) == {"letters", "short"}
+            assert r.reward == pytest.approx(sum(r.terms.values())) and r.advantage is not None
+            assert r.used or r.meta["left_out"] == "no signal in the group"
+    facts = read_json(run.path / "run.json")
+    assert facts["held_out_gain"]["n"] == 4 and 0 <= facts["rollouts"]["silent_share"] <= 1

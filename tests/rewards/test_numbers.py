@@ -1,0 +1,51 @@
+"""Numbers in texts."""
+
+from __future__ import annotations
+
+import random
+import time
+from fractions import Fraction
+
+import pytest
+
+from tutelage.rewards.numbers import last_number
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", "18"), ("so 3 + 4 = 7 apples.", "7"), ("#### 1,234", "1234"), ("We get 5.\n#### -7\nbye 9", "-7"),
+        (r"thus \boxed{\frac{3}{4}} of 9", "3/4"), (r"\boxed{12", "12"), ("The answer is 6, since 2*3 and 9", "6"),
+        ("the answer: $1,234.50 in all, after 2 days", "2469/2"), ("3/4", "3/4"), ("1 1/2 cups", "3/2"), ("5-3", "3"),
+        ("it is -3", "-3"), ("= −4", "-4"), ("1e3", "1000"), ("2.5E-1", "1/4"), (".5", "1/2"), ("50%", "50"), ("10,5", "5"),
+        ("1,000,000.", "1000000"), ("12.", "12"), ("€ 20", "20"), ("2 days, 3 h", "3"), ("-$5", "-5"),
+    ],
+)  # fmt: skip
+def test_last_number(text: str, value: str) -> None:
+    """Guards the reading of answers as GSM8K and models write them."""
+    assert last_number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize("text", ["", "none", "####", "1/0", r"\boxed{}", "9" * 61, "1e999999999", "-", r"\frac{1}{0}"])
+def test_no_number(text: str) -> None:
+    """Guards against errors, and against numbers that fill the memory."""
+    assert last_number(text) is None
+
+
+def test_time_grows_with_the_length_alone() -> None:
+    """Guards the run against texts made to be slow: each of these took minutes with a pattern that goes back."""
+    rng = random.Random(0)
+    hostile = [
+        "9" * 20_000,
+        "1," * 10_000,
+        "1 1/" * 5_000,
+        "-" * 20_000,
+        r"\boxed{" * 3_000,
+        "9.9e" * 5_000,
+        "answer is " * 2_000,
+    ]
+    hostile += ["".join(rng.choices("0123456789,./-e {}\\$#", k=20_000)) for _ in range(5)]
+    began = time.process_time()
+    for text in hostile:
+        last_number(text)
+    assert time.process_time() - began < 5

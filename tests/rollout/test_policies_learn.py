@@ -1,0 +1,100 @@
+"""Reinforcement learning by the parts alone: engine, reward, advantages, families, objective, step. A rule is soon learned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.objectives.rollouts import SHAPE, policy
+from tutelage.data.families import Ending, Family, assemble, bins
+from tutelage.data.family_source import count, family_batch
+from tutelage.engine import Engine, Sampling
+from tutelage.objectives import TABLE, objective
+from tutelage.objectives.answers import token_logprobs
+from tutelage.rollout.advantages import gae, group_advantages, token_rewards, whiten
+from tutelage.rollout.correction import Mismatch, correction
+from tutelage.rollout.weights import CREDIT, cut, weights
+from tutelage.train.step import Recipe, gradients
+
+PROMPTS = [(3 + i, 11, 20 + i) for i in range(8)]
+SAMPLES, LENGTH = 8, 4
+
+
+class Critic(torch.nn.Module):
+    """A decoder with a score in place of its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = policy(), torch.nn.Linear(SHAPE["hidden_size"], 1)
+        torch.nn.init.zeros_(self.out.weight)
+
+    def forward(self, batch):
+        return self.out(self.body(batch).hidden.flatten(0, 1))
+
+
+def scored(parts, families):
+    """The trainer's log-probabilities of all answers' tokens, and their values where there is a critic, before the update."""
+    batch = assemble(families, "tree")
+    with torch.no_grad():
+        old = token_logprobs(parts["policy"], batch).numpy().reshape(-1, LENGTH)
+        return old, parts["value"](batch)[batch.answers.places, 0].numpy().reshape(-1, LENGTH) if "value" in parts else None
+
+
+def step(name, parts, engine, optimizer, number):
+    """Answers, their rewards (the share of tokens that repeat the prompt's last one), one or two updates on them."""
+    sampling = Sampling(LENGTH, n=SAMPLES, seed=number, logprobs=0, ignore_eos=True)
+    made = engine.generate(PROMPTS, sampling)
+    rewards = np.array([np.mean([i == c.prompt[-1] for i in c.ids]) for c in made])
+    plain = [Family(str(p), np.array(p), tuple(Ending(np.array(c.ids)) for c in made[i * SAMPLES :][:SAMPLES]))
+             for i, p in enumerate(PROMPTS)]  # fmt: skip
+    old, values = scored(parts, plain)
+    by_engine = [[s.logprob for s in c.scores] for c in made]
+    groups = np.repeat(np.arange(len(PROMPTS)), SAMPLES)
+    if name == "ppo":
+        worth = [gae(token_rewards(r, o), v, lam=0.95) for r, o, v in zip(rewards, old, values, strict=True)]
+        advantages, unit = whiten(np.stack([a for a, _ in worth])), np.ones(len(made))
+    else:
+        credit = CREDIT[name]
+        kept = cut("keep", rewards, [c.finish_reason for c in made])
+        found = group_advantages(kept.rewards, groups, credit.baseline, credit.scale)
+        advantages = np.repeat(found.values[:, None], LENGTH, 1)
+        unit = weights(credit.normaliser, np.full(len(made), LENGTH), LENGTH) * kept.kept
+
+    def ending(i):
+        streams = {"old": old[i], "advantage": advantages[i], "weight": np.full(LENGTH, unit[i]),
+                   "correction": correction(old[i], by_engine[i])}  # fmt: skip
+        if name == "ppo":
+            streams |= {"value_old": values[i], "return": worth[i][1]}
+        return Ending(np.array(made[i].ids), None, streams)
+
+    families = [Family(f.name, f.prompt, tuple(ending(i * SAMPLES + s) for s in range(SAMPLES))) for i, f in enumerate(plain)]
+    cuts = bins([f.size("tree") for f in families], 150)[0]
+    batch = family_batch([[families[i] for i in g] for g in cuts], count(families, "tree"), "tree")
+    for _ in range(2 if TABLE[name].fixed.get("form") != "none" else 1):
+        optimizer.zero_grad()
+        gradients(Recipe(parts, objective(name)), batch)
+        optimizer.step()
+    engine.weights_changed()
+    return rewards.mean(), Mismatch.of(list(old), by_engine)
+
+
+@pytest.mark.parametrize("name", [*(n if n == "grpo" else pytest.param(n, marks=pytest.mark.slow) for n in CREDIT), "ppo"])
+def test_a_rule_is_learned(name):
+    """From chance to above 0.9 within 60 steps, on policy. Guards what no formula shows: a sign, an order of answers, weights
+    that the engine does not see. Trainer and engine agree on every token all the while (promise 16)."""
+    torch.manual_seed(0)
+    parts = {"policy": policy(), **({"value": Critic()} if name == "ppo" else {})}
+    engine = Engine(parts["policy"], None, slots=64)
+    optimizer = torch.optim.Adam([p for part in parts.values() for p in part.parameters()], lr=5e-3, betas=(0.9, 0.95))
+    rewards, mismatch = [], Mismatch()
+    for number in range(60):
+        reward, found = step(name, parts, engine, optimizer, number)
+        rewards.append(reward)
+        mismatch += found
+        if len(rewards) > 3 and np.mean(rewards[-3:]) > 0.95:
+            break
+    assert rewards[0] < 0.1
+    assert np.mean(rewards[-3:]) > 0.9, rewards
+    assert mismatch.metrics()["mismatch_max"] < 1e-4
+    assert mismatch.tokens == len(rewards) * len(PROMPTS) * SAMPLES * LENGTH

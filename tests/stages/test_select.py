@@ -1,0 +1,72 @@
+"""Stages `sample` and `select`: answers are judged once, chosen from twice, and what was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.guarantees.tiny import records_folder
+from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixture)
+from tutelage import api
+from tutelage.errors import DataError
+from tutelage.records import Rollout, read_records
+from tutelage.rollout.sampler import Sampler
+from tutelage.rundir import RunDir
+from tutelage.stages import sample as stage
+
+LETTERS = {"short": {"kind": "length", "target": 6}}
+
+
+def sampled(world: World, runs: Path, **settings: object) -> RunDir:  # noqa: F811
+    how = {"rewards": LETTERS, "samples": 4, "max_tokens": 24, "max_prompts": 10, "threads": 1, **settings}
+    return api.sample(runs=runs, model=world.made["chat"], data=world.made["chats"], **how)
+
+
+def test_from_prompts_to_a_trained_model(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Records that the next stage does not read, and answers that are made again for the second kind of them."""
+    made = sampled(world, tmp_path)
+    rows = list(read_records(made.path / "records" / "train.jsonl", Rollout))
+    assert len(rows) == 40 and len({r.prompt for r in rows}) == 10
+    assert all(r.reward is not None and r.terms.keys() == {"short"} for r in rows)
+    assert made.facts["best_reward"] > made.facts["reward"] == pytest.approx(sum(r.reward or 0 for r in rows) / 40)
+    ended = records_folder(tmp_path / "ended", [replace(r, finish_reason="stop") for r in rows], 0)  # it has hardly learnt to end
+    threshold = sorted(r.reward or 0 for r in rows)[20]
+    chosen = api.select(runs=tmp_path, answers=ended, data=world.made["chats"], threshold=threshold, validation_share=0.2)
+    pairs = api.select(runs=tmp_path, answers=ended, data=world.made["chats"], make="preferences")
+    assert chosen.facts["prompts"] == 10 and chosen.facts["records"] <= 10 and pairs.facts["records"] > 0
+    learnt = api.sft(runs=tmp_path, model=world.made["chat"], data=chosen, **TRAIN)
+    preferred = api.prefer(runs=tmp_path, model=world.made["chat"], data=pairs, steps=1, batch=2, threads=1)
+    assert (learnt.path / "model").is_dir() and (preferred.path / "model").is_dir()
+    with pytest.raises(DataError, match="nothing is good enough"):
+        api.select(runs=tmp_path, answers=ended, data=world.made["chats"], threshold=1e9)
+    with pytest.raises(DataError, match="other prompts"):
+        api.select(runs=tmp_path, answers=made, data=other(world, tmp_path))
+
+
+def other(world: World, runs: Path) -> RunDir:  # noqa: F811
+    file = runs / "others.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Other {i}?", "completion": "Yes."}) + "\n" for i in range(4)))
+    return api.data(runs=runs, kind="conversations", sources=[str(file)], min_chars=1)
+
+
+def test_an_interrupted_run_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Answers that are made again, or made otherwise, after an interruption."""
+    monkeypatch.setattr(stage, "TOGETHER", 4)
+    straight, whole, asked = sampled(world, tmp_path / "straight"), Sampler.answer, []
+
+    def broken(self: Sampler, prompts, samples, **rest):
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(self, prompts, samples, **rest)
+
+    monkeypatch.setattr(Sampler, "answer", broken)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(world, tmp_path / "broken")
+    resumed = sampled(world, tmp_path / "broken")
+    assert asked == [4, 4, 4, 2]
+    one, two = ((p.path / "records" / "train.jsonl").read_text() for p in (straight, resumed))
+    assert one == two

@@ -1,0 +1,103 @@
+"""How well a model that scores agrees with people, beside what scoring by length would do: such models learn length readily
+(Singhal et al. 2023, arXiv:2310.03716). Numpy only; every share and mean has an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tutelage.evaluate.intervals import mcnemar, mean, ratio, wilson
+
+Floats = NDArray[np.float64]
+SHOWN = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # quantiles of a distribution
+
+
+def of_pairs(rewards: Floats, lengths: Floats) -> dict[str, Any]:
+    """Of pairs, the chosen answer first: rewards [n,2] and lengths [n,2] in tokens. A tie is half right.
+
+    `longer_wins`: what choosing the longer answer gives; `p_beyond_length`: the chance of such a difference between the two if
+    there were none; `where_shorter`: accuracy where people chose the shorter answer.
+    """
+    right, longer = _wins(rewards), _wins(lengths)
+    shorter = lengths[:, 0] < lengths[:, 1]
+    out = {
+        "pairs": len(rewards),
+        "accuracy": wilson(round(right.sum()), len(right)).to_json(),
+        "longer_wins": wilson(round(longer.sum()), len(longer)).to_json(),
+        "p_beyond_length": mcnemar(int((right > longer).sum()), int((right < longer).sum())),
+        "margin": mean(rewards[:, 0] - rewards[:, 1]).to_json(),
+        "rewards": distribution(rewards),
+        "correlation_with_length": correlation(rewards.ravel(), lengths.ravel()),
+    }
+    if shorter.any():
+        out["where_shorter"] = wilson(round(right[shorter].sum()), int(shorter.sum())).to_json()
+    return out
+
+
+def of_ratings(scores: Floats, ratings: Floats, lengths: Floats, aspects: Sequence[str], means: Floats) -> dict[str, Any]:
+    """Of rated answers, by aspect: scores and ratings [n,K], NaN where there is none, lengths [n]. `explained` is the share that
+    is gone of the squared error which giving everyone the mean of the training ratings (`means` [K]) would make."""
+    out: dict[str, Any] = {}
+    for k, name in enumerate(aspects):
+        given = np.isfinite(ratings[:, k])
+        if not given.any():
+            continue
+        got, wanted = scores[given, k], ratings[given, k]
+        errors, baseline = (got - wanted) ** 2, (means[k] - wanted) ** 2
+        out[name] = {
+            "ratings": int(given.sum()),
+            "error": mean(np.abs(got - wanted)).to_json(),
+            "correlation": correlation(got, wanted),
+            "correlation_with_length": correlation(got, lengths[given]),
+            "ratings_with_length": correlation(wanted, lengths[given]),
+            "rewards": distribution(got),
+        }
+        if baseline.sum() > 0:
+            out[name]["explained"] = ratio(errors, baseline, transform=lambda x: 1.0 - x).to_json()
+    return out
+
+
+def of_steps(odds: Floats, wanted: Floats, right_in_training: float) -> dict[str, Any]:
+    """Of judged steps: log-odds of right [m] against the share of right [m]. `usual`: what saying the commoner verdict of the
+    training data gives; `separation`: how often a right step has higher odds than a wrong one (area under the curve)."""
+    truth = wanted > 0.5
+    said = odds > 0
+    usual = truth == (right_in_training > 0.5)
+    out = {
+        "steps": len(odds),
+        "accuracy": wilson(int((said == truth).sum()), len(odds)).to_json(),
+        "usual": wilson(int(usual.sum()), len(odds)).to_json(),
+        "log_odds": distribution(odds),
+    }
+    if truth.any() and not truth.all():
+        out["separation"] = separation(odds[truth], odds[~truth])
+    return out
+
+
+def separation(high: Floats, low: Floats) -> float:
+    """How often one of `high` is above one of `low`, ties counted half (Mann and Whitney, 1947)."""
+    values, index = np.unique(np.concatenate([high, low]), return_inverse=True)
+    of_low = np.bincount(index[len(high) :], minlength=len(values))
+    below = np.cumsum(of_low) - of_low
+    return float((below[index[: len(high)]] + of_low[index[: len(high)]] / 2).mean() / len(low))
+
+
+def correlation(a: Floats, b: Floats) -> float | None:
+    """Pearson's; None where one of the two is always the same."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def distribution(values: Floats) -> dict[str, float]:
+    """Mean, standard deviation and quantiles."""
+    rows = {f"p{100 * q:g}": float(x) for q, x in zip(SHOWN, np.quantile(values, SHOWN), strict=True)}
+    return {"mean": float(values.mean()), "deviation": float(values.std()), **rows}
+
+
+def _wins(values: Floats) -> Floats:
+    """1 where the first of a row is larger, 0.5 where both are the same."""
+    return (values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1])

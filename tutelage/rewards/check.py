@@ -1,0 +1,65 @@
+"""Rewards are looked at before training: a reward that is the same everywhere teaches nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tutelage.errors import RewardError
+from tutelage.records import Prompt, Rollout
+from tutelage.rewards.rubric import Rubric, Verdict
+
+
+@dataclass(slots=True, frozen=True)
+class Spread:
+    """How values are distributed."""
+
+    count: int
+    mean: float
+    std: float  # of the population
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(len(values), statistics.fmean(values), statistics.pstdev(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.std:.3f} ({self.least:g} to {self.most:g}, {self.count})"
+
+
+def spreads(verdicts: Sequence[Verdict]) -> dict[str, Spread]:
+    """The spread of the reward, and of each term by its name."""
+    out = {"reward": Spread.of([v.reward for v in verdicts])}
+    return out | {name: Spread.of([v.terms[name] for v in verdicts]) for name in verdicts[0].terms}
+
+
+def check_spread(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout]) -> None:
+    """Raises `RewardError` where all rewards are equal, with one text and what each term said of it."""
+    if len(verdicts) < 2 or len({v.reward for v in verdicts}) > 1:
+        return
+    verdict, rollout = verdicts[0], rollouts[0]
+    said = "; ".join(f"{name} = {value:g}" + _note(verdict, name) for name, value in verdict.terms.items())
+    raise RewardError(
+        f"all {len(verdicts)} rewards are {verdict.reward:g}: there is nothing to learn from. Of this text was said: {said}",
+        found=rollout.text, expected=f"rewards that differ; the expected answer is {rollout.answer!r}",
+        fix="see whether the reward reads texts as the model writes them; easier prompts, a higher temperature, or a term "
+        "that is not all or nothing give it something to tell apart",
+    )  # fmt: skip
+
+
+def judge_texts(rubric: Rubric, pairs: Iterable[tuple[Prompt, str]]) -> tuple[list[Rollout], list[Verdict]]:
+    """What the rubric says of given answers, as if a model had written them. They have no ids: a length in tokens is 0."""
+    rollouts = [
+        Rollout(
+            id=f"0/{prompt.id}/{i}", prompt=prompt.id, step=0, sample=i, version=0, prompt_ids=(), ids=(), mask=(), logprobs=(),
+            text=text, finish_reason="stop", answer=prompt.answer, meta=prompt.meta,
+        )
+        for i, (prompt, text) in enumerate(pairs)
+    ]  # fmt: skip
+    return rollouts, rubric.judge(rollouts)
+
+
+def _note(verdict: Verdict, name: str) -> str:
+    return f" ({verdict.notes[name]})" if name in verdict.notes else ""

@@ -1,0 +1,49 @@
+"""A reward that the user wrote, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tutelage.config import rewards as config
+from tutelage.errors import ConfigError, RewardError
+from tutelage.records import Rollout, to_json
+from tutelage.rewards import Judgement
+from tutelage.rewards.worker import Workers
+
+_ALWAYS = {"prompt_ids": [], "ids": [], "mask": [], "logprobs": [], "text": ""}  # fields that are left out where they are empty
+
+
+class Function:
+    """What `score(rollout)` gives. Raises `ConfigError` where it can't be imported, before anything is judged.
+
+    One that raises, hangs or gives no number is a `RewardError` with the rollout and what was raised; its process is killed
+    where need be, and the run stops with all that it had.
+    """
+
+    def __init__(self, settings: config.Function) -> None:
+        self.settings = settings
+        self._workers = Workers(settings.path, seconds=settings.seconds, bounded=False, rollouts=True)
+        try:
+            self._workers.start()
+        except RewardError as error:
+            raise ConfigError(
+                "the reward function cannot be imported", field="path", found=f"{settings.path}: {error.found}",
+                expected="module:function, found from the working folder, or file.py:function",
+            ) from error  # fmt: skip
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        out = []
+        for rollout in rollouts:
+            answer = self._workers.ask(_ALWAYS | to_json(rollout))
+            if answer.value is None:
+                why = answer.lost or answer.error.strip().rsplit("\n", 1)[-1]
+                raise RewardError(
+                    f"{self.settings.path} on rollout {rollout.id}: {why}", found=rollout.text,
+                    expected=answer.error.strip() or f"a number within {self.settings.seconds:g} s",
+                    fix="mend the function; it must give a number for every text, the empty one included",
+                )  # fmt: skip
+            out.append(Judgement(answer.value))
+        return out
+
+    def close(self) -> None:
+        self._workers.close()

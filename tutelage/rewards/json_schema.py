@@ -1,0 +1,43 @@
+"""Texts that must be JSON of a shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tutelage.config import rewards as config
+from tutelage.errors import ConfigError, RewardError
+from tutelage.records import Rollout
+from tutelage.rewards import Judgement, verify
+from tutelage.rewards.schema import check_schema
+from tutelage.rewards.texts import told
+
+
+class JsonSchema:
+    """1 where the text is JSON that the schema allows. Raises `ConfigError` for a schema that can't be checked."""
+
+    def __init__(self, settings: config.JsonSchema) -> None:
+        self.settings = settings
+        if settings.definition is not None:
+            check_schema(settings.definition, "definition")
+        self._workers = verify.workers("parsers:json_schema", settings.seconds)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        return verify.judge(self._workers, rollouts, self.settings.tag, self._question, "its schema can't be checked")
+
+    def _question(self, rollout: Rollout, text: str) -> dict[str, Any]:
+        schema: Any = self.settings.definition
+        if schema is None:
+            schema = told(rollout, "schema", "JSON schema")
+            try:
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+                check_schema(schema, "meta.schema")
+            except (ValueError, ConfigError) as error:
+                raise RewardError(
+                    f"the schema of rollout {rollout.id} can't be checked: {error}", found=rollout.prompt
+                ) from error
+        return {"schema": schema, "text": text}
+
+    def close(self) -> None:
+        self._workers.close()

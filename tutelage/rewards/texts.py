@@ -1,0 +1,35 @@
+"""Which part of a rollout's text a verifier compares, and with what."""
+
+from __future__ import annotations
+
+from tutelage.errors import RewardError
+from tutelage.records import Rollout
+
+
+def inside(text: str, tag: str | None) -> str | None:
+    """What stands in the last <tag>…</tag>, or all of it without a tag; None where there is no such pair."""
+    if tag is None:
+        return text
+    end = text.rfind(f"</{tag}>")
+    start = text.rfind(f"<{tag}>", 0, max(end, 0))
+    return text[start + len(tag) + 2 : end].strip() if start >= 0 else None
+
+
+def expected(rollout: Rollout) -> str:
+    """The expected answer. Raises `RewardError` where the prompt has none."""
+    if rollout.answer is None:
+        raise RewardError(
+            f"the prompt of rollout {rollout.id} has no expected answer", field="answer", found=rollout.prompt,
+            fix="give each prompt an `answer`, or use rewards that need none",
+        )  # fmt: skip
+    return rollout.answer
+
+
+def told(rollout: Rollout, key: str, what: str) -> object:
+    """A fact of the rollout's prompt. Raises `RewardError` where it is missing."""
+    if key not in rollout.meta:
+        raise RewardError(
+            f"the prompt of rollout {rollout.id} has no {what}", field=f"meta.{key}", found=rollout.prompt,
+            expected=f"one of its facts to be `{key}`", fix="put it in the prompts' rows, or in the reward's own settings",
+        )  # fmt: skip
+    return rollout.meta[key]

@@ -1,0 +1,167 @@
+"""Episodes of several turns: the model answers, tools or an environment reply, it goes on. Its own ids are carried verbatim."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from tutelage.engine import Sampling
+from tutelage.engine.tool_calls import parse_calls
+from tutelage.engine.tool_choice import CallStyle, call_style
+from tutelage.engine.tools import Tool, run_calls
+from tutelage.errors import ConfigError
+from tutelage.records import Message, Prompt, Rollout
+from tutelage.rollout.sampler import Sampler, noise
+
+
+class Environment(Protocol):
+    """Who the model talks with in one episode. Made anew for each: `Class(prompt, seed)`.
+
+    Example:
+        class Guess:
+            def __init__(self, prompt, seed): self.number, self.tries = int(prompt.answer), 0
+            def reply(self, answer):
+                self.tries += 1
+                if answer.strip() == str(self.number): return None
+                return "higher" if int(answer) < self.number else "lower"
+            def score(self): return 1 / self.tries
+    """
+
+    def reply(self, answer: str) -> str | None: ...  # what the user says to an answer; None ends the episode
+    def score(self) -> float: ...  # of the whole episode; in the rollout's meta["environment"]
+
+
+@dataclass(slots=True)
+class _Episode:
+    prompt: Prompt
+    sample: int
+    prompt_ids: list[int]
+    environment: Environment | None
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    reason: str = ""
+
+    def heard(self, ids: Sequence[int]) -> None:
+        """Words of others, as they stand between two answers."""
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+
+
+@dataclass(slots=True)
+class Episodes:
+    """Like a `Sampler`, over several turns: at most `rounds` answers of the model, each of at most the sampling's tokens.
+
+    tools: that it may call. environment: makes who replies where it calls none. All episodes go on together, round by round.
+    """
+
+    sampler: Sampler
+    rounds: int
+    tools: Sequence[Tool] = ()
+    environment: Callable[[Prompt, int], Environment] | None = None
+    style: CallStyle | None = None
+
+    def __post_init__(self) -> None:
+        if self.tools:
+            self.style = call_style(self.sampler.engine.renderer)
+            sampling = self.sampler.sampling
+            shown = tuple(sorted({*sampling.shown_ids, *self.style.visible}))
+            self.sampler = replace(self.sampler, sampling=replace(sampling, shown_ids=shown))
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        return [tool.to_json() for tool in self.tools]
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        return self.sampler.ids(replace(prompt, tools=(*prompt.tools, *self.offered)))
+
+    def room(self, prompt: Prompt) -> bool:
+        return len(self.ids(prompt)) + (self.sampler.sampling.max_tokens or 1) <= self.sampler.engine.context_length
+
+    def answer(
+        self, prompts: Sequence[Prompt], samples: int, *, seed: int, step: int, version: int, greedy: bool = False
+    ) -> list[list[Rollout]]:
+        """`samples` episodes of each prompt; each depends on (seed, step, prompt, sample) and the weights alone."""
+        groups = [[self._begin(p, i, seed, step) for i in range(samples)] for p in prompts]
+        active = [e for group in groups for e in group]
+        for number in range(self.rounds):
+            ways = [self._sampling(e, number, seed, step, greedy) for e in active]
+            done = self.sampler.engine.generate([e.prompt_ids + e.ids for e in active], ways, self.sampler.lora)
+            for episode, made in zip(active, done, strict=True):
+                self._take(episode, made, last=number + 1 == self.rounds)
+            active = [e for e in active if not e.reason]
+            if not active:
+                break
+        return [[self._rollout(e, step, version) for e in group] for group in groups]
+
+    def _begin(self, prompt: Prompt, sample: int, seed: int, step: int) -> _Episode:
+        own = None if self.environment is None else self.environment(prompt, noise(seed, step, f"{prompt.id}/{sample}"))
+        return _Episode(prompt, sample, self.ids(prompt), own)
+
+    def _sampling(self, episode: _Episode, number: int, seed: int, step: int, greedy: bool) -> Sampling:
+        own = noise(seed, step, f"{episode.prompt.id}/{episode.sample}/{number}")
+        room = self.sampler.engine.context_length - len(episode.prompt_ids) - len(episode.ids)
+        most = min(self.sampler.sampling.max_tokens or room, room)
+        temperature = 0.0 if greedy else self.sampler.sampling.temperature
+        return replace(self.sampler.sampling, n=1, max_tokens=most, seed=own, logprobs=0, temperature=temperature)
+
+    def _take(self, episode: _Episode, made: Any, last: bool) -> None:
+        """An answer joins its episode, and what follows it, if anything does."""
+        episode.ids += made.ids
+        episode.mask += [1] * len(made.ids)
+        episode.logprobs += [s.logprob for s in made.scores]
+        content, calls = parse_calls(made.text, self.style) if self.style is not None else (made.text, [])
+        said = Message(role="assistant", content=content, tool_calls=tuple(call.to_json() for call in calls))
+        episode.messages.append(said)
+        if made.finish_reason != "stop" or last:
+            episode.reason = "max_rounds" if calls and made.finish_reason == "stop" else made.finish_reason
+            return
+        heard = [Message.from_json(m) for m in run_calls(calls, self.tools)] if calls else self._reply(episode, content)
+        if not heard:
+            episode.reason = "stop"
+            return
+        episode.messages += heard
+        turns = [*episode.prompt.messages, *episode.messages]
+        between = self.sampler.engine.renderer.following(turns, [*episode.prompt.tools, *self.offered] or None)
+        if len(episode.prompt_ids) + len(episode.ids) + len(between) >= self.sampler.engine.context_length:
+            episode.reason = "length"
+            return
+        episode.heard(between)
+
+    def _reply(self, episode: _Episode, content: str) -> list[Message]:
+        if episode.environment is None:
+            return []
+        reply = episode.environment.reply(content)
+        return [] if reply is None else [Message(role="user", content=reply)]
+
+    def _rollout(self, e: _Episode, step: int, version: int) -> Rollout:
+        meta = dict(e.prompt.meta)
+        if e.environment is not None:
+            meta["environment"] = float(e.environment.score())
+        text = next((m.content for m in reversed(e.messages) if m.role == "assistant"), "")
+        return Rollout(
+            id=f"{step}/{e.prompt.id}/{e.sample}", prompt=e.prompt.id, step=step, sample=e.sample, version=version,
+            prompt_ids=tuple(e.prompt_ids), ids=tuple(e.ids), mask=tuple(e.mask), logprobs=tuple(e.logprobs), text=text,
+            finish_reason=e.reason, messages=tuple(e.messages), answer=e.prompt.answer, meta=meta,
+        )  # fmt: skip
+
+
+def environment_of(path: str) -> Callable[[Prompt, int], Environment]:
+    """The class at an import path such as `my_game:Game`. Raises `ConfigError`."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"no environment there ({error})", field="environment", found=path, expected="module:Class, importable from here"
+        ) from error
+    missing = [m for m in ("reply", "score") if not callable(getattr(found, m, None))]
+    if missing:
+        raise ConfigError(
+            "this class is no environment", field="environment", found=path, expected=f"methods {', '.join(missing)}"
+        )
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Runs model-written Python behind walls, and proves the walls before it does."""

@@ -1,0 +1,133 @@
+"""Stage `adapt`: a checkpoint and the texts of a field -> the checkpoint adapted, with what it gained there and lost elsewhere.
+
+Rows of general text between those of the field hold back forgetting (replay; Ibrahim et al. 2024, arXiv:2403.08763). New tokens
+come from a `vocabulary` stage that runs first.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage import log
+from tutelage.config.stages import Adapt, Vocabulary
+from tutelage.data.loader import MixSource
+from tutelage.data.tokens import Segments
+from tutelage.evaluate import change
+from tutelage.evaluate.bits import DocumentSums
+from tutelage.files import read_json, write_json
+from tutelage.models.load import load
+from tutelage.records import Document
+from tutelage.rundir import RunDir
+from tutelage.stages import derived, extension, fitting, training
+from tutelage.stages.training import Numbers
+from tutelage.stages.vocabulary import check_documents
+from tutelage.tokenizer.load import TokenizerFolder
+from tutelage.train.hooks import Validate
+from tutelage.train.loop import Hook
+
+OWN = ("model", "data", "steps", "tokens", "epochs", "schedule", "patience", "extends", "adapter")  # not the vocabulary's
+
+
+def run(config: Adapt, run: RunDir) -> dict[str, Any]:
+    texts = held_out(config, run)
+    parent = extension.parent_of(config, run)
+    device = fitting.choose_device(config)
+    before = measured(run, "before", run.input("model"), texts, device)
+    start, tokenizer, out = with_tokens(config, run)
+    size = TokenizerFolder.open(tokenizer).vocab_size
+    field = training.open_segments(config, run, tokenizer, size)
+    general = training.open_segments(config, run, tokenizer, size, "general") if config.general else None
+    numbers, _ = derived.derive_numbers(config, size, field[0], start, parent)
+    model: Any = fitting.load_start(start, config, device)
+    source = mixed(config, run, field[0], general[0], numbers) if general and config.replay_share else None
+    beside = forgetting(config, general[1], numbers) if general else {}
+    out |= training.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
+    if source is not None:
+        out["replayed"] = drawn(source, out["steps"])
+    if log.rank() == 0:
+        out |= report(before, measured(run, "after", run.folder("model"), texts, device), run.seed)
+    return out
+
+
+def held_out(config: Adapt, run: RunDir) -> dict[str, list[Document]]:
+    """The documents that are measured before and after, by kind. Warns where there is nothing to measure forgetting with."""
+    kinds = {"field": "data", "general": "general"} if config.general else {"field": "data"}
+    for key in kinds.values():
+        check_documents(run.input(key), key)
+    if config.general is None:
+        log.say(
+            "warning: no general text (`general`): nothing is replayed, so the model forgets what these texts do not use, and "
+            "how much it forgets is not measured, as the held-out part of general text would do",
+            style="yellow",
+        )
+    return {kind: change.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
+
+
+def measured(
+    run: RunDir, name: str, model: Path, texts: dict[str, list[Document]], device: torch.device
+) -> dict[str, DocumentSums]:
+    """What the model of a folder pays for each document, kept in the run: a resumed run does not measure again."""
+    file = run.folder(f"{name}.json")
+    if not file.exists():
+        log.say(f"measuring {sum(map(len, texts.values())):,} held-out documents {name} training")
+        words, loaded = TokenizerFolder.open(model), load(model, device=device)
+        found = {kind: change.measure(loaded, words, documents, str(device)) for kind, documents in texts.items()}
+        if log.rank() != 0:
+            return found
+        write_json(file, {kind: sums.to_json() for kind, sums in found.items()})
+    return {kind: change.to_sums(rows) for kind, rows in read_json(file).items()}
+
+
+def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]:
+    """The model to start from and its tokenizer, with new tokens if there are to be any, and what to say of them."""
+    if not config.vocab_add:
+        return run.input("model"), run.input("model"), {}
+    assert run.nested is not None
+    shared = {k: v for k, v in config.model_dump().items() if k in Vocabulary.model_fields and k not in OWN}
+    if config.warm_steps:
+        shared["steps"] = config.warm_steps
+    made = run.nested(
+        "vocabulary",
+        {**shared, "model": str(run.input("model")), "data": str(run.input("data")), "add": config.vocab_add,
+         "train": config.warm_steps > 0},
+    )  # fmt: skip
+    keys = ("tokens_added", "bytes_per_token_before", "bytes_per_token")
+    return made.folder("model"), made.folder("words"), {**{k: made.facts[k] for k in keys}, "vocabulary": made.path.name}
+
+
+def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, numbers: Numbers) -> MixSource:
+    """Rows of the field with the share of general ones between them."""
+    sources = {name: training.make_source(config, run, part, numbers) for name, part in (("field", field), ("general", general))}
+    shares = {"field": 1 - config.replay_share, "general": config.replay_share}
+    mix = MixSource({name: (source, shares[name]) for name, source in sources.items()}, seed=run.seed)
+    log.say(mix.describe()[0])
+    for name, row in drawn(mix, numbers.steps).items():
+        log.say(f"  {name}: {row['rows']:,} rows, {row['epochs']:.2f} epochs")
+    return mix
+
+
+def drawn(mix: MixSource, steps: int) -> dict[str, dict[str, float]]:
+    """Rows of each source in so many steps, and how often they were seen."""
+    each = {name: stream.order.rows_per_epoch for name, stream in zip(mix.names, mix.streams, strict=True)}
+    return {name: {"rows": rows, "epochs": round(rows / each[name], 4)} for name, rows in mix.drawn(steps).items()}
+
+
+def forgetting(config: Adapt, general: Segments, numbers: Numbers) -> dict[str, Hook]:
+    """The loss on held-out general text, measured as often as that of the field."""
+    batches = training.validation(config, general, numbers)
+    assert batches is not None, "`held_out` has refused general text without a held-out part"
+    every = config.evaluate_every or max(1, math.ceil(numbers.steps / 10))
+    return {"general": Validate(*batches, every, training.tokens_per_byte(general), of="general")}
+
+
+def report(before: dict[str, DocumentSums], after: dict[str, DocumentSums], seed: int) -> dict[str, Any]:
+    """Gain and loss as facts, printed."""
+    rows = {kind: change.change(before[kind], after[kind], seed) for kind in after}
+    log.console.print(change.table(rows))
+    verdict = "; ".join(change.verdict(kind, found) for kind, found in rows.items())
+    log.say(verdict)
+    return {"change": rows, "verdict": verdict, "bits_per_byte": rows["field"]["after"]["value"]}

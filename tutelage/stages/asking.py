@@ -1,0 +1,75 @@
+"""What stages that ask a model share: prompts with room for an answer, the engine that answers them, the rewards that judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tutelage import log
+from tutelage.config.rewards import RewardModel, terms_of
+from tutelage.config.stages import Rl, Sample
+from tutelage.data.render import Renderer
+from tutelage.engine import Engine, Sampling
+from tutelage.errors import ConfigError, DataError
+from tutelage.models.kernels.decoder import FusedDecoder
+from tutelage.models.scorer import load_scorer, score_answers
+from tutelage.records import Conversation, Prompt, read_records
+from tutelage.rewards.build import build
+from tutelage.rewards.rubric import Rubric
+from tutelage.rollout.sampler import Sampler
+from tutelage.rundir import RunDir
+from tutelage.stages import tuning
+from tutelage.tokenizer.load import TokenizerFolder
+
+SLOTS = 64  # answers in the making at a time
+
+
+def read_prompts(run: RunDir, part: str) -> list[Prompt]:
+    """The prompts of one part of the data."""
+    records = run.input("data")
+    kind = tuning.check_records(records, ("Prompt", "Conversation"), "read them with `tutelage data --kind prompts`")
+    file = records / f"{part}.jsonl"
+    return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]
+
+
+def engine_for(model: Any, renderer: Renderer, max_length: int, slots: int = SLOTS) -> Engine:
+    """An engine that gives the same bits in any company where it can, so that a resumed run is the run that was not killed."""
+    return Engine(model, renderer, slots=slots, max_length=max_length, batch_invariant=invariant(model))
+
+
+def invariant(model: Any) -> bool:
+    """Whether the engine can give the same bits in any company, which an exact resume needs."""
+    return FusedDecoder.of(model, model.new_cache(1, 2), "float32") is not None if hasattr(model, "new_cache") else False
+
+
+def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int, temperature: float) -> Sampler:
+    return Sampler(engine_for(model, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature))
+
+
+def with_room(sampler: Sampler, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
+    """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
+    out = [p for p in prompts if sampler.room(p)]
+    if len(out) < len(prompts):
+        log.say(f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them")
+    if prompts and not out:
+        raise DataError(
+            "no prompt leaves room for an answer", field="max_tokens", found=sampler.sampling.max_tokens,
+            expected=f"prompt and answer within {sampler.engine.context_length} tokens", fix="lower max_tokens",
+        )  # fmt: skip
+    return out
+
+
+def rubric_of(config: Rl | Sample, run: RunDir, words: TokenizerFolder, device: torch.device) -> Rubric:
+    """The rewards with what they need of this stage. Raises `ConfigError` for a reward model that is asked for and not given."""
+    terms = terms_of(config.rewards)
+    wired: dict[str, Any] = {"asked": lambda rollout: words.decode(list(rollout.prompt_ids))}
+    if any(isinstance(term, RewardModel) for term in terms.values()):
+        if config.reward_model is None:
+            raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
+        scorer = load_scorer(run.input("reward_model"), device=device)
+        wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
+    elif config.reward_model is not None:
+        raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
+    return build(terms, **wired)

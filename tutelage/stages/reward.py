@@ -1,0 +1,104 @@
+"""Stage `reward`: a model and what people said of answers -> a model that scores answers as they would."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from tutelage import log
+from tutelage.config.stages import Reward
+from tutelage.data.family_source import FamilySource
+from tutelage.errors import ConfigError
+from tutelage.models.config import check_vocabulary
+from tutelage.models.load import read_config, scores
+from tutelage.models.scorer import Scorer, build_scorer, load_scorer
+from tutelage.models.scorer_export import save_scorer
+from tutelage.objectives import TABLE, Objective, objective
+from tutelage.rundir import RunDir
+from tutelage.stages import fitting, tuning
+from tutelage.stages.derived import ranks_sharing
+from tutelage.stages.fitting import Work
+from tutelage.stages.judged import Judged, judged_by
+from tutelage.tokenizer.load import TokenizerFolder
+from tutelage.train import distributed
+
+SETTINGS = ("centring", "loss", "delta")  # of this stage, that are given to the method
+RATE_AT_7B = 9e-6  # Ouyang et al. 2022, appendix C.2: of a 6B model
+
+
+def run(config: Reward, run: RunDir) -> dict[str, Any]:
+    kind = tuning.check_records(
+        run.input("data"), ("Preference", "Rating"), "read them with `tutelage data --kind preferences` (or ratings)"
+    )
+    device = fitting.choose_device(config)
+    start = run.input("model")
+    words = TokenizerFolder.open(start)
+    data = judged_by(config, run, kind, words)
+    chosen = chosen_method(config, data)
+    scorer = start_of(config, run, data.outputs, device)
+    check_vocabulary(scorer.config, words.vocab_size, start)
+    length = tuning.max_length(config, scorer.config.max_position_embeddings)
+    layout = tuning.layout_for(config, scorer)
+    train, held_out = data.families("train", length), data.families("validation", length)
+    assert train is not None
+    steps = tuning.steps_of(config, config.epochs, len(train))
+    source = FamilySource(
+        train, per_step=config.batch, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=data.unit,
+        rank=log.rank(), world=distributed.world(),
+    )  # fmt: skip
+    log.say("\n".join(source.describe()))
+    rates = tuning.rates(config, sum(p.numel() for p in scorer.parameters()), RATE_AT_7B)
+    validation = None
+    if held_out is not None:
+        validation = FamilySource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)
+    found: dict[str, Any] = {}
+
+    def write() -> None:
+        if held_out is not None:  # here, where the ranks of a sharded model are still together
+            found.update(data.measured(scorer, held_out, layout, device))
+        save_scorer(scorer, run.folder("model"), start, stop_ids=words.stop_ids)
+
+    work = Work(
+        parts={"reward": scorer},
+        source=source,
+        objective=chosen,
+        steps=steps,
+        rates=rates,
+        shape=scorer.config.to_hf(),
+        length=length,
+        micro=(1, config.micro_tokens),
+        tokens=float(train.sizes(layout).mean()) * config.batch * steps,
+        numbers={"max_length": length, **asdict(rates)},
+        write=write,
+        validation=None if validation is None else validation.validation(),
+    )
+    facts = fitting.fit(config, run, work, device)
+    for line in data.told(found):
+        log.say(line)
+    return {**facts, "method": data.method, "outputs": list(data.outputs), "packing": train.report, "held_out": found or None}
+
+
+def chosen_method(config: Reward, data: Judged) -> Objective:
+    """The objective of the settings. Raises `ConfigError` for one that does not learn from such data."""
+    names = [name for name, row in TABLE.items() if row.part == "reward" and row.data == data.kind]
+    if data.method not in names:
+        raise ConfigError(
+            f"this method does not learn from {data.kind}", field="method", found=data.method, expected=", ".join(names)
+        )
+    return objective(data.method, **{key: getattr(config, key) for key in SETTINGS})
+
+
+def start_of(config: Reward, run: RunDir, outputs: tuple[str, ...], device: Any) -> Scorer:
+    """A language model with a new head, or a scorer that goes on. Raises `ConfigError` for one with other outputs."""
+    folder = run.input("model")
+    if not scores(read_config(folder)):
+        log.say(f"a new score head: {', '.join(outputs)}")
+        return build_scorer(fitting.load_start(folder, config, device), outputs, config.seed)
+    scorer = load_scorer(folder, device="cpu" if ranks_sharing(config) > 1 else device)
+    if len(scorer.outputs) != len(outputs):
+        raise ConfigError(
+            "this model gives other scores than the data has", field="model", found=", ".join(scorer.outputs),
+            expected=", ".join(outputs), fix="start from the language model",
+        )  # fmt: skip
+    log.say(f"going on with a model that scores {', '.join(scorer.outputs)}")
+    return scorer

@@ -1,0 +1,76 @@
+"""Stage `select`: judged answers -> the good ones as conversations for `sft`, or best and worst as preferences for `prefer`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tutelage import log
+from tutelage.config.stages import Select
+from tutelage.data import split
+from tutelage.errors import DataError
+from tutelage.files import whole_folder, write_json
+from tutelage.records import SCHEMA_VERSION, Conversation, Preference, Prompt, Rollout, dump_line, read_records
+from tutelage.rollout.choose import conversations, grouped, preferences
+from tutelage.rundir import RunDir
+from tutelage.stages import tuning
+from tutelage.stages.asking import read_prompts
+
+TYPES = {"conversations": "Conversation", "preferences": "Preference"}
+
+
+def run(config: Select, run: RunDir) -> dict[str, Any]:
+    folder = run.input("answers")
+    tuning.check_records(folder, ("Rollout",), "make them with `tutelage sample`")
+    groups = grouped(read_records(folder / "train.jsonl", Rollout))
+    known = {p.id: p for part in (split.TRAIN, split.VALIDATION) for p in read_prompts(run, part)}
+    missing = next((p for p in groups if p not in known), None)
+    if missing is not None:
+        raise DataError(
+            "these answers are to other prompts", field="data", found=f"no prompt {missing}", expected="the prompts of `sample`",
+            fix="give the same data",
+        )  # fmt: skip
+    counts: Counter[str] = Counter()
+    found = [row for prompt, group in groups.items() for row in chosen(config, known[prompt], group, counts)]
+    for what, count in counts.items():
+        log.say(f"  {what}: {count:,}")
+    if not found:
+        raise DataError(
+            "nothing is good enough to learn from", file=folder, found=dict(counts),
+            field="threshold" if config.make == "conversations" else "margin",
+            fix="lower it, sample more answers, or start from a better model",
+        )  # fmt: skip
+    with whole_folder(run.folder("records")) as out:
+        parts = write(out, found, config)
+    return {**{key.replace(" ", "_"): count for key, count in counts.items()}, "records": len(found), "parts": parts}
+
+
+def chosen(config: Select, prompt: Prompt, group: list[Rollout], counts: Counter[str]) -> Iterable[Conversation | Preference]:
+    if config.make == "preferences":
+        return preferences(prompt, group, config.margin, counts)
+    return conversations(prompt, group, config.threshold, config.keep, counts)
+
+
+def write(out: Path, rows: list[Conversation | Preference], config: Select) -> dict[str, Any]:
+    """The records artifact. Answers to one prompt stay on one side of the split."""
+    parts = {split.TRAIN: {"records": 0, "bytes": 0}, split.VALIDATION: {"records": 0, "bytes": 0}}
+    with (
+        (out / "train.jsonl").open("w", encoding="utf-8") as train,
+        (out / "validation.jsonl").open("w", encoding="utf-8") as held,
+    ):
+        for row in rows:
+            side = split.VALIDATION if split.position(row.parents[0], config.seed) < config.validation_share else split.TRAIN
+            (held if side == split.VALIDATION else train).write(dump_line(row) + "\n")
+            parts[side]["records"] += 1
+            parts[side]["bytes"] += _size(row)
+    (out / "rejected.jsonl").write_text("")
+    write_json(out / "card.json", {"parts": parts})
+    write_json(out / "schema.json", {"type": TYPES[config.make], "version": SCHEMA_VERSION})
+    return parts
+
+
+def _size(row: Conversation | Preference) -> int:
+    turns = row.messages if isinstance(row, Conversation) else (*row.prompt, *row.chosen, *row.rejected)
+    return sum(len(m.content.encode()) for m in turns)

@@ -1,0 +1,75 @@
+"""Stage `vocabulary`: a checkpoint and documents -> the checkpoint with new tokens, whose rows alone were trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tutelage import log
+from tutelage.config.stages import Vocabulary
+from tutelage.errors import ConfigError, DataError
+from tutelage.files import read_json
+from tutelage.models.export import save as save_model
+from tutelage.models.extend import extend as extend_model
+from tutelage.models.extend import tables
+from tutelage.models.load import load
+from tutelage.rundir import RunDir
+from tutelage.stages import derived, extension, fitting, training
+from tutelage.stages.tokenizer import texts
+from tutelage.tokenizer.extend import extend as extend_tokenizer
+from tutelage.tokenizer.load import TokenizerFolder
+from tutelage.tokenizer.measure import measure
+from tutelage.train.rows import OnlyRows
+
+
+def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
+    check_documents(run.input("data"), "data")
+    parent = extension.parent_of(config, run)
+    device = fitting.choose_device(config)
+    if config.train and derived.ranks_sharing(config) > 1:
+        raise ConfigError(
+            "rows of a table can't be trained alone where ranks share the table", field="shard", found=config.shard,
+            expected="none", fix="run `tutelage vocabulary` with shard=none or train=false, then train its model in shards",
+        )  # fmt: skip
+    old, begun = TokenizerFolder.open(run.input("model")), run.folder("begun" if config.train else "model")
+    if not begun.exists():
+        begin(config, run, begun)
+    new = TokenizerFolder.open(begun)
+    out = compare(old, new, run.input("data"))
+    if not config.train:
+        return out
+    segments = training.open_segments(config, run, run.folder("words"), new.vocab_size)
+    numbers, _ = derived.derive_numbers(config, new.vocab_size, segments[0], begun, parent)
+    model = fitting.load_start(begun, config, device)
+    only = OnlyRows(model, tables(model), old.vocab_size, new.vocab_size)
+    log.say(f"training {new.vocab_size - old.vocab_size:,} rows of each table alone, everything else is frozen")
+    return out | training.train_model(
+        config, run, model, segments, run.folder("words"), numbers, device, parent, beside={"rows": only}
+    )
+
+
+def check_documents(records: Path, field: str) -> None:
+    """Raises `DataError` for conversations."""
+    if read_json(records / "schema.json")["type"] != "Document":
+        raise DataError(
+            "adapting to a field needs documents", file=records, field=field, found="conversations",
+            fix="make them with `tutelage data`, or use `tutelage sft`",
+        )  # fmt: skip
+
+
+def begin(config: Vocabulary, run: RunDir, out: Path) -> None:
+    """Writes the model with new tokens whose rows nothing has trained."""
+    words = run.folder("words")
+    found = extend_tokenizer(run.input("model"), texts(run.input("data"), "train"), config.add, words)
+    log.say(f"{len(found.pieces):,} new tokens, the first of them {', '.join(map(repr, found.texts[:12]))}")
+    model = extend_model(load(run.input("model")), found.first, found.pieces, config.rows)
+    save_model(model, out, words, stop_ids=TokenizerFolder.open(words).stop_ids)
+
+
+def compare(old: TokenizerFolder, new: TokenizerFolder, records: Path) -> dict[str, Any]:
+    """Bytes a token of held-out text with both tokenizers, as facts, printed."""
+    before, after = (measure(words, texts(records, "validation"))["bytes_per_token"] for words in (old, new))
+    log.say(
+        f"held-out text of the field: {before:.2f} bytes a token before, {after:.2f} after ({before / after - 1:+.1%} tokens)"
+    )
+    return {"tokens_added": new.vocab_size - old.vocab_size, "bytes_per_token_before": before, "bytes_per_token": after}
