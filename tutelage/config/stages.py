@@ -9,6 +9,7 @@ from pydantic import BeforeValidator
 from tutelage.config.base import Section, artifact, setting
 from tutelage.config.rewards import Rewards
 from tutelage.config.tasks import Classify as Classify
+from tutelage.config.tasks import Translate as Translate
 from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/

@@ -11,6 +11,7 @@ from tutelage.config.train import Count, Derived, Positive, Schedule, Tune
 
 TEXT_LENGTH = 256  # tokens of a text to classify where nothing else is said: cost grows with it, labels seldom hang on the end
 SMALL_ENCODER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+SMALL_T5 = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 
 
 class Classify(Tune):
@@ -38,3 +39,22 @@ class Classify(Tune):
     folds: int = setting(0, "cross-validation of the training part: every text is judged by a model that did not see it", ge=0)
     baseline: bool = setting(True, "also TF-IDF and logistic regression, given the same texts (scikit-learn)")
     seed: int = setting(0, "of new weights, dropout, order and folds")
+
+
+class Translate(Tune):
+    """Train an encoder-decoder to make one text of another: translation, summaries."""
+
+    data: str = artifact("conversations of one prompt and one completion: the source and the target", kind="records")
+    model: str | None = artifact("an encoder-decoder (t5, bart, marian, …) to start from", kind="model", default=None)
+    tokenizer: str | None = artifact("for a small T5 from scratch", kind="tokenizer", default=None)
+    architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the small shape")
+    batch: Count = setting(32, "pairs in a global batch")
+    epochs: Positive = setting(3.0, "passes over the data, where steps are not given")
+    max_length: Count | Derived = setting("derived", "tokens of a source; derived: what the model reads, at most 512")
+    max_target: Count = setting(128, "tokens of a target; pairs with a longer one are left out, and counted")
+    too_long: Literal["right", "drop"] = setting("right", "a source that is longer: its end is cut, or the pair is left out")
+    layout: Literal["pairs"] = setting(  # type: ignore[assignment]
+        "pairs", "a pair is a row of sources and a row of targets", identity=False
+    )
+    max_questions: int = setting(200, "held-out sources that are translated and compared at the end; 0: all", ge=0)
+    seed: int = setting(0, "of new weights, dropout and order")

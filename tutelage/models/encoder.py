@@ -17,7 +17,7 @@ from tutelage.errors import ArtifactError, ConfigError, MissingExtra
 from tutelage.models.config import unsupported
 from tutelage.models.hf import Wrapped
 from tutelage.models.interface import Batch, Output
-from tutelage.models.load import check_files, read_config
+from tutelage.models.load import check_folder, read_config
 
 Task = Literal["class", "token"]
 CLASSES = {"class": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
@@ -167,7 +167,7 @@ def name_classes(config: Any, labels: Sequence[str], task: Task, many: bool) -> 
 
 
 def _config_of(folder: Path) -> Any:
-    check_files(folder, read_config(folder))
+    check_folder(folder)
     config = _read(folder)
     if not _encodes(config):
         raise ArtifactError(

@@ -112,6 +112,13 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:classify",
         makes="model",
     ),
+    "translate": Kind(
+        "Translate",
+        "tutelage.stages.translate",
+        "train an encoder-decoder on pairs of texts",
+        "tutelage.stages.estimates:translate",
+        makes="model",
+    ),
     "evaluate": Kind(
         "Evaluate",
         "tutelage.stages.evaluate",

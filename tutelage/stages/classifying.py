@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, processors
 
 from tutelage import log
 from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
+from tutelage.config.train import Tune
 from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.family_source import FamilySource
-from tutelage.engine.classifier import longest, names_of, separator
+from tutelage.engine.classifier import longest, separator
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier, new_classifier
@@ -97,11 +98,12 @@ class Start:
         return ExampleFamilies(examples, TextEncoder(self.words, self.max_length, self.config.too_long), self.labels)
 
 
-def marked(run: RunDir) -> Path:
-    """A copy of a tokenizer under which a text begins and ends with a control token, as encoders want it."""
+def marked(run: RunDir, begins: bool = True) -> Path:
+    """A copy of a tokenizer under which a text ends with a control token, and begins with one where `begins`, as encoders have
+    it."""
     source = run.input("tokenizer")
     words = TokenizerFolder.open(source)
-    if words.special_tokens.get("cls_token") and words.special_tokens.get("sep_token"):
+    if begins and words.special_tokens.get("cls_token") and words.special_tokens.get("sep_token"):
         return source
     end = words.special_tokens.get("eos_token")
     if end is None:
@@ -110,11 +112,15 @@ def marked(run: RunDir) -> Path:
         )
     first = words.special_tokens.get("bos_token", end)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    front = f"{first} " if begins else ""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {end}", pair=f"{first} $A {end} $B:1 {end}:1",
+        single=f"{front}$A {end}", pair=f"{front}$A {end} $B:1 {end}:1",
         special_tokens=[(t, tokenizer.token_to_id(t)) for t in dict.fromkeys((first, end))],
     )  # fmt: skip
-    marks = {"cls_token": first, "sep_token": end, "pad_token": words.special_tokens.get("pad_token", end)}
+    marks = {
+        **({"cls_token": first, "sep_token": end} if begins else {}),
+        "pad_token": words.special_tokens.get("pad_token", end),
+    }
     with whole_folder(run.folder("tokenizer")) as out:
         for name in FILES:
             if name not in ("tokenizer.json", "chat_template.jinja") and (source / name).exists():
@@ -144,7 +150,7 @@ def train(
         log.say(line)
     held_out = start.families(held) if held else None
     steps = config.steps if config.steps != "derived" else max(1, math.ceil(config.epochs * len(families) / batch))
-    rates = rates_of(config, part)
+    peak = rates_of(config, part)
     tokens = int(families.sizes(config.layout).sum())
     name = "token" if start.labels.task == "tag" else "class"
     work = Work(
@@ -152,12 +158,12 @@ def train(
         source=source,
         objective=objective("tag" if name == "token" else "classify", label_smoothing=config.label_smoothing),
         steps=steps,
-        rates=rates,
-        shape=shape(part),
+        rates=peak,
+        shape=shape(part, len(start.labels.names)),
         length=max(1, tokens // len(families)),
         micro=(max(1, config.micro_tokens // start.max_length), start.max_length),
         tokens=steps * batch * tokens / len(families),
-        numbers={"batch": batch, "max_length": start.max_length, "lr": rates.lr, "classes": start.labels.names},
+        numbers={"batch": batch, "max_length": start.max_length, "lr": peak.lr, "classes": start.labels.names},
         write=lambda: start.save(part, save_to) if save_to else None,
         validation=None
         if held_out is None
@@ -184,16 +190,22 @@ def rates_of(config: Classify, part: torch.nn.Module) -> Rates:
     if config.tokenizer is None:
         rate = round(TUNE_RATE * math.sqrt(TUNE_AT / size), 8)
         reason = f"{TUNE_RATE:g} x (110M / {size / 1e6:.3g}M parameters)^0.5"
-    given = config.optimizer
-    if "derived" in (given.lr, given.matrix_lr, given.embedding_lr):
+    return rates(config, rate, reason)
+
+
+def rates(config: Tune, rate: float, reason: str) -> Rates:
+    """The settings' rates; those left to derive are `rate`, which is said with its reason."""
+    given = [config.optimizer.lr, config.optimizer.matrix_lr, config.optimizer.embedding_lr]
+    if "derived" in given:
         log.say(f"learning rate {rate:.2g}: {reason}")
-    return Rates(*(rate if r == "derived" else float(r) for r in (given.lr, given.matrix_lr, given.embedding_lr)))
+    return Rates(*(rate if r == "derived" else float(r) for r in given))
 
 
-def shape(part: Any) -> dict[str, Any]:
-    """The numbers that operations and memory are counted from, under the names of any family."""
+def shape(part: Any, outputs: int) -> dict[str, Any]:
+    """The numbers that operations and memory are counted from, under the names of any family; `outputs` of the head."""
     c = part.config
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
              "intermediate_size", "max_position_embeddings")  # fmt: skip
-    of = {"model_type": c.model_type, "architectures": ["ForClassification"], "id2label": dict(enumerate(names_of(part)))}
-    return {**of, "tie_word_embeddings": True, **{n: getattr(c, n) for n in names}}
+    of = {"model_type": c.model_type, "architectures": ["ForClassification"], "id2label": dict.fromkeys(range(outputs), "")}
+    found = {**of, "tie_word_embeddings": True, **{n: getattr(c, n) for n in names}}
+    return found if outputs != c.vocab_size else {k: v for k, v in found.items() if k not in of or k == "model_type"}
