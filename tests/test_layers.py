@@ -26,13 +26,13 @@ LAYERS = [
     {"models"},
     {"recipe", "plan"},
     {"store", "sandbox"},
-    {"config", "records", "rundir", "files", "log", "errors"},
+    {"config", "records", "rundir", "bases", "files", "log", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     "cli", "console", "recipe", "rundir", "records", "config.stages", "data.collect", "data.tokens", "data.render", "data.pack",
     "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks", "evaluate.intervals",
-    "stages.estimates",
+    "stages.estimates", "sandbox.sandbox", "config.rewards", "rewards.build", "rewards.check", "rewards.judge", "rewards.model",
 ]  # fmt: skip
 
 

@@ -17,12 +17,14 @@ def test_pairs_by_hand() -> None:
     found = of_pairs(rewards, lengths)
     assert found["accuracy"]["value"] == 0.5 and found["longer_wins"]["value"] == 0.5 and found["pairs"] == 4
     assert found["margin"]["value"] == pytest.approx((1 - 3 + 0 + 4) / 4)
-    assert found["where_shorter"]["value"] == 0.5 and found["where_shorter"]["n"] == 2
+    assert found["against_length"]["value"] == 1.0 and found["against_length"]["n"] == 1
     assert found["rewards"]["mean"] == 1.5 and found["rewards"]["p100"] == 4.0
     assert found["correlation_with_length"] == pytest.approx(np.corrcoef(rewards.ravel(), lengths.ravel())[0, 1])
     same = of_pairs(np.zeros((40, 2)), np.stack([np.full(40, 2.0), np.ones(40)], 1))
     assert same["accuracy"]["value"] == 0.5 and same["longer_wins"]["value"] == 1.0 and same["correlation_with_length"] is None
-    assert same["p_beyond_length"] == pytest.approx(2 * 0.5**40)
+    assert same["beyond_length"] == pytest.approx(2 * 0.5**40)
+    short = of_pairs(np.stack([np.ones(40), np.zeros(40)], 1), np.stack([np.ones(40), np.full(40, 2.0)], 1))
+    assert short["longer_wins"]["value"] == 0.0 and short["beyond_length"] == 1.0  # the shorter answer is as good a rule
 
 
 def test_ratings_by_hand() -> None:

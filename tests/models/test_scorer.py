@@ -22,6 +22,7 @@ from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer, score_answers
 from tutelage.models.scorer_export import save_scorer
+from tutelage.train.optim import groups
 
 TEXTS = [[5, 9, 40, 3, 77, 12, 8, 60, 31, 2], [33, 70, 6, 11], [95, 4, 17, 28, 65, 2]]
 FAMILIES = sorted({c["model_type"] for c in CASES.values()})
@@ -204,6 +205,12 @@ def test_a_new_head_is_small_centred_and_reproducible() -> None:
     made = build_scorer(build(DecoderConfig.from_hf(CASES["qwen3"]), 1))
     assert np.abs(score_answers(made, TEXTS)).max() < 3 / 32**0.5
     assert "lm_head.weight" not in dict(made.named_parameters())
+
+
+def test_a_head_is_no_matrix_to_muon() -> None:
+    """An orthogonalised update of one row is a step of fixed length, whatever the gradient says."""
+    made = build_scorer(build(DecoderConfig.from_hf(CASES["qwen3"]), 1))
+    assert [n for n, _ in groups({"reward": made})["embedding"]] == ["reward.model.embed_tokens.weight", "reward.score.weight"]
 
 
 def test_scores_are_float32_where_the_layers_are_not(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ def rollout(sample: int, text: str, reward: float | None, finish_reason: str = "
 
 
 GROUP = [
-    rollout(0, "5", 0.0), rollout(1, "4", 1.0), rollout(2, "four", 1.5), rollout(3, "4", 1.0), rollout(4, "4 because", 9.0, "length"),
-    rollout(5, "?", None),
+    rollout(0, "5", 0.0), rollout(1, "4", 1.0), rollout(2, "four", 1.5), rollout(3, "4", 1.0),
+    rollout(4, "4 because", 9.0, "length"), rollout(5, "?", None),
 ]  # fmt: skip
 
 
 def test_the_best_whole_answer_is_kept() -> None:
-    """Guards against imitating an answer that was cut, which never ends, and against training on words that stood in the prompt."""
+    """Guards against imitating an answer that was cut, which never ends, and against training on words of the prompt."""
     counts: Counter[str] = Counter()
     (best,) = conversations(PROMPT, GROUP, 1.0, "best", counts)
     assert [m.content for m in best.messages] == ["1+1?", "2", "2+2?", "four"]

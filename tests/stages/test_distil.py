@@ -87,8 +87,11 @@ def test_on_its_own_answers(world: World, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_cannot_be_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     """Distributions over other tokens, and settings that would be taken and do nothing."""
-    wrong = ({"beta": 0.5}, "beta"), ({"rest": "bucket"}, "rest"), ({"top_k": 300}, "top_k"), ({"rollouts": {"prompts": 2}}, "off")
-    for settings, says in (*wrong, ({"policy": "on", "top_k": 4}, "policy=on")):
+    wrong = (
+        ({"beta": 0.5}, "beta"), ({"rest": "bucket"}, "rest"), ({"top_k": 300}, "top_k"), ({"rollouts": {"prompts": 2}}, "off"),
+        ({"policy": "on", "top_k": 4}, "policy=on"),
+    )  # fmt: skip
+    for settings, says in wrong:
         with pytest.raises(ConfigError, match=says):
             distil(world, tmp_path, **settings)
     words = api.tokenizer(runs=tmp_path, data=world.made["corpus"], vocab_size=280)

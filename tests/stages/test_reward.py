@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from tests.guarantees import tiny
+from tests.models.shapes import CASES
 from tests.pipeline import tutelage
 from tutelage import api
+from tutelage.config.stages import Reward
 from tutelage.data.render import Renderer
 from tutelage.files import read_json
-from tutelage.models.scorer import load_scorer, score_answers
+from tutelage.models.config import DecoderConfig
+from tutelage.models.init import build
+from tutelage.models.scorer import build_scorer, load_scorer, score_answers
 from tutelage.records import Message, Preference, Rating
+from tutelage.stages import tuning
 
 ANIMALS, OTHERS = ("cat", "dog"), ("mat", "door", "red", "old", "one", "two")
 HOW = {"threads": 1, "kernels": False, "optimizer": {"lr": 3e-3}}
@@ -98,6 +103,14 @@ def test_a_reward_model_goes_on(trained: Path, tmp_path: Path) -> None:
     how = {**HOW, "optimizer": {"lr": 1e-6}}
     again = api.reward(model=str(trained), data=str(records), steps=1, runs=str(tmp_path / "runs"), **how).path
     assert read_json(again / "run.json")["held_out"]["accuracy"]["value"] > 0.85
+
+
+@pytest.mark.parametrize(("length", "layout"), [(16, "tree"), (17, "rows")])
+def test_texts_whose_angles_follow_their_row_have_one_each(length: int, layout: str) -> None:
+    """LongRoPE turns a whole row at the factors of its longest text: packed beside a long one, a short text has another score."""
+    model = build(DecoderConfig.from_hf(CASES["phi3-longrope"]), 0)
+    config = Reward(model="m", data="d", max_length=length)
+    assert tuning.layout_for(config, model) == tuning.layout_for(config, build_scorer(model)) == layout
 
 
 def ratings(count: int) -> list[Rating]:

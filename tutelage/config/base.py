@@ -29,7 +29,9 @@ class Section(BaseModel):
         if not isinstance(values, Mapping):
             return values
         defaults = {n: f.default for n, f in cls.model_fields.items() if isinstance(f.default, Section)}
-        return {n: {**defaults[n].model_dump(), **v} if n in defaults and isinstance(v, Mapping) else v for n, v in values.items()}
+        return {
+            n: {**defaults[n].model_dump(), **v} if n in defaults and isinstance(v, Mapping) else v for n, v in values.items()
+        }
 
 
 S = TypeVar("S", bound=Section)

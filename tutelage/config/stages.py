@@ -93,6 +93,17 @@ class Sft(Train):
     seed: int = setting(0, "of the data order")
 
 
+class Merge(Section):
+    """Make an adapter part of its base: a whole model."""
+
+    adapter: str = artifact("the adapter: a folder that peft wrote, or a run that trained one", kind="adapter")
+    model: str | None = artifact("its base, where that is not at the place that the adapter names", kind="model", default=None)
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = setting(
+        "stored", "type of the written weights; stored: as in the base's folder"
+    )
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+
+
 class Sample(Section):
     """Have a model answer each prompt several times, and judge the answers."""
 
@@ -280,6 +291,7 @@ class Prefer(Tune):
     sft: float | None = setting(None, "simpo, cpo: weight of also learning the chosen answers", ge=0.0)
     tau: Positive | None = setting(None, "discopop: where its two losses meet")
     average: bool | None = setting(None, "ipo: log-probabilities a token (the authors' code) instead of sums (the paper)")
+    prompts: bool | None = setting(None, "orpo: also learn prompts, as TRL does, not the chosen answers alone")
     desirable_weight: Positive | None = setting(None, "kto: weight of good answers")
     undesirable_weight: Positive | None = setting(None, "kto: weight of bad answers")
     too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")

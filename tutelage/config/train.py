@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field as Bound
 
+from tutelage.config.adapter import Adapter
 from tutelage.config.base import Section, artifact, assign, build, setting
 from tutelage.errors import ConfigError
 
@@ -17,7 +18,9 @@ Count = Annotated[int, Bound(ge=1)]
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "muon"] = setting("muon", "muon: matrices by Muon, the rest by AdamW; adamw: everything by AdamW")
+    name: Literal["adamw", "muon"] = setting(
+        "muon", "muon: matrices by Muon, the rest and adapters by AdamW; adamw: everything by AdamW"
+    )
     lr: Positive | Derived = setting("derived", "peak learning rate of AdamW's parameters; derived from the model's width")
     matrix_lr: Positive | Derived = setting("derived", "peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)")
     embedding_lr: Positive | Derived = setting("derived", "peak learning rate of the embedding table")
@@ -47,6 +50,7 @@ class Loop(Section):
     steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
     optimizer: Optimizer = setting(Optimizer(), "optimizer")
     schedule: Schedule = setting(Schedule(), "learning rate over time")
+    adapter: Adapter = setting(Adapter(), "what is trained beside a frozen base, instead of all weights")
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "float32, or bfloat16 products with float32 weights (only where the machine is faster with it)"
     )

@@ -49,12 +49,15 @@ class Family:
 
 
 def assemble(families: Sequence[Family], layout: Layout) -> Batch:
-    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once."""
+    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once; of pairs,
+    whose prompts are read and never predicted, those of the endings."""
     build = {"tree": _tree, "packed": _packed, "rows": _rows, "pairs": _pairs}[layout]
     batch, firsts = build(families)
-    targets, weights = _prompts(families, firsts, batch.shape)
+    if layout != "pairs":
+        targets, weights = _prompts(families, firsts, batch.shape)
+        batch = replace(batch, targets=targets, weights=weights)
     names = tuple(f.name for f in families)
-    return replace(batch, targets=targets, weights=weights, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
+    return replace(batch, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
 
 
 # Where the tokens of an answer's text are: (place of the prompt's last token, place of the answer's first one)

@@ -18,22 +18,22 @@ SHOWN = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # quantiles of a distribution
 def of_pairs(rewards: Floats, lengths: Floats) -> dict[str, Any]:
     """Of pairs, the chosen answer first: rewards [n,2] and lengths [n,2] in tokens. A tie is half right.
 
-    `longer_wins`: what choosing the longer answer gives; `p_beyond_length`: the chance of such a difference between the two if
-    there were none; `where_shorter`: accuracy where people chose the shorter answer.
+    `longer_wins`: what choosing the longer answer gives. `beyond_length`: the chance of such a difference from the better of
+    choosing the longer and choosing the shorter answer, if there were none. `against_length`: accuracy where that rule is wrong.
     """
     right, longer = _wins(rewards), _wins(lengths)
-    shorter = lengths[:, 0] < lengths[:, 1]
+    rule = longer if longer.mean() >= 0.5 else 1.0 - longer
     out = {
         "pairs": len(rewards),
         "accuracy": wilson(round(right.sum()), len(right)).to_json(),
         "longer_wins": wilson(round(longer.sum()), len(longer)).to_json(),
-        "p_beyond_length": mcnemar(int((right > longer).sum()), int((right < longer).sum())),
+        "beyond_length": mcnemar(int((right > rule).sum()), int((right < rule).sum())),
         "margin": mean(rewards[:, 0] - rewards[:, 1]).to_json(),
         "rewards": distribution(rewards),
         "correlation_with_length": correlation(rewards.ravel(), lengths.ravel()),
     }
-    if shorter.any():
-        out["where_shorter"] = wilson(round(right[shorter].sum()), int(shorter.sum())).to_json()
+    if (rule == 0).any():
+        out["against_length"] = wilson(round(right[rule == 0].sum()), int((rule == 0).sum())).to_json()
     return out
 
 

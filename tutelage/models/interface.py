@@ -236,7 +236,11 @@ class Model(Protocol):
 
     config: Any  # vocab_size, hidden_size, num_hidden_layers, ...; `to_hf()`
     lm_head: Any  # heads.LmHead, or one with the same three methods
-    supports_cache: bool  # whether `batch.cache` is understood
+
+    @property
+    def supports_cache(self) -> bool:
+        """Whether `batch.cache` is understood."""
+        ...
 
     def __call__(self, batch: Batch) -> Output: ...
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tutelage.errors import SandboxError
 from tutelage.plan import machine as here
 from tutelage.plan.machine import Machine
+from tutelage.sandbox.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +33,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "data": (("trafilatura", "lxml_html_clean", "pypdfium2"), "HTML and PDF as sources"),
     "report": (("matplotlib", "tensorboard"), "figures in reports, TensorBoard events"),
     "serve": (("fastapi", "uvicorn"), "the OpenAI-compatible server"),
+    "rl": (("math_verify",), "the reward `maths` (by=numbers does without)"),
 }
 
 
@@ -53,7 +56,7 @@ def doctor(
         if why_no_kernels is not None:
             checks.append(_kernels(why_no_kernels()))
         checks += _rates(machine or here.measure())
-    return [*checks, *_extras(), _network()]
+    return [*checks, _sandbox(), *_extras(), _network()]
 
 
 def print_doctor(checks: list[Check], console: Console | None = None) -> int:
@@ -157,6 +160,17 @@ def _rates(m: Machine) -> list[Check]:
         text = f"{card.memory_bytes / 1e9:.0f} GB, {fast:.0f} TFLOP/s float32, {faster:.0f} bfloat16"
         out.append(Check(card.name, "ok", text))
     return out
+
+
+def _sandbox() -> Check:
+    """Model-written code: which walls there are, tried here and now."""
+    try:
+        with Sandbox(parallel=1) as sandbox:
+            walls = sandbox.walls
+    except SandboxError as error:
+        why = error.message if error.found is None else f"{error.message} ({error.found})"
+        return Check("sandbox", "warn", f"{why}; all else works", error.fix or "")
+    return Check("sandbox", "ok", f"{', '.join(walls)}, limits; every forbidden act was tried, none was possible")
 
 
 def _extras() -> list[Check]:

@@ -61,9 +61,13 @@ def count_flops(config: Mapping[str, Any], sequence_length: int, causal: Causal 
     )
 
 
-def train_flops_per_token(config: Mapping[str, Any], sequence_length: int, causal: Causal = "half") -> float:
-    """Training FLOPs of one token: 6 per matrix weight, the head included, plus attention."""
-    return count_flops(config, sequence_length, causal).train()
+def train_flops_per_token(
+    config: Mapping[str, Any], sequence_length: int, causal: Causal = "half", frozen: bool = False
+) -> float:
+    """Training FLOPs of one token: 6 per matrix weight, the head included, plus attention; 4 where weights are `frozen`, so that
+    gradients only pass through them to an adapter, whose own work is not counted."""
+    found = count_flops(config, sequence_length, causal)
+    return found.train() - (found.layers + found.head if frozen else 0)
 
 
 def generate_flops(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> float:

@@ -56,7 +56,7 @@ def bytes_per_token(vocabulary: int) -> Span:
 
 def collect(text: Span, kind: str, largest_file: float) -> Estimate:
     """Cleaning, deduplicating, splitting and writing `text` bytes."""
-    rate, file = COLLECT.get(kind, COLLECT["conversations"]), Span(largest_file, largest_file)
+    rate, file = COLLECT["documents" if kind == "documents" else "conversations"], Span(largest_file, largest_file)
     room = f"{text.said('B')} x {COLLECT_MEMORY.said('B')} each"
     room += f" + {file.said('B')} of the largest file x {FILE_MEMORY.said('B')} each" if largest_file else ""
     because = f"{text.said('B')} of text / ({rate.said('B/s')})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import SandboxError
-from tutelage.sandbox import landlock, seccomp
 from tutelage.sandbox.limits import Limits, Outcome
 from tutelage.sandbox.proof import prove
 
@@ -109,10 +109,13 @@ class Sandbox:
 
 def choose() -> list[tuple[str, ...]]:
     """Sets of walls to try, the best first. Raises `SandboxError` on a system that has none."""
-    if sys.platform != "linux" or not seccomp.available():
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise SandboxError(
-            "the sandbox needs Linux on x86-64 or ARM64", found=sys.platform, fix="run rewards and tools that run code there"
-        )
+            "the sandbox needs Linux on x86-64 or ARM64", found=f"{sys.platform}, {platform.machine()}",
+            fix="run rewards and tools that run code there",
+        )  # fmt: skip
+    from tutelage.sandbox import landlock  # the calls of Linux are not to be had elsewhere
+
     more = ("landlock", "seccomp") if landlock.version() else ("seccomp",)
     return [("namespaces", *more)] + ([("bwrap", *more)] if shutil.which("bwrap") else [])
 

@@ -48,10 +48,6 @@ _UNKNOWN = _ERROR | errno.ENOSYS
 Step = tuple[int, int, int, int]  # operation, steps to skip if true, if false, operand
 
 
-def available() -> bool:
-    return platform.machine() in _MACHINES
-
-
 def program(forks: bool) -> list[Step]:
     """The filter of this machine; without `forks` a program can start threads, but no processes."""
     column, arch = _MACHINES[platform.machine()]

@@ -105,6 +105,13 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
     ),
+    "merge": Kind(
+        "Merge",
+        "tutelage.stages.merge",
+        "make an adapter part of its base: a whole model",
+        "tutelage.stages.estimates:merge",
+        makes="model",
+    ),
     "classify": Kind(
         "Classify",
         "tutelage.stages.classify",

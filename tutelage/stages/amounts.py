@@ -48,7 +48,7 @@ class Records:
     held_out: Span
     train_bytes: Span
     held_out_bytes: Span
-    conversations: bool
+    conversations: bool  # or other records that a chat template writes
 
     @property
     def lines(self) -> Span:
@@ -81,7 +81,7 @@ def records_of(planned: Planned, key: str) -> Records:
 
 def counted(folder: Path) -> Records:
     """The amounts of a records artifact: from its card, or by counting lines."""
-    conversations = load_json(folder / "schema.json")["type"] == "Conversation"
+    conversations = load_json(folder / "schema.json")["type"] != "Document"
     card = folder / "card.json"
     parts = load_json(card).get("parts") if card.exists() else None
     if parts:
@@ -116,7 +116,7 @@ def expected(planned: Planned) -> Records:
             for part, of in (("train", rest), ("held_out", Span(share.low, min(1.0, share.high)))):
                 sums[part] += found.records * found.kept * of
                 sums[f"{part}_bytes"] += found.text * found.kept * of
-    return Records(**sums, conversations=config.kind == "conversations")
+    return Records(**sums, conversations=config.kind != "documents")
 
 
 def source(name: str, config: Data) -> Source:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -13,6 +13,7 @@ from tutelage.config.stages import Rl, Sample
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError
+from tutelage.models.adapters import follow, worn
 from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.scorer import load_scorer, score_answers
 from tutelage.records import Conversation, Prompt, read_records
@@ -45,18 +46,35 @@ def invariant(model: Any) -> bool:
 
 
 def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int, temperature: float) -> Sampler:
-    return Sampler(engine_for(model, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature))
+    plain, lora = worn(model)
+    return Sampler(engine_for(plain, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature), lora)
 
 
-def with_room(sampler: Sampler, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
+def published(model: Any, engine: Engine) -> Callable[[], None]:
+    """Tells an engine of `sampler_for` that training has changed the model's weights."""
+
+    def tell() -> None:
+        follow(model, engine.model)
+        engine.weights_changed()
+
+    return tell
+
+
+class Room(Protocol):
+    """A sampler of answers or of episodes."""
+
+    def room(self, prompt: Prompt) -> bool: ...
+
+
+def with_room(sampler: Room, prompts: Sequence[Prompt], part: str) -> list[Prompt]:
     """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
     out = [p for p in prompts if sampler.room(p)]
     if len(out) < len(prompts):
         log.say(f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them")
     if prompts and not out:
         raise DataError(
-            "no prompt leaves room for an answer", field="max_tokens", found=sampler.sampling.max_tokens,
-            expected=f"prompt and answer within {sampler.engine.context_length} tokens", fix="lower max_tokens",
+            "no prompt leaves room for an answer", field="max_tokens", found=f"{len(prompts)} prompts, all too long",
+            expected="prompt and answer within the model's context", fix="lower max_tokens",
         )  # fmt: skip
     return out
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tutelage.bases import whole_of
 from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
 from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Loop, Train, Tune
@@ -17,6 +18,7 @@ from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.plan import stages as parts
+from tutelage.plan.adapters import adapter_memory
 from tutelage.plan.machine import Machine, core_count, find_compiler, measure
 from tutelage.plan.memory import estimate as training_memory
 from tutelage.plan.parameters import Shape
@@ -68,7 +70,9 @@ def training(planned: Planned) -> Estimate:
     device = _device(config.device, machine)
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config), **adapter_memory(shape, config.adapter)
+    )
     tokens = _tokens(planned, ends)
     out = parts.train(shape, tokens, row, machine.peak_flops(device, config.dtype), device, need)
     out = parts.START_TORCH + out
@@ -164,7 +168,10 @@ def tuning(planned: Planned) -> Estimate:
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     length = int(shape.get("max_position_embeddings", 2048)) if config.max_length == "derived" else config.max_length
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
+        **adapter_memory(shape, config.adapter),
+    )  # fmt: skip
     return parts.START_TORCH + parts.train(
         shape, seen * Span(1, 1.4), min(length, 2048), machine.peak_flops(device), device, need
     )
@@ -195,7 +202,10 @@ def _answers(planned: Planned, config: Loop, batch: int, updates: int = 1, minib
     read = (made + iterations * batch * per_prompt) * updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
+        **adapter_memory(shape, config.adapter),
+    )  # fmt: skip
     rate = machine.peak_flops(device, config.dtype)
     out = parts.START_TORCH + parts.train(shape, read, how.max_tokens, rate, device, need)
     return out + parts.answer(shape, answers, how.max_tokens, rate, device), read
@@ -280,6 +290,11 @@ def evaluate(planned: Planned) -> Estimate:
     return out
 
 
+def merge(planned: Planned) -> Estimate:
+    """Reading a base, some tokens through it, and writing it again."""
+    return parts.START_TORCH
+
+
 def report(planned: Planned) -> Estimate:
     """A page, whose size hardly depends on its runs."""
     return parts.START + parts.REPORT
@@ -297,7 +312,7 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
         return derive_all(config, Shape.of(_config_json(start)).vocab, corpus_tokens, start, parent=parent)
     if "model" in planned.inputs or "model" in waits:
         here = "model" in planned.inputs
-        before = _config_json(planned.inputs["model"].path) if here else derived(waits["model"], SOME_TOKENS).architecture
+        before = _config_json(planned.inputs["model"].path) if here else shape_of(planned)
         before = {**before, "vocab_size": Shape.of(before).vocab + new_tokens(config)}
         return derive_all(config, Shape.of(before).vocab, corpus_tokens, None, before, parent=parent)
     if "tokenizer" in waits:
@@ -318,11 +333,16 @@ def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
     """The config.json of a model that a stage reads, there or still to be made."""
     if name in planned.inputs:
         return _config_json(planned.inputs[name].path)
-    return derived(planned.waits_for[name], SOME_TOKENS).architecture
+    maker = planned.waits_for[name]
+    if isinstance(maker.config, Train):
+        return derived(maker, SOME_TOKENS).architecture
+    if "model" not in type(maker.config).model_fields:
+        raise Unknown(f"known after {maker.name}")
+    return shape_of(maker)  # what tunes a model leaves its shape as it was
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
-    file = model / "config.json"
+    file = whole_of(model) / "config.json"
     try:
         found: dict[str, Any] = read_json(file)
     except ValueError as error:

@@ -84,7 +84,7 @@ class Judged:
             near = found["correlation_with_length"]
             return [
                 f"held out: accuracy {_share(found['accuracy'])} of {found['pairs']:,} pairs; always choosing the longer answer: "
-                f"{_share(found['longer_wins'])}",
+                f"{_share(found['longer_wins'])} (p = {found['beyond_length']:.2g} that length alone does as well)",
                 f"rewards: {_spread(found['rewards'])}; margin {found['margin']['value']:.3g}"
                 + ("" if near is None else f"; correlation with length {near:+.2f}"),
             ]

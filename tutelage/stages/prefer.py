@@ -14,8 +14,8 @@ from tutelage.data.pairs import PairFamilies, margins
 from tutelage.data.rated import RatedFamilies, verdicts
 from tutelage.data.tokens import Segments
 from tutelage.errors import ConfigError
+from tutelage.models.adapters import beginning
 from tutelage.models.config import check_vocabulary
-from tutelage.models.export import save as save_model
 from tutelage.models.load import load
 from tutelage.objectives import TABLE, Objective, method, objective
 from tutelage.rundir import RunDir
@@ -27,7 +27,7 @@ from tutelage.train import distributed
 
 # Settings of this stage that are given to the method
 SETTINGS = (
-    "beta", "label_smoothing", "offset", "gamma", "sft", "tau", "average", "desirable_weight", "undesirable_weight",
+    "beta", "label_smoothing", "offset", "gamma", "sft", "tau", "average", "prompts", "desirable_weight", "undesirable_weight",
 )  # fmt: skip
 RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method learns from -> the records that hold it
 UNITS = {"preferences": "pairs", "ratings": "answers"}
@@ -42,7 +42,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     tuning.check_records(run.input("data"), (RECORDS[kind],), f"read them with `tutelage data --kind {kind}`")
     device = fitting.choose_device(config)
     start = run.input("model")
-    model = fitting.load_start(start, config, device)
+    model = fitting.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     layout = tuning.layout_for(config, model)
@@ -66,7 +66,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         micro=(1, config.micro_tokens),
         tokens=float(train.sizes(layout).mean()) * config.batch * steps,
         numbers={"max_length": length, **asdict(rates)},
-        write=lambda: save_model(model, run.folder("model"), start, stop_ids=words.stop_ids),
+        write=lambda: fitting.write_model(model, run, start, words.stop_ids),
         validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
     return {**fitting.fit(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
@@ -118,7 +118,8 @@ def give_reference(
     for name, families in parts.items():
         if families is not None:
             folder = run.folder("reference") / name
-            families.give("reference", tuning.reference_logprobs(folder, other, families, config, layout, device))
+            with beginning(other):
+                families.give("reference", tuning.reference_logprobs(folder, other, families, config, layout, device))
 
 
 def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> FamilySource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine
 from tutelage.errors import ConfigError
+from tutelage.models.adapters import beginning
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
@@ -28,7 +30,7 @@ from tutelage.rollout.source import Plan, RolloutSource
 from tutelage.rollout.tools import tools_of
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
-from tutelage.stages.asking import sampler_for
+from tutelage.stages.asking import published, sampler_for
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
@@ -64,7 +66,7 @@ class Kit:
         )  # fmt: skip
         single = sampler_for(model, renderer, length, config.max_tokens, config.temperature)
         value = value_of(config, run, model, device) if config.method == "ppo" else None
-        reference = reference_of(config, run, device) if config.kl else None
+        reference = reference_of(config, run, model, device) if config.kl else None
         sampler: Any = single
         if config.tools or config.environment:
             environment = environment_of(config.environment) if config.environment else None
@@ -100,14 +102,20 @@ class Kit:
             settings,
             old=self.scores(self.model) if old == "trainer" else None,
             comparable=c.temperature == 1,
-            reference=self.scores(self.reference) if self.reference is not None else None,
+            reference=self.scores(self.reference, start=True) if self.reference is not None else None,
             values=self.measured(self.value, values) if self.value is not None else None,
         )
 
-    def scores(self, model: Any) -> ByToken:
-        """Log-probabilities of every token under `model`, at the temperature of the answers."""
+    def scores(self, model: Any, start: bool = False) -> ByToken:
+        """Log-probabilities of every token under `model`, at the temperature of the answers; `start`: without what an adapter
+        has learned."""
         temperature = self.config.temperature
-        return self.measured(model, lambda part, batch: token_scores(part, batch, temperature)[0])
+
+        def measure(part: Any, batch: Batch) -> Tensor:
+            with beginning(part) if start else nullcontext():
+                return token_scores(part, batch, temperature)[0]
+
+        return self.measured(model, measure)
 
     def measured(self, part: Any, measure: Callable[[Any, Batch], Tensor]) -> ByToken:
         def ask(families: Sequence[Family]) -> list[list[Any]]:
@@ -128,7 +136,7 @@ class Kit:
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
             prompts=prompts, sampler=self.sampler, judge=self.rubric, credit=self.credit(), plan=self.plan,
-            folder=self.run.folder("rollouts"), published=self.engine.weights_changed, blank=self.blank(prompts),
+            folder=self.run.folder("rollouts"), published=published(self.model, self.engine), blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
         )  # fmt: skip
 
@@ -164,7 +172,9 @@ def value_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Score
     return build_scorer(load(run.input("model"), device=device), 1, config.seed)
 
 
-def reference_of(config: Rl, run: RunDir, device: torch.device) -> Any:
-    """The model to stay close to, frozen."""
-    model: Any = load(run.input("reference" if config.reference else "model"), device=device)
-    return model.eval().requires_grad_(False)
+def reference_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Any:
+    """The model to stay close to, frozen. With an adapter it is the model itself without what that learns: no second copy."""
+    if config.reference is None and config.adapter.kind != "none":
+        return model
+    other: Any = load(run.input("reference" if config.reference else "model"), device=device)
+    return other.eval().requires_grad_(False)

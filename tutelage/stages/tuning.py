@@ -16,9 +16,8 @@ from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.objectives.answers import answer_logprobs
+from tutelage.stages.derived import tuning_rate
 from tutelage.train.optim import Rates
-
-RATE_AT = 7e9  # parameters of the model for which common rates hold; smaller models take more, by the square root
 
 
 def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
@@ -33,13 +32,10 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
 
 def rates(config: Loop, parameters: int, at_7b: float) -> Rates:
     """The settings' rates; those left to derive from the model's size, said with their reason."""
-    scale = math.sqrt(RATE_AT / parameters)
-    derived = round(at_7b * scale, 8)
+    derived, reason = tuning_rate(config, at_7b, parameters)
     given = [getattr(config.optimizer, name) for name in ("lr", "matrix_lr", "embedding_lr")]
     if "derived" in given:
-        log.say(
-            f"learning rate {derived:g}: {at_7b:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5; set optimizer.lr to change it"
-        )
+        log.say(f"learning rate {derived:g}: {reason}; set optimizer.lr to change it")
     return Rates(*(derived if value == "derived" else float(value) for value in given))
 
 
@@ -71,9 +67,13 @@ def max_length(config: Tune, context: int) -> int:
 
 def layout_for(config: Tune, model: Any) -> Any:
     """The layout asked for, or the nearest that the model knows."""
-    if config.layout == "tree" and not getattr(model, "supports_cache", False):
+    if config.layout == "tree" and not getattr(model, "supports_trees", False):
         log.say("layout: packed, since this model's prompts can't be read once for several answers")
         return "packed"
+    steady = getattr(model, "cacheable", None)
+    if steady is not None and config.layout != "rows" and max_length(config, model.config.max_position_embeddings) > steady:
+        log.say(f"layout: rows, since this model turns its angles by the longest text of a row (above {steady:,} tokens)")
+        return "rows"
     return config.layout
 
 
