@@ -21,6 +21,8 @@ def settings(name: str, here: World) -> list[str]:
     return {
         "quickstart": [],
         "adapt": [],
+        "classifier": [],
+        "translate": [],
         "pretrain_folder": [f"corpus.sources={texts}"],
         "continue_pretraining": [f"corpus.sources=[{texts}]", f"adapted.model={model}", f"before.model={model}"],
         "expert_iteration": [f"{name}.model={here.made['chat'] / 'model'}" for name in ("before", "answers_1", "round_1")],

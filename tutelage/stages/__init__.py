@@ -114,6 +114,20 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:merge",
         makes="model",
     ),
+    "classify": Kind(
+        "Classify",
+        "tutelage.stages.classify",
+        "train a classifier of texts, or of their parts, and measure it",
+        "tutelage.stages.estimates:classify",
+        makes="model",
+    ),
+    "translate": Kind(
+        "Translate",
+        "tutelage.stages.translate",
+        "train an encoder-decoder on pairs of texts",
+        "tutelage.stages.estimates:translate",
+        makes="model",
+    ),
     "evaluate": Kind(
         "Evaluate",
         "tutelage.stages.evaluate",
