@@ -121,7 +121,7 @@ def test_one_key_of_a_nested_section_changes_that_key_alone() -> None:
     changed = build(Prefer, {"data": "d", "model": "m", "optimizer": {"lr": 1e-4}, "schedule": {"warmup": 0.3}})
     assert changed.optimizer == plain.optimizer.model_copy(update={"lr": 1e-4}) and changed.optimizer.name == "adamw"
     assert changed.schedule == plain.schedule.model_copy(update={"warmup": 0.3}) and changed.schedule.name == "linear"
-    with pytest.raises(ConfigError, match="optimizer.lrr"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lrr"):
         build(Prefer, {"data": "d", "model": "m", "optimizer": {"lrr": 1e-4}})
 
 
