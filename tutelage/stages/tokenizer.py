@@ -17,6 +17,7 @@ from tutelage.tokenizer.train import describe, train
 
 def texts(records: Path, split: str) -> Iterator[str]:
     """The texts of one split of a records artifact; of what has turns, each message."""
+    record: Any
     for record in read_records(records / f"{split}.jsonl", TYPES[read_json(records / "schema.json")["type"]]):
         yield from (text for name in ("text", "pair") if (text := getattr(record, name, None)))
         for name in TURNS:
