@@ -55,6 +55,11 @@ class Scorer(nn.Module):
         return bool(self.backbone.supports_cache)
 
     @property
+    def supports_trees(self) -> bool:
+        """Whether batches may hold texts that share a beginning."""
+        return bool(getattr(self.backbone, "supports_trees", False))
+
+    @property
     def cacheable(self) -> int | None:
         """As of a decoder: tokens up to which a text's angles do not follow the length of its row; None for any number."""
         found: int | None = getattr(self.backbone, "cacheable", None)
