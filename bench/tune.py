@@ -45,7 +45,7 @@ def commands(args: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
         },
         "reward": {"tutelage": own("answers.py", "--job", "reward"), "trl": peer("preference_trl.py", "--job", "reward")},
         "grpo": {"tutelage": own("answers.py", "--job", "grpo"), "trl": peer("grpo_trl.py")},
-        "lora": {"tutelage": own("sft.py", "--adapter", "16"), "trl": peer("sft_trl.py", "--mode", "pad", "--lora", "16")},
+        "lora": {"tutelage": own("sft.py", "--lora", "16"), "trl": peer("sft_trl.py", "--mode", "pad", "--lora", "16")},
     }
 
 

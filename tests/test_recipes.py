@@ -26,6 +26,7 @@ def settings(name: str, here: World) -> list[str]:
         "expert_iteration": [f"{name}.model={here.made['chat'] / 'model'}" for name in ("before", "answers_1", "round_1")],
         "dpo": [f"chat.model={model}"],
         "rlhf": [f"chat.model={model}", f"judge.model={model}"],
+        "qlora": [f"adapter.model={model}"],
         "grpo-maths": [f"taught.model={model}"],
         "sft_jsonl": [f"chats.sources={chats}", f"chat.model={model}"],
     }[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -232,9 +232,10 @@ def to_json(record: Record) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for f in fields(record):
         value = getattr(record, f.name)
-        if value in ((), {}, None):
+        optional = f.default is not MISSING or f.default_factory is not MISSING
+        if value in ((), {}, None) and optional:
             continue
-        if isinstance(value, tuple) and isinstance(value[0], Message):
+        if isinstance(value, tuple) and value and isinstance(value[0], Message):
             value = [m.to_json() for m in value]
         out[f.name] = list(value) if isinstance(value, tuple) else value
     return out

@@ -151,6 +151,6 @@ def test_rows_that_do_not_say_are_refused(segments):
     for scores in ({"helpful": 4.0}, {"desirable": 0.7}, {}):
         with pytest.raises(DataError, match="desirable") as error:
             verdicts([row, {**row, "scores": scores}])
-        assert row["id"] in str(error.value)
+        assert f"({row['source']})" in str(error.value)
     with pytest.raises(DataError, match="two ratings"):
         families(segments, [rating(0)])

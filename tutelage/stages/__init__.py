@@ -57,6 +57,7 @@ STAGES: dict[str, Kind] = {
         "answer each prompt several times and judge the answers",
         "tutelage.stages.estimates:sample",
         makes="records",
+        outside="tutelage.stages.sources:code",
     ),
     "select": Kind(
         "Select",
@@ -104,6 +105,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:rollouts",
         makes="model",
         ranks=True,
+        outside="tutelage.stages.sources:code",
     ),
     "merge": Kind(
         "Merge",

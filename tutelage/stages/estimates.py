@@ -299,9 +299,11 @@ def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
     maker = planned.waits_for[name]
     if isinstance(maker.config, Train):
         return derived(maker, SOME_TOKENS).architecture
-    if "model" not in type(maker.config).model_fields:
+    # What tunes a model leaves its shape as it was.
+    before = next((key for key in ("model", "adapter") if key in {**maker.inputs, **maker.waits_for}), None)
+    if before is None:
         raise Unknown(f"known after {maker.name}")
-    return shape_of(maker)  # what tunes a model leaves its shape as it was
+    return shape_of(maker, before)
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
