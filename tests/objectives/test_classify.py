@@ -180,7 +180,7 @@ def test_sub_word_pieces_are_not_supervised_and_spans_come_back(words: Tokenizer
     family = ExampleFamilies([Example.make(text, source="t", spans=spans)], TextEncoder(words, 64),
                              Labels("tag", ("O", "B-X", "I-X", "B-Y", "I-Y")))[0]  # fmt: skip
     answers = assemble([family], "packed").answers
-    assert answers is not None and answers.places.tolist() == [t for t, _, _ in encoded.words]
+    assert answers is not None and (answers.places + 1).tolist() == [t for t, _, _ in encoded.words]
     assert answers.tokens["label"].tolist() == [0, 1, 0, 0, 3]
 
 

@@ -204,12 +204,12 @@ class ExampleFamilies:
         return self._tagged(example.id, np.array(found.ids), answer)
 
     def _tagged(self, name: str, ids: np.ndarray, tags: dict[int, int]) -> Family:
-        """What is said of token t stands where token t + 1 is predicted: the last one, a separator, is never tagged."""
+        """The first token, a control token, is the prompt; all others may be tagged."""
         mask = np.zeros(len(ids) - 1, np.uint8)
         label, weight = np.zeros(len(ids) - 1, np.float32), np.ones(len(ids) - 1, np.float32)
         for token, tag in tags.items():
             kind = self.labels.names[tag].partition("-")[2] or OUTSIDE
-            mask[token], label[token], weight[token] = 1, tag, self.labels.weights.get(kind, 1.0)
+            mask[token - 1], label[token - 1], weight[token - 1] = 1, tag, self.labels.weights.get(kind, 1.0)
         return Family(name, ids[:1], (Ending(ids[1:], mask, {"label": label, "weight": weight}),))
 
     def _answer(self, example: Example, found: Encoded) -> Any:

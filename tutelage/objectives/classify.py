@@ -11,7 +11,7 @@ from torch import nn
 
 from tutelage.models.interface import Batch
 from tutelage.objectives import Term
-from tutelage.objectives.answers import answers_of
+from tutelage.objectives.answers import answers_of, own_places
 
 
 def classify(parts: dict[str, nn.Module], batch: Batch, *, label_smoothing: float = 0.0) -> dict[str, Term]:
@@ -36,7 +36,7 @@ def classify(parts: dict[str, nn.Module], batch: Batch, *, label_smoothing: floa
 def tag(parts: dict[str, nn.Module], batch: Batch, *, label_smoothing: float = 0.0) -> dict[str, Term]:
     """Cross-entropy in nats over the tags of each supervised token: the first piece of each word."""
     answers = answers_of(batch)
-    scores = parts["token"](batch)[answers.places]
+    scores = parts["token"](batch)[own_places(batch)]
     label = answers.tokens["label"].long()
     loss = F.cross_entropy(scores, label, reduction="none", label_smoothing=label_smoothing) * answers.tokens["weight"]
     right = scores.argmax(1) == label
