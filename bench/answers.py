@@ -97,7 +97,7 @@ def rollouts(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, 
         for r in rows
     ]
     config = Rl(
-        model="-", data="-", rewards={"varied": 1}, samples=args.generations, batch=args.batch // args.generations,
+        model="-", data="-", rewards={"exact": 1}, samples=args.generations, batch=args.batch // args.generations,
         max_tokens=args.length, max_length=common.SEQUENCE, micro_tokens=args.micro_tokens, layout=args.layout,
     )  # fmt: skip
     run = type("Run", (), {"folder": staticmethod(lambda name: scratch / name)})
