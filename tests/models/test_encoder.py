@@ -105,6 +105,9 @@ def test_the_second_text_of_a_pair_has_its_own_type() -> None:
     types = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
     expected = part.hf(input_ids=torch.tensor([pair]), token_type_ids=types).logits[0]
     torch.testing.assert_close(part(Batch.of([pair, TEXTS[1]]))[6], expected, atol=1e-5, rtol=1e-4)
+    same = [3, 9, 40, 3, 77, 12, 3]  # one mark for both ends of a text
+    expected = part.hf(input_ids=torch.tensor([same]), token_type_ids=types).logits[0]
+    torch.testing.assert_close(part(Batch.of([same]))[6], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_roberta_counts_positions_from_its_padding(tmp_path: Path) -> None:

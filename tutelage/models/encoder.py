@@ -80,6 +80,7 @@ def inputs(model: Encoder | ClassScorer, ids: Tensor, real: Tensor) -> dict[str,
     out = {"input_ids": ids if pad is None else ids.masked_fill(~real, pad), "attention_mask": real.long()}
     if model.sep_id is not None and getattr(model.hf.config, "type_vocab_size", 0) > 1:
         ends = ids == model.sep_id
+        ends[:, 0] = False  # what begins a text may be the same token
         out["token_type_ids"] = ((ends.cumsum(1) - ends.long()) > 0).long() * real
     return out
 

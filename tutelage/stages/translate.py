@@ -114,8 +114,9 @@ def compare(
 ) -> dict[str, Any]:
     """Translates held-out sources greedily, writes what came out, and says how much of it is right."""
     asked: Sequence[Conversation] = kept.records[:most]
-    engine = Engine(model.eval(), None, slots=16, max_length=max_tokens + len(model.start))
     prompts = [family.prompt.tolist() for family in kept.families[:most]]
+    longest = max(max_tokens + len(model.start), *(len(p) + 1 for p in prompts))
+    engine = Engine(model.eval(), None, slots=16, max_length=longest)
     done = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0, stop_ids=words.stop_ids))
     rows: list[dict[str, Any]] = []
     for record, found in zip(asked, done, strict=True):
