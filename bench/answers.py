@@ -127,7 +127,7 @@ def main() -> None:
     unit = "completions" if args.job == "grpo" else "pairs"
     fields = steps.fields(unit)
     if "reference_s_per_pair" in facts:
-        each = 1 / fields["pairs_per_s_median"] + facts["reference_s_per_pair"]
+        each = 1 / fields["pairs_per_s"] + facts["reference_s_per_pair"]
         fields["pairs_per_s_with_reference"] = round(1 / each, 2)
     if seconds is not None:
         fields["rollout_share_last"] = round(seconds / steps.seconds[-1], 3)
