@@ -31,6 +31,7 @@ from tutelage.rundir import RunDir
 from tutelage.stages import classifying, tuning
 from tutelage.stages.fitting import Work, choose_device, fit
 from tutelage.tokenizer.load import TokenizerFolder
+from tutelage.train import distributed
 from tutelage.train.optim import Rates
 
 TUNE_RATE, TUNE_AT = 1e-4, 220e6  # for T5 base; smaller models take more, by the square root
@@ -39,6 +40,7 @@ SHOWN = 5  # translations printed
 
 
 def run(config: Translate, run: RunDir) -> dict[str, Any]:
+    tuning.refuse_adapter(config)
     tuning.check_records(run.input("data"), ("Conversation",), "make them with `tutelage data --kind conversations`")
     train, held = (list(read_records(run.input("data") / f"{part}.jsonl", Conversation)) for part in ("train", "validation"))
     device = choose_device(config)
@@ -49,7 +51,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     families = PairedTexts(train, encode, length, config.max_target, cut=config.too_long == "right")
     say_report(families)
     source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
-                          seed=config.seed)  # fmt: skip
+                          seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
     kept = PairedTexts(held, encode, length, config.max_target, cut=config.too_long == "right") if held else None
     steps = math.ceil(config.epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
