@@ -37,7 +37,7 @@ def judge(part: Any, labels: Labels, families: ExampleFamilies) -> Judged:
     return Judged(families.examples, odds, spans)
 
 
-def add_baseline(found: Judged, train: Sequence[Example], labels: Labels, *, wanted: bool, balanced: bool) -> None:
+def add_baseline(found: Judged, train: Sequence[Example], labels: Labels, *, wanted: bool) -> None:
     """What word counts say of the same texts, or why they say nothing."""
     if labels.task == "tag":
         found.why_not = "word counts do not tag"
@@ -45,7 +45,7 @@ def add_baseline(found: Judged, train: Sequence[Example], labels: Labels, *, wan
         found.why_not = "baseline=false"
     else:
         try:
-            counts = WordCounts([text_of(e) for e in train], truth_of(train, labels), len(labels.names), balanced=balanced)
+            counts = WordCounts([text_of(e) for e in train], truth_of(train, labels), len(labels.names))
             found.baseline = counts.probabilities([text_of(e) for e in found.examples])
         except MissingExtra as error:
             found.why_not = error.render().replace("\n", ";")

@@ -72,7 +72,7 @@ def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Examp
     families = start.families(held)
     classifying.say_report(families)
     found = judge(part, start.labels, families)
-    add_baseline(found, train, start.labels, wanted=start.config.baseline, balanced=start.config.class_weights == "balanced")
+    add_baseline(found, train, start.labels, wanted=start.config.baseline)
     return found
 
 
