@@ -121,7 +121,7 @@ def marked(run: RunDir, begins: bool = True) -> Path:
         **({"cls_token": first, "sep_token": end} if begins else {}),
         "pad_token": words.special_tokens.get("pad_token", end),
     }
-    with whole_folder(run.folder("tokenizer")) as out:
+    with whole_folder(run.folder("marked")) as out:
         for name in FILES:
             if name not in ("tokenizer.json", "chat_template.jinja") and (source / name).exists():
                 shutil.copyfile(source / name, out / name)
@@ -130,7 +130,7 @@ def marked(run: RunDir, begins: bool = True) -> Path:
             before = read_json(out / name) if (out / name).exists() else {}
             before.pop("chat_template", None)
             write_json(out / name, {**before, **marks})
-    return run.folder("tokenizer")
+    return run.folder("marked")
 
 
 def train(
