@@ -56,17 +56,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--row_length", type=int, default=common.SEQUENCE)
+    parser.add_argument("--lora", type=int, default=0, help="rank of an adapter on all linear layers; 0 trains all weights")
+    parser.add_argument("--quantize", default="none", choices=["none", "nf4"], help="how the base of an adapter is held")
     parser.add_argument("--packing", default="best_fit", choices=["best_fit", "none"])
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with tempfile.TemporaryDirectory() as scratch:
         source = source_of(args, Path(scratch))
         model = pretrain.build(args)
+        if args.lora:
+            from tutelage.config.adapter import Adapter
+            from tutelage.models.adapters import wear
+
+            wear(model, Adapter(kind="lora", rank=args.lora, alpha=2 * args.lora, quantize=args.quantize), seed=0)
         steps = common.Steps(args.warmup)
         losses = pretrain.train(source, model, args, steps)
+    adapter = (f"_lora{args.lora}" if args.lora else "") + (f"_{args.quantize}" if args.quantize != "none" else "")
     report, each = source.report, round(sum(steps.amounts) / len(steps.amounts))
     common.emit(
-        "sft", f"tutelage{'' if args.packing == 'best_fit' else '_unpacked'}{args.label}", **steps.fields(),
+        "sft", f"tutelage{'' if args.packing == 'best_fit' else '_unpacked'}{adapter}{args.label}", **steps.fields(),
         base_rss_mb=args.base_rss_mb, fill=round(report["fill"], 3), tokens_per_step=each,
         segments=int(report["segments"]), loss_start=round(losses[0], 4), loss_end=round(losses[-1], 4),
         micro_rows=args.micro, kernels=args.why_no_kernels or "on",

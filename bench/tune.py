@@ -20,8 +20,8 @@ import run as driver
 
 HERE = Path(__file__).resolve().parent
 FIELDS = {
-    "dpo": "pairs_per_s_median", "reward": "pairs_per_s_median", "grpo": "completions_per_s_median",
-    "lora": "tokens_per_s_median",
+    "dpo": "pairs_per_s", "reward": "pairs_per_s", "grpo": "completions_per_s",
+    "lora": "tokens_per_s",
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def commands(args: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
         },
         "reward": {"tutelage": own("answers.py", "--job", "reward"), "trl": peer("preference_trl.py", "--job", "reward")},
         "grpo": {"tutelage": own("answers.py", "--job", "grpo"), "trl": peer("grpo_trl.py")},
-        "lora": {"tutelage": own("sft.py", "--adapter", "16"), "trl": peer("sft_trl.py", "--mode", "pad", "--lora", "16")},
+        "lora": {"tutelage": own("sft.py", "--lora", "16"), "trl": peer("sft_trl.py", "--mode", "pad", "--lora", "16")},
     }
 
 

@@ -14,7 +14,7 @@ from tutelage import __version__, api
 from tutelage.cli import STAGE_HELP
 from tutelage.config.base import known_keys, subsection
 from tutelage.errors import DataError
-from tutelage.files import read_json
+from tutelage.files import read_json, write_json
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
 
@@ -148,6 +148,8 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
     """A plan that makes folders, or that shows neither where, nor with which settings, nor how long and how much memory."""
     corpus, words, model = (world.made[n] for n in ("corpus", "words", "chat"))
     prefs = answers(tmp_path, "preferences", {"question": "Where?", "chosen": "Here {}.", "rejected": "There {}."})
+    adapter = tmp_path / "adapter"
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": str(model / "model")})
     prompts = answers(tmp_path, "prompts", {"question": "Where?", "answer": "Here {}."})
     asked = {"model": model, "data": prompts, "rewards": {"length": {"maximum": 4}}, "samples": 2, "max_tokens": 4}
     sampled = api.sample(**asked, runs=tmp_path / "made").path
@@ -165,6 +167,7 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
         "sample": ["--model", model, "--data", world.made["chats"], "--rewards", "{exact: 1}"],
         "select": ["--answers", sampled, "--data", prompts],
         "distil": ["--model", model, "--teacher", world.made["base"], "--data", corpus],
+        "merge": ["--adapter", adapter],
         "evaluate": ["--model", model, "--documents", corpus],
         "report": ["--run", model],
     }

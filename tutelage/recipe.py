@@ -337,7 +337,7 @@ def _stage(
 
 
 def _fits(makes: str, wanted: str) -> bool:
-    return wanted in (makes, "run") or (wanted == "tokenizer" and makes == "model")
+    return wanted in (makes, "run") or (wanted in ("tokenizer", "adapter") and makes == "model")
 
 
 def _did_you_mean(word: str, names: list[str]) -> str | None:

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from tutelage import __version__, log
+from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError, StorageError, UserError
 from tutelage.files import folder_digest, read_json, recover, storage_errors, whole_file, write_json
 
@@ -36,6 +37,7 @@ KINDS = {
     "tokenizer": "tokenizer.json",
     "tokens": "tokens.json",
     "model": "config.json",
+    "adapter": "adapter_config.json",
     "scores": "scores.json",
     "report": "report.html",
 }
@@ -236,6 +238,8 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
     if (path / "run.json").exists():
         return _of_run(path, kind)
     wanted = KINDS.get(kind)
+    if kind in ("model", "tokenizer") and not (path / str(wanted)).exists() and is_adapter(path):
+        wanted = KINDS["adapter"]  # a base and what is beside it are a model too
     if wanted and (path / wanted).exists():
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None
@@ -258,10 +262,10 @@ def _of_run(path: Path, kind: str) -> Artifact:
         raise ArtifactError(
             f"this run has lost its {made['kind']}", file=path / made["path"], fix="make it again: the same command with --force"
         )
-    if made.get("kind") == kind:
+    if made.get("kind") == kind or (made.get("kind"), kind) == ("adapter", "model"):
         return Artifact(kind, path / made["path"], made["digest"], path)
-    if kind == "tokenizer" and (path / "model" / "tokenizer.json").exists():
-        return Artifact(kind, path / "model", made["digest"], path)
+    if kind == "tokenizer" and made.get("kind") in ("model", "adapter") and (path / made["path"] / "tokenizer.json").exists():
+        return Artifact(kind, path / made["path"], made["digest"], path)
     raise ArtifactError(f"this run made {made.get('kind', 'nothing')}, not {kind}", file=path, fix=_how_to_make(kind))
 
 
@@ -276,6 +280,7 @@ def _how_to_make(kind: str) -> str | None:
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
         "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
         "model": "give a Hugging Face model folder, or a finished pretrain or sft run",
+        "adapter": "give a folder that peft wrote, or a finished run with adapter.kind set",
     }.get(kind)
 
 

@@ -46,7 +46,7 @@ from tutelage.objectives import objective
 from tutelage.plan.code import code_digest
 from tutelage.plan.machine import Machine
 from tutelage.records import Conversation, Document, Message, dump_line
-from tutelage.stages import fitting, training
+from tutelage.stages import fitting
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train as train_tokenizer
 from tutelage.train import loop, tensors
@@ -392,6 +392,6 @@ PLACES: dict[str, tuple[Any, str]] = {
     "metrics": (log.Metrics, "write"),
     "checkpoint": (loop.checkpoint, "write_json"),  # weights and state are written, the checkpoint is not whole yet
     "prune": (loop.checkpoint, "prune"),
-    "export": (training, "save_model"),
+    "export": (fitting, "save"),
     "shard": (tensors, "save_file"),  # a rank's part of a checkpoint
 }

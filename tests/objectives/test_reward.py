@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.data.test_families import SHAPE
+from tests.data.test_family_batches import SHAPE
 from tutelage.config.train import Optimizer
 from tutelage.data.families import Ending, Family, assemble
 from tutelage.data.family_source import count, family_batch

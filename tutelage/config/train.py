@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field as Bound
 
+from tutelage.config.adapter import Adapter
 from tutelage.config.base import Section, artifact, assign, build, setting
 from tutelage.errors import ConfigError
 
@@ -17,7 +18,9 @@ Count = Annotated[int, Bound(ge=1)]
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "muon"] = setting("muon", "muon: matrices by Muon, the rest by AdamW; adamw: everything by AdamW")
+    name: Literal["adamw", "muon"] = setting(
+        "muon", "muon: matrices by Muon, the rest and adapters by AdamW; adamw: everything by AdamW"
+    )
     lr: Positive | Derived = setting("derived", "peak learning rate of AdamW's parameters; derived from the model's width")
     matrix_lr: Positive | Derived = setting("derived", "peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)")
     embedding_lr: Positive | Derived = setting("derived", "peak learning rate of the embedding table")
@@ -47,6 +50,7 @@ class Loop(Section):
     steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
     optimizer: Optimizer = setting(Optimizer(), "optimizer")
     schedule: Schedule = setting(Schedule(), "learning rate over time")
+    adapter: Adapter = setting(Adapter(), "what is trained beside a frozen base, instead of all weights")
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "float32, or bfloat16 products with float32 weights (only where the machine is faster with it)"
     )
@@ -62,7 +66,6 @@ class Loop(Section):
         0, "steps between checkpoints; 0: every 10 minutes or so and at the end", ge=0, identity=False
     )
     keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
-    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
     patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
     shard: Literal["none", "full"] = setting(
         "none",
@@ -81,6 +84,7 @@ class Train(Loop):
         kind="run",
         default=None,
     )
+    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
     tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")
     epochs: Positive | None = setting(None, "passes over the data, instead of a token budget")
     sequence_length: Count | Derived = setting("derived", "tokens in a row, at most the model's context")

@@ -6,6 +6,8 @@ data has no use for it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,7 @@ from tutelage.models.heads import LmHead
 from tutelage.models.interface import Batch, KVCache, Output
 from tutelage.models.layers import Context, Layer, Places, is_plain, make_norm
 from tutelage.models.rotary import Rotary
+from tutelage.models.virtual import Prefix, VirtualTokens, with_virtual
 
 
 class Backbone(nn.Module):
@@ -37,16 +40,23 @@ class Decoder(nn.Module):
     The weights are what torch's modules start with: `init.build` and `load.load` give a model that is ready for use.
     """
 
-    supports_cache = True
+    supports_trees = True
+    virtual: VirtualTokens | None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.virtual = None  # what an adapter of virtual tokens puts before every text
         self.model = Backbone(config)
         self.lm_head = LmHead(nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size)), softcap=config.logit_softcap)
         self.tie()
         self.rotary = Rotary(config)
         self._checkpointing = "none"
+
+    @property
+    def supports_cache(self) -> bool:
+        """With virtual tokens whole texts are read: a cache would have to hold them too."""
+        return self.virtual is None or self.virtual.bare
 
     @property
     def cacheable(self) -> int | None:
@@ -81,10 +91,32 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, keep_layers: bool = False) -> Output:
         """Hidden states after the last norm [B,T,H]; those of padding mean nothing. `keep_layers` adds every layer's output."""
         assert batch.attention == "causal", f"this decoder is causal, not {batch.attention}"
+        if self.virtual is not None and not self.virtual.bare:
+            return self._behind(self.virtual, batch, keep_layers)
         x = self.embed(batch)
-        context = self.context(batch, x.dtype)
+        return self._run(x, self.context(batch, x.dtype), batch.cache is None, keep_layers)
+
+    def _behind(self, virtual: VirtualTokens, batch: Batch, keep_layers: bool) -> Output:
+        """`forward` of every text behind the virtual tokens, which are not in the output."""
+        assert batch.cache is None and batch.embeds is None, "virtual tokens need whole texts, as tokens"
+        count = len(virtual)
+        wide = with_virtual(batch, count)
+        x = self.look_up(wide.ids)
+        own = x.new_zeros(1, count, x.shape[2]) if virtual.is_prefix else virtual.values.to(x.dtype)[None] / self.scale_of(x)
+        x = self.embed(replace(wide, embeds=torch.cat((own, x[:, count:]), 1)))
+        context = self.context(wide, x.dtype)
+        if virtual.is_prefix:
+            assert wide.tree is not None
+            context = replace(context, prefix=Prefix.of(virtual, wide.tree.index, x.dtype))
+        out = self._run(x, context, whole=True, keep_layers=keep_layers)
+        return Output(
+            hidden=out.hidden[:, count:].reshape(*batch.shape, -1),
+            layers=None if out.layers is None else tuple(h[:, count:].reshape(*batch.shape, -1) for h in out.layers),
+        )
+
+    def _run(self, x: Tensor, context: Context, whole: bool, keep_layers: bool) -> Output:
         kept = [x] if keep_layers else []
-        again = self.checkpointing == "layer" and torch.is_grad_enabled() and batch.cache is None
+        again = self.checkpointing == "layer" and torch.is_grad_enabled() and whole
         for layer in self.model.layers:
             x = checkpoint(layer, x, context, use_reentrant=False) if again else layer(x, context)
             if keep_layers:
@@ -92,17 +124,20 @@ class Decoder(nn.Module):
         return Output(hidden=self.model.norm(x), layers=tuple(kept) if keep_layers else None)
 
     def embed(self, batch: Batch) -> Tensor:
-        table = self.model.embed_tokens
-        if batch.embeds is not None:
-            x = batch.embeds
-        else:
-            x = ops.embedding(batch.ids, table.weight) if is_plain(table, nn.Embedding) else table(batch.ids)
+        x = self.look_up(batch.ids) if batch.embeds is None else batch.embeds
         if self.config.embedding_scale != 1.0:
-            # The reference rounds the factor to the weights' type first; in bfloat16 that is not the same product.
-            x = x * torch.tensor(self.config.embedding_scale).to(x.dtype).item()
+            x = x * self.scale_of(x)
         if self.config.learned_positions:
             x = x + self.model.embed_positions(batch.positions)
         return x
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        table = self.model.embed_tokens
+        return ops.embedding(ids, table.weight) if is_plain(table, nn.Embedding) else table(ids)  # type: ignore[no-any-return]
+
+    def scale_of(self, x: Tensor) -> float:
+        """The factor of embeddings. The reference rounds it to the weights' type first; in bfloat16 that is another product."""
+        return torch.tensor(self.config.embedding_scale).to(x.dtype).item()
 
     def context(self, batch: Batch, dtype: torch.dtype) -> Context:
         """Attention layout, rotary positions and cache places, shared by the layers."""

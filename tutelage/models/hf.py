@@ -24,6 +24,7 @@ from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.heads import LmHead, distilled
 from tutelage.models.hf_state import State
 from tutelage.models.interface import Batch, Output
+from tutelage.models.virtual import VirtualTokens
 
 if TYPE_CHECKING:
     from tutelage.models.hf_seq2seq import Seq2Seq
@@ -118,6 +119,7 @@ class Wrapped(nn.Module):
     supports_cache = False
     hf: Any
     config: AdapterConfig
+    virtual: VirtualTokens | None
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
@@ -127,6 +129,7 @@ class Wrapped(nn.Module):
             self.add_module(name, module)
         self.config = AdapterConfig.of(hf.config)
         self.training = hf.training
+        self.virtual = None  # what an adapter of virtual tokens puts before every text
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -141,7 +144,8 @@ class Wrapped(nn.Module):
     @property
     def checkpointing(self) -> str:
         """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
-        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
+        on = any(getattr(m, "gradient_checkpointing", False) for m in self.hf.modules())  # its property has changed its name
+        return "layer" if on else "none"
 
     @checkpointing.setter
     def checkpointing(self, value: str) -> None:
@@ -179,7 +183,20 @@ class Adapter(Wrapped):
         return Output(hidden=run_pieces(self, batch, self.config.vocab_size if self.whole else self.config.hidden_size))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
-        return self._run(ids, real, use_cache=False)
+        if self.virtual is None or self.virtual.bare:
+            return self._run(ids, real, use_cache=False)
+        count, kind = len(self.virtual), self.hf.dtype
+        wide = torch.cat((real.new_ones(len(real), count), real), 1)
+        if self.virtual.is_prefix:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self.hf.config)
+            for layer, (k, v) in enumerate(self.virtual.keys_and_values(kind)):
+                cache.update(*(x.transpose(0, 1).expand(len(ids), -1, -1, -1) for x in (k, v)), layer)
+            return self._run(ids, wide, past_key_values=cache, use_cache=True)
+        before = self.virtual.values.to(kind).expand(len(ids), -1, -1)
+        embeds = torch.cat((before, self.hf.get_input_embeddings()(ids)), 1)
+        return self._run(None, wide, inputs_embeds=embeds, use_cache=False)[:, count:]
 
     def begin(self, sources: Sequence[Sequence[int]]) -> State:
         """Nothing read yet. A causal model has no sources; there are as many empty ones as rows."""
@@ -190,7 +207,7 @@ class Adapter(Wrapped):
         real = torch.ones(state.rows, state.length + ids.shape[1], dtype=torch.bool, device=ids.device)
         return self._run(ids, real, past_key_values=state.cache, use_cache=True)
 
-    def _run(self, ids: Tensor, real: Tensor, **how: Any) -> Tensor:
+    def _run(self, ids: Tensor | None, real: Tensor, **how: Any) -> Tensor:
         inner = self.hf if self.whole else self.hf.base_model
         got = inner(input_ids=ids, attention_mask=real.long(), **how)
         return got.logits if self.whole else got.last_hidden_state  # type: ignore[no-any-return]
@@ -199,6 +216,14 @@ class Adapter(Wrapped):
         """Logits of every token, [B,T,V]."""
         logits: Tensor = self.lm_head.logits(self(batch).hidden)  # type: ignore[operator]
         return logits
+
+
+@torch.no_grad()
+def keys_and_values(model: Adapter, ids: Tensor) -> Tensor:
+    """[P, L*2*Hkv*D] float32: what the model keeps in its cache of the tokens ids [P]."""
+    cache = model.hf(input_ids=ids[None], use_cache=True).past_key_values
+    both = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])  # [L,2,Hkv,P,D]
+    return both.permute(3, 0, 1, 2, 4).flatten(1).float()
 
 
 def run_pieces(model: Any, batch: Batch, width: int) -> Tensor:
@@ -287,7 +312,7 @@ def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapte
     return model
 
 
-def save_hf(model: Adapter, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def save_hf(model: Wrapped, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
     """Writes the adapter's model with the weights `state` to the existing `folder`, stored as `dtype` (as they are when None)."""
     if dtype is not None:
         state = {k: v.to(dtype) for k, v in state.items()}

@@ -1,8 +1,8 @@
 """One decoder layer, driven by the fields of DecoderConfig.
 
 Projections are stored separately under their Hugging Face names. Several that read the same input run as one product of their
-concatenated weights, made inside the step. It is off for a projection that is
-anything but a plain `nn.Linear` (an adapter, quantized weights, hooks), and for few tokens, where copying weights costs more.
+concatenated weights, made inside the step, adapters included. It is off for a projection that is anything but a plain
+`nn.Linear` or an adapted one (hooks), and for few tokens, where copying weights costs more.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tutelage.models import ops
+from tutelage.models import kernels, ops
+from tutelage.models.adapted import Adapted
+from tutelage.models.adapted_products import product
 from tutelage.models.attention import Layout, attend, attend_cached, attend_qkv
 from tutelage.models.config import DecoderConfig
 from tutelage.models.interface import CacheView, Tree
 from tutelage.models.rotary import Turns
+from tutelage.models.virtual import Prefix
 
 FUSE_FROM = 64
 """Tokens from which concatenating weights costs less than it saves."""
@@ -100,6 +103,7 @@ class Context:
     turns: Turns
     places: Places | None = None
     tree: Tree | None = None  # `layout` and `turns` are then of the texts, not of the tokens
+    prefix: Prefix | None = None  # keys and values that an adapter puts before every text
 
     def spread(self, x: Tensor) -> Tensor:
         """From tokens [1,T,..] to what attention runs over."""
@@ -134,11 +138,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def fusable(x: Tensor, parts: Sequence[nn.Module]) -> bool:
-    return x.numel() // x.shape[-1] >= FUSE_FROM and all(is_plain(m) for m in parts)
+    many = x.numel() // x.shape[-1] >= FUSE_FROM
+    return many and all(m.takes(x) if isinstance(m, Adapted) else is_plain(m) for m in parts)
 
 
 def fused_linear(x: Tensor, norm: nn.Module | None, parts: Sequence[nn.Linear]) -> Tensor:
-    """The outputs of plain linear layers of norm(x) side by side, [.., sum of their widths], in one product."""
+    """The outputs of fusable linear layers of norm(x) side by side, [.., sum of their widths], in one product."""
+    if any(isinstance(m, Adapted) for m in parts):
+        if norm is not None and is_plain(norm, RMSNorm) and kernels.fits(x, norm.weight):  # type: ignore[arg-type]
+            return product(x, parts, norm=(norm.weight, norm.eps, norm.unit_offset))  # type: ignore[arg-type]
+        return product(x if norm is None else norm(x), parts)
     weights = [m.weight for m in parts]
     bias = None if parts[0].bias is None else torch.cat([m.bias for m in parts])
     if norm is not None and is_plain(norm, RMSNorm):
@@ -169,11 +178,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context, norm: nn.Module | None = None) -> Tensor:
         """Attention of norm(x), [B,T,H] -> [B,T,H]."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        if context.places is None and context.layout is not None and self.qk_norm != "full" and fusable(x, parts):
+        merges = context.places is None and context.layout is not None and context.prefix is None and self.qk_norm != "full"
+        if merges and fusable(x, parts):
+            assert context.layout is not None
             merged = self.merged(context.spread(fused_linear(x, norm, parts)), context.layout, context.turns)
             return self.o_proj(context.gather(merged))  # type: ignore[no-any-return]
         q, k, v = (context.spread(each) for each in self.project(x, norm))
         q, k = self.position(q, k, context.turns)
+        if context.prefix is not None:
+            k, v = context.prefix.put(self.layer, k, v)
         if context.places is not None:
             context.places.write(self.layer, k, v)
         if context.layout is not None:
@@ -245,7 +258,10 @@ class MLP(nn.Module):
             wide = act(self.gate_proj(x)) * self.up_proj(x) if self.gated else act(self.up_proj(x))
             return self.down_proj(wide)  # type: ignore[no-any-return]
         gate_up = fused_linear(x, norm, (self.gate_proj, self.up_proj))
-        if self.activation == "silu" and is_plain(self.down_proj):
+        if self.activation == "silu" and isinstance(self.down_proj, Adapted) and self.down_proj.takes(gate_up):
+            if kernels.fits(gate_up):
+                return product(gate_up, (self.down_proj,), gated=True)
+        elif self.activation == "silu" and is_plain(self.down_proj):
             return ops.silu_mul_linear(gate_up, self.down_proj.weight, self.down_proj.bias)
         gate, up = gate_up.chunk(2, -1)
         return self.down_proj(act(gate) * up)  # type: ignore[no-any-return]

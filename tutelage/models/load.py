@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError
 from tutelage.models import families
 from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
@@ -32,13 +33,18 @@ SCORES = ("ForSequenceClassification", "ForTokenClassification")  # ends of the 
 def load(
     folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", adapter: bool = True
 ) -> Model:
-    """The model of `folder`, in evaluation mode, its weights copied to `device` as `dtype`.
+    """The model of `folder`, in evaluation mode, its weights copied to `device` as `dtype`. Of an adapter's folder it is the base
+    that the folder names, with the adapter.
 
     A model that is not of our families runs on `transformers` (extra `hf`), unless `adapter` is off.
     Raises ArtifactError for a folder that is not a model, and for weights that are missing or of another shape.
     """
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if is_adapter(folder):
+        from tutelage.models.adapter_folder import load_with_base
+
+        return load_with_base(folder, device=torch.device(device), dtype=kind)  # type: ignore[no-any-return]
     raw = read_config(folder)
     refuse_scorer(folder, raw)
     reason = unsupported(raw)

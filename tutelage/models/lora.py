@@ -86,8 +86,8 @@ def read_lora(folder: Path, model: Any) -> Lora:
     Raises `ArtifactError`: no adapter, another kind of adapter, one that was made for another base.
     """
     config = _config(folder)
-    tensors = _tensors(folder)
-    layers = _layers(model)
+    tensors = read_tensors(folder)
+    layers = linear_layers(model)
     weight = next(model.parameters())
     parts: dict[str, LowRank] = {}
     for module in sorted({key.rpartition(".lora_")[0] for key in tensors}):
@@ -99,7 +99,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
                 expected="linear layers of this model's decoder", fix="merge the adapter into its base, or take its own base",
             )  # fmt: skip
         a, b = (x.to(weight.device, weight.dtype) for x in pair if x is not None)
-        sizes = [_sizes(model.get_submodule(name)) for name in ours]
+        sizes = [sizes_of(model.get_submodule(name)) for name in ours]
         expected = sizes[0][0], sum(out for _, out in sizes)
         if (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
             raise ArtifactError(
@@ -107,7 +107,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
                 found=f"{b.shape[0]} x {b.shape[1]} times {a.shape[0]} x {a.shape[1]}",
                 expected=f"{expected[1]} x r times r x {expected[0]}", fix="take the base that its adapter_config.json names",
             )  # fmt: skip
-        scale = _scale(config, module.removeprefix(_PREFIX), a.shape[0])
+        scale = module_scale(config, module.removeprefix(_PREFIX), a.shape[0])
         rows = b.split([out for _, out in sizes])
         parts |= {name: LowRank(a.contiguous(), own.contiguous(), scale) for name, own in zip(ours, rows, strict=True)}
     if tensors:
@@ -126,16 +126,21 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else config
         raise ArtifactError("only LoRA runs beside its base", file=path, field="peft_type", found=found, expected="LORA")
-    for key, fine in _PLAIN.items():
-        value = config.get(key)
-        if value is not None and value not in fine:
-            raise ArtifactError(
-                "this adapter is more than a LoRA", file=path, field=key, found=value, fix="merge it into its base"
-            )
+    check_plain(config, path)
     return config
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def check_plain(config: Mapping[str, Any], path: Path, but: tuple[str, ...] = ()) -> None:
+    """Raises `ArtifactError` for a setting, `but` some, that asks for more than a low-rank product."""
+    for key, fine in _PLAIN.items():
+        value = config.get(key)
+        if key not in but and value is not None and value not in fine:
+            raise ArtifactError(
+                "this adapter is more than a LoRA", file=path, field=key, found=value, fix="merge it into its base"
+            )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:6])
@@ -147,9 +152,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"a damaged safetensors file ({error})", file=path) from error
 
 
-def _layers(model: Any) -> dict[str, tuple[str, ...]]:
-    """Linear layers by the names that they have on disk; several of ours where a family fuses them there."""
-    names = [name for name, module in model.named_modules() if _is_linear(module) and not name.startswith("lm_head")]
+def linear_layers(model: Any) -> dict[str, tuple[str, ...]]:
+    """Linear layers by the names that they have on disk; several of ours where a family fuses them there. Without the head."""
+    head = None if isinstance(model, Decoder) else model.hf.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and not name.startswith("lm_head") and module is not head
+    ]
     if not isinstance(model, Decoder):
         return {name: (name,) for name in names}
     rows = stored(families.family(model.config.model_type).disk, [f"{name}.weight" for name in names])
@@ -160,14 +170,16 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's in `transformers`: [in, out]
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def sizes_of(module: nn.Module) -> tuple[int, int]:
     """(in, out)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
     assert isinstance(module.weight, Tensor)
     first, second = module.weight.shape
-    return (second, first) if isinstance(module, nn.Linear) else (first, second)
+    return first, second
 
 
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023); patterns name modules by their endings."""
     alphas = config.get("alpha_pattern") or {}
     own = (value for key, value in alphas.items() if re.fullmatch(rf"(.*\.)?({key})", module))

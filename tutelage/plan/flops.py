@@ -56,14 +56,18 @@ def count_flops(config: Mapping[str, Any], sequence_length: int, causal: Causal 
     seen = sum(mean_seen(sequence_length, w, causal) for w in s.windows)
     return Flops(
         layers=FORWARD * s.layers * layer_matrices(s),
-        head=FORWARD * s.hidden * s.vocab,
+        head=FORWARD * s.hidden * s.outputs,
         attention=4 * s.heads * s.head_dim * seen,
     )
 
 
-def train_flops_per_token(config: Mapping[str, Any], sequence_length: int, causal: Causal = "half") -> float:
-    """Training FLOPs of one token: 6 per matrix weight, the head included, plus attention."""
-    return count_flops(config, sequence_length, causal).train()
+def train_flops_per_token(
+    config: Mapping[str, Any], sequence_length: int, causal: Causal = "half", frozen: bool = False
+) -> float:
+    """Training FLOPs of one token: 6 per matrix weight, the head included, plus attention; 4 where weights are `frozen`, so that
+    gradients only pass through them to an adapter, whose own work is not counted."""
+    found = count_flops(config, sequence_length, causal)
+    return found.train() - (found.layers + found.head if frozen else 0)
 
 
 def generate_flops(config: Mapping[str, Any], prompt_tokens: int, new_tokens: int) -> float:
@@ -71,7 +75,7 @@ def generate_flops(config: Mapping[str, Any], prompt_tokens: int, new_tokens: in
     s = Shape.of(config)
     length = prompt_tokens + new_tokens
     matrices = FORWARD * s.layers * layer_matrices(s) * length
-    head = FORWARD * s.hidden * s.vocab * new_tokens
+    head = FORWARD * s.hidden * s.outputs * new_tokens
     seen = sum(mean_seen(length, w) for w in s.windows) * length
     return matrices + head + 4 * s.heads * s.head_dim * seen
 

@@ -80,12 +80,17 @@ def estimate(
     kernels: bool = True,
     accumulate: bool = True,
     ranks: int = 1,
+    trained: int | None = None,
+    quantized: bool = False,
 ) -> Memory:
     """Memory of training the model of a config.json with `micro_rows` rows of `row_length` tokens in a forward pass.
 
     `accumulate`: a step has more than one forward pass. Weights, gradients and optimizer state are float32 whatever `dtype` the
-    products have. `ranks`: how many share one copy of them (`shard=full`); the layers at work are whole on each.
+    products have. `ranks`: how many share one copy of them (`shard=full`); the layers at work are whole on each. `trained`:
+    values of an adapter, beside which everything is frozen; `quantized`: the frozen matrices take 4.5 bits a weight.
     """
+    if trained is not None:
+        return _beside_frozen(Shape.of(config), micro_rows * row_length, dtype, checkpointing, kernels, ranks, trained, quantized)
     s = Shape.of(config)
     counts, tokens, size = count(s), micro_rows * row_length, BYTES[dtype]
     again = 2 if checkpointing == "layer" else 1
@@ -103,7 +108,7 @@ def estimate(
         "activations": activations,
         "ends": 4 * s.hidden * tokens * size,  # embedding, last norm, hidden states and their gradient
         "backward": again * (3 * s.intermediate + 2 * s.hidden) * tokens * size,  # gradients inside one layer
-        "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.vocab * s.hidden,
+        "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.outputs * s.hidden,
         "workspace": WORKSPACE,
     }
     if ranks > 1:
@@ -111,6 +116,29 @@ def estimate(
     at_update = terms["weights"] + gradients + state + temporaries + WORKSPACE
     terms["update"] = max(0, at_update - sum(terms.values()))
     return Memory(terms)
+
+
+def _beside_frozen(
+    s: Shape, tokens: int, dtype: str, checkpointing: str, kernels: bool, ranks: int, trained: int, quantized: bool
+) -> Memory:
+    """The same with an adapter on a frozen base: gradients and optimizer state are the adapter's alone, and the changed weights
+    of one layer are there at a time, twice while they are joined."""
+    counts, size = count(s), BYTES[dtype]
+    again = 2 if checkpointing == "layer" else 1
+    layer = layer_values_per_token(s, kernels) * tokens * size
+    base = counts.matrices * (4.5 / 8 if quantized else 4) + 4 * (counts.total - counts.matrices)
+    return Memory({
+        "weights": -(-int(base) // ranks),
+        "adapter": -(-4 * trained // ranks),
+        "gradients": -(-4 * trained // ranks),
+        "optimizer": -(-8 * trained // ranks),
+        "changed weights": 2 * layer_matrices(s) * size,
+        "activations": s.layers * s.hidden * tokens * size + again * layer if again == 2 else s.layers * layer,
+        "ends": 4 * s.hidden * tokens * size,
+        "backward": again * (3 * s.intermediate + 2 * s.hidden) * tokens * size,
+        "head": HEAD_COPIES * HEAD_CHUNK_BYTES,
+        "workspace": WORKSPACE,
+    })  # fmt: skip
 
 
 def _optimizer_bytes(s: Shape, optimizer: str) -> tuple[int, int]:

@@ -42,14 +42,14 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
     field = training.open_segments(config, run, tokenizer, size)
     general = training.open_segments(config, run, tokenizer, size, "general") if config.general else None
     numbers, _ = derived.derive_numbers(config, size, field[0], start, parent)
-    model: Any = fitting.load_start(start, config, device)
+    model: Any = fitting.load_start(start, config, device, run.seed)
     source = mixed(config, run, field[0], general[0], numbers) if general and config.replay_share else None
     beside = forgetting(config, general[1], numbers) if general else {}
     out |= training.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
     if source is not None:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:
-        out |= report(before, measured(run, "after", run.folder("model"), texts, device), run.seed)
+        out |= report(before, measured(run, "after", fitting.result_of(config, run), texts, device), run.seed)
     return out
 
 

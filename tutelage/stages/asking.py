@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from tutelage.config.stages import Rl, Sample
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError
+from tutelage.models.adapters import follow, worn
 from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.scorer import load_scorer, score_answers
 from tutelage.records import Conversation, Prompt, read_records
@@ -45,7 +46,18 @@ def invariant(model: Any) -> bool:
 
 
 def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int, temperature: float) -> Sampler:
-    return Sampler(engine_for(model, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature))
+    plain, lora = worn(model)
+    return Sampler(engine_for(plain, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature), lora)
+
+
+def published(model: Any, engine: Engine) -> Callable[[], None]:
+    """Tells an engine of `sampler_for` that training has changed the model's weights."""
+
+    def tell() -> None:
+        follow(model, engine.model)
+        engine.weights_changed()
+
+    return tell
 
 
 class Room(Protocol):
@@ -74,6 +86,7 @@ def rubric_of(config: Rl | Sample, run: RunDir, words: TokenizerFolder, device: 
     if any(isinstance(term, RewardModel) for term in terms.values()):
         if config.reward_model is None:
             raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
+        tuning.check_tokens(run, "reward_model")
         scorer = load_scorer(run.input("reward_model"), device=device)
         wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
     elif config.reward_model is not None:

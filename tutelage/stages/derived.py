@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage import log
+from tutelage.bases import whole_of
 from tutelage.config.stages import Adapt, Pretrain, Vocabulary
 from tutelage.config.train import Loop, Train, warmup_steps
 from tutelage.errors import ConfigError
@@ -26,6 +26,9 @@ MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger on
 KEPT = ("sequence_length", "batch_tokens", "lr", "matrix_lr", "embedding_lr")  # a child run takes them from its parent
 FINE_TUNE_RATE, FINE_TUNE_AT = 2e-5, 7e9  # common practice for 7B; smaller models take more, by the square root
 
+ADAPTER_RATES = {"lora": (10.0, 0.3), "dora": (10.0, 0.3), "ia3": (150.0, 0.0), "prompt": (1500.0, 0.0), "prefix": (500.0, 0.0)}
+"""How much larger the rate of an adapter is at 7B, and how it grows for smaller models: common practice, checked at 1M."""
+
 
 def _given(value: object) -> Any:
     return None if value == "derived" else value
@@ -37,7 +40,12 @@ def ranks_sharing(config: Loop) -> int:
 
 
 def check_start(config: Train) -> None:
-    """Raises `ConfigError` unless a pretraining has exactly one of `tokenizer` and `model`."""
+    """Raises `ConfigError` unless a pretraining has exactly one of `tokenizer` and `model`, and with an adapter `model`."""
+    if isinstance(config, Pretrain) and config.model is None and config.adapter.kind != "none":
+        raise ConfigError(
+            "an adapter needs a trained base", field="adapter.kind", found=config.adapter.kind, expected="`model` to put it on",
+            fix="set model, or train a new model first without an adapter",
+        )  # fmt: skip
     if isinstance(config, Pretrain) and (config.model is None) == (config.tokenizer is None):
         raise ConfigError(
             "`tokenizer` and `model` exclude each other" if config.model else "`tokenizer` or `model` is required",
@@ -45,6 +53,16 @@ def check_start(config: Train) -> None:
             expected="a tokenizer folder to train from scratch, or a model folder to go on from, not both",
             fix="a tokenizer comes from `tutelage tokenizer --data RECORDS`, or from any Hugging Face folder",
         )
+
+
+def tuning_rate(config: Loop, at_7b: float, parameters: int) -> tuple[float, str]:
+    """The learning rate of a trained model or of its adapter, from one that is good for all weights of 7B, and the reason."""
+    kind = config.adapter.kind
+    factor, power = ADAPTER_RATES.get(kind, (1.0, 0.5))
+    rate = round(at_7b * factor * (FINE_TUNE_AT / parameters) ** power, 8)
+    times = "" if kind == "none" else f" x {factor:g}, for adapters of kind {kind},"
+    grows = f" x (7B / {parameters / 1e6:.3g}M parameters)^{power:g}" if power else ""
+    return rate, f"{at_7b:g}{times}{grows}{': a trained model moves in small steps' if kind == 'none' else ''}"
 
 
 def learnt_share(config: Train) -> float:
@@ -86,12 +104,11 @@ def derive_all(
         because = {key: f"as in {parent.name}" for key in KEPT if given[key] is None}
         given.update({key: parent.numbers[key] for key in because})
     if start is not None or begun is not None:
-        raw = dict(begun) if begun is not None else read_json(start / "config.json")  # type: ignore[operator]
+        raw = dict(begun) if begun is not None else read_json(whole_of(start) / "config.json")  # type: ignore[arg-type]
         architecture = raw
         parameters = count_config(raw).total
         size = str(parameters)
-        rate = round(FINE_TUNE_RATE * math.sqrt(FINE_TUNE_AT / parameters), 8)
-        reason = f"{FINE_TUNE_RATE:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5: a trained model moves in small steps"
+        rate, reason = tuning_rate(config, FINE_TUNE_RATE, parameters)
         open_rates = [key for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None]
         because |= dict.fromkeys(open_rates, reason)
         given.update(dict.fromkeys(open_rates, rate))

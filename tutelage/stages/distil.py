@@ -35,7 +35,7 @@ def run(config: Distil, run: RunDir) -> dict[str, Any]:
     check(config)
     device = fitting.choose_device(config)
     tokenizer = run.input("model")
-    model = fitting.load_start(tokenizer, config, device)
+    model = fitting.load_start(tokenizer, config, device, run.seed)
     teacher = load_teacher(run.input("teacher"), tokenizer, model, config, device)
     if config.policy == "on":
         work = on_policy.work_on_answers(config, run, model, teacher, method(config))

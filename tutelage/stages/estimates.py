@@ -10,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tutelage.bases import whole_of
 from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
+from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.plan import stages as parts
+from tutelage.plan.adapters import adapter_memory
 from tutelage.plan.machine import Machine, core_count, find_compiler, measure
 from tutelage.plan.memory import estimate as training_memory
 from tutelage.plan.parameters import Shape
@@ -28,6 +31,7 @@ from tutelage.stages.derived import check_context, check_start, derive_all, micr
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
+NEW_WORDS = {"vocab_size": 4096, "max_position_embeddings": 512}  # of a small model from scratch, until its tokenizer is there
 SOME_TOKENS = 10**8  # of data, where only what does not depend on them is asked for
 CONTROL = {True: Span(4, 20), False: Span(1, 2)}  # tokens of a record beside its text: 8.7 in a conversation of two turns
 
@@ -66,7 +70,9 @@ def training(planned: Planned) -> Estimate:
     device = _device(config.device, machine)
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     rows, options = max(micro_rows(config, d) for d in ends), (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, rows, row, config.optimizer.name, *options, ranks=ranks_sharing(config), **adapter_memory(shape, config.adapter)
+    )
     tokens = _tokens(planned, ends)
     out = parts.train(shape, tokens, row, machine.peak_flops(device, config.dtype), device, need)
     out = parts.START_TORCH + out
@@ -162,7 +168,10 @@ def tuning(planned: Planned) -> Estimate:
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     length = int(shape.get("max_position_embeddings", 2048)) if config.max_length == "derived" else config.max_length
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, 1, config.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
+        **adapter_memory(shape, config.adapter),
+    )  # fmt: skip
     return parts.START_TORCH + parts.train(
         shape, seen * Span(1, 1.4), min(length, 2048), machine.peak_flops(device), device, need
     )
@@ -193,7 +202,10 @@ def _answers(planned: Planned, config: Loop, batch: int, updates: int = 1, minib
     read = (made + iterations * batch * per_prompt) * updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config))
+    need = training_memory(
+        shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
+        **adapter_memory(shape, config.adapter),
+    )  # fmt: skip
     rate = machine.peak_flops(device, config.dtype)
     out = parts.START_TORCH + parts.train(shape, read, how.max_tokens, rate, device, need)
     return out + parts.answer(shape, answers, how.max_tokens, rate, device), read
@@ -214,6 +226,41 @@ def sample(planned: Planned) -> Estimate:
 def select(planned: Planned) -> Estimate:
     """Reading answers and writing some of them."""
     return parts.START + parts.collect(records_of(planned, "answers").train_bytes, "conversations", 0)
+
+
+def classify(planned: Planned) -> Estimate:
+    """Passes over texts, once for the model and once more for each fold."""
+    config = planned.config
+    assert isinstance(config, Classify)
+    start = next((n for n in ("encoder", "model") if getattr(config, n)), None)
+    shape = shape_of(planned, start) if start else {**SMALL_ENCODER, **NEW_WORDS, **config.architecture}
+    raw = {**shape, "architectures": ["ForClassification"], "id2label": {}}
+    return _texts(planned, raw, TEXT_LENGTH, max(1, config.folds))  # each fold leaves one part out
+
+
+def translate(planned: Planned) -> Estimate:
+    """Passes over pairs; the held-out sources that are translated at the end are few."""
+    config = planned.config
+    assert isinstance(config, Translate)
+    raw = shape_of(planned) if config.model else {"model_type": "t5", **SMALL_T5, **NEW_WORDS, **config.architecture}
+    return _texts(planned, raw, 512 + config.max_target, 1)
+
+
+def _texts(planned: Planned, raw: Mapping[str, Any], most: int, times: int) -> Estimate:
+    """Passes over texts of at most `most` tokens where the settings say nothing else."""
+    config = planned.config
+    assert isinstance(config, Classify | Translate)
+    records = records_of(planned, "data")
+    shape = Shape.of(raw)
+    length = min(most if config.max_length == "derived" else config.max_length, shape.context)
+    texts = records.train_bytes / parts.bytes_per_token(shape.vocab) + records.train * 3
+    read = Span(min(texts.low, records.train.low * length), min(texts.high, records.train.high * length))
+    passes = config.epochs if config.steps == "derived" else config.steps * config.batch / max(1.0, records.train.low)
+    machine = measure()
+    device = _device(config.device, machine)
+    need = training_memory(raw, 1, config.micro_tokens, config.optimizer.name, config.dtype, config.checkpointing, False)
+    seen = read * (passes * times) * Span(1, 1.4)
+    return parts.START_TORCH + parts.train(raw, seen, length, machine.peak_flops(device), device, need)
 
 
 def evaluate(planned: Planned) -> Estimate:
@@ -241,6 +288,11 @@ def evaluate(planned: Planned) -> Estimate:
     except ConfigError as error:  # of a family that is not ours: `transformers` runs it, and its shape has other names
         raise Unknown(f"not known: {error.message} ({error.field})") from None
     return out
+
+
+def merge(planned: Planned) -> Estimate:
+    """Reading a base, some tokens through it, and writing it again."""
+    return parts.START_TORCH
 
 
 def report(planned: Planned) -> Estimate:
@@ -284,13 +336,15 @@ def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
     maker = planned.waits_for[name]
     if isinstance(maker.config, Train):
         return derived(maker, SOME_TOKENS).architecture
-    if "model" not in type(maker.config).model_fields:
+    # What tunes a model leaves its shape as it was.
+    before = next((key for key in ("model", "adapter") if key in {**maker.inputs, **maker.waits_for}), None)
+    if before is None:
         raise Unknown(f"known after {maker.name}")
-    return shape_of(maker)  # what tunes a model leaves its shape as it was
+    return shape_of(maker, before)
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
-    file = model / "config.json"
+    file = whole_of(model) / "config.json"
     try:
         found: dict[str, Any] = read_json(file)
     except ValueError as error:

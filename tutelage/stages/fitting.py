@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ import torch
 from torch import nn
 
 from tutelage import log
+from tutelage.bases import is_adapter
 from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
+from tutelage.models.adapter_folder import save_adapter, start_with_adapter
+from tutelage.models.adapters import Share, worn_adapter
+from tutelage.models.export import save
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.shard import is_sharded, shard
@@ -83,7 +87,7 @@ def fit(config: Loop, run: RunDir, work: Work, device: torch.device, parent: Par
         folder=run.path,
         metrics=log.Metrics(run.folder("metrics.jsonl")),
         identity=identity(config, run, work),
-        flops_per_token=train_flops_per_token(work.shape, work.length),
+        flops_per_token=operations(config, work),
         peak_flops=machine.peak_flops(str(device), config.dtype),
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
@@ -119,9 +123,34 @@ def choose_device(config: Any) -> torch.device:
     return torch.device(name)
 
 
-def load_start(folder: Path, config: Loop, device: torch.device) -> Any:
-    """The model that a run goes on from: on the device, or in the CPU's memory where no device has to hold all of it."""
-    return load(folder, device="cpu" if ranks_sharing(config) > 1 else device)
+def load_start(folder: Path, config: Loop, device: torch.device, seed: int = 0) -> Any:
+    """The model that a run goes on from: on the device, or in the CPU's memory where no device has to hold all of it. With a new
+    adapter, or with the one in `folder`, where the settings ask for one."""
+    where = torch.device("cpu") if ranks_sharing(config) > 1 else device
+    if config.adapter.kind == "none":
+        if is_adapter(folder):
+            log.say("the adapter becomes part of its base, and all weights are trained; to train it on, set adapter.kind")
+        return load(folder, device=where)
+    return start_with_adapter(folder, config.adapter, where, seed, sharded=ranks_sharing(config) > 1)
+
+
+def write_model(model: Any, run: RunDir, tokenizer: Path, stop_ids: Sequence[int] = ()) -> None:
+    """Writes `model/`, or of a model with an adapter `adapter/`, with the files of `tokenizer`. Called on every rank."""
+    if worn_adapter(model) is None:
+        save(model, run.folder("model"), tokenizer, stop_ids=stop_ids)
+        return
+    save_adapter(model, run.folder("adapter"), base=model.worn_adapter.base, tokenizer=tokenizer)
+
+
+def result_of(config: Loop, run: RunDir) -> Path:
+    """What `write_model` wrote: the folder of a model, or of an adapter."""
+    return run.folder("model" if config.adapter.kind == "none" else "adapter")
+
+
+def no_adapter(config: Loop, why: str) -> None:
+    """Raises `ConfigError` for an adapter in a stage that has no use for one."""
+    if config.adapter.kind != "none":
+        raise ConfigError(f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none")
 
 
 def compile_model(model: nn.Module, config: Loop, device: torch.device) -> None:
@@ -172,16 +201,25 @@ def make_hooks(config: Loop, job: Job, run: RunDir, work: Work) -> dict[str, Hoo
 
 def say_plan(config: Loop, work: Work, machine: Machine, device: torch.device) -> None:
     """Time and memory, before the first step (promise 11)."""
-    flops = work.tokens * train_flops_per_token(work.shape, work.length) * (1 + work.forward_share)
+    flops = work.tokens * operations(config, work) * (1 + work.forward_share)
     log.say(f"time: {explain(flops, machine.peak_flops(device.type, config.dtype), device.type)}")
     rows, row = work.micro
+    shares = {name: Share.of(part) for name, part in work.parts.items() if worn_adapter(part) is not None}
+    for name, share in shares.items():
+        log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
     need = memory(
         work.shape, rows, row, config.optimizer.name, config.dtype, config.checkpointing, kernels.available(),
-        ranks=ranks_sharing(config),
+        ranks=ranks_sharing(config), trained=next((share.trained for share in shares.values()), None),
+        quantized=config.adapter.quantize == "nf4",
     )  # fmt: skip
     cards = machine.accelerators if device.type == "cuda" else ()
     here = cards[0].memory_bytes if cards else machine.memory_bytes
     log.say(f"memory: {need.explain()}; {here / 1e9:,.0f} GB here{'' if need.low <= here else ': IT WILL NOT FIT'}")
+
+
+def operations(config: Loop, work: Work) -> float:
+    """FLOPs of training on one token. Frozen weights have no gradient: two of three products are left."""
+    return train_flops_per_token(work.shape, work.length, frozen=config.adapter.kind != "none")
 
 
 def facts(state: State, shape: dict[str, Any], numbers: Mapping[str, Any], cpu: str, parent: Parent | None) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from tutelage.config.stages import Distil
 from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
-from tutelage.models.export import save as save_model
 from tutelage.objectives import Objective
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.records import Rollout
@@ -22,9 +21,9 @@ from tutelage.rollout.probe import Measured
 from tutelage.rollout.source import Groups, Plan, RolloutSource
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
-from tutelage.stages.asking import read_prompts, sampler_for, with_room
+from tutelage.stages.asking import published, read_prompts, sampler_for, with_room
 from tutelage.stages.derived import FINE_TUNE_RATE
-from tutelage.stages.fitting import Work
+from tutelage.stages.fitting import Work, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 
 ROLLOUT_SHARE = 0.3  # time of the answers beside that of training, about
@@ -59,7 +58,7 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         raise ConfigError(
             "a batch is larger than the data", field="rollouts.prompts", found=how.prompts, expected=f"at most {len(prompts)}"
         )
-    trees = all(getattr(m, "supports_cache", False) for m in (model, teacher))
+    trees = all(getattr(m, "supports_trees", False) for m in (model, teacher))
     plan = Plan(
         prompts=how.prompts, samples=how.samples, max_tokens=how.max_tokens, micro_tokens=how.micro_tokens,
         layout="tree" if trees else "packed", seed=config.seed,
@@ -69,7 +68,7 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
     blank = Family("blank", np.array(longest, np.int64), (ending,) * how.samples)
     source = RolloutSource(
         prompts=prompts, sampler=sampler, judge=Unjudged(), credit=uncredited, plan=plan, folder=run.folder("rollouts"),
-        published=sampler.engine.weights_changed, blank=blank, identity={"prompts": len(prompts)},
+        published=published(model, sampler.engine), blank=blank, identity={"prompts": len(prompts)},
     )  # fmt: skip
     once = len(prompts) / how.prompts
     steps = max(1, round((config.epochs or 1.0) * once)) if config.steps == "derived" else config.steps
@@ -87,7 +86,7 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         micro=(1, how.micro_tokens),
         tokens=float(blank.size(plan.layout)) * how.prompts * steps,
         numbers={"max_length": length, **asdict(rates)},
-        write=lambda: save_model(model, run.folder("model"), start, stop_ids=words.stop_ids),
+        write=lambda: write_model(model, run, start, words.stop_ids),
         hooks=lambda job: {"rollouts": Measured(source)},
         forward_share=each + ROLLOUT_SHARE,
     )

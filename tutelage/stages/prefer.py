@@ -14,8 +14,8 @@ from tutelage.data.pairs import PairFamilies, margins
 from tutelage.data.rated import RatedFamilies, verdicts
 from tutelage.data.tokens import Segments
 from tutelage.errors import ConfigError
+from tutelage.models.adapters import beginning
 from tutelage.models.config import check_vocabulary
-from tutelage.models.export import save as save_model
 from tutelage.models.load import load
 from tutelage.objectives import TABLE, Objective, method, objective
 from tutelage.rundir import RunDir
@@ -42,7 +42,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     tuning.check_records(run.input("data"), (RECORDS[kind],), f"read them with `tutelage data --kind {kind}`")
     device = fitting.choose_device(config)
     start = run.input("model")
-    model = fitting.load_start(start, config, device)
+    model = fitting.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     layout = tuning.layout_for(config, model)
@@ -54,7 +54,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         give_reference(config, run, model, {"train": train, "validation": held_out}, layout, device)
     source = source_of(train, config, layout, UNITS[kind], config.batch)
     log.say("\n".join(source.describe()))
-    rates = tuning.rates(config, sum(p.numel() for p in model.parameters()), RATE_AT_7B)
+    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B)
     work = Work(
         parts={"policy": model},
         source=source,
@@ -66,7 +66,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         micro=(1, config.micro_tokens),
         tokens=float(train.sizes(layout).mean()) * config.batch * steps,
         numbers={"max_length": length, **asdict(rates)},
-        write=lambda: save_model(model, run.folder("model"), start, stop_ids=words.stop_ids),
+        write=lambda: fitting.write_model(model, run, start, words.stop_ids),
         validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
     return {**fitting.fit(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
@@ -114,11 +114,14 @@ def give_reference(
     config: Prefer, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
 ) -> None:
     """What the model to stay close to says of every answer, asked once."""
+    if config.reference is not None:
+        tuning.check_tokens(run, "reference")
     other = load(run.input("reference"), device=device) if config.reference else model
     for name, families in parts.items():
         if families is not None:
             folder = run.folder("reference") / name
-            families.give("reference", tuning.reference_logprobs(folder, other, families, config, layout, device))
+            with beginning(other):
+                families.give("reference", tuning.reference_logprobs(folder, other, families, config, layout, device))
 
 
 def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> FamilySource:

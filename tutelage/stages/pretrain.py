@@ -24,7 +24,7 @@ def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
     numbers, shape = derived.derive_numbers(
         config, words.vocab_size, segments[0], run.input("model") if config.model else None, parent
     )
-    model: Any = fitting.load_start(run.input("model"), config, device) if config.model else fresh(config, words, shape)
+    model: Any = fitting.load_start(run.input("model"), config, device, run.seed) if config.model else fresh(config, words, shape)
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     return training.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
 

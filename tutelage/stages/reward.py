@@ -6,11 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from tutelage import log
+from tutelage.bases import whole_of
 from tutelage.config.stages import Reward
 from tutelage.data.family_source import FamilySource
 from tutelage.errors import ConfigError
+from tutelage.models.adapters import merge, wear_scorer
 from tutelage.models.config import check_vocabulary
-from tutelage.models.load import read_config, scores
+from tutelage.models.load import load, read_config, scores
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.models.scorer_export import save_scorer
 from tutelage.objectives import TABLE, Objective, objective
@@ -36,6 +38,10 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     data = judged_by(config, run, kind, words)
     chosen = chosen_method(config, data)
     scorer = start_of(config, run, data.outputs, device)
+    wears = config.adapter.kind != "none"
+    if wears:
+        check_adapter(config)
+        wear_scorer(scorer, config.adapter, config.seed)
     check_vocabulary(scorer.config, words.vocab_size, start)
     length = tuning.max_length(config, scorer.config.max_position_embeddings)
     layout = tuning.layout_for(config, scorer)
@@ -47,7 +53,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
         rank=log.rank(), world=distributed.world(),
     )  # fmt: skip
     log.say("\n".join(source.describe()))
-    rates = tuning.rates(config, sum(p.numel() for p in scorer.parameters()), RATE_AT_7B)
+    rates = tuning.rates(config, tuning.size_of(scorer), RATE_AT_7B)
     validation = None
     if held_out is not None:
         validation = FamilySource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)
@@ -56,6 +62,8 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     def write() -> None:
         if held_out is not None:  # here, where the ranks of a sharded model are still together
             found.update(data.measured(scorer, held_out, layout, device))
+        if wears:
+            merge(scorer)
         save_scorer(scorer, run.folder("model"), start, stop_ids=words.stop_ids)
 
     work = Work(
@@ -88,13 +96,23 @@ def chosen_method(config: Reward, data: Judged) -> Objective:
     return objective(data.method, **{key: getattr(config, key) for key in SETTINGS})
 
 
+def check_adapter(config: Reward) -> None:
+    """Raises `ConfigError` for an adapter that can't become part of the scorer, which is written whole."""
+    if config.adapter.kind in ("prompt", "prefix") or ranks_sharing(config) > 1:
+        asked = ("shard", config.shard) if ranks_sharing(config) > 1 else ("adapter.kind", config.adapter.kind)
+        raise ConfigError(
+            "a reward model's adapter is merged when it is written, which this one can't be", field=asked[0], found=asked[1],
+            expected="lora, dora or ia3, with shard=none",
+        )  # fmt: skip
+
+
 def start_of(config: Reward, run: RunDir, outputs: tuple[str, ...], device: Any) -> Scorer:
     """A language model with a new head, or a scorer that goes on. Raises `ConfigError` for one with other outputs."""
-    folder = run.input("model")
-    if not scores(read_config(folder)):
+    folder, where = run.input("model"), "cpu" if ranks_sharing(config) > 1 else device
+    if not scores(read_config(whole_of(folder))):
         log.say(f"a new score head: {', '.join(outputs)}")
-        return build_scorer(fitting.load_start(folder, config, device), outputs, config.seed)
-    scorer = load_scorer(folder, device="cpu" if ranks_sharing(config) > 1 else device)
+        return build_scorer(load(folder, device=where), outputs, config.seed)
+    scorer = load_scorer(folder, device=where)
     if len(scorer.outputs) != len(outputs):
         raise ConfigError(
             "this model gives other scores than the data has", field="model", found=", ".join(scorer.outputs),

@@ -11,7 +11,6 @@ from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
 from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
-from tutelage.models.export import save as save_model
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
@@ -28,7 +27,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     chosen = chosen_method(config)
     device = fitting.choose_device(config)
     start = run.input("model")
-    model = fitting.load_start(start, config, device)
+    model = fitting.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     rubric = rubric_of(config, run, words, device)
@@ -49,7 +48,7 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
     if steps == "derived":
         steps = max(1, round(config.epochs * len(prompts) / plan.prompts)) * plan.steps
     log.say("\n".join([*source.describe(), f"{steps:,} steps"]))
-    rates = tuning.rates(config, sum(p.numel() for p in model.parameters()), RATE_AT_7B)
+    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B)
     every = config.evaluate_every or max(1, steps // 5)
     asked = held_out[: config.probes]
     probe = Probe(asked, kit.sampler, kit.rubric, every, run.folder("probes")) if asked else None
@@ -64,7 +63,7 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
         micro=(1, config.micro_tokens),
         tokens=float(source.blank.size(plan.layout)) * plan.prompts / plan.minibatches * steps,
         numbers={"max_length": kit.engine.context_length, **asdict(rates)},
-        write=lambda: save_model(model, run.folder("model"), run.input("model"), stop_ids=words.stop_ids),
+        write=lambda: fitting.write_model(model, run, run.input("model"), words.stop_ids),
         weights={"value": config.value_weight},
         hooks=lambda job: {"rollouts": Measured(source), **({"probe": probe} if probe else {})},
         forward_share=0.5,

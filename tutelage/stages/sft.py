@@ -31,7 +31,7 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     parent = extension.parent_of(config, run)
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
     device = fitting.choose_device(config)
-    model = fitting.load_start(run.input("model"), config, device)
+    model = fitting.load_start(run.input("model"), config, device, run.seed)
     segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
     show_sample(records, tokenizer)
     totals = segments[0].totals

@@ -15,13 +15,13 @@ from tutelage.config.train import Train
 from tutelage.data.loader import StaticSource, eval_batches
 from tutelage.data.render import check_supervision
 from tutelage.data.tokens import Segments
+from tutelage.models.adapters import worn
 from tutelage.models.config import check_vocabulary
-from tutelage.models.export import save as save_model
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.rundir import RunDir
 from tutelage.stages.extension import Parent, say_rate
-from tutelage.stages.fitting import Work, fit
+from tutelage.stages.fitting import Work, fit, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Source
@@ -103,7 +103,7 @@ def work_on_rows(
         micro=(numbers.micro_rows, row),
         tokens=steps * numbers.rows_per_step * row,
         numbers=numbers.derived,
-        write=lambda: save_model(model, run.folder("model"), tokenizer, stop_ids=words.stop_ids),
+        write=lambda: write_model(model, run, tokenizer, words.stop_ids),
         validation=validation(config, held_out, numbers),
         per_byte=tokens_per_byte(held_out),
         hooks=lambda job: {**sampling(config, model, words, held_out, numbers), **(beside or {})},
@@ -153,7 +153,7 @@ def tokens_per_byte(held_out: Segments) -> float:
 def sampling(config: Train, model: Any, words: TokenizerFolder, held_out: Segments, numbers: Numbers) -> dict[str, Hook]:
     """The hook that shows what the model says, where it can generate."""
     prompts = sample_prompts(held_out, words)
-    if not prompts or not getattr(model, "supports_cache", False):
+    if not prompts or not (getattr(model, "supports_cache", False) or getattr(model, "virtual", None) is not None):
         return {}
     every = config.sample_every or max(1, math.ceil(numbers.steps / 5))
     return {"sample": hooks.Sample(lambda: samples(model, words, prompts, numbers.sequence_length), every)}
@@ -175,9 +175,10 @@ def samples(model: Any, words: TokenizerFolder, prompts: list[list[int]], limit:
 
     answer = min(40, limit // 2)
     model.eval()
-    engine = Engine(model, slots=len(prompts), max_length=limit)
+    plain, lora = worn(model)
+    engine = Engine(plain, slots=len(prompts), max_length=limit)
     prompts = [p[-(limit - answer) :] for p in prompts]
-    done = engine.generate(prompts, Sampling(max_tokens=answer, temperature=0.0, stop_ids=words.stop_ids))
+    done = engine.generate(prompts, Sampling(max_tokens=answer, temperature=0.0, stop_ids=words.stop_ids), lora)
     model.train()
     return [{"prompt": words.decode(p), "text": words.decode(c.ids)} for p, c in zip(prompts, done, strict=True)]
 

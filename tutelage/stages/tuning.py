@@ -10,15 +10,40 @@ import numpy as np
 import torch
 
 from tutelage import log
+from tutelage.bases import whole_of
 from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.objectives.answers import answer_logprobs
+from tutelage.plan.parameters import count_config
+from tutelage.rundir import RunDir
+from tutelage.stages.derived import tuning_rate
+from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.optim import Rates
 
-RATE_AT = 7e9  # parameters of the model for which common rates hold; smaller models take more, by the square root
+
+def check_tokens(run: RunDir, name: str) -> None:
+    """Raises `ArtifactError` where the model of the input `name` reads other tokens than the one that is trained."""
+    TokenizerFolder.open(whole_of(run.input("model"))).check_same(TokenizerFolder.open(whole_of(run.input(name))))
+
+
+def size_of(model: Any) -> int:
+    """Parameters of a model, those that are held in 4 bits included."""
+    try:
+        return count_config(model.config.to_hf()).total
+    except ConfigError:  # of a family that is not ours
+        return sum(p.numel() for p in model.parameters())
+
+
+def refuse_adapter(config: Tune) -> None:
+    """Raises `ConfigError` for an adapter where all weights are trained."""
+    if config.adapter.kind != "none":
+        raise ConfigError(
+            "this stage trains all weights", field="adapter.kind", found=config.adapter.kind, expected="none",
+            fix="leave `adapter` out",
+        )  # fmt: skip
 
 
 def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
@@ -33,13 +58,10 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
 
 def rates(config: Loop, parameters: int, at_7b: float) -> Rates:
     """The settings' rates; those left to derive from the model's size, said with their reason."""
-    scale = math.sqrt(RATE_AT / parameters)
-    derived = round(at_7b * scale, 8)
+    derived, reason = tuning_rate(config, at_7b, parameters)
     given = [getattr(config.optimizer, name) for name in ("lr", "matrix_lr", "embedding_lr")]
     if "derived" in given:
-        log.say(
-            f"learning rate {derived:g}: {at_7b:g} x (7B / {parameters / 1e6:.3g}M parameters)^0.5; set optimizer.lr to change it"
-        )
+        log.say(f"learning rate {derived:g}: {reason}; set optimizer.lr to change it")
     return Rates(*(derived if value == "derived" else float(value) for value in given))
 
 
@@ -71,7 +93,7 @@ def max_length(config: Tune, context: int) -> int:
 
 def layout_for(config: Tune, model: Any) -> Any:
     """The layout asked for, or the nearest that the model knows."""
-    if config.layout == "tree" and not getattr(model, "supports_cache", False):
+    if config.layout == "tree" and not getattr(model, "supports_trees", False):
         log.say("layout: packed, since this model's prompts can't be read once for several answers")
         return "packed"
     steady = getattr(model, "cacheable", None)

@@ -24,6 +24,7 @@ from tutelage.train.rows import OnlyRows
 
 def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
     check_documents(run.input("data"), "data")
+    fitting.no_adapter(config, "the new rows of the tables are what is trained")
     parent = extension.parent_of(config, run)
     device = fitting.choose_device(config)
     if config.train and derived.ranks_sharing(config) > 1:

@@ -107,11 +107,13 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def _unique(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, a shared tensor once; of a sharded part the rows that stay on this rank."""
+    """Trained parameters and persistent buffers, a shared tensor once; of a sharded part the rows that stay on this rank. What is
+    frozen is as the run's inputs have it."""
     out: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in part.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if id(tensor) not in seen and not frozen:
             seen.add(id(tensor))
             out[name] = tensor
     return out

@@ -22,8 +22,11 @@ class Rates:
 
 
 def kind(name: str, p: nn.Parameter) -> str:
-    """matrix | embedding | vector, from the parameter's name and shape."""
-    if any(part in name for part in ("embed", "lm_head", "score.", "wte", "wpe")):
+    """matrix | embedding | vector, from the parameter's name and shape. What an adapter adds counts as vectors: no decay, and no
+    orthogonal steps, since what its factors do they do together."""
+    if ".change." in name or name.endswith("virtual.values"):
+        return "vector"
+    if any(part in name for part in ("embed", "lm_head", "score.", "classifier.", "shared.", "attention_bias", "wte", "wpe")):
         return "embedding"
     return "matrix" if p.ndim == 2 else "vector"
 

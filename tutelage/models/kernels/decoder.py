@@ -222,7 +222,7 @@ def _table(model: Decoder, kind: str, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _fits(model: Any, cache: KVCache) -> bool:
-    if type(model) is not Decoder or not kernels.fits(*model.parameters(), *cache.k[:1]):
+    if type(model) is not Decoder or model.virtual is not None or not kernels.fits(*model.parameters(), *cache.k[:1]):
         return False
     config = model.config
     widths = (config.hidden_size, config.intermediate_size, config.head_dim)

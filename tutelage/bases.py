@@ -1,0 +1,69 @@
+"""Which model an adapter's folder is for. Without torch: the plan asks too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tutelage.errors import ArtifactError
+from tutelage.files import file_digest, read_json
+
+ADAPTER = "adapter_config.json"
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The object of adapter_config.json. Raises `ArtifactError`."""
+    path = folder / ADAPTER
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"not an adapter's folder: {ADAPTER} is missing", file=folder) from error
+    except ValueError as error:
+        raise ArtifactError(f"not valid JSON ({error})", file=path) from error
+    if not isinstance(raw, dict):
+        raise ArtifactError("not an adapter's settings", file=path, found=raw, expected="an object")
+    return raw
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the base that an adapter is for: what its settings name, or the model that the run which wrote it had.
+
+    Raises `ArtifactError` where neither is there.
+    """
+    named = str(adapter_config(folder).get("base_model_name_or_path") or "")
+    if named and Path(named).expanduser().is_dir():
+        return Path(named).expanduser()
+    run = folder.resolve().parent
+    parents = read_json(run / "run.json").get("parents", []) if (run / "run.json").is_file() else []
+    for parent in (p for p in parents if p["name"] == "model"):
+        place = (run / parent["path"]).resolve()
+        for found in (place / "model", place / "adapter", place):
+            if (found / "config.json").is_file():
+                return found
+            if is_adapter(found):
+                return base_of(found)
+    raise ArtifactError(
+        "the base of this adapter is not there", file=folder / ADAPTER, field="base_model_name_or_path", found=named or None,
+        expected="the folder of the model that it was trained on", fix="put the base there, or write its new place into the file",
+    )  # fmt: skip
+
+
+def whole_of(folder: Path) -> Path:
+    """The model folder with the config.json of a model: that of the base, for an adapter."""
+    return whole_of(base_of(folder)) if is_adapter(folder) else folder
+
+
+def weights_digest(base: Path) -> str:
+    """SHA-256 over the files with a model's weights; of an adapter over its base's and its own."""
+    total = hashlib.sha256()
+    if is_adapter(base):
+        total.update(weights_digest(base_of(base)).encode())
+    for file in sorted(base.glob("*.safetensors")):
+        total.update(f"{file.name} {file_digest(file)}\n".encode())
+    return total.hexdigest()
