@@ -133,7 +133,7 @@ def case(name: str, kind: str, layout: Any) -> tuple[dict[str, Any], GlobalBatch
 
 
 # Classifiers are trained whole: their stages refuse adapters.
-WORN = [name for name, row in TABLE.items() if row.part in ("policy", "reward")]
+WORN = [name for name, row in TABLE.items() if row.data != "examples"]
 LAYOUTS = [(name, "tree") for name in WORN] + [(name, way) for name in ("dpo", "grpo", "reward") for way in ("packed", "rows")]
 
 
