@@ -97,7 +97,7 @@ def rollouts(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, 
         for r in rows
     ]
     config = Rl(
-        model="-", data="-", rewards={"varied": 1}, samples=args.generations, batch=args.batch // args.generations,
+        model="-", data="-", rewards={"exact": 1}, samples=args.generations, batch=args.batch // args.generations,
         max_tokens=args.length, max_length=common.SEQUENCE, micro_tokens=args.micro_tokens, layout=args.layout,
     )  # fmt: skip
     run = type("Run", (), {"folder": staticmethod(lambda name: scratch / name)})
@@ -127,7 +127,7 @@ def main() -> None:
     unit = "completions" if args.job == "grpo" else "pairs"
     fields = steps.fields(unit)
     if "reference_s_per_pair" in facts:
-        each = 1 / fields["pairs_per_s_median"] + facts["reference_s_per_pair"]
+        each = 1 / fields["pairs_per_s"] + facts["reference_s_per_pair"]
         fields["pairs_per_s_with_reference"] = round(1 / each, 2)
     if seconds is not None:
         fields["rollout_share_last"] = round(seconds / steps.seconds[-1], 3)

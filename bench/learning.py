@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 RULE = {"short": {"kind": "length", "target": 6}}
-RATES = {"lr": 1e-4, "matrix_lr": 1e-4, "embedding_lr": 1e-4}
+RATES = {"lr": 2e-4, "matrix_lr": 2e-4, "embedding_lr": 2e-4}
 
 
 def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
@@ -34,7 +34,7 @@ def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
     )
     pairs = api.select(answers=answers, data=data, make="preferences", seed=seed, runs=args.runs)
     return api.prefer(
-        model=args.model, data=pairs, method=method, beta=0.1, batch=16, epochs=1, optimizer=RATES, seed=seed, runs=args.runs
+        model=args.model, data=pairs, method=method, beta=0.1, batch=16, epochs=8, optimizer=RATES, seed=seed, runs=args.runs
     )
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of PPO")
+    parser.add_argument("--steps", type=int, default=100, help="of PPO")
     parser.add_argument("--methods", default="dpo,ppo")
     args = parser.parse_args()
     from tutelage import api

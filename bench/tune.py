@@ -20,8 +20,8 @@ import run as driver
 
 HERE = Path(__file__).resolve().parent
 FIELDS = {
-    "dpo": "pairs_per_s_median", "reward": "pairs_per_s_median", "grpo": "completions_per_s_median",
-    "lora": "tokens_per_s_median",
+    "dpo": "pairs_per_s", "reward": "pairs_per_s", "grpo": "completions_per_s",
+    "lora": "tokens_per_s",
 }  # fmt: skip
 
 

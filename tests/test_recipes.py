@@ -21,11 +21,14 @@ def settings(name: str, here: World) -> list[str]:
     return {
         "quickstart": [],
         "adapt": [],
+        "classifier": [],
+        "translate": [],
         "pretrain_folder": [f"corpus.sources={texts}"],
         "continue_pretraining": [f"corpus.sources=[{texts}]", f"adapted.model={model}", f"before.model={model}"],
         "expert_iteration": [f"{name}.model={here.made['chat'] / 'model'}" for name in ("before", "answers_1", "round_1")],
         "dpo": [f"chat.model={model}"],
-        "rlhf": [f"chat.model={model}", f"judge.model={model}"],
+        "rlhf": [f"chat.model={model}"],
+        "qlora": [f"adapter.model={model}"],
         "grpo-maths": [f"taught.model={model}"],
         "sft_jsonl": [f"chats.sources={chats}", f"chat.model={model}"],
     }[name]

@@ -30,6 +30,8 @@ STAGE_HELP = {
     "prefer": "Train towards preferred answers: DPO and its family.",
     "rl": "Train on a model's own answers, by rewards: GRPO and its family, PPO.",
     "merge": "Make an adapter part of its base: a whole model.",
+    "classify": "Train a classifier of texts, or of their parts, and measure it beside word counts.",
+    "translate": "Train an encoder-decoder to make one text of another: translation, summaries.",
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }

@@ -15,6 +15,7 @@ from rich.tree import Tree
 
 from tutelage import log
 from tutelage.config.base import Section
+from tutelage.files import read_json
 from tutelage.plan.time import NOTHING
 from tutelage.recipe import Estimate, Planned, Runner, Unknown, lineage
 from tutelage.rundir import RunDir, all_runs, find, held, matching
@@ -160,7 +161,7 @@ def _short(path: Path) -> str:
 
 def show_next(finished: dict[str, RunDir]) -> None:
     """What to do with what a recipe made."""
-    models = [(n, r) for n, r in finished.items() if (r.path / "model").exists()]
+    models = [(n, r) for n, r in finished.items() if (r.path / "model").exists() and _talks(r.path / "model" / "config.json")]
     reports = [r for r in finished.values() if (r.path / "report").exists()]
     if reports:
         log.say(f"\nreport: {reports[-1].path / 'report' / 'report.html'}", style="bold")
@@ -169,3 +170,8 @@ def show_next(finished: dict[str, RunDir]) -> None:
         reference = f"{run.recipe}/{name}" + ("" if run.root == Path("runs") else f" --runs {run.root}")
         log.say(f"talk:   tutelage chat {reference}", style="bold")
         log.say(f"serve:  tutelage serve {reference}", style="bold")
+
+
+def _talks(config: Path) -> bool:
+    """Whether a model writes text: a classifier does not."""
+    return not any(str(name).endswith("Classification") for name in read_json(config).get("architectures") or ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,6 +194,40 @@ class Prompt:
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
+class Span:
+    """A part of a text, and what it is."""
+
+    start: int  # characters of the text
+    end: int  # the first character behind it
+    label: str
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Example:
+    """A text, or a pair of texts, with what it is: one class, several or none of them, or parts of it that are something.
+
+    Example:
+        {"id": "…", "text": "Shares fell again.", "label": "Business", …}
+        {"id": "…", "text": "Ada lives in Kent.", "spans": [{"start": 0, "end": 3, "label": "PERSON"}], …}
+    """
+
+    id: str  # from text and pair: one text has one answer
+    text: str
+    source: str
+    pair: str | None = None  # the second text, where a question is about two
+    label: str | None = None
+    labels: tuple[str, ...] = ()  # where a text may have several
+    spans: tuple[Span, ...] = ()  # ascending, apart from one another
+    parents: tuple[str, ...] = ()
+    licence: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, text: str, *, source: str, pair: str | None = None, **rest: Any) -> Example:
+        return cls(id=content_id(text if pair is None else [text, pair]), text=text, pair=pair, source=source, **rest)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
 class Rollout:
     """An answer that a model gave while it learned: the very ids, and how each was judged.
 
@@ -221,10 +255,11 @@ class Rollout:
     meta: dict[str, Any] = field(default_factory=dict)  # the prompt's own, and what rewards have to tell
 
 
-Record = Document | Conversation | Preference | Rating | Prompt | Rollout
+Record = Document | Conversation | Preference | Rating | Prompt | Example | Rollout
 R = TypeVar("R", bound=Record)
-TYPES: dict[str, type] = {kind.__name__: kind for kind in (Document, Conversation, Preference, Rating, Prompt, Rollout)}
+TYPES: dict[str, type] = {kind.__name__: kind for kind in (Document, Conversation, Preference, Rating, Prompt, Example, Rollout)}
 TURNS = ("messages", "prompt", "chosen", "rejected", "answer")  # fields that hold messages, where they hold tuples or lists
+_MADE: dict[str, Any] = {**dict.fromkeys(TURNS, Message.from_json), "spans": lambda row: Span(**row)}
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -232,10 +267,13 @@ def to_json(record: Record) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for f in fields(record):
         value = getattr(record, f.name)
-        if value in ((), {}, None):
+        optional = f.default is not MISSING or f.default_factory is not MISSING
+        if value in ((), {}, None) and optional:
             continue
-        if isinstance(value, tuple) and isinstance(value[0], Message):
+        if isinstance(value, tuple) and value and isinstance(value[0], Message):
             value = [m.to_json() for m in value]
+        elif isinstance(value, tuple) and value and isinstance(value[0], Span):
+            value = [asdict(span) for span in value]
         out[f.name] = list(value) if isinstance(value, tuple) else value
     return out
 
@@ -245,7 +283,7 @@ def from_json(kind: type[R], row: dict[str, Any]) -> R:
     row = dict(row)
     for key, value in row.items():
         if isinstance(value, list):
-            row[key] = tuple(Message.from_json(m) for m in value) if key in TURNS else tuple(value)
+            row[key] = tuple(_MADE[key](m) for m in value) if key in _MADE else tuple(value)
     return kind(**row)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tutelage.config.base import Places, assign, build, identity_of, load_yaml, parse_set, parse_value
-from tutelage.config.stages import Data, Pretrain
+from tutelage.config.stages import Data, Prefer, Pretrain
 from tutelage.errors import ConfigError
 
 
@@ -113,6 +113,16 @@ def test_sections_are_frozen_and_know_what_changes_a_result() -> None:
         assert identity_of(build(Pretrain, {"data": "d", "tokenizer": "t", **other})) == identity_of(one), other
     for other in ({"seed": 1}, {"optimizer": {"beta2": 0.9}}, {"schedule": {"name": "wsd"}}, {"size": "4m"}, {"kernels": False}):
         assert identity_of(build(Pretrain, {"data": "d", "tokenizer": "t", **other})) != identity_of(one), other
+
+
+def test_one_key_of_a_nested_section_changes_that_key_alone() -> None:
+    """`--set optimizer.lr=1e-4` of a stage whose optimizer is AdamW by default, which turned it into Muon without a word."""
+    plain = build(Prefer, {"data": "d", "model": "m"})
+    changed = build(Prefer, {"data": "d", "model": "m", "optimizer": {"lr": 1e-4}, "schedule": {"warmup": 0.3}})
+    assert changed.optimizer == plain.optimizer.model_copy(update={"lr": 1e-4}) and changed.optimizer.name == "adamw"
+    assert changed.schedule == plain.schedule.model_copy(update={"warmup": 0.3}) and changed.schedule.name == "linear"
+    with pytest.raises(ConfigError, match=r"optimizer\.lrr"):
+        build(Prefer, {"data": "d", "model": "m", "optimizer": {"lrr": 1e-4}})
 
 
 def test_settings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from datetime import date, datetime
 
 import pytest
 
@@ -85,8 +86,25 @@ SOLVE: dict[str, Callable[[list[str]], str]] = {
     "sort_numbers": lambda q: " ".join(sorted(q)), "largest": max, "reverse": lambda q: " ".join(q[::-1]),
     "upper": lambda q: " ".join(q).upper(), "count_letter": lambda q: str(q[1:].count(q[0])),
     "first_letter": lambda q: q[0], "last_letter": lambda q: q[-1], "first_word": lambda q: q[0], "last_word": lambda q: q[-1],
-    "alphabetical": min,
+    "alphabetical": min, "in_digits": lambda q: str(value_of(q)), "iso_date": lambda q: day_of(q).isoformat(),
 }  # fmt: skip
+
+
+def value_of(words: list[str]) -> int:
+    """A number in words, read from its beginning: each word adds, hundred and thousand multiply."""
+    small = {w: i for i, w in enumerate(skills.ONES) if w} | {w: 10 * i for i, w in enumerate(skills.TENS) if w}
+    total = part = 0
+    for word in words:
+        if word == "thousand":
+            total, part = total + 1000 * part, 0
+        else:
+            part = 100 * part if word == "hundred" else part + small[word]
+    return total + part
+
+
+def day_of(words: list[str]) -> date:
+    form = "%d %B %Y" if words[0].isdigit() else "%B %d %Y"
+    return datetime.strptime(" ".join(words), form).date()
 
 
 @pytest.fixture(scope="module")

@@ -99,35 +99,37 @@ def test_accumulated_is_whole(kind: str) -> None:
 
 
 def pairs() -> list[Family]:
-    """Two answers a prompt, chosen and rejected, with the log-probabilities of a reference."""
-    return [
-        Family(f.name, f.prompt, tuple(Ending(e.ids, None, {}, {"reference": -20.0 - 3 * i}) for i, e in enumerate(f.endings)))
-        for f in rollouts()
-    ]  # fmt: skip
+    """Two answers a prompt, chosen and rejected, with log-probabilities that a reference might give."""
+
+    def ending(ids: np.ndarray, good: bool) -> Ending:
+        return Ending(ids, None, {}, {"reference": -4.1 * len(ids) - good, "desirable": float(good)})
+
+    return [Family(f.name, f.prompt, tuple(ending(e.ids, i == 0) for i, e in enumerate(f.endings))) for f in rollouts()]
 
 
 def of_families(made: list[Family], layout: Any) -> GlobalBatch:
     halves = [made[: len(made) // 2], made[len(made) // 2 :]]
-    unit = {"pairs": float(len(made)), "examples": float(len(made))}
+    unit = {name: float(len(made)) for name in ("pairs", "examples", "desirable", "undesirable")}
+    unit["answers"] = 2.0 * len(made)
     return family_batch(halves, count(made, layout) | unit, layout)
 
 
 def case(name: str, kind: str, layout: Any) -> tuple[dict[str, Any], GlobalBatch]:
     """The parts of an objective, the adapter on the one that is trained by it, and a batch."""
     row, adapter = TABLE[name], Adapter(**KINDS[kind])
+    parts: dict[str, Any]
     if row.data == "rows":
-        return {"policy": worn(kind)}, tiny.source("conversations").next(0)
+        parts = {"policy": worn(kind)} | ({"teacher": tiny.model(1).requires_grad_(False)} if name != "next_token" else {})
+        return parts, tiny.source("conversations").next(0)
     if row.data == "rollouts":
-        parts: dict[str, Any] = {"policy": wear(small_policy(), adapter, 0)}
+        parts = {"policy": wear(small_policy(), adapter, 0)}
         return parts | ({"value": Value()} if name == "ppo" else {}), of_families(rollouts("length"), layout)
     if name in OUTPUTS:
-        from tests.data.test_families import SHAPE
+        from tests.data.test_family_batches import SHAPE
 
         body = wear(build(DecoderConfig.from_hf({**SHAPE, "initializer_range": 0.3}), 0), adapter, 0)
         return {"reward": build_scorer(body, OUTPUTS[name], seed=1)}, of_families(ratings(), layout)
-    if row.data == "preferences":
-        return {"policy": wear(small_policy(), adapter, 0)}, of_families(pairs(), layout)
-    pytest.skip(f"batches of {row.data} are made elsewhere")
+    return {"policy": wear(small_policy(), adapter, 0)}, of_families(pairs(), layout)
 
 
 LAYOUTS = [(name, "tree") for name in TABLE] + [(name, way) for name in ("dpo", "grpo", "reward") for way in ("packed", "rows")]
@@ -140,7 +142,8 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
     and none of the base, and layouts agree."""
     parts, batch = case(name, kind, layout)
     recipe = Recipe(parts, objective(name), clip=1.0)
-    before = {n: p.detach().clone() for part in parts.values() for n, p in part.named_parameters()}
+    every = {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}
+    before = {n: p.detach().clone() for n, p in every.items()}
     optimizers = Optimizers(parts, Optimizer(), tiny.RATES)
     first = train_step(recipe, batch, optimizers)
     second = train_step(recipe, batch, optimizers)
@@ -150,9 +153,8 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
         assert first.loss == pytest.approx(expected.loss, rel=1e-4)
         assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
     assert np.isfinite(second.loss)
-    for part in parts.values():
-        for n, p in part.named_parameters():
-            assert torch.equal(p, before[n]) != p.requires_grad, f"{n} {'stays' if p.requires_grad else 'moves'}"
+    for n, p in every.items():
+        assert torch.equal(p, before[n]) != p.requires_grad, f"{n} {'stays' if p.requires_grad else 'moves'}"
 
 
 # Frozen and trained

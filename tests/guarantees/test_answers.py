@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.guarantees import answers, tiny
+from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.rollout.source import read_rollouts
 
@@ -82,3 +83,38 @@ def test_every_rollout_is_written(tmp_path: Path) -> None:
             assert r.used or r.meta["left_out"] == "no signal in the group"
     facts = read_json(run.path / "run.json")
     assert facts["held_out_gain"]["n"] == 4 and 0 <= facts["rollouts"]["silent_share"] <= 1
+
+
+def test_resumed_on_two_ranks_within_an_iteration(tmp_path: Path) -> None:
+    """Guards against rollouts of one rank that the other goes on with: two ranks are killed in the middle of an iteration, and go
+    on as if they had not been."""
+    straight = [answers.start("ppo", tmp_path / "straight", env=env) for env in tiny.ranks(2)]
+    assert [p.wait() for p in straight] == [0, 0], [p.said for p in straight]
+    pair = [
+        answers.start("ppo", tmp_path / "killed", env=env, die={"at": "update", "count": 4, "rank": 1}) for env in tiny.ranks(2)
+    ]
+    assert pair[1].wait() == -signal.SIGKILL and pair[0].wait() != 0
+    again = [answers.start("ppo", tmp_path / "killed", env=env) for env in tiny.ranks(2)]
+    assert [p.wait() for p in again] == [0, 0], [p.said for p in again]
+    assert "resuming after step 2" in again[0].said
+    weights = [load_file(answers.folder("ppo", tmp_path / n) / "model" / "model.safetensors") for n in ("straight", "killed")]
+    assert tiny.furthest(*weights) == 0
+
+
+def test_minibatches_without_a_group_are_steps(tmp_path: Path) -> None:
+    """Guards against a crash where `silent=skip` leaves fewer groups than minibatches."""
+    rewards = {"letters": {"kind": "regex", "pattern": "(?s).*e.*"}}
+    run = answers.run("grpo", tmp_path, silent="skip", minibatches=4, samples=2, rewards=rewards, steps=8)
+    assert read_json(run.path / "run.json")["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"samples": 1}, "samples"), ({"gamma": 0.9}, "gamma"), ({"penalty": 2.0}, "penalty"), ({"patience": 2}, "patience"),
+     ({"shard": "full"}, "shard"), ({"kl_in": "reward"}, "kl_in")],
+)  # fmt: skip
+def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[str, object], field: str) -> None:
+    """Guards against a run that ends well and has learnt nothing, or not what was asked for."""
+    with pytest.raises(ConfigError) as caught:
+        answers.run("grpo", tmp_path, **change)
+    assert caught.value.field == field

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.guarantees import tiny
 from tests.models.shapes import CASES, SHAPE
 from tests.models.test_hf import OTHERS, packed
+from tutelage import log
 from tutelage.errors import ArtifactError
 from tutelage.models import families
 from tutelage.models.config import DecoderConfig
@@ -22,6 +23,8 @@ from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer, score_answers
 from tutelage.models.scorer_export import save_scorer
+from tutelage.models.shard import is_shard, layers, shard, whole
+from tutelage.train import distributed
 from tutelage.train.optim import groups
 
 TEXTS = [[5, 9, 40, 3, 77, 12, 8, 60, 31, 2], [33, 70, 6, 11], [95, 4, 17, 28, 65, 2]]
@@ -250,3 +253,36 @@ def test_a_sharded_folder_is_whole(tmp_path: Path) -> None:
     save_scorer(ours, tmp_path / "m", shard_bytes=20_000)
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2
     np.testing.assert_array_equal(score_answers(load_scorer(tmp_path / "m"), TEXTS), score_answers(ours, TEXTS))
+
+
+def sharded(folder: str) -> None:
+    """Scores, gradients and the folder of a scorer on two ranks: the decoder under it is not among its modules."""
+    distributed.start("cpu")
+    try:
+        ours = load_scorer(Path(folder) / "m")
+        shard(ours, torch.device("cpu"))
+        assert len(layers(ours)) == ours.config.num_hidden_layers and all(is_shard(p) for p in ours.parameters())
+        scores = ours(Batch.of(TEXTS))
+        scores.square().sum().backward()
+        save_scorer(ours, Path(folder) / "again")
+        found = {"scores": scores.detach(), **{n: whole(p.grad) / 2 for n, p in ours.named_parameters()}}
+        if log.rank() == 0:
+            save_file({n: x.contiguous() for n, x in found.items()}, Path(folder) / "found.safetensors")
+    finally:
+        distributed.stop()
+
+
+def test_a_scorer_on_two_ranks_is_one(tmp_path: Path) -> None:
+    """Weights that only rank 0 trains, gradients counted twice, or a folder with a rank's own rows."""
+    one = scorer_of("llama", 2)
+    save_scorer(one, tmp_path / "m")
+    pair = [tiny.Process({"call": sharded, "args": [str(tmp_path)], "env": env, "die": {}}) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [0, 0], pair[0].said + pair[1].said
+    scores = one(Batch.of(TEXTS))
+    scores.square().sum().backward()
+    found = load_file(tmp_path / "found.safetensors")
+    torch.testing.assert_close(found["scores"], scores.detach(), atol=1e-5, rtol=1e-4)
+    for name, p in one.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-4, rtol=1e-3, msg=name)
+    again = load_scorer(tmp_path / "again")
+    assert all(torch.equal(p, dict(again.named_parameters())[n]) for n, p in one.named_parameters())

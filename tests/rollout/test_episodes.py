@@ -16,7 +16,7 @@ from tutelage.data.templates import styles
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.sequence import Completion, TokenScore
 from tutelage.engine.tools import calculator
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, RewardError
 from tutelage.objectives.answers import token_logprobs
 from tutelage.records import Conversation, Message, Prompt
 from tutelage.rollout.credit import family_of
@@ -160,3 +160,31 @@ def test_an_environment_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyP
             environment_of(path)
         assert caught.value.field == "environment" and caught.value.found == path
     assert replace(ASKED[0], answer=None).answer is None
+
+
+class LastWord:
+    """Worth what it heard; raises where it is told to."""
+
+    def __init__(self, prompt: Prompt, seed: int) -> None:
+        self.heard, self.breaks = 0, prompt.answer == "break"
+
+    def reply(self, answer: str) -> str | None:
+        if self.breaks:
+            raise ValueError("no such number")
+        self.heard += 1
+        return "more"
+
+    def score(self) -> float:
+        return float(self.heard)
+
+
+def test_the_environment_hears_the_last_answer(engine: Engine) -> None:
+    """Guards against a right answer in the last round, or one that was cut, that earns nothing; and against a traceback that does
+    not say which episode broke the environment."""
+    episodes = Episodes(Sampler(engine, ending(engine, 6)), 2, environment=LastWord)
+    for group in episodes.answer(ASKED, 2, seed=0, step=0, version=0):
+        for rollout in group:
+            assert rollout.meta["environment"] == sum(m.role == "assistant" for m in rollout.messages) >= 1
+    with pytest.raises(RewardError, match="no such number") as caught:
+        episodes.answer([replace(ASKED[0], answer="break")], 1, seed=0, step=0, version=0)
+    assert ASKED[0].id in str(caught.value.found)

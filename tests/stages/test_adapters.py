@@ -204,3 +204,31 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
     base = logprobs(load(folder))
     np.testing.assert_allclose(found, base, atol=1e-4)
     assert not np.allclose(made.logprobs, base, atol=1e-3)
+
+
+def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """A stage that trains everything, or writes the base, although an adapter was asked for; one that takes it and ignores it."""
+    pairs = [
+        {"prompt": [{"role": "user", "content": f"Where is cat {i}?"}],
+         "chosen": [{"role": "assistant", "content": f"By door {i}."}],
+         "rejected": [{"role": "assistant", "content": f"The hill {i}!"}]}
+        for i in range(24)
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    data = api.data(kind="preferences", sources=[tmp_path / "pairs.jsonl"], min_chars=0, runs=tmp_path)
+    same: dict[str, Any] = {"model": world.made["chat"], "adapter": {"kind": "lora", "rank": 2}, "runs": tmp_path, "threads": 1}
+    rows = {"steps": 2, "sequence_length": 128, "batch_tokens": 512, "evaluate_rows": 2}
+    reward = api.reward(data=data, batch=4, steps=2, max_length=128, **same)
+    assert (reward.path / "model" / "config.json").exists()
+    names = load_file(reward.path / "checkpoints" / "step_000002" / "reward.safetensors").keys()
+    assert "score.weight" in names and all(".change." in n or n == "score.weight" for n in names)
+    changed = load_file(reward.path / "model" / "model.safetensors")
+    assert not any(".change." in name for name in changed)
+    distilled = api.distil(teacher=world.made["chat"], data=world.made["chats"], **{**same, "model": world.made["base"]}, **rows)
+    adapted = api.adapt(data=world.made["corpus"], max_documents=4, **same, **rows)
+    for run in (distilled, adapted):
+        assert run.facts["artifact"]["kind"] == "adapter" and not (run.path / "model").exists()
+    with pytest.raises(ConfigError, match="no adapter is trained here"):
+        api.vocabulary(data=world.made["corpus"], add=4, **same, **rows)
+    with pytest.raises(ConfigError, match="a reward model's adapter is merged"):
+        api.reward(data=data, batch=4, steps=2, **{**same, "adapter": {"kind": "prompt"}})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as _PydanticField
 from pydantic.fields import FieldInfo
 
@@ -21,6 +21,17 @@ class Section(BaseModel):
     """A group of settings. Frozen; an unknown key is an error with the nearest name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, values: Any) -> Any:
+        """What is not said of a nested section is as in the default of its field here, which may be another than its own."""
+        if not isinstance(values, Mapping):
+            return values
+        defaults = {n: f.default for n, f in cls.model_fields.items() if isinstance(f.default, Section)}
+        return {
+            n: {**defaults[n].model_dump(), **v} if n in defaults and isinstance(v, Mapping) else v for n, v in values.items()
+        }
 
 
 S = TypeVar("S", bound=Section)

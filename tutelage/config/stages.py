@@ -8,6 +8,8 @@ from pydantic import BeforeValidator
 
 from tutelage.config.base import Section, artifact, setting
 from tutelage.config.rewards import Rewards
+from tutelage.config.tasks import Classify as Classify
+from tutelage.config.tasks import Translate as Translate
 from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
@@ -20,17 +22,18 @@ class Data(Section):
     # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
     sources: Names = setting(
         ...,
-        "files, folders, globs, python-docs:, python-code:, python-questions:, skill:…, hf:org/name",
+        "files, folders, globs, python-docs:, python-code:, python-questions:, python-areas:, skill:…, hf:org/name",
         identity=False,
         min_length=1,
     )
-    kind: Literal["documents", "conversations", "preferences", "ratings", "prompts"] = setting(
+    kind: Literal["documents", "conversations", "preferences", "ratings", "prompts", "examples"] = setting(
         "documents",
-        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked",
+        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked; "
+        "texts with classes",
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(
-        {}, "conversations: names of the prompt and completion fields, such as {prompt: question, completion: answer}"
+        {}, "names of your rows' fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}"
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = setting(
         "auto", "conversations: the rows' format; auto looks at each row"

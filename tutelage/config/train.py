@@ -66,7 +66,6 @@ class Loop(Section):
         0, "steps between checkpoints; 0: every 10 minutes or so and at the end", ge=0, identity=False
     )
     keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
-    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
     patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
     shard: Literal["none", "full"] = setting(
         "none",
@@ -85,6 +84,7 @@ class Train(Loop):
         kind="run",
         default=None,
     )
+    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
     tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")
     epochs: Positive | None = setting(None, "passes over the data, instead of a token budget")
     sequence_length: Count | Derived = setting("derived", "tokens in a row, at most the model's context")

@@ -24,6 +24,7 @@ from tutelage.records import (
     TURNS,
     Conversation,
     Document,
+    Example,
     Message,
     Preference,
     Prompt,
@@ -41,10 +42,11 @@ KINDS = {
     "preferences": "Preference",
     "ratings": "Rating",
     "prompts": "Prompt",
+    "examples": "Example",
 }
 NEAR_THRESHOLD = 0.8  # Jaccard similarity of word 5-grams
 CONTAINED = 0.5  # a held-out document with more of its 5-grams than this in the training text is no test
-Judged = Document | Conversation | Preference | Rating | Prompt
+Judged = Document | Conversation | Preference | Rating | Prompt | Example
 NEAR_CONVERSATION_WORDS = 64  # shorter dialogues differ by one number or name and mean something else
 
 
@@ -137,9 +139,9 @@ class _Collection:
             raise DataError("this source gave nothing to learn from", file=source,
                             found=_counted(self.report), fix="check that it holds text in a format that is read")  # fmt: skip
 
-    def _record(self, item: Row | Document | Conversation) -> Judged | None:
+    def _record(self, item: Row | Document | Conversation | Example) -> Judged | None:
         """The record of an item, or None after it was counted as broken."""
-        from tutelage.data import formats, judged
+        from tutelage.data import formats, judged, labelled
 
         options = self.options
         if not isinstance(item, Row):
@@ -150,6 +152,8 @@ class _Collection:
         try:
             if options.kind == "conversations":
                 return formats.to_conversation(item.fields, fmt=name, **where)
+            if options.kind == "examples":
+                return labelled.read(item.fields, **where)
             return judged.read(options.kind, item.fields, **where)  # type: ignore[no-any-return]
         except DataError as error:
             self.report.broken(error, source=item.source, excerpt=json.dumps(item.fields, ensure_ascii=False, default=str))
@@ -163,7 +167,8 @@ class _Collection:
             if text != record.text:
                 record = replace(record, id=content_id(text), text=text)
         else:
-            record, text = _clean_turns(record, self.limits.normalise)
+            clean = _clean_example if isinstance(record, Example) else _clean_turns
+            record, text = clean(record, self.limits.normalise)
             reason = "too_long" if self.limits.max_chars is not None and len(text) > self.limits.max_chars else None
             if isinstance(record, Preference) and record.chosen == record.rejected:
                 reason = "no_difference"  # but for white space
@@ -310,7 +315,7 @@ class _Collection:
 def _clean_turns(record: Judged, form: str) -> tuple[Judged, str]:
     """The record with cleaned contents (ends kept: they are part of what a completion model sees), and its text. What was made of
     steps stays as it is: they must join to the content."""
-    assert not isinstance(record, Document)
+    assert not isinstance(record, Document | Example)
     changed: dict[str, Any] = {}
     for name in TURNS:
         turns = getattr(record, name, None)
@@ -322,6 +327,17 @@ def _clean_turns(record: Judged, form: str) -> tuple[Judged, str]:
         named = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "id"}
         record = type(record).make(**{**named, **changed})
     return record, _text_of(to_json(record))
+
+
+def _clean_example(record: Judged, form: str) -> tuple[Judged, str]:
+    """The example with a cleaned text. One with spans stays as it is: they count its characters."""
+    assert isinstance(record, Example)
+    if not record.spans:
+        text, pair = filters.clean(record.text, form), None if record.pair is None else filters.clean(record.pair, form)
+        if (text, pair) != (record.text, record.pair):
+            named = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("id", "text", "pair")}
+            record = Example.make(text, pair=pair, **named)
+    return record, record.text
 
 
 def _clean(message: Message, style: str, form: str) -> Message:
@@ -343,6 +359,8 @@ def _text_of(row: dict[str, Any]) -> str:
 
 def _prompt_of(row: dict[str, Any]) -> str:
     """What is answered, in lower case and single spaces: of a conversation, everything before its last turn."""
+    if "text" in row:
+        return " ".join(f"{row['text']} {row.get('pair', '')}".lower().split())
     if isinstance(row.get("prompt"), list):
         turns = row["prompt"]
     else:

@@ -2,6 +2,7 @@
 
 Where the model can, the prompt of a family is read once for all its answers (`Batch.tree`). Layouts change the cost, never the
 result: `tree` (prompts shared), `packed` (every text its own segment, in one row), `rows` (every text a row of its own, padded).
+For encoder-decoders there is `pairs`: the prompt is the source of its endings, which begin with the decoder's start token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from tutelage.models.interface import Answers, Batch
 
-Layout = Literal["tree", "packed", "rows"]
+Layout = Literal["tree", "packed", "rows", "pairs"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,12 +49,15 @@ class Family:
 
 
 def assemble(families: Sequence[Family], layout: Layout) -> Batch:
-    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once."""
-    build = {"tree": _tree, "packed": _packed, "rows": _rows}[layout]
+    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once; of pairs,
+    whose prompts are read and never predicted, those of the endings."""
+    build = {"tree": _tree, "packed": _packed, "rows": _rows, "pairs": _pairs}[layout]
     batch, firsts = build(families)
-    targets, weights = _prompts(families, firsts, batch.shape)
+    if layout != "pairs":
+        targets, weights = _prompts(families, firsts, batch.shape)
+        batch = replace(batch, targets=targets, weights=weights)
     names = tuple(f.name for f in families)
-    return replace(batch, targets=targets, weights=weights, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
+    return replace(batch, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
 
 
 # Where the tokens of an answer's text are: (place of the prompt's last token, place of the answer's first one)
@@ -107,6 +111,15 @@ def _prompts(families: Sequence[Family], firsts: Firsts, shape: tuple[int, int])
         weights[first:last] = 1.0
         number += len(family.endings)
     return targets.view(shape), weights.view(shape)
+
+
+def _pairs(families: Sequence[Family]) -> tuple[Batch, Firsts]:
+    pairs = [(f.prompt.tolist(), e) for f in families for e in f.endings]
+    masks = [np.ones(len(e.ids)) if e.mask is None else e.mask for _, e in pairs]
+    batch = Batch.of([e.ids.tolist() for _, e in pairs], supervised=[m.tolist() for m in masks])
+    sources = Batch.of([source for source, _ in pairs])
+    firsts = [(row * batch.shape[1], row * batch.shape[1]) for row in range(len(pairs))]
+    return replace(batch, source_ids=sources.ids, source_segments=sources.segments), firsts
 
 
 def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:

@@ -20,20 +20,26 @@ class PairFamilies:
     named numbers of each answer, [pairs, 2] (`reference`, `margin`).
 
     Pairs whose texts are longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt
-    (`left`) or the end of their answers (`right`); `report` counts them. Raises `DataError` where nothing is left.
+    (`left`) or the end of their answers (`right`); those whose prompt alone is too long are left out. `report` counts them.
+    Raises `DataError` where nothing is left.
     """
 
     def __init__(self, segments: Segments, max_length: int, too_long: str = "drop") -> None:
         assert segments.record == "Preference", segments.record
         self.segments, self.max_length, self.too_long = segments, max_length, too_long
-        self._lengths = lengths = np.array([_end(segments.mask(i)) for i in range(len(segments))], np.int64).reshape(-1, 2)
-        fits = (lengths <= max_length).all(1)
-        trained = (segments.supervised.reshape(-1, 2) > 0).all(1)
-        self.kept = np.flatnonzero((fits | (too_long != "drop")) & trained)
+        lengths = np.array([_end(segments.mask(i)) for i in range(len(segments))], np.int64).reshape(-1, 2)
+        whole = (lengths <= max_length).all(1)
+        trained = np.asarray((segments.supervised.reshape(-1, 2) > 0).all(1))
+        prompts = np.array([self._shared(i) if t else 1 for i, t in enumerate(trained)], np.int64)
+        # One beginning for both, so that they still share it; of a prompt one token stays at least.
+        starts = np.clip(lengths.max(1) - max_length, 0, prompts - 1) if too_long == "left" else np.zeros_like(prompts)
+        fits = whole if too_long == "drop" else prompts - starts < max_length
+        self.kept = np.flatnonzero(fits & trained)
         self.report = {
             "pairs": len(lengths),
-            "left out, too long" if too_long == "drop" else f"cut at the {too_long}": int((~fits).sum()),
-            "left out, without a supervised token": int((~trained).sum()),
+            "left out, too long": int((~fits).sum()),
+            f"cut at the {too_long}": int((fits & ~whole).sum()) if too_long != "drop" else 0,
+            "left out, without a supervised token": int((fits & ~trained).sum()),
         }
         if not len(self.kept):
             raise DataError(
@@ -41,7 +47,9 @@ class PairFamilies:
                 fix=f"raise max_length ({max_length}), or set too_long=left",
             )  # fmt: skip
         self._whole: dict[str, npt.NDArray[np.float32]] = {}
-        self._prompts = np.array([self._shared(int(i)) for i in self.kept], np.int64)
+        self._prompts, self._starts = prompts[self.kept], starts[self.kept]
+        room = max_length - (self._prompts - self._starts)
+        self._sizes = np.minimum(lengths[self.kept] - self._prompts[:, None], room[:, None])  # of both endings
 
     def give(self, name: str, values: npt.NDArray[Any]) -> None:
         """Names a number of each answer: [families, 2]."""
@@ -59,21 +67,16 @@ class PairFamilies:
 
     def __getitem__(self, i: int) -> Family:
         pair, cut = int(self.kept[i]), int(self._prompts[i])
-        ends = {2 * pair + side: int(end) for side, end in enumerate(self._lengths[pair])}
-        texts = [(self.segments.ids(n, 0, end), self.segments.mask(n, 0, end)) for n, end in ends.items()]
-        start = 0
-        if self.too_long == "left":  # one beginning for both, so that they still share it
-            start = min(max(0, max(len(ids) for ids, _ in texts) - self.max_length), cut - 1)
+        texts = [(self.segments.ids(n), self.segments.mask(n)) for n in (2 * pair, 2 * pair + 1)]
         endings = []
         for side, (ids, mask) in enumerate(texts):
-            stop = min(len(ids), start + self.max_length)
+            stop = cut + int(self._sizes[i, side])
             whole = {name: float(values[i, side]) for name, values in self._whole.items()}
             endings.append(Ending(ids[cut:stop], mask[cut:stop], whole=whole))
-        return Family(self.segments.record_id(2 * pair), texts[0][0][start:cut], tuple(endings))
+        return Family(self.segments.record_id(2 * pair), texts[0][0][int(self._starts[i]) : cut], tuple(endings))
 
     def sizes(self, layout: Layout) -> npt.NDArray[np.int64]:
-        lengths = np.minimum(self._lengths[self.kept], self.max_length)
-        return lengths.sum(1) - (self._prompts if layout == "tree" else 0)
+        return self._sizes.sum(1) + (self._prompts - self._starts) * (1 if layout == "tree" else 2)
 
     def _shared(self, pair: int) -> int:
         """Tokens that both texts begin with, none of them supervised; at least one."""

@@ -60,7 +60,7 @@ class RatedFamilies:
             "left out, without a supervised token": int((fits & ~trained).sum()),
             f"cut at the {too_long}": int((lengths[self.kept] > max_length).sum()),
             "answers of other prompts, cut at their end": int((self._sizes[:, 1] < np.roll(answers, self.shift)).sum()),
-            "answers of other prompts that are to the same words": met,
+            "answers of other prompts that are to the same one": met,
         }
 
     def give(self, name: str, values: npt.NDArray[Any]) -> None:

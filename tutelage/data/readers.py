@@ -1,7 +1,7 @@
 """Readers: one source string -> documents, or rows that will become conversations.
 
-A source is a file, a folder, a glob, `hf:org/name[:config][:split]`, `python-docs:`, `python-code:`, `python-questions:` or
-`skill:add,reverse?count=2000&seed=0`. Everything streams: no reader holds more than one file.
+A source is a file, a folder, a glob, `hf:org/name[:config][:split]`, `python-docs:`, `python-code:`, `python-questions:`,
+`python-areas:` or `skill:add,reverse?count=2000&seed=0`. Everything streams: no reader holds more than one file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tutelage.data.readers_files import (
     Item,
     Reader,
     _item,
+    read_conll,
     read_csv,
     read_html,
     read_json,
@@ -28,7 +29,7 @@ from tutelage.data.readers_files import (
 )
 from tutelage.errors import ConfigError, DataError, MissingExtra
 from tutelage.files import file_digest
-from tutelage.records import Conversation, Document
+from tutelage.records import Conversation, Document, Example
 
 __all__ = ["ReadOptions", "Rejections", "Row", "files_of", "parse_spec", "read", "source_digest"]
 
@@ -38,12 +39,15 @@ READERS: dict[str, Reader] = {
     ".pdf": read_pdf,
     ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".jsonl.gz": read_jsonl, ".ndjson.gz": read_jsonl,
     ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet,
+    ".conll": read_conll, ".iob": read_conll, ".bio": read_conll,
 }  # fmt: skip
-TABLES = {read_jsonl, read_json, read_csv, read_parquet}
-SCHEMES = ("python-docs", "python-code", "python-questions", "skill", "hf")
+TABLES = {read_jsonl, read_json, read_csv, read_parquet, read_conll}
+SCHEMES = ("python-docs", "python-code", "python-questions", "python-areas", "skill", "hf")
 
 
-def read(source: str, options: ReadOptions | None = None, report: Rejections | None = None) -> Iterator[Item | Conversation]:
+def read(
+    source: str, options: ReadOptions | None = None, report: Rejections | None = None
+) -> Iterator[Item | Conversation | Example]:
     """Documents of `source`, or with `kind="conversations"` its rows (`Row`) and ready `Conversation`s.
 
     What cannot be read goes to `report` by its policy. Raises `DataError` for a source that is missing or of the wrong
@@ -65,6 +69,14 @@ def read(source: str, options: ReadOptions | None = None, report: Rejections | N
         for conversation in made:
             report.seen += 1
             yield conversation
+    elif scheme == "python-areas":
+        if options.kind != "examples":
+            raise ConfigError("this source gives examples", field="sources", found=source, fix="set kind=examples")
+        from tutelage.data import python_areas
+
+        for example in python_areas.read(parameters):
+            report.seen += 1
+            yield example
     elif scheme == "hf":
         yield from _hub(rest, options, report)
     else:

@@ -1,4 +1,4 @@
-"""Readers of one file each: text, HTML, PDF, JSON lines, JSON, CSV, Parquet."""
+"""Readers of one file each: text, HTML, PDF, JSON lines, JSON, CSV, Parquet, CoNLL."""
 
 from __future__ import annotations
 
@@ -175,6 +175,28 @@ def read_parquet(path: Path, options: ReadOptions, report: Rejections) -> Iterat
                     yield from _item(fields, f"{path}#{number}", path, number, options, report)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"not a readable Parquet file ({error})", file=path, fix="write or fetch the file again") from error
+
+
+def read_conll(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """Sentences of a token a line, with its tag in the last column; a blank line ends a sentence."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    first = 1
+    lines = decode(path.read_bytes(), str(path), options.encoding).splitlines()
+    for number, line in enumerate([*lines, ""], 1):
+        parts = line.split()
+        if len(parts) > 1 and parts[0] != "-DOCSTART-":
+            first = number if not tokens else first
+            tokens.append(parts[0])
+            tags.append(parts[-1])
+        elif len(parts) == 1:
+            report.seen += 1
+            wrong = DataError("a token without a tag", file=path, line=number, found=line, expected="TOKEN … TAG")
+            report.broken(wrong, source=f"{path}#{number}", excerpt=line)
+        elif tokens:
+            report.seen += 1
+            yield from _item({"tokens": tokens, "tags": tags}, f"{path}#{first}", path, first, options, report)
+            tokens, tags = [], []
 
 
 def _item(

@@ -18,6 +18,11 @@ from tutelage.errors import ConfigError
 from tutelage.records import Conversation, Message
 
 HELD_OUT_SHARE = 0.2
+ONES = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+        "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")  # fmt: skip
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
 PATIENCE = 1000  # draws in a row that give nothing new, before a small problem space counts as used up
 
 
@@ -110,6 +115,8 @@ def skills(largest: int = 50) -> dict[str, Skill]:
                             "one of four words is right"),
         "last_word": Skill(_last_word, ("Which is the last word of: {0}", "{0}. Say the last word."), 1 / 4,
                            "one of four words is right"),
+        "in_digits": Skill(_in_digits, ("Write in digits: {0}", "{0}"), 1 / 9999, "any of the numbers from 1 to 9999"),
+        "iso_date": Skill(_iso_date, ("Write as year-month-day: {0}", "{0}"), 1 / (200 * 12 * 28), "any day of 200 years"),
         "alphabetical": Skill(_alphabetical, ("Which comes first in the alphabet, {0} or {1}?",), 1 / 2, two_of),
     }  # fmt: skip
 
@@ -193,6 +200,26 @@ def _last_word(rng: random.Random) -> Problem:
 def _alphabetical(rng: random.Random) -> Problem:
     chosen = rng.sample(words(), 2)
     return Problem(tuple(chosen), min(chosen))
+
+
+def _in_digits(rng: random.Random) -> Problem:
+    n = rng.randint(1, 9999)
+    return Problem((number_words(n),), str(n))
+
+
+def number_words(n: int) -> str:
+    """English for a number from 1 to 9999. Example: `number_words(1215)` is "one thousand two hundred fifteen"."""
+    tens, ones = divmod(n % 100, 10)
+    parts = [f"{ONES[n // 1000]} thousand"] if n >= 1000 else []
+    parts += [f"{ONES[n // 100 % 10]} hundred"] if n // 100 % 10 else []
+    parts += [ONES[n % 100]] if 0 < n % 100 < 20 else [" ".join(x for x in (TENS[tens], ONES[ones]) if x)] if n % 100 else []
+    return " ".join(parts)
+
+
+def _iso_date(rng: random.Random) -> Problem:
+    year, month, day = rng.randint(1850, 2049), rng.randint(1, 12), rng.randint(1, 28)
+    said = rng.choice((f"{day} {MONTHS[month - 1]} {year}", f"{MONTHS[month - 1]} {day} {year}"))
+    return Problem((said,), f"{year}-{month:02d}-{day:02d}")
 
 
 def _row(items: list[str] | list[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tutelage.engine.calculator import calculate
 from tutelage.engine.tool_calls import ToolCall
-from tutelage.errors import UserError
+from tutelage.errors import SandboxError, UserError
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,6 +43,8 @@ class Tool:
             return f"error: wrong arguments for {self.name}: {error}"
         try:
             return self.function(**given)
+        except SandboxError:  # no answer for a model: nothing that it calls can run
+            raise
         except UserError as error:
             return f"error: {error}"
 

@@ -144,7 +144,8 @@ class Wrapped(nn.Module):
     @property
     def checkpointing(self) -> str:
         """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
-        return "layer" if getattr(self.hf, "is_gradient_checkpointing", False) else "none"
+        on = any(getattr(m, "gradient_checkpointing", False) for m in self.hf.modules())  # its property has changed its name
+        return "layer" if on else "none"
 
     @checkpointing.setter
     def checkpointing(self, value: str) -> None:
@@ -311,7 +312,7 @@ def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapte
     return model
 
 
-def save_hf(model: Adapter, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+def save_hf(model: Wrapped, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
     """Writes the adapter's model with the weights `state` to the existing `folder`, stored as `dtype` (as they are when None)."""
     if dtype is not None:
         state = {k: v.to(dtype) for k, v in state.items()}

@@ -5,13 +5,13 @@ Shapes: B rows, S tokens of the longest source, T of the longest target, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, MissingExtra
 from tutelage.models.generation import GenerationSettings
 from tutelage.models.hf import LogitsHead, Wrapped
 from tutelage.models.hf_state import State
@@ -22,7 +22,8 @@ ENCODE_TOKENS = 4096
 
 
 class Seq2Seq(Wrapped):
-    """An encoder-decoder, to generate with and to score. Its hidden states are its logits: such heads scale and add biases."""
+    """An encoder-decoder, to train, to generate with and to score. Its hidden states are its logits: such heads scale and add
+    biases."""
 
     is_encoder_decoder = True
 
@@ -33,11 +34,16 @@ class Seq2Seq(Wrapped):
         self.start, self.ends = self.generation.start, self.generation.ends
 
     def forward(self, batch: Batch) -> Output:
-        """Raises ConfigError: rows of text do not say what is source and what is target."""
-        raise ConfigError(
-            "an encoder-decoder model cannot read rows of plain text", found=self.config.model_type,
-            expected="a decoder-only model", fix="generate with it, or score targets after sources",
-        )  # fmt: skip
+        """Logits [B,T,V] of targets after their sources. Raises ConfigError for rows of text, which do not say what is source
+        and what is target."""
+        if batch.source_ids is None or batch.source_segments is None:
+            raise ConfigError(
+                "an encoder-decoder model cannot read rows of plain text", found=self.config.model_type,
+                expected="a decoder-only model", fix="train it with `tutelage translate`, generate with it, or score targets",
+            )  # fmt: skip
+        mask = (batch.source_segments != 0).long()
+        got = self.hf(input_ids=batch.source_ids, attention_mask=mask, decoder_input_ids=batch.ids, use_cache=False)
+        return Output(hidden=got.logits)
 
     def logits(self, batch: Batch) -> Tensor:
         return self(batch).hidden  # type: ignore[no-any-return]
@@ -80,3 +86,22 @@ class Seq2Seq(Wrapped):
         for row, text in zip(ids, texts, strict=True):
             row[: len(text)] = torch.tensor(text)
         return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
+
+
+def new_seq2seq(shape: Mapping[str, Any]) -> Seq2Seq:
+    """An encoder-decoder from scratch: random weights in the shape of a config.json, T5 where it names no `model_type`.
+
+    Raises ConfigError for a model of another kind, MissingExtra without `transformers`.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "an encoder-decoder") from error
+    kind = shape.get("model_type", "t5")
+    try:
+        config = AutoConfig.for_model(kind, **{k: v for k, v in shape.items() if k != "model_type"})
+    except ValueError as error:
+        raise ConfigError("transformers knows no such model", field="architecture.model_type", found=kind) from error
+    if not config.is_encoder_decoder:
+        raise ConfigError("not an encoder-decoder", field="architecture.model_type", found=kind, expected="t5, bart, marian, …")
+    return Seq2Seq(AutoModelForSeq2SeqLM.from_config(config).eval())

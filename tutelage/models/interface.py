@@ -127,6 +127,8 @@ class Batch:
 
     With `tree`, the one row holds families of texts that share a beginning, one segment a family. Our decoder alone knows trees.
 
+    With `source_ids`, for encoder-decoders, row b is a target that begins with the decoder's start token, after source b.
+
     Example:
         two pieces of 3 and 2 tokens and 1 place of padding in a row of 6:
         segments 1 1 1 2 2 0, positions 0 1 2 0 1 0, targets a1 a2 0 b1 0 0, weights 1 1 0 1 0 0
@@ -143,6 +145,8 @@ class Batch:
     attention: str = "causal"
     rows: tuple[tuple[str, ...], ...] | None = None  # names of the records in each row
     answers: Answers | None = None  # what objectives about whole answers look at, in place of `targets` and `weights`
+    source_ids: Tensor | None = None  # [B,S] int64
+    source_segments: Tensor | None = None  # [B,S] int32: 0 = padding, else 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -183,7 +187,8 @@ class Batch:
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch with its tensors on `device`."""
-        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache", "tree", "answers")
+        names = ("ids", "segments", "positions", "targets", "weights", "embeds", "cache", "tree", "answers", "source_ids",
+                 "source_segments")  # fmt: skip
         moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
         return replace(self, **moved)
 

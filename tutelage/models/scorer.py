@@ -35,7 +35,7 @@ class Scorer(nn.Module):
 
     backbone: Any  # a Decoder, or what stands under the head of a `transformers` classifier
 
-    def __init__(self, backbone: Any, score: nn.Linear, outputs: Sequence[str]) -> None:
+    def __init__(self, backbone: Any, score: nn.Linear, outputs: Sequence[str], problem: str = "regression") -> None:
         super().__init__()
         # Its modules are registered, the model itself is not: a name would otherwise begin with its attribute.
         self.__dict__["backbone"] = backbone
@@ -43,16 +43,21 @@ class Scorer(nn.Module):
             if name not in ("lm_head", "score"):
                 self.add_module(name, module)
         self.score = score
-        self.outputs = tuple(outputs)
+        self.outputs, self.problem = tuple(outputs), problem
 
     @property
     def config(self) -> Any:
         """The model's configuration, whose `to_hf()` names the outputs."""
-        return replace(self.backbone.config, source=self.backbone.config.source | labels(self.outputs))
+        return replace(self.backbone.config, source=self.backbone.config.source | labels(self.outputs, self.problem))
 
     @property
     def supports_cache(self) -> bool:
         return bool(self.backbone.supports_cache)
+
+    @property
+    def supports_trees(self) -> bool:
+        """Whether batches may hold texts that share a beginning."""
+        return bool(getattr(self.backbone, "supports_trees", False))
 
     @property
     def cacheable(self) -> int | None:
@@ -92,17 +97,17 @@ class Scorer(nn.Module):
             return self.score(hidden.to(self.score.weight.dtype))  # type: ignore[no-any-return]
 
 
-def labels(outputs: Sequence[str]) -> dict[str, Any]:
-    """What a config.json says of a score head."""
+def labels(outputs: Sequence[str], problem: str = "regression") -> dict[str, Any]:
+    """What a config.json says of a score head; `problem` in the words of `transformers`."""
     return {
         "num_labels": len(outputs),
         "id2label": {str(i): name for i, name in enumerate(outputs)},
         "label2id": {name: i for i, name in enumerate(outputs)},
-        "problem_type": "regression",
+        "problem_type": problem,
     }
 
 
-def build_scorer(model: Any, outputs: int | Sequence[str] = 1, seed: int = 0) -> Scorer:
+def build_scorer(model: Any, outputs: int | Sequence[str] = 1, seed: int = 0, problem: str = "regression") -> Scorer:
     """A scorer with the layers of a language model, which it takes over: their language head is dropped. The new head is small
     (a score's standard deviation is about 1/sqrt(H)) and each of its rows has mean 0.
 
@@ -122,13 +127,17 @@ def build_scorer(model: Any, outputs: int | Sequence[str] = 1, seed: int = 0) ->
     values = torch.randn(score.weight.shape, generator=torch.Generator().manual_seed(stream)) / score.weight.shape[1]
     with torch.no_grad():
         score.weight.copy_(values - values.mean(1, keepdim=True))
-    return Scorer(backbone, score, names).train(model.training)
+    return Scorer(backbone, score, names, problem).train(model.training)
 
 
 def _names(outputs: int | Sequence[str]) -> tuple[str, ...]:
     if isinstance(outputs, int):
         return ("reward",) if outputs == 1 else tuple(f"output_{i}" for i in range(outputs))
     return tuple(outputs)
+
+
+def _problem(raw: dict[str, Any]) -> str:
+    return str(raw.get("problem_type") or "regression")
 
 
 def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Scorer:
@@ -150,7 +159,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
         from tutelage.models.hf_scorer import load_body
 
         body = load_body(folder, device=device, dtype=kind)
-        return Scorer(body, body.hf.score, _outputs(raw, body.hf.score.out_features)).eval()
+        return Scorer(body, body.hf.score, _outputs(raw, body.hf.score.out_features), _problem(raw)).eval()
     shapes = stored_shapes(folder, list(HEAD))
     if HEAD[0] not in shapes:
         raise ArtifactError("the score head is missing from the model's weights", file=folder, expected=f"a tensor {HEAD[0]}")
@@ -159,7 +168,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
         decoder = Decoder(config).to(kind)
         del decoder.lm_head
         head = nn.Linear(config.hidden_size, shapes[HEAD[0]][0], bias=HEAD[1] in shapes, dtype=kind)
-    scorer = Scorer(decoder, head, _outputs(raw, head.out_features))
+    scorer = Scorer(decoder, head, _outputs(raw, head.out_features), _problem(raw))
     fill(scorer, folder, config, device, kind)
     head.float()
     return scorer.eval()

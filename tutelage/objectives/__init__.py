@@ -109,6 +109,8 @@ TABLE: dict[str, Method] = {
         defaults={"clip_low": 1.0, "clip_high": 4.0},
     ),
     "ppo": Method("tutelage.objectives.ppo:ppo", "rollouts"),
+    "classify": Method("tutelage.objectives.classify:classify", "examples"),
+    "tag": Method("tutelage.objectives.classify:tag", "examples"),
 }
 
 

@@ -34,6 +34,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "report": (("matplotlib", "tensorboard"), "figures in reports, TensorBoard events"),
     "serve": (("fastapi", "uvicorn"), "the OpenAI-compatible server"),
     "rl": (("math_verify",), "the reward `maths` (by=numbers does without)"),
+    "eval": (("sklearn",), "the baseline of word counts beside a classifier"),
 }
 
 

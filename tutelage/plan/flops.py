@@ -56,7 +56,7 @@ def count_flops(config: Mapping[str, Any], sequence_length: int, causal: Causal 
     seen = sum(mean_seen(sequence_length, w, causal) for w in s.windows)
     return Flops(
         layers=FORWARD * s.layers * layer_matrices(s),
-        head=FORWARD * s.hidden * s.vocab,
+        head=FORWARD * s.hidden * s.outputs,
         attention=4 * s.heads * s.head_dim * seen,
     )
 
@@ -75,7 +75,7 @@ def generate_flops(config: Mapping[str, Any], prompt_tokens: int, new_tokens: in
     s = Shape.of(config)
     length = prompt_tokens + new_tokens
     matrices = FORWARD * s.layers * layer_matrices(s) * length
-    head = FORWARD * s.hidden * s.vocab * new_tokens
+    head = FORWARD * s.hidden * s.outputs * new_tokens
     seen = sum(mean_seen(length, w) for w in s.windows) * length
     return matrices + head + 4 * s.heads * s.head_dim * seen
 

@@ -108,7 +108,7 @@ def estimate(
         "activations": activations,
         "ends": 4 * s.hidden * tokens * size,  # embedding, last norm, hidden states and their gradient
         "backward": again * (3 * s.intermediate + 2 * s.hidden) * tokens * size,  # gradients inside one layer
-        "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.vocab * s.hidden,
+        "head": HEAD_COPIES * HEAD_CHUNK_BYTES + 4 * s.outputs * s.hidden,
         "workspace": WORKSPACE,
     }
     if ranks > 1:

@@ -72,6 +72,7 @@ class Shape:
     context: int  # longest sequence
     tied: bool
     windows: tuple[int | None, ...]  # of each layer: tokens that a token sees, itself included; None: all before it
+    outputs: int  # of the head: the vocabulary, or the classes of a classifier
     exact: bool = True  # False: a family that is not in `FAMILIES`, counted as if it were Llama
 
     @classmethod
@@ -105,6 +106,7 @@ class Shape:
             context=get("max_position_embeddings", 1024 if name == "gpt2" else 2048),
             tied=bool(config.get("tie_word_embeddings", traits.tie)),
             windows=_windows(traits, config, layers),
+            outputs=len(config.get("id2label", ())) if _classifies(config) else get("vocab_size"),
             exact=name in FAMILIES,
         )
 
@@ -116,6 +118,10 @@ OTHER_NAMES = {
     "intermediate_size": ("ffn_dim", "d_ff", "decoder_ffn_dim", "n_inner"),
 }
 """What families that are not ours call the numbers of a shape."""
+
+
+def _classifies(config: Mapping[str, Any]) -> bool:
+    return any(str(name).endswith("Classification") for name in config.get("architectures") or ())
 
 
 def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from tutelage.records import Rollout, to_json
 from tutelage.rewards import Judgement
 from tutelage.rewards.worker import Workers
 
-_ALWAYS = {"prompt_ids": [], "ids": [], "mask": [], "logprobs": [], "text": ""}  # fields that are left out where they are empty
-
 
 class Function:
     """What `score(rollout)` gives. Raises `ConfigError` where it can't be imported, before anything is judged.
@@ -34,7 +32,7 @@ class Function:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         out = []
         for rollout in rollouts:
-            answer = self._workers.ask(_ALWAYS | to_json(rollout))
+            answer = self._workers.ask(to_json(rollout))
             if answer.value is None:
                 why = answer.lost or answer.error.strip().rsplit("\n", 1)[-1]
                 raise RewardError(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from tutelage.errors import ConfigError
@@ -87,9 +88,16 @@ def _plain(value: Any, schema: Mapping[str, Any], place: str) -> str:
         above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
         if not (low <= value <= high and (above < value or above == -math.inf) and (value < below or below == math.inf)):
             return f"{place}: {value} is out of bounds"
-        if "multipleOf" in schema and Decimal(str(value)) % Decimal(str(schema["multipleOf"])):
+        if "multipleOf" in schema and not _is_multiple(Decimal(str(value)), Decimal(str(schema["multipleOf"]))):
             return f"{place}: no multiple of {schema['multipleOf']}"
     return ""
+
+
+def _is_multiple(value: Decimal, step: Decimal) -> bool:
+    """Exact, for numbers of up to some thousand digits; larger ones are no multiple of anything."""
+    if not value.is_finite() or abs(value.adjusted()) > 4000 or abs(step.adjusted()) > 4000:
+        return False
+    return (Fraction(value) / Fraction(step)).denominator == 1
 
 
 def _object(value: dict[str, Any], schema: Mapping[str, Any], root: Any, place: str) -> str:

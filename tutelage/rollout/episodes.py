@@ -11,7 +11,7 @@ from tutelage.engine import Sampling
 from tutelage.engine.tool_calls import parse_calls
 from tutelage.engine.tool_choice import CallStyle, call_style
 from tutelage.engine.tools import Tool, run_calls
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Message, Prompt, Rollout
 from tutelage.rollout.sampler import Sampler, noise
 
@@ -21,12 +21,12 @@ class Environment(Protocol):
 
     Example:
         class Guess:
-            def __init__(self, prompt, seed): self.number, self.tries = int(prompt.answer), 0
+            def __init__(self, prompt, seed): self.number, self.tries, self.right = int(prompt.answer), 0, False
             def reply(self, answer):
                 self.tries += 1
-                if answer.strip() == str(self.number): return None
-                return "higher" if int(answer) < self.number else "lower"
-            def score(self): return 1 / self.tries
+                self.right = answer.strip() == str(self.number)
+                return None if self.right else "higher" if answer.strip() < str(self.number) else "lower"
+            def score(self): return self.right / self.tries
     """
 
     def reply(self, answer: str) -> str | None: ...  # what the user says to an answer; None ends the episode
@@ -117,10 +117,14 @@ class Episodes:
         content, calls = parse_calls(made.text, self.style) if self.style is not None else (made.text, [])
         said = Message(role="assistant", content=content, tool_calls=tuple(call.to_json() for call in calls))
         episode.messages.append(said)
-        if made.finish_reason != "stop" or last:
-            episode.reason = "max_rounds" if calls and made.finish_reason == "stop" else made.finish_reason
+        whole = made.finish_reason == "stop"
+        # The environment hears every answer that calls nothing, also the last one and one that was cut.
+        heard = [] if calls else self._reply(episode, content)
+        if not whole or last:
+            episode.reason = "max_rounds" if whole and (calls or heard) else made.finish_reason
             return
-        heard = [Message.from_json(m) for m in run_calls(calls, self.tools)] if calls else self._reply(episode, content)
+        if calls:
+            heard = [Message.from_json(m) for m in run_calls(calls, self.tools)]
         if not heard:
             episode.reason = "stop"
             return
@@ -135,19 +139,32 @@ class Episodes:
     def _reply(self, episode: _Episode, content: str) -> list[Message]:
         if episode.environment is None:
             return []
-        reply = episode.environment.reply(content)
-        return [] if reply is None else [Message(role="user", content=reply)]
+        reply = _asked(episode, lambda own: own.reply(content))
+        return [] if reply is None else [Message(role="user", content=str(reply))]
 
     def _rollout(self, e: _Episode, step: int, version: int) -> Rollout:
         meta = dict(e.prompt.meta)
         if e.environment is not None:
-            meta["environment"] = float(e.environment.score())
+            meta["environment"] = float(_asked(e, lambda own: own.score()))
         text = next((m.content for m in reversed(e.messages) if m.role == "assistant"), "")
         return Rollout(
             id=f"{step}/{e.prompt.id}/{e.sample}", prompt=e.prompt.id, step=step, sample=e.sample, version=version,
             prompt_ids=tuple(e.prompt_ids), ids=tuple(e.ids), mask=tuple(e.mask), logprobs=tuple(e.logprobs), text=text,
             finish_reason=e.reason, messages=tuple(e.messages), answer=e.prompt.answer, meta=meta,
         )  # fmt: skip
+
+
+def _asked(episode: _Episode, ask: Callable[[Environment], Any]) -> Any:
+    """What the environment says. Raises `RewardError` with the episode for whatever it raises."""
+    assert episode.environment is not None
+    try:
+        return ask(episode.environment)
+    except Exception as error:
+        said = next((m.content for m in reversed(episode.messages) if m.role == "assistant"), "")
+        raise RewardError(
+            f"the environment raised {type(error).__name__}: {error}", field="environment",
+            found=f"prompt {episode.prompt.id}, after the answer {said[:200]!r}", fix="mend the class: any text may come",
+        ) from error  # fmt: skip
 
 
 def environment_of(path: str) -> Callable[[Prompt, int], Environment]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,22 +50,36 @@ class Sampler:
                     "a prompt fills the model's context", field=prompt.source, found=f"{len(ids)} tokens",
                     expected=f"fewer than {self.engine.context_length}", fix="leave it out, or shorten it",
                 )  # fmt: skip
-        ways = [self._sampling(p, samples, seed, step, greedy) for p in prompts]
+        names = told_apart(prompts)
+        ways = [self._sampling(name, samples, seed, step, greedy) for name in names]
         done = iter(self.engine.generate(texts, ways, self.lora))
-        return [[self._rollout(p, next(done), step, version) for _ in range(samples)] for p in prompts]
+        return [
+            [self._rollout(p, name, next(done), step, version) for _ in range(samples)]
+            for p, name in zip(prompts, names, strict=True)
+        ]
 
-    def _sampling(self, prompt: Prompt, samples: int, seed: int, step: int, greedy: bool) -> Sampling:
+    def _sampling(self, name: str, samples: int, seed: int, step: int, greedy: bool) -> Sampling:
         if greedy:
             return replace(self.sampling, n=samples, temperature=0.0, seed=0, logprobs=0)
-        return replace(self.sampling, n=samples, seed=noise(seed, step, prompt.id), logprobs=0)
+        return replace(self.sampling, n=samples, seed=noise(seed, step, name), logprobs=0)
 
-    def _rollout(self, prompt: Prompt, made: Any, step: int, version: int) -> Rollout:
+    def _rollout(self, prompt: Prompt, name: str, made: Any, step: int, version: int) -> Rollout:
         return Rollout(
-            id=f"{step}/{prompt.id}/{made.index}", prompt=prompt.id, step=step, sample=made.index, version=version,
+            id=f"{step}/{name}/{made.index}", prompt=prompt.id, step=step, sample=made.index, version=version,
             prompt_ids=tuple(made.prompt), ids=tuple(made.ids), mask=(1,) * len(made.ids),
             logprobs=tuple(s.logprob for s in made.scores), text=made.text, finish_reason=made.finish_reason,
             messages=(Message(role="assistant", content=made.text),), answer=prompt.answer, meta=dict(prompt.meta),
         )  # fmt: skip
+
+
+def told_apart(prompts: Sequence[Prompt]) -> list[str]:
+    """A name for each prompt; one that is asked twice, at the end of an epoch, has two."""
+    seen: Counter[str] = Counter()
+    out = []
+    for prompt in prompts:
+        seen[prompt.id] += 1
+        out.append(prompt.id if seen[prompt.id] == 1 else f"{prompt.id}#{seen[prompt.id]}")
+    return out
 
 
 def noise(seed: int, step: int, prompt: str) -> int:

@@ -20,12 +20,13 @@ from tutelage.data.family_source import count, family_batch
 from tutelage.data.loader import GlobalBatch
 from tutelage.data.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.files import whole_file
+from tutelage.files import read_json, whole_file, write_json
 from tutelage.records import Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.scores import pieces
 from tutelage.train import distributed
 
 Groups = list[list[Rollout]]  # answers to one prompt together
+KEPT = 4  # checkpoints within iterations whose rollouts are kept
 
 
 class Answering(Protocol):
@@ -121,7 +122,10 @@ class RolloutSource:
                 [self._prompt(p) for p in own], self.plan.samples, seed=self.plan.seed, step=step, version=self._version
             )
             made, found, measured = self.credit(self.judged(made))
-            quiet = [all(not r.advantage for r in group) for group in made]
+            quiet = [
+                all(not r.advantage or not e.supervised for r, e in zip(group, family.endings, strict=True))
+                for group, family in zip(made, found, strict=True)
+            ]
             asked, silent = asked + len(made), silent + sum(quiet)
             loud = [self.plan.silent == "keep" or not q for q in quiet]
             for place, group, family, used in zip(own, made, found, loud, strict=True):
@@ -131,7 +135,7 @@ class RolloutSource:
             places += [int(p) for p in sorted(there, key=int) if there[p]]
             if len(places) >= wanted:
                 break
-        # Where there is nothing to learn from, the step is made all the same, and moves nothing.
+        # Where there is nothing to learn from, the step is made all the same, without a gradient of rewards.
         self.places = places[:wanted] or list(range(first, first + wanted))
         self.families = {p: f for p, f in families.items() if p in self.places}
         self.iteration = iteration
@@ -206,8 +210,11 @@ class RolloutSource:
         layout = self.plan.layout
         parts = [p for family in families for p in pieces(family, layout, self.plan.micro_tokens)]
         groups = bins([p.size(layout) for p in parts], self.plan.micro_tokens)[0]
-        own = count([p for p in parts if any(e.supervised for e in p.endings) or p.name != "blank"], layout)
+        real = [p for p in parts if p.name != "blank" or any(e.supervised for e in p.endings)]
+        own = count(real, layout) if real else dict.fromkeys(count(parts, layout), 0.0)
         counts = distributed.sum_values(own | {"prompts": float(len(families))})
+        if not counts["sequences"]:  # a step that no rank has anything for: sums of nothing, over one
+            counts = dict.fromkeys(counts, 1.0)
         return family_batch([[parts[i] for i in group] for group in groups], counts, layout)
 
     # The loop's side
@@ -217,13 +224,22 @@ class RolloutSource:
         self.published()
 
     def state_dict(self) -> dict[str, Any]:
-        """Between iterations nothing but the settings; within one, its families, since their weights are gone."""
-        done = self._version % self.plan.steps == 0
-        kept = {} if done else {str(p): _packed(f) for p, f in self.families.items()}
+        """Between iterations nothing but the settings. Within one its families are kept too, since their weights are gone: each
+        rank's in a file of its own beside the rollouts."""
+        within = self._version % self.plan.steps != 0
+        if within:
+            name = f"step_{self._version:06d}.rank_{log.rank()}.json"
+            write_json(self._kept / name, {str(p): _packed(f) for p, f in self.families.items()})
+            for old in sorted(self._kept.glob(f"*.rank_{log.rank()}.json"))[:-KEPT]:
+                old.unlink()
         return {
             "identity": self.identity, "plan": asdict(self.plan), "iteration": self.iteration, "version": self._version,
-            "families": kept, "places": self.places,
+            "within": within, "places": self.places,
         }  # fmt: skip
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder.parent / "kept"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises `ArtifactError` naming what differs from the run that goes on."""
@@ -235,10 +251,17 @@ class RolloutSource:
                     found=str({k: ours.get(k) for k in different}), expected=str({k: state[name].get(k) for k in different}),
                     fix="resume with the settings of the checkpoint, or start a new run from its model",
                 )  # fmt: skip
-        self.families = {int(p): _unpacked(f) for p, f in state["families"].items()}
-        self.places = state["places"]
-        self.iteration = state["iteration"] if self.families else -1
-        self._version = state["version"]
+        self._version, self.places = state["version"], state["places"]
+        files = sorted(self._kept.glob(f"step_{self._version:06d}.rank_*.json")) if state["within"] else []
+        rows = {int(p): family for file in files for p, family in read_json(file).items()}
+        if state["within"] and rows.keys() != set(self.places):
+            raise ArtifactError(
+                "rollouts that were not used up are gone", file=self._kept, found=f"{len(rows)} groups",
+                expected=f"{len(self.places)}, of step {self._version}", fix="start the run again with --force",
+            )  # fmt: skip
+        own = [p for p in rows if p % self.plan.prompts % distributed.world() == log.rank()]  # of any number of ranks before
+        self.families = {p: _unpacked(rows[p]) for p in own}
+        self.iteration = state["iteration"] if state["within"] else -1
         self.published()
 
     def describe(self) -> list[str]:

@@ -25,6 +25,7 @@ def python_tool() -> Tool:
     from tutelage.sandbox.sandbox import Sandbox
 
     sandbox = Sandbox(Limits(seconds=PYTHON_SECONDS))
+    assert sandbox.walls  # proven now, not when the model first calls
 
     def run(code: str) -> str:
         done = sandbox.run(code)

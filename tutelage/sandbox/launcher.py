@@ -150,7 +150,7 @@ def _told(said: bytes, token: str) -> tuple[int, str]:
     if words[2] == "wall":
         _say({"failed": words[3]})
         os._exit(1)
-    return int(words[1]), words[2]
+    return (int(words[1]), words[2]) if words[1].isdigit() else (0, "")
 
 
 def _text(data: bytearray, most: int) -> str:

@@ -57,6 +57,7 @@ STAGES: dict[str, Kind] = {
         "answer each prompt several times and judge the answers",
         "tutelage.stages.estimates:sample",
         makes="records",
+        outside="tutelage.stages.sources:code",
     ),
     "select": Kind(
         "Select",
@@ -104,12 +105,27 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:rollouts",
         makes="model",
         ranks=True,
+        outside="tutelage.stages.sources:code",
     ),
     "merge": Kind(
         "Merge",
         "tutelage.stages.merge",
         "make an adapter part of its base: a whole model",
         "tutelage.stages.estimates:merge",
+        makes="model",
+    ),
+    "classify": Kind(
+        "Classify",
+        "tutelage.stages.classify",
+        "train a classifier of texts, or of their parts, and measure it",
+        "tutelage.stages.estimates:classify",
+        makes="model",
+    ),
+    "translate": Kind(
+        "Translate",
+        "tutelage.stages.translate",
+        "train an encoder-decoder on pairs of texts",
+        "tutelage.stages.estimates:translate",
         makes="model",
     ),
     "evaluate": Kind(

@@ -36,6 +36,7 @@ CODE, CODE_SECONDS = Span(3e3, 20e3), Span(5e-3, 60e-3)  # of a file
 FACTS = Span(1.6, 2.0)  # for each function asked about; 1.8
 FUNCTIONS = 3500  # about as many there are
 OWN_WORDS = 0.05 + 0.95 * 0.3  # held-out questions for each fact (data/questions.py)
+AREAS, DOCSTRING = 12, Span(200, 500)  # data/python_areas.yaml; bytes of a docstring
 QUESTION, PROBLEM = Span(66, 88), Span(28, 60)  # bytes of a conversation: 76; 39
 
 
@@ -134,6 +135,9 @@ def source(name: str, config: Data) -> Source:
         asked = facts * (0.95 * int(parameters.get("phrasings", 3)) + OWN_WORDS)
         held = OWN_WORDS * facts.low / asked.low
         return Source(text=asked * QUESTION, records=asked, seconds=Span(0, DOCS_SECONDS.high), share=OF_SHARE * held)
+    if scheme == "python-areas":
+        made = Span(0.8, 1) * AREAS * int(parameters.get("most", 200))
+        return Source(text=made * DOCSTRING, records=made, seconds=Span(0, DOCS_SECONDS.high))
     if scheme == "skill":
         next(skills.read(rest, parameters), None)
         names = len(skills.CHANCE) if rest == "all" else len(rest.split(","))

@@ -86,6 +86,7 @@ def rubric_of(config: Rl | Sample, run: RunDir, words: TokenizerFolder, device: 
     if any(isinstance(term, RewardModel) for term in terms.values()):
         if config.reward_model is None:
             raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
+        tuning.check_tokens(run, "reward_model")
         scorer = load_scorer(run.input("reward_model"), device=device)
         wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
     elif config.reward_model is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tutelage.bases import whole_of
 from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
+from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
@@ -30,6 +31,7 @@ from tutelage.stages.derived import check_context, check_start, derive_all, micr
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
+NEW_WORDS = {"vocab_size": 4096, "max_position_embeddings": 512}  # of a small model from scratch, until its tokenizer is there
 SOME_TOKENS = 10**8  # of data, where only what does not depend on them is asked for
 CONTROL = {True: Span(4, 20), False: Span(1, 2)}  # tokens of a record beside its text: 8.7 in a conversation of two turns
 
@@ -226,6 +228,41 @@ def select(planned: Planned) -> Estimate:
     return parts.START + parts.collect(records_of(planned, "answers").train_bytes, "conversations", 0)
 
 
+def classify(planned: Planned) -> Estimate:
+    """Passes over texts, once for the model and once more for each fold."""
+    config = planned.config
+    assert isinstance(config, Classify)
+    start = next((n for n in ("encoder", "model") if getattr(config, n)), None)
+    shape = shape_of(planned, start) if start else {**SMALL_ENCODER, **NEW_WORDS, **config.architecture}
+    raw = {**shape, "architectures": ["ForClassification"], "id2label": {}}
+    return _texts(planned, raw, TEXT_LENGTH, max(1, config.folds))  # each fold leaves one part out
+
+
+def translate(planned: Planned) -> Estimate:
+    """Passes over pairs; the held-out sources that are translated at the end are few."""
+    config = planned.config
+    assert isinstance(config, Translate)
+    raw = shape_of(planned) if config.model else {"model_type": "t5", **SMALL_T5, **NEW_WORDS, **config.architecture}
+    return _texts(planned, raw, 512 + config.max_target, 1)
+
+
+def _texts(planned: Planned, raw: Mapping[str, Any], most: int, times: int) -> Estimate:
+    """Passes over texts of at most `most` tokens where the settings say nothing else."""
+    config = planned.config
+    assert isinstance(config, Classify | Translate)
+    records = records_of(planned, "data")
+    shape = Shape.of(raw)
+    length = min(most if config.max_length == "derived" else config.max_length, shape.context)
+    texts = records.train_bytes / parts.bytes_per_token(shape.vocab) + records.train * 3
+    read = Span(min(texts.low, records.train.low * length), min(texts.high, records.train.high * length))
+    passes = config.epochs if config.steps == "derived" else config.steps * config.batch / max(1.0, records.train.low)
+    machine = measure()
+    device = _device(config.device, machine)
+    need = training_memory(raw, 1, config.micro_tokens, config.optimizer.name, config.dtype, config.checkpointing, False)
+    seen = read * (passes * times) * Span(1, 1.4)
+    return parts.START_TORCH + parts.train(raw, seen, length, machine.peak_flops(device), device, need)
+
+
 def evaluate(planned: Planned) -> Estimate:
     """Reading the held-out documents, the yardsticks, and answering the held-out questions."""
     config = planned.config
@@ -299,9 +336,11 @@ def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
     maker = planned.waits_for[name]
     if isinstance(maker.config, Train):
         return derived(maker, SOME_TOKENS).architecture
-    if "model" not in type(maker.config).model_fields:
+    # What tunes a model leaves its shape as it was.
+    before = next((key for key in ("model", "adapter") if key in {**maker.inputs, **maker.waits_for}), None)
+    if before is None:
         raise Unknown(f"known after {maker.name}")
-    return shape_of(maker)  # what tunes a model leaves its shape as it was
+    return shape_of(maker, before)
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:

@@ -150,9 +150,7 @@ def result_of(config: Loop, run: RunDir) -> Path:
 def no_adapter(config: Loop, why: str) -> None:
     """Raises `ConfigError` for an adapter in a stage that has no use for one."""
     if config.adapter.kind != "none":
-        raise ConfigError(
-            f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none"
-        )
+        raise ConfigError(f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none")
 
 
 def compile_model(model: nn.Module, config: Loop, device: torch.device) -> None:

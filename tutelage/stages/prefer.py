@@ -54,7 +54,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         give_reference(config, run, model, {"train": train, "validation": held_out}, layout, device)
     source = source_of(train, config, layout, UNITS[kind], config.batch)
     log.say("\n".join(source.describe()))
-    rates = tuning.rates(config, sum(p.numel() for p in model.parameters()), RATE_AT_7B)
+    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B)
     work = Work(
         parts={"policy": model},
         source=source,
@@ -114,6 +114,8 @@ def give_reference(
     config: Prefer, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
 ) -> None:
     """What the model to stay close to says of every answer, asked once."""
+    if config.reference is not None:
+        tuning.check_tokens(run, "reference")
     other = load(run.input("reference"), device=device) if config.reference else model
     for name, families in parts.items():
         if families is not None:

@@ -16,7 +16,7 @@ from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine
 from tutelage.errors import ConfigError
-from tutelage.models.adapters import beginning
+from tutelage.models.adapters import beginning, wear_scorer
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
@@ -28,6 +28,7 @@ from tutelage.rollout.episodes import Episodes, environment_of
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
 from tutelage.rollout.tools import tools_of
+from tutelage.rollout.weights import CREDIT
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 from tutelage.stages.asking import published, sampler_for
@@ -55,8 +56,7 @@ class Kit:
     @classmethod
     def of(cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any) -> Kit:
         """Raises `ConfigError` for settings that do not go together."""
-        if config.kl == 0 and config.reference is not None:
-            raise ConfigError("a reference without a weight", field="kl", found=0, expected="more than 0", fix="set kl=0.05")
+        check(config)
         length = tuning.max_length(config, model.config.max_position_embeddings)
         layout = tuning.layout_for(config, model)
         plan = Plan(
@@ -129,7 +129,7 @@ class Kit:
 
     def check_rewards(self, prompts: Sequence[Prompt]) -> None:
         """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
-        made = self.sampler.answer(prompts[:CHECKED], max(2, self.config.samples), seed=self.config.seed, step=0, version=0)
+        made = self.sampler.answer(prompts[:CHECKED], self.config.samples, seed=self.config.seed, step=0, version=0)
         rollouts = [r for group in made for r in group]
         check_spread(self.rubric.judge(rollouts), rollouts)
 
@@ -154,6 +154,31 @@ class Kit:
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
 
 
+def check(config: Rl) -> None:
+    """Raises `ConfigError` for settings that do not go together, or that would change nothing."""
+    group = config.method in CREDIT and CREDIT[config.method].baseline != "none"
+    if group and config.samples < 2:
+        raise ConfigError(
+            "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"
+        )
+    if config.method == "ppo" and config.adapter.kind in ("prompt", "prefix"):
+        raise ConfigError(
+            "a value function wears no virtual tokens", field="adapter.kind", found=config.adapter.kind, fix="use lora"
+        )
+    if config.shard == "full":
+        raise ConfigError("answers can't be made by a model in shards yet", field="shard", found="full", expected="none")
+    given = type(config).model_fields
+    ppo, several = config.method == "ppo", bool(config.tools or config.environment)
+    idle = {
+        "reference": config.kl == 0, "kl_in": config.kl == 0, "penalty": config.truncated != "penalise",
+        "correction_cap": config.correction == "none", "max_rounds": not several, "value": not ppo, "gamma": not ppo,
+        "lam": not ppo, "value_weight": not ppo, "patience": True,
+    }  # fmt: skip
+    for name, without in idle.items():
+        if without and getattr(config, name) != given[name].default:
+            raise ConfigError("this setting changes nothing here", field=name, found=getattr(config, name), fix="leave it out")
+
+
 def values(scorer: Any, batch: Batch) -> Tensor:
     """[N]: the value of the state before each supervised token."""
     return scorer(batch)[answers_of(batch).places, 0]  # type: ignore[no-any-return]
@@ -162,19 +187,20 @@ def values(scorer: Any, batch: Batch) -> Tensor:
 def value_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Scorer:
     """The value function: a reward model, or the start with a new head."""
     if config.value is not None:
+        tuning.check_tokens(run, "value")
         found = load_scorer(run.input("value"), device=device)
-        if found.config.vocab_size != model.config.vocab_size:
-            raise ConfigError(
-                "the value model has another vocabulary", field="value", found=found.config.vocab_size,
-                expected=model.config.vocab_size, fix="train it from the same model",
-            )  # fmt: skip
-        return found
-    return build_scorer(load(run.input("model"), device=device), 1, config.seed)
+    else:
+        found = build_scorer(load(run.input("model"), device=device), 1, config.seed)
+    if config.adapter.kind != "none":  # trained at the adapter's rate, so by an adapter too
+        wear_scorer(found, config.adapter, config.seed)
+    return found
 
 
 def reference_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Any:
     """The model to stay close to, frozen. With an adapter it is the model itself without what that learns: no second copy."""
     if config.reference is None and config.adapter.kind != "none":
         return model
+    if config.reference is not None:
+        tuning.check_tokens(run, "reference")
     other: Any = load(run.input("reference" if config.reference else "model"), device=device)
     return other.eval().requires_grad_(False)

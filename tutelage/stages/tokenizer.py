@@ -9,19 +9,20 @@ from typing import Any
 from tutelage import log
 from tutelage.config.stages import Tokenizer
 from tutelage.files import read_json, write_json
-from tutelage.records import Conversation, Document, read_records
+from tutelage.records import TURNS, TYPES, read_records
 from tutelage.rundir import RunDir
 from tutelage.tokenizer.measure import measure
 from tutelage.tokenizer.train import describe, train
 
 
 def texts(records: Path, split: str) -> Iterator[str]:
-    """The texts of one split of a records artifact; of a conversation, each message."""
-    if read_json(records / "schema.json")["type"] == "Document":
-        yield from (d.text for d in read_records(records / f"{split}.jsonl", Document))
-        return
-    for conversation in read_records(records / f"{split}.jsonl", Conversation):
-        yield from (m.content for m in conversation.messages if m.content)
+    """The texts of one split of a records artifact; of what has turns, each message."""
+    record: Any
+    for record in read_records(records / f"{split}.jsonl", TYPES[read_json(records / "schema.json")["type"]]):
+        yield from (text for name in ("text", "pair") if (text := getattr(record, name, None)))
+        for name in TURNS:
+            turns = getattr(record, name, None)
+            yield from (m.content for m in turns if m.content) if isinstance(turns, tuple) else ()
 
 
 def run(config: Tokenizer, run: RunDir) -> dict[str, Any]:

@@ -10,14 +10,40 @@ import numpy as np
 import torch
 
 from tutelage import log
+from tutelage.bases import whole_of
 from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.objectives.answers import answer_logprobs
+from tutelage.plan.parameters import count_config
+from tutelage.rundir import RunDir
 from tutelage.stages.derived import tuning_rate
+from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.optim import Rates
+
+
+def check_tokens(run: RunDir, name: str) -> None:
+    """Raises `ArtifactError` where the model of the input `name` reads other tokens than the one that is trained."""
+    TokenizerFolder.open(whole_of(run.input("model"))).check_same(TokenizerFolder.open(whole_of(run.input(name))))
+
+
+def size_of(model: Any) -> int:
+    """Parameters of a model, those that are held in 4 bits included."""
+    try:
+        return count_config(model.config.to_hf()).total
+    except ConfigError:  # of a family that is not ours
+        return sum(p.numel() for p in model.parameters())
+
+
+def refuse_adapter(config: Tune) -> None:
+    """Raises `ConfigError` for an adapter where all weights are trained."""
+    if config.adapter.kind != "none":
+        raise ConfigError(
+            "this stage trains all weights", field="adapter.kind", found=config.adapter.kind, expected="none",
+            fix="leave `adapter` out",
+        )  # fmt: skip
 
 
 def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:

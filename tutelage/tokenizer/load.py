@@ -42,6 +42,7 @@ class TokenizerFolder:
         end_of_turn_ids: ids that end an assistant turn, as far as the folder's files say
         stop_ids: `end_of_turn_ids` and `eos_id`, sorted: where generation stops
         control_ids: ids that no content may produce
+        max_length: tokens of a text as the folder says, where it says it
         pattern: llama.cpp's name of the split pattern, where known
     """
 
@@ -56,6 +57,8 @@ class TokenizerFolder:
         self.template: str | None = _template(self.folder, config)
         self.history: str | None = facts.get("history")
         self.pattern: str | None = facts.get("pattern")
+        said = config.get("model_max_length")
+        self.max_length: int | None = int(said) if isinstance(said, int | float) and 0 < said < 1e9 else None
         self.bos_id, self.eos_id, self.pad_id = (self._id(f"{name}_token") for name in ("bos", "eos", "pad"))
         adds = config.get("add_bos_token")
         self.adds_bos: bool = self.bos_id is not None and (self._processor_adds_bos() if adds is None else bool(adds))

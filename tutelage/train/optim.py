@@ -26,7 +26,7 @@ def kind(name: str, p: nn.Parameter) -> str:
     orthogonal steps, since what its factors do they do together."""
     if ".change." in name or name.endswith("virtual.values"):
         return "vector"
-    if any(part in name for part in ("embed", "lm_head", "score.", "wte", "wpe")):
+    if any(part in name for part in ("embed", "lm_head", "score.", "classifier.", "shared.", "attention_bias", "wte", "wpe")):
         return "embedding"
     return "matrix" if p.ndim == 2 else "vector"
 

@@ -1,0 +1,76 @@
+"""What a classifier got right: counts by hand, and scikit-learn's numbers where it is installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tutelage.evaluate import classification
+from tutelage.evaluate.confusion import picture
+from tutelage.evaluate.texts import edits, similarity
+from tutelage.records import Span
+
+TRUTH = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 0])
+ODDS = (
+    np.array([[8, 1, 1], [4, 5, 1], [6, 3, 1], [1, 7, 2], [5, 4, 1], [1, 1, 8], [2, 2, 6], [1, 6, 3], [1, 2, 7], [9, 1, 0]]) / 10
+)
+NAMES = ("a", "b", "c")
+
+
+def test_measures_by_hand() -> None:
+    """Rows and columns of a confusion matrix that are mixed up: precision for recall."""
+    facts = classification.measures(TRUTH, ODDS, NAMES)
+    assert facts["confusion"] == [[3, 1, 0], [1, 1, 0], [0, 1, 3]] and facts["accuracy"]["value"] == 0.7
+    a, b, c = facts["classes"]
+    assert (a["precision"], a["recall"]) == (0.75, 0.75) and (b["precision"], b["recall"]) == (0.3333, 0.5)
+    assert (c["precision"], c["recall"], c["texts"]) == (1.0, 0.75, 4)
+    assert facts["macro_f1"]["value"] == pytest.approx((0.75 + 0.4 + 6 / 7) / 3)
+    assert facts["macro_f1"]["low"] < facts["macro_f1"]["value"] < facts["macro_f1"]["high"] and facts["majority"] == 0.4
+
+
+def test_calibration_by_hand() -> None:
+    """Confidence in bins of its own: four texts at 0.9 of which three are right, two at 0.6 of which both are."""
+    found = classification.calibration(np.array([0.9] * 4 + [0.6] * 2), np.array([1, 1, 1, 0, 1, 1]))
+    assert found == pytest.approx((4 * 0.15 + 2 * 0.4) / 6, abs=1e-4)
+
+
+def test_several_classes_count_apart() -> None:
+    """A text with one class of two right that counts as right."""
+    truth = np.array([[1, 1], [1, 0], [0, 0]])
+    facts = classification.many_measures(truth, np.array([[0.9, 0.2], [0.8, 0.1], [0.3, 0.4]]), ("x", "y"))
+    assert facts["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert [row["f1"] for row in facts["classes"]] == [1.0, 0.0] and facts["macro_f1"]["value"] == 0.5
+
+
+def test_spans_count_whole_and_by_character() -> None:
+    """Spans that count as right with one end right; texts without spans that count as wrong."""
+    a, half, other = Span(start=0, end=4, label="P"), Span(start=0, end=2, label="P"), Span(start=6, end=8, label="Q")
+    facts = classification.tag_measures([(a, other), (), (a,)], [(half, other), (), (a,)])
+    assert facts["span_f1"]["value"] == pytest.approx(2 / 3)
+    assert facts["character_f1"]["value"] == pytest.approx((2 * 4 / (4 + 6) + 1 + 1) / 3)
+
+
+def test_the_same_numbers_as_scikit_learn() -> None:
+    """An F1 of our own making."""
+    metrics = pytest.importorskip("sklearn.metrics", reason="pip install scikit-learn, to compare with its measures")
+    rng = np.random.default_rng(0)
+    truth, odds = rng.integers(0, 4, 200), rng.dirichlet([1] * 4, 200)
+    facts = classification.measures(truth, odds, "abcd")
+    assert facts["macro_f1"]["value"] == pytest.approx(metrics.f1_score(truth, odds.argmax(1), average="macro"))
+    assert facts["confusion"] == metrics.confusion_matrix(truth, odds.argmax(1)).tolist()
+    from tutelage.evaluate.word_counts import WordCounts
+
+    texts = [f"{'sun sea' if i % 2 else 'ice snow'} {i % 7}" for i in range(40)]
+    counts = WordCounts(texts, np.arange(40) % 2, 3)
+    odds = counts.probabilities(["ice snow 3", "sea sun"])
+    assert odds.shape == (2, 3) and odds.argmax(1).tolist() == [0, 1] and counts.chosen
+
+
+def test_pictures_and_edits() -> None:
+    """A matrix without its numbers; a distance that misses insertions."""
+    pytest.importorskip("matplotlib")
+    drawn = picture([[3, 1], [0, 2]], ("one <b>", "two"))
+    assert drawn.count(">3<") == 1 and "<b>" not in drawn
+    for a, b, expected in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("abcd", "d", 3), ("a", "xaxx", 3)):
+        assert edits(a, b) == edits(b, a) == expected
+    assert similarity("", "") == 1.0 and similarity("abcd", "abce") == 0.75

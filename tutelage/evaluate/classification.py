@@ -1,0 +1,170 @@
+"""What a classifier got right: accuracy, F1, a confusion matrix, calibration. numpy only; every share with its interval.
+
+Shapes: n texts, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tutelage import log
+from tutelage.evaluate.intervals import Estimate, mean, wilson
+from tutelage.records import Span
+
+BINS = 15  # of confidence, as in Guo et al. 2017
+DRAWS = 1000
+SHOWN = 14  # classes of a confusion matrix in the terminal
+
+
+def confusion(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
+    """[K,K] counts: rows are the truth, columns what was said."""
+    table = np.zeros((classes, classes), np.int64)
+    np.add.at(table, (truth, said), 1)
+    return table
+
+
+def f1(right: np.ndarray, said: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """F1 of each class; 0 for one that is neither there nor said."""
+    return 2 * right / np.maximum(said + there, 1)  # type: ignore[no-any-return]
+
+
+def measures(truth: np.ndarray, odds: np.ndarray, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Of texts that have one class each: `truth` [n] class numbers, `odds` [n,K] probabilities."""
+    said, n = odds.argmax(1), len(truth)
+    table = confusion(truth, said, len(names))
+    right = said == truth
+    each = np.stack([_one_hot(x, len(names)) for x in (said, truth)])
+    facts = {
+        "texts": n,
+        "accuracy": wilson(int(right.sum()), n).to_json(),
+        "macro_f1": _macro(each, seed).to_json(),
+        "majority": round(float(table.sum(1).max() / n), 4),  # accuracy of always saying the most frequent class
+        "ece": calibration(odds.max(1), right),
+        "classes": _rows(np.diag(table), table.sum(0), table.sum(1), names),
+        "confusion": table.tolist(),
+    }
+    return facts
+
+
+def many_measures(truth: np.ndarray, odds: np.ndarray, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Of texts that may have several classes: `truth` [n,K] of 0 and 1. Accuracy is the share with all classes right."""
+    said, there = odds > 0.5, truth > 0
+    each = np.stack([said, there])
+    right = (said & there).sum(0)
+    return {
+        "texts": len(truth),
+        "accuracy": wilson(int((said == there).all(1).sum()), len(truth)).to_json(),
+        "macro_f1": _macro(each, seed).to_json(),
+        "ece": calibration(np.maximum(odds, 1 - odds).ravel(), (said == there).ravel()),
+        "classes": _rows(right, said.sum(0), there.sum(0), names),
+    }
+
+
+def tag_measures(truth: Sequence[Sequence[Span]], said: Sequence[Sequence[Span]]) -> dict[str, Any]:
+    """Of tagged texts: spans count as right where both ends and the name are; characters count one by one."""
+    names = sorted({s.label for spans in (*truth, *said) for s in spans})
+    number = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((3, len(names)), np.int64)  # right, said, there
+    per_text, shares = np.zeros((len(truth), 3), np.int64), []
+    for i, (wanted, found) in enumerate(zip(truth, said, strict=True)):
+        common = set(wanted) & set(found)
+        for row, spans in enumerate((common, set(found), set(wanted))):
+            for span in spans:
+                counts[row, number[span.label]] += 1
+            per_text[i, row] = len(spans)
+        shares.append(_characters(wanted, found))
+    total = counts.sum(1)
+    rng = np.random.default_rng(seed=0)
+    drawn = [per_text[rng.integers(0, len(per_text), len(per_text))].sum(0) for _ in range(DRAWS)]
+    value = float(f1(*total))
+    low, high = np.quantile([f1(*row) for row in drawn], [0.025, 0.975])
+    return {
+        "texts": len(truth),
+        "span_f1": Estimate(value, min(value, float(low)), max(value, float(high)), len(truth), float("nan"),
+                            f"bootstrap over texts, {DRAWS} draws, 95%").to_json(),
+        "character_f1": mean(shares).to_json(),
+        "classes": _rows(counts[0], counts[1], counts[2], names),
+    }  # fmt: skip
+
+
+def _characters(truth: Sequence[Span], said: Sequence[Span]) -> float:
+    """F1 of the characters of one text, as in SemEval 2021's task 5; 1 where neither has any."""
+    a, b = ({(c, s.label) for s in spans for c in range(s.start, s.end)} for spans in (truth, said))
+    return 1.0 if not a and not b else 2 * len(a & b) / (len(a) + len(b))
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): how far confidence is from accuracy, over 15 bins."""
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = [abs(float(confidence[bins == b].mean() - right[bins == b].mean())) * (bins == b).sum() for b in np.unique(bins)]
+    return round(float(sum(gaps) / len(confidence)), 4)
+
+
+def over_folds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of one number a fold, with Student's t interval. Folds share training texts: the interval is a little too narrow."""
+    found = mean(values)
+    return {"mean": found.value, "low": found.low, "high": found.high, "folds": [round(v, 4) for v in values]}
+
+
+def _macro(each: np.ndarray, seed: int) -> Estimate:
+    """Mean F1 of the classes that are there, with a bootstrap over texts. `each` [2,n,K]: said, there."""
+    said, there = each.astype(np.float64)
+    known = there.sum(0) > 0
+
+    def value(weights: np.ndarray) -> float:
+        counts = [weights @ (said * there), weights @ said, weights @ there]
+        return float(f1(*counts)[known].mean())
+
+    n = len(said)
+    rng = np.random.default_rng(seed)
+    drawn = [value(rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64)) for _ in range(DRAWS)]
+    found = value(np.ones(n))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    method = f"bootstrap over {n} texts, {DRAWS} draws, 95%"
+    return Estimate(found, min(found, float(low)), max(found, float(high)), n, float(np.std(drawn, ddof=1)), method)
+
+
+def _rows(right: np.ndarray, said: np.ndarray, there: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    scores = f1(right, said, there)
+    return [
+        {"class": name, "texts": int(there[i]), "precision": round(float(right[i] / max(said[i], 1)), 4),
+         "recall": round(float(right[i] / max(there[i], 1)), 4), "f1": round(float(scores[i]), 4)}
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+
+
+def _one_hot(x: np.ndarray, classes: int) -> np.ndarray:
+    return np.eye(classes, dtype=bool)[x]
+
+
+def show(facts: dict[str, Any], title: str) -> None:
+    """Prints the classes, and the confusion matrix where there is one and it is not too wide."""
+    table = Table("class", *("texts", "precision", "recall", "F1"), title=title, title_justify="left")
+    for row in facts["classes"]:
+        table.add_row(Text(row["class"]), f"{row['texts']:,}", *(f"{row[k]:.3f}" for k in ("precision", "recall", "f1")))
+    log.console.print(table)
+    if len(facts.get("confusion", ())) in range(2, SHOWN + 1):
+        names = [row["class"] for row in facts["classes"]]
+        matrix = Table("truth \\ said", *(escape(n[:10]) for n in names), title="confusion matrix", title_justify="left")
+        for name, counts in zip(names, facts["confusion"], strict=True):
+            cells = [Text(str(c), style="bold" if c == max(counts) else "dim") for c in counts]
+            matrix.add_row(Text(name), *cells)
+        log.console.print(matrix)
+    log.say(summary(facts))
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """One line: the numbers with their intervals."""
+    parts = [f"{name.replace('_', ' ')} {facts[name]['value']:.3f} ({facts[name]['low']:.3f} to {facts[name]['high']:.3f})"
+             for name in ("accuracy", "macro_f1", "span_f1", "character_f1") if name in facts]  # fmt: skip
+    if "majority" in facts:
+        parts.append(f"always the most frequent class: {facts['majority']:.3f}")
+    if "ece" in facts:
+        parts.append(f"calibration error {facts['ece']:.3f}")
+    return ", ".join(parts)

@@ -1,0 +1,144 @@
+"""Stage `translate`: pairs of texts -> an encoder-decoder that makes the second of the first.
+
+A stage of its own, since nothing that makes up `sft` has a meaning here: rows of packed text, templates, one length for both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage import log
+from tutelage.config.tasks import SMALL_T5, Translate
+from tutelage.data.family_source import FamilySource
+from tutelage.data.translations import Marks, PairedTexts, PairEncoder, pair_of
+from tutelage.engine import Engine, Sampling
+from tutelage.errors import ArtifactError, ConfigError
+from tutelage.evaluate.intervals import mean, wilson
+from tutelage.evaluate.texts import similarity
+from tutelage.files import whole_file, whole_folder, write_json
+from tutelage.models.export import save
+from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
+from tutelage.models.load import load
+from tutelage.objectives import objective
+from tutelage.records import Conversation, read_records
+from tutelage.rundir import RunDir
+from tutelage.stages import classifying, tuning
+from tutelage.stages.fitting import Work, choose_device, fit
+from tutelage.tokenizer.load import TokenizerFolder
+from tutelage.train import distributed
+from tutelage.train.optim import Rates
+
+TUNE_RATE, TUNE_AT = 1e-4, 220e6  # for T5 base; smaller models take more, by the square root
+NEW_RATE = 2e-3  # of a small T5 from scratch
+SHOWN = 5  # translations printed
+
+
+def run(config: Translate, run: RunDir) -> dict[str, Any]:
+    tuning.refuse_adapter(config)
+    tuning.check_records(run.input("data"), ("Conversation",), "make them with `tutelage data --kind conversations`")
+    train, held = (list(read_records(run.input("data") / f"{part}.jsonl", Conversation)) for part in ("train", "validation"))
+    device = choose_device(config)
+    model, tokenizer = start_of(config, run)
+    words = TokenizerFolder.open(tokenizer)
+    length = min(512, source_room(model, words)) if config.max_length == "derived" else config.max_length
+    encode = PairEncoder(words, Marks(model.start, model.ends or words.stop_ids))
+    families = PairedTexts(train, encode, length, config.max_target, cut=config.too_long == "right")
+    say_report(families)
+    source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
+                          seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
+    log.say("\n".join(source.describe()))
+    kept = PairedTexts(held, encode, length, config.max_target, cut=config.too_long == "right") if held else None
+    steps = math.ceil(config.epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
+    tokens = float(families.sizes("pairs").mean())
+    rates = rates_of(config, model)
+    checked = None if kept is None else FamilySource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
+    torch.manual_seed(config.seed)  # of dropout
+    work = Work(
+        parts={"policy": model}, source=source, objective=objective("next_token"), steps=max(1, steps), rates=rates,
+        shape=classifying.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
+        tokens=tokens * source.per_step * steps, numbers={"max_length": length, "lr": rates.lr, "batch": source.per_step},
+        write=lambda: save(model, run.folder("model"), tokenizer), validation=None if checked is None else checked.validation(),
+    )  # fmt: skip
+    facts = fit(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
+    if kept is None:
+        return facts
+    most = config.max_questions or len(kept)
+    return facts | compare(model, words, kept, most, config.max_target, run.folder("scores"))
+
+
+def start_of(config: Translate, run: RunDir) -> tuple[Seq2Seq, Path]:
+    """The model and its tokenizer's folder. Raises `ConfigError` unless there is exactly one of `model` and `tokenizer`."""
+    if (config.model is None) == (config.tokenizer is None):
+        raise ConfigError(
+            "a translator starts from a model, or from a tokenizer and nothing else", field="model",
+            found="both" if config.model else None, expected="`model`: an encoder-decoder's folder; or `tokenizer`: a small T5",
+        )  # fmt: skip
+    torch.manual_seed(config.seed)
+    if config.model is None:
+        folder = classifying.marked(run, begins=False)
+        words = TokenizerFolder.open(folder)
+        assert words.eos_id is not None  # or it could not have been marked
+        pad = words.eos_id if words.pad_id is None else words.pad_id
+        ids = {"pad_token_id": pad, "eos_token_id": words.eos_id, "decoder_start_token_id": pad}
+        return new_seq2seq({**SMALL_T5, "vocab_size": words.vocab_size, **ids, **config.architecture}), folder
+    found = load(run.input("model"))
+    if not isinstance(found, Seq2Seq):
+        raise ArtifactError("not an encoder-decoder", file=run.input("model"), found=found.config.model_type,
+                            expected="t5, bart, marian, …", fix="train a decoder with `tutelage sft`")  # fmt: skip
+    return found, run.input("model")
+
+
+def source_room(model: Seq2Seq, words: TokenizerFolder) -> int:
+    """Tokens that a source may have: T5's positions have no end, other models' do."""
+    return min(model.config.max_position_embeddings, words.max_length or 1 << 20)
+
+
+def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
+    size = sum(p.numel() for p in model.parameters())
+    scaled = (round(TUNE_RATE * math.sqrt(TUNE_AT / size), 8), f"{TUNE_RATE:g} x (220M / {size / 1e6:.3g}M parameters)^0.5")
+    return classifying.rates(config, *(scaled if config.model else (NEW_RATE, "a small model from scratch")))
+
+
+def say_report(families: PairedTexts) -> None:
+    for what, count in families.report.items():
+        if count and what != "pairs":
+            log.say(f"  {what}: {count:,} of {families.report['pairs']:,} pairs")
+
+
+def compare(
+    model: Seq2Seq, words: TokenizerFolder, kept: PairedTexts, most: int, max_tokens: int, folder: Path
+) -> dict[str, Any]:
+    """Translates held-out sources greedily, writes what came out, and says how much of it is right."""
+    asked: Sequence[Conversation] = kept.records[:most]
+    prompts = [family.prompt.tolist() for family in kept.families[:most]]
+    longest = max(max_tokens + len(model.start), *(len(p) + 1 for p in prompts))
+    engine = Engine(model.eval(), None, slots=16, max_length=longest)
+    done = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0, stop_ids=words.stop_ids))
+    rows: list[dict[str, Any]] = []
+    for record, found in zip(asked, done, strict=True):
+        source, target = (text.strip() for text in pair_of(record))
+        said = words.decode(found.ids, skip_special=True).strip()
+        rows.append({"id": record.id, "source": source, "target": target, "said": said, "right": said == target,
+                     "similarity": round(similarity(said, target), 4)})  # fmt: skip
+    right = wilson(sum(row["right"] for row in rows), len(rows))
+    alike = mean([row["similarity"] for row in rows])
+    copied = mean([similarity(row["source"], row["target"]) for row in rows])
+    with whole_folder(folder) as out:
+        with whole_file(out / "held_out.jsonl") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        facts = {"right": right.to_json(), "similarity": alike.to_json(), "similarity_of_the_source": copied.to_json()}
+        write_json(out / "scores.json", facts)
+    for row in rows[:SHOWN]:
+        wrong = "" if row["right"] else f" (expected {row['target'][:60]!r})"
+        log.say(f"  {row['source'][:60]!r} -> {row['said'][:60]!r}{wrong}")
+    log.say(
+        f"{right.value:.1%} of {len(rows)} held-out targets to the letter ({right.low:.1%} to {right.high:.1%}); "
+        f"characters alike {alike.value:.3f}, of the source itself {copied.value:.3f}"
+    )
+    return {"right": right.value, "similarity": alike.value}
