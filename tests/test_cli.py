@@ -153,6 +153,7 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
     prompts = answers(tmp_path, "prompts", {"question": "Where?", "answer": "Here {}."})
     asked = {"model": model, "data": prompts, "rewards": {"length": {"maximum": 4}}, "samples": 2, "max_tokens": 4}
     sampled = api.sample(**asked, runs=tmp_path / "made").path
+    labelled = answers(tmp_path, "examples", {"text": "one {} two", "label": "a"})
     lines = {
         "data": ["--sources", world.folder / "texts"],
         "tokenizer": ["--data", corpus],
@@ -163,6 +164,8 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
         "adapt": ["--model", model, "--data", corpus, "--general", corpus, "--vocab-add", "20"],
         "reward": ["--model", model, "--data", prefs],
         "prefer": ["--model", model, "--data", prefs],
+        "classify": ["--data", labelled, "--tokenizer", words],
+        "translate": ["--data", world.made["chats"], "--tokenizer", words],
         "rl": ["--model", model, "--data", prompts, "--rewards", "{exact: 1}"],
         "sample": ["--model", model, "--data", world.made["chats"], "--rewards", "{exact: 1}"],
         "select": ["--answers", sampled, "--data", prompts],

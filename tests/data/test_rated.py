@@ -95,7 +95,8 @@ def test_several_answers_to_a_prompt_are_not_mismatched_with_it(segments):
 @pytest.mark.parametrize("too_long", ["drop", "left", "right"])
 def test_long_texts(segments, too_long):
     """Guards against silent cuts, answers without a token and texts beyond the model's context."""
-    rows = [*[rating(i) for i in range(6)], rating(6, words=30), rating(7, prompt="ask " * 40)]
+    rows = [rating(6, words=60), rating(7, prompt="ask " * 40), *[rating(i) for i in range(6)]]
+    said = {row.id: row.scores["desirable"] for row in rows}
     made = families(segments, rows, 30, too_long)
     assert len(made) == {"drop": 6, "left": 8, "right": 7}[too_long]
     counts = made.report
@@ -103,8 +104,9 @@ def test_long_texts(segments, too_long):
     assert counts[f"cut at the {too_long}"] == {"drop": 0, "left": 2, "right": 1}[too_long]
     for i in range(len(made)):
         family = made[i]
-        assert len(family.prompt) + max(len(e.ids) for e in family.endings) <= 30
+        assert 0 < len(family.prompt) <= 30 - max(len(e.ids) for e in family.endings)
         assert all(e.supervised > 0 for e in family.endings)
+        assert family.endings[0].whole["desirable"] == said[family.name]
 
 
 def test_a_batch_counts_what_the_loss_divides_by(segments):

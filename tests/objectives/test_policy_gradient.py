@@ -241,6 +241,7 @@ def test_tokens_of_weight_0_are_not_there():
     a, b = run("grpo", none, **PENALTIES), run("grpo", others, **PENALTIES)
     assert a[0].terms == b[0].terms
     assert torch.equal(a[1], b[1])
+    assert a[0].terms["entropy"] == pytest.approx(-PENALTIES["entropy_weight"] * a[0].terms["_entropy"], rel=1e-6)
 
 
 def test_correction_scales_the_surrogate_alone():

@@ -342,8 +342,11 @@ class Rl(Tune):
     penalty: float = setting(1.0, "what truncated=penalise takes off a reward", ge=0.0)
     kl: float = setting(0.0, "weight of staying close to the reference; 0: no reference is kept", ge=0.0)
     kl_in: Literal["loss", "reward"] = setting("loss", "where the weight of `kl` is: a term of the loss, or taken off rewards")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = setting(None, "of the divergence in the loss; the method's own: k3")
     clip_low: Positive | None = setting(None, "how far below 1 the ratio of a token counts; the method's own where left out")
     clip_high: Positive | None = setting(None, "how far above 1; the method's own where left out")
+    delta: Positive | None = setting(None, "largest ratio where the advantage is negative (dual clip); none where left out")
+    value_clip: Positive | None = setting(None, "ppo: how far from the old value a new one counts; the method's own: 0.2")
     entropy: float = setting(0.0, "weight of a bonus for uncertainty", ge=0.0)
     old: Literal["derived", "engine", "trainer"] = setting(
         "derived", "whose log-probabilities the ratio starts from; derived: the engine's, but at other temperatures than 1"
@@ -351,6 +354,7 @@ class Rl(Tune):
     correction: Literal["none", "truncate", "mask"] = setting(
         "none", "of what engine and trainer disagree about, with old=trainer: ratios above the cap cut to it, or left out"
     )
+    correction_level: Literal["token", "sequence"] = setting("token", "the ratio is of each token, or of an answer's together")
     correction_cap: Positive = setting(2.0, "largest ratio of trainer to engine")
     reference: str | None = artifact("the model to stay close to, instead of the start", kind="model", default=None)
     value: str | None = artifact(

@@ -94,12 +94,15 @@ def _documents(story: Story) -> dict[str, Any] | None:
 def _training(node: Node, story: Story) -> dict[str, Any]:
     """Curves and last values of one training run."""
     out: dict[str, Any] = {"node": node, "rates": data.rates(node), "panels": []}
-    x, y = data.column(node, "loss")
-    vx, vy = data.column(node, "validation_loss")
+    rewarded = any("rollout/reward" in row for row in node.metrics)  # a loss of policy gradients says nothing: the reward does
+    x, y = data.column(node, "rollout/reward" if rewarded else "loss")
+    vx, vy = data.column(node, "probe/reward" if rewarded else "validation_loss")
+    if rewarded:
+        out["reward"] = {"training": y[-1] if y else None, "held_out": vy[-1] if vy else None}
     even = charts.smoothed(y)
     # the first steps fall from ln(vocabulary) and would flatten everything after them
     settled = even[max(1, len(even) // 16) :]
-    top = max(settled, default=None) if len(even) > 60 else None
+    top = max(settled, default=None) if len(even) > 60 and not rewarded else None
     name = f"c{story.chain.index(node)}"
     lines = [
         charts.Curve(x, y, colour=charts.FIRST_SOFT, width=0.8), charts.Curve(x, even, "training", width=1.9),
@@ -123,6 +126,11 @@ PANELS = (
     ("lr", "Learning rate, first parameter group"),
     ("grad_norm", "Gradient norm before clipping"),
     ("mfu", "Share of the machine's product rate"),
+    ("term/accuracy", "pairs in the right order"),
+    ("rollout/length", "tokens of an answer"),
+    ("rollout/silent_share", "groups without a signal"),
+    ("term/entropy", "entropy, nats a token"),
+    ("rollout/kl", "divergence from the reference, nats a token"),
 )
 
 

@@ -90,6 +90,7 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
     segments = Segments.open(tokens.path / "tokens" / part, vocabulary=model.config.vocab_size)
     rated = segments.record == "Rating"
     if part == "validation" and len(segments) < 2 + 2 * rated:
+        log.say(f"validation: {len(segments)} answers are too few to measure anything on")
         return None
     rows = read_rows(run.input("data") / f"{part}.jsonl")
     if rated:

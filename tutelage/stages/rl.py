@@ -34,6 +34,8 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     try:
         return learn(config, run, Kit.of(config, run, model, Renderer(words), device, rubric), chosen, words)
     finally:
+        for name, count in rubric.past_limits.items():
+            log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
         rubric.close()
 
 
@@ -91,5 +93,6 @@ def chosen_method(config: Rl) -> Objective:
     return objective(
         config.method, clip_low=config.clip_low, clip_high=config.clip_high,
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
+        kl=config.kl_estimator, delta=config.delta, value_clip=config.value_clip,
         entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
     )  # fmt: skip

@@ -96,7 +96,7 @@ class Kit:
         settings = Settings(
             method=c.method, max_tokens=c.max_tokens, truncated=c.truncated, penalty=c.penalty,
             kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, gamma=c.gamma, lam=c.lam, correction=c.correction,
-            correction_cap=c.correction_cap,
+            correction_cap=c.correction_cap, correction_level=c.correction_level,
         )  # fmt: skip
         return Credit(
             settings,
@@ -171,7 +171,9 @@ def check(config: Rl) -> None:
     ppo, several = config.method == "ppo", bool(config.tools or config.environment)
     idle = {
         "reference": config.kl == 0, "kl_in": config.kl == 0, "penalty": config.truncated != "penalise",
-        "correction_cap": config.correction == "none", "max_rounds": not several, "value": not ppo, "gamma": not ppo,
+        "correction_cap": config.correction == "none",
+        "correction_level": config.correction == "none", "kl_estimator": config.kl == 0 or config.kl_in == "reward",
+        "max_rounds": not several, "value": not ppo, "gamma": not ppo,
         "lam": not ppo, "value_weight": not ppo, "patience": True,
     }  # fmt: skip
     for name, without in idle.items():
