@@ -86,15 +86,22 @@ def test_no_pickle_and_no_foreign_code() -> None:
     network = {"requests", "urllib.request", "http.client", "urllib3", "aiohttp", "huggingface_hub", "httpx"}
     calls = {"torch.load", "torch.save", "eval", "exec", "compile", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load",
              "torch.hub.load", "pd.read_pickle", "__import__"}  # fmt: skip
+    # What runs model-written code, behind walls, has to compile it; a judge is asked at the address that the user gives.
+    meant = {
+        "sandbox/launcher.py": {"__import__"}, "sandbox/program.py": {"exec", "compile"},
+        "rewards/endpoint.py": {"http.client", "urllib.request"},
+    }  # fmt: skip
     wrong = []
     for path, tree in _trees():
+        allowed = next((names for end, names in meant.items() if str(path).endswith(end)), set())
         for node in ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names = [n for n in names if n not in allowed]
             wrong += [f"{path}:{node.lineno} imports {n}" for n in names if n in modules | network or n.split(".")[0] in modules]
         for name, call in _calls(tree):
             given = {k.arg: ast.unparse(k.value) for k in call.keywords if k.arg}
-            bad = name in calls
+            bad = name in calls - allowed
             bad |= any(given.get(k, "False") != "False" for k in ("trust_remote_code", "shell", "allow_pickle"))
             bad |= name == "yaml.load" and given.get("Loader") != "_Loader" and "SafeLoader" not in given.get("Loader", "")
             bad |= name == "np.save" and given.get("allow_pickle") != "False"

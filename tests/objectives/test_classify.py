@@ -152,7 +152,7 @@ def test_five_steps_are_the_golden_ones(words: TokenizerFolder, kind: str) -> No
     """Any silent change of encoder, objective, division, optimizer or order of the data."""
     golden = json.loads(GOLDEN.read_text())[kind]
     for got, expected in zip(losses(words, kind), golden, strict=True):
-        assert got == pytest.approx(expected, rel=1e-6)
+        assert got == pytest.approx(expected, rel=1e-5)
 
 
 def losses(words: TokenizerFolder, kind: str) -> list[float]:
