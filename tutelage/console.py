@@ -173,5 +173,6 @@ def show_next(finished: dict[str, RunDir]) -> None:
 
 
 def _talks(config: Path) -> bool:
-    """Whether a model writes text: a classifier does not."""
-    return not any(str(name).endswith("Classification") for name in read_json(config).get("architectures") or ())
+    """Whether a model can be talked to: neither a classifier nor a translator can."""
+    others = ("Classification", "ConditionalGeneration")
+    return not any(str(name).endswith(others) for name in read_json(config).get("architectures") or ())
