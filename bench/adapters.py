@@ -33,12 +33,12 @@ def one(args: argparse.Namespace) -> None:
     from tutelage import api
 
     way, rate, seed = args.one.split(":")
-    data = api.data(kind="conversations", sources=args.data.split(","), dedup="exact", min_chars=1, runs=args.runs)
+    data = api.data(kind="conversations", sources=args.data, dedup="exact", min_chars=1, runs=args.runs)
     amount = {"epochs": args.epochs} if args.epochs else {"steps": args.steps}
     rates = {name: float(rate) for name in ("lr", "matrix_lr", "embedding_lr")}
     run = api.sft(
         model=args.model, data=data, adapter=adapter(way), batch_tokens=args.batch_tokens, seed=int(seed), runs=args.runs,
-        optimizer={"name": args.optimizer, **rates}, schedule={"name": "linear", "warmup": 0.02, "final": 0.05},
+        optimizer={"name": args.optimizer, **rates}, schedule={"name": "linear", "warmup": args.warmup, "final": 0.05},
         **amount, **({"sequence_length": args.sequence_length} if args.sequence_length else {}),
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -55,12 +55,13 @@ def one(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, help="sources of conversations, with commas between them")
+    parser.add_argument("--data", required=True, nargs="+", help="sources of conversations")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--ways", default="full,4,16,64,256,qlora16")
     parser.add_argument("--rates", default="0.001,0.003,0.01")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--epochs", type=float, default=0, help="instead of steps")
     parser.add_argument("--batch_tokens", type=int, default=2048)
