@@ -35,7 +35,7 @@ from tutelage.train.step import Recipe, gradients, train_step
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4}, "dora": {"kind": "dora", "rank": 4}, "ia3": {"kind": "ia3"},
     "prompt": {"kind": "prompt", "tokens": 4}, "prefix": {"kind": "prefix", "tokens": 4},
-    "qlora": {"kind": "lora", "rank": 4, "quantize": "nf4"},
+    "qlora": {"kind": "lora", "rank": 4, "quantize": "nf4"}, "tables": {"kind": "lora", "rank": 4, "embeddings": True},
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def settings(kind: str) -> dict[str, Any]:
     return {"stage": "sft", "model": tiny.checkpoint(), "data": tiny.records("conversations"), **given}
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "prefix", "qlora", "tables"])
 def test_a_killed_run_with_an_adapter_is_the_unbroken_one(tmp_path: Path, kind: str) -> None:
     """Guards against an adapter that begins anew after a resume, a base that a checkpoint has to hold, state that is lost."""
     whole = tiny.start(tmp_path / "whole", **settings(kind))

@@ -29,12 +29,12 @@ from tutelage.models.scorer import build_scorer
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4}, "whole": {"kind": "lora", "rank": 64},
-    "rslora": {"kind": "lora", "rank": 16, "rslora": True},
+    "rslora": {"kind": "lora", "rank": 16, "rslora": True}, "tables": {"kind": "lora", "rank": 4, "embeddings": True},
     "dora": {"kind": "dora", "rank": 4}, "ia3": {"kind": "ia3"}, "prompt": {"kind": "prompt", "tokens": 5},
     "prefix": {"kind": "prefix", "tokens": 5}, "qlora": {"kind": "lora", "rank": 4, "quantize": "nf4"},
     "qdora": {"kind": "dora", "rank": 4, "quantize": "nf4"},
 }  # fmt: skip
-MERGED = ("lora", "whole", "rslora", "dora", "ia3", "qlora", "qdora")
+MERGED = ("lora", "whole", "tables", "rslora", "dora", "ia3", "qlora", "qdora")
 TEXTS = [40, 3, 17, 60]
 
 
@@ -259,9 +259,7 @@ def test_the_engine_says_what_is_trained(kind: str) -> None:
     model = dressed(kind)
     plain, lora = worn(model)
     engine = Engine(plain, slots=4, max_length=96)
-    assert (
-        isinstance(engine.runner, FusedRunner) == (kind in ("lora", "whole", "rslora", "dora", "ia3")) or not kernels.available()
-    )
+    assert isinstance(engine.runner, FusedRunner) == (kind in MERGED[:6]) or not kernels.available()
     for seed in (11, 12):
         disturbed(model, seed)
         follow(model, plain)

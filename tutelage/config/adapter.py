@@ -12,12 +12,12 @@ from tutelage.errors import ConfigError
 
 Targets = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Bound(min_length=1)]
 
-_OF_PRODUCTS = ("rank", "alpha", "rslora", "dropout", "targets", "quantize", "init")
+_OF_PRODUCTS = ("rank", "alpha", "rslora", "dropout", "targets", "quantize", "init", "embeddings")
 USES: dict[str, tuple[str, ...]] = {
     "none": (),
     "lora": _OF_PRODUCTS,
     "dora": _OF_PRODUCTS,
-    "ia3": ("targets", "quantize"),
+    "ia3": ("targets", "quantize", "embeddings"),
     "prompt": ("tokens", "init", "quantize"),
     "prefix": ("tokens", "init", "quantize"),
 }
@@ -44,6 +44,11 @@ class Adapter(Section):
     )
     quantize: Literal["none", "nf4"] = setting(
         "none", "nf4: the base's linear layers are held in 4 bits (QLoRA) and the adapter learns on what that leaves of them"
+    )
+    embeddings: bool = setting(
+        False,
+        "lora, dora, ia3: the tables of tokens are trained whole beside it, for a base that has not read the control tokens of "
+        "its chat template, or texts like these",
     )
     tokens: int = setting(20, "prompt, prefix: virtual tokens", ge=1)
     init: Literal["derived", "kaiming", "gaussian", "vocabulary", "random"] = setting(

@@ -29,6 +29,7 @@ from tutelage.models.adapters import Worn, wear, worn_adapter
 from tutelage.models.decoder import Decoder
 from tutelage.models.lora import CONFIG, WEIGHTS, check_plain, linear_layers, module_scale, read_tensors
 from tutelage.models.shard import collected, is_sharded
+from tutelage.models.tables import put_tables, token_tables
 
 OURS = "tutelage_adapter.json"
 PREFIX = "base_model.model."
@@ -74,6 +75,8 @@ def peft_config(model: Any, wearing: Worn) -> dict[str, Any]:
             "num_attention_heads": shape.num_key_value_heads if prefix else shape.num_attention_heads,
         }  # fmt: skip
         return out | ({"prefix_projection": False} if prefix else {"prompt_tuning_init": "RANDOM"})
+    if wearing.tables:
+        out["modules_to_save"] = [name.rpartition(".")[2] for name in wearing.tables]
     layers = linear_layers(model)
     out |= {"target_modules": _shortened(wearing.targets, list(layers)), "fan_in_fan_out": _transposed(model, wearing.targets)}
     if config.kind == "ia3":
@@ -106,7 +109,9 @@ def _tensors(model: Any, wearing: Worn) -> dict[str, Tensor]:
     """The adapter's tensors by `peft`'s names."""
     if wearing.config.kind in ("prompt", "prefix"):
         return {"prompt_embeddings": model.virtual.values}
-    layers, out = linear_layers(model), {}
+    tables = token_tables(model)
+    out: dict[str, Tensor] = {f"{PREFIX}{name}.weight": tables[name].clone() for name in wearing.tables}
+    layers = linear_layers(model)
     for name in wearing.targets:
         changes = [model.get_submodule(each).change for each in layers[name]]
         if isinstance(changes[0], Rescaling):
@@ -170,7 +175,7 @@ def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> An
     if kind in ("prompt", "prefix"):
         return _load_virtual(folder, model, raw, tensors, kind, held)
     if kind != "ia3":
-        check_plain(raw, folder / CONFIG, but=("use_dora",))
+        check_plain(raw, folder / CONFIG, but=("use_dora", "modules_to_save"))
     layers = linear_layers(model)
     suffix = ".ia3_l" if kind == "ia3" else ".lora_A.weight"
     targets = [key.removeprefix(PREFIX).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
@@ -183,6 +188,7 @@ def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> An
         )  # fmt: skip
     config = adapter_section(raw, kind, held)
     model.requires_grad_(False)
+    tables = _load_tables(folder, model, raw, tensors)
     if held == "nf4":
         adapters.quantize(model)
     ordered = [n for n in layers if n in set(targets)]
@@ -200,7 +206,7 @@ def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> An
             "the adapter has tensors that are not known here", file=folder / WEIGHTS, found=", ".join(sorted(tensors)[:3])
         )
     patterns = {key: raw[key] for key in ("rank_pattern", "alpha_pattern") if raw.get(key)}
-    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns, start=adapters.snapshot(model))
+    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns, tables, start=adapters.snapshot(model))
     return model
 
 
@@ -210,7 +216,28 @@ def adapter_section(raw: Mapping[str, Any], kind: str, quantize: str) -> Adapter
     if kind in ("lora", "dora"):
         values |= {"rank": raw.get("r", 8), "alpha": raw.get("lora_alpha", 8), "rslora": bool(raw.get("use_rslora"))}
         values |= {"dropout": raw.get("lora_dropout") or 0.0}
+    if kind in ("lora", "dora", "ia3"):
+        values["embeddings"] = bool(raw.get("modules_to_save"))
     return Adapter(**values)
+
+
+def _load_tables(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts what the adapter has instead of its base's tables into the model, and gives the base's."""
+    saved = raw.get("modules_to_save") or []
+    tables = {name: f"{PREFIX}{name}.weight" for name in token_tables(model) if f"{PREFIX}{name}.weight" in tensors}
+    others = [m for m in saved if not any(name == m or name.endswith(f".{m}") for name in tables)]
+    if others:
+        raise ArtifactError(
+            "the adapter has modules of its own that are no tables of tokens", file=folder / CONFIG, field="modules_to_save",
+            found=", ".join(others), expected=" | ".join(token_tables(model)), fix="merge it into its base",
+        )  # fmt: skip
+    try:
+        return put_tables(model, {name: tensors.pop(key).float() for name, key in tables.items()})
+    except ValueError as error:
+        raise ArtifactError(
+            "the adapter's tables of tokens are not those of this base", file=folder / WEIGHTS, found=error,
+            fix="take its own base, or merge it there",
+        ) from error  # fmt: skip
 
 
 @torch.no_grad()

@@ -28,6 +28,11 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
             "weights in 4 bits are not cut over ranks", field="adapter.quantize", found=config.quantize, expected="none",
             fix="use shard=none, where every rank holds the small base",
         )  # fmt: skip
+    if sharded and config.embeddings:
+        raise ConfigError(
+            "tables that are trained beside an adapter are not cut over ranks", field="adapter.embeddings", found=True,
+            expected="false", fix="use shard=none",
+        )  # fmt: skip
     if not is_adapter(folder):
         model = wear(load(folder, device=device), config, seed)
         model.worn_adapter.base = folder
@@ -36,7 +41,7 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
     held = adapter_section(raw, kind, quantized_as(folder))
     for name, field in Adapter.model_fields.items():
         asked, own = getattr(config, name), getattr(held, name)
-        fixed = name in ("kind", "rank", "alpha", "rslora") or (name == "quantize" and (folder / OURS).is_file())
+        fixed = name in ("kind", "rank", "alpha", "rslora", "embeddings") or (name == "quantize" and (folder / OURS).is_file())
         if fixed and asked != own and (name == "kind" or asked != field.default):
             raise ConfigError(
                 "the adapter that is trained on is another", field=f"adapter.{name}", found=asked,

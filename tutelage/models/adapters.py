@@ -28,6 +28,7 @@ from tutelage.models.interface import Batch
 from tutelage.models.lora import Lora, LowRank, linear_layers
 from tutelage.models.nf4 import Packed
 from tutelage.models.shard import is_sharded
+from tutelage.models.tables import base_tables, train_tables
 from tutelage.models.virtual import VirtualTokens
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
@@ -42,6 +43,7 @@ class Worn:
     targets: tuple[str, ...]  # linear layers by the names that they have on disk
     inputs: tuple[str, ...] = ()  # ia3: those of them whose input is rescaled
     patterns: dict[str, Any] = field(default_factory=dict)  # of `peft`: ranks and alphas of single layers
+    tables: dict[str, Tensor] = field(default_factory=dict)  # trained whole: as the base has them, by name on disk
     base: Path | None = None  # the folder that the model came from
     start: dict[str, Tensor] | None = None  # what an adapter that is trained on began with; None for a new one
 
@@ -73,7 +75,8 @@ def wear(model: Any, config: Adapter, seed: int) -> Any:
             _rescale(model, layers[name], name in inputs)
         else:
             _wear_low_rank(model, name, layers[name], config, config.rank, scale_of(config, config.rank, config.alpha), seed)
-    model.worn_adapter = Worn(config, tuple(targets), tuple(inputs))
+    tables = train_tables(model) if config.embeddings else {}
+    model.worn_adapter = Worn(config, tuple(targets), tuple(inputs), tables=tables)
     return model
 
 
@@ -224,8 +227,10 @@ def bare(model: Any) -> Iterator[None]:
     before = [part.bare for part in parts]
     for part in parts:
         part.bare = True
+    wearing = worn_adapter(model)
     try:
-        yield
+        with base_tables(model.__dict__.get("backbone", model), wearing.tables if wearing else {}):
+            yield
     finally:
         for part, was in zip(parts, before, strict=True):
             part.bare = was

@@ -29,7 +29,13 @@ def linear_widths(s: Shape) -> dict[str, tuple[int, int]]:
 
 def adapter_values(shape: Mapping[str, Any], adapter: Adapter) -> int:
     """Values that are trained; of layers that a family fuses slightly more than there are."""
-    s, kind = Shape.of(shape), adapter.kind
+    s = Shape.of(shape)
+    tables = s.vocab * s.hidden * (1 if s.tied else 2) if adapter.embeddings else 0
+    return _of_layers(s, adapter) + tables
+
+
+def _of_layers(s: Shape, adapter: Adapter) -> int:
+    kind = adapter.kind
     if kind == "prompt":
         return adapter.tokens * s.hidden
     if kind == "prefix":

@@ -55,9 +55,16 @@ def check_start(config: Train) -> None:
         )
 
 
-def tuning_rate(config: Loop, at_7b: float, parameters: int) -> tuple[float, str]:
-    """The learning rate of a trained model or of its adapter, from one that is good for all weights of 7B, and the reason."""
-    kind = config.adapter.kind
+def tuning_rates(config: Loop, at_7b: float, parameters: int) -> dict[str, tuple[float, str]]:
+    """The rates by their settings, each with its reason, from one that is good for all weights of 7B. Tables that are trained
+    beside an adapter take the rate of a trained model."""
+    found = tuning_rate(config.adapter.kind, at_7b, parameters)
+    tables = tuning_rate("none", at_7b, parameters) if config.adapter.embeddings else found
+    return {"lr": found, "matrix_lr": found, "embedding_lr": tables}
+
+
+def tuning_rate(kind: str, at_7b: float, parameters: int) -> tuple[float, str]:
+    """The learning rate of a trained model, or of an adapter of this kind, and the reason."""
     factor, power = ADAPTER_RATES.get(kind, (1.0, 0.5))
     rate = round(at_7b * factor * (FINE_TUNE_AT / parameters) ** power, 8)
     times = "" if kind == "none" else f" x {factor:g}, for adapters of kind {kind},"
@@ -108,10 +115,9 @@ def derive_all(
         architecture = raw
         parameters = count_config(raw).total
         size = str(parameters)
-        rate, reason = tuning_rate(config, FINE_TUNE_RATE, parameters)
-        open_rates = [key for key in ("lr", "matrix_lr", "embedding_lr") if given[key] is None]
-        because |= dict.fromkeys(open_rates, reason)
-        given.update(dict.fromkeys(open_rates, rate))
+        for key, (rate, reason) in tuning_rates(config, FINE_TUNE_RATE, parameters).items():
+            if given[key] is None:
+                given[key], because[key] = rate, reason
         if given["sequence_length"] is None:
             because["sequence_length"] = "the checkpoint's context, at most 2048"
             given["sequence_length"] = min(raw.get("max_position_embeddings", 2048), 2048)

@@ -19,7 +19,7 @@ from tutelage.files import read_json, whole_file, write_json
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
 from tutelage.rundir import RunDir
-from tutelage.stages.derived import ranks_sharing, tuning_rate
+from tutelage.stages.derived import ranks_sharing, tuning_rates
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.optim import Rates
 
@@ -60,11 +60,11 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
 
 def rates(config: Loop, parameters: int, at_7b: float) -> Rates:
     """The settings' rates; those left to derive from the model's size, said with their reason."""
-    derived, reason = tuning_rate(config, at_7b, parameters)
-    given = [getattr(config.optimizer, name) for name in ("lr", "matrix_lr", "embedding_lr")]
-    if "derived" in given:
-        log.say(f"learning rate {derived:g}: {reason}; set optimizer.lr to change it")
-    return Rates(*(derived if value == "derived" else float(value) for value in given))
+    found = tuning_rates(config, at_7b, parameters)
+    open_rates = [name for name in found if getattr(config.optimizer, name) == "derived"]
+    for rate, reason in dict.fromkeys(found[name] for name in open_rates):
+        log.say(f"learning rate {rate:g}: {reason}; set optimizer.lr to change it")
+    return Rates(**{n: found[n][0] if n in open_rates else float(getattr(config.optimizer, n)) for n in found})
 
 
 def steps_of(config: Tune, epochs: float, families: int) -> int:
