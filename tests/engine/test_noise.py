@@ -37,8 +37,8 @@ def make_keys(rows: int, seed: int = 0) -> Tensor:
     """Seeds of all 64 bits, samples, token indexes."""
     made = torch.Generator().manual_seed(seed)
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=made)
-    rest = torch.randint(0, 1000, (rows, 2), generator=made)
-    return torch.cat([seeds[:, None], rest], 1)
+    samples = torch.randint(0, 2**40, (rows,), generator=made)
+    return torch.stack([seeds, samples, torch.randint(0, 1000, (rows,), generator=made)], 1)
 
 
 def needs_kernels() -> None:
@@ -104,18 +104,43 @@ def test_noise_of_the_kernel(size: int) -> None:
 
 def test_noise_at_the_ends() -> None:
     """A uniform number of 0 or 1 is infinite noise. The bounds that let places be left out are those of the smallest and the
-    largest word."""
-    ends = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
-    u = (ends.double() + 0.5) / 2**32
-    want = -torch.log(-torch.log1p(-u))
-    assert -3.131 < float(want.min()) < -3.1299 and 22.87 < float(want.max()) < 22.875
+    largest word, which were searched for among eight milliard."""
+    keys, places = torch.tensor([[0, 0, 40866], [0, 0, 42968]]), torch.tensor([[51610], [52578]])
+    assert words(keys, 53_000).gather(1, places).tolist() == [[0], [2**32 - 1]]
+    ends = 33 * np.log(2.0), -np.log(33 * np.log(2.0))
+    plain = gumbel(keys, 53_000)
+    np.testing.assert_allclose(plain.gather(1, places)[:, 0].numpy(), ends, rtol=3e-7)
+    assert -3.131 < float(plain.min()) and float(plain.max()) < 22.875
     needs_kernels()
-    keys = make_keys(60, 3)
-    integers, out = words(keys, 100_000), noisy(torch.zeros(60, 100_000), keys)[1]
-    exact = -torch.log(-torch.log1p(-(integers.double() + 0.5) / 2**32))
-    assert int(integers.min()) < 2**12 and int(integers.max()) > 2**32 - 2**12, "the sample has no words near the ends"
+    scores = torch.full((2, 53_000), -21.0)  # only the largest noise reaches the top from here
+    scores[0, 5] = scores[1, 5] = 0.0
+    tokens, out = noisy(scores, keys)
+    np.testing.assert_allclose((out - scores).gather(1, places)[:, 0].numpy(), ends, rtol=1e-6)
+    assert torch.equal(tokens, out.argmax(-1)) and torch.equal(drawn(scores, keys), tokens) and int(tokens[0]) == 51610
+
+
+def test_accuracy_of_the_kernel() -> None:
+    """Logarithms that are only nearly right: three units in the last place of what float64 gives."""
+    needs_kernels()
+    keys = make_keys(40, 3)
+    out = noisy(torch.zeros(40, 100_000), keys)[1].double()
+    exact = -torch.log(-torch.log1p(-(words(keys, 100_000).double() + 0.5) / 2**32))
     assert float((out - exact).abs().div(exact.abs().clamp(min=1)).max()) < 4e-7
-    assert -3.131 < float(out.min()) and float(out.max()) < 22.875
+
+
+def test_the_first_of_equal_scores() -> None:
+    """Ties that fall as vectors are wide. At 1e8 noise is rounded to multiples of 8."""
+    needs_kernels()
+    keys, scores = make_keys(100, 4), torch.full((100, 2000), 1e8)
+    tokens, out = tied(scores, keys)
+    assert float((out == out.amax(-1, keepdim=True)).sum(-1).float().mean()) > 1.5
+    assert torch.equal(tokens, out.argmax(-1)) and torch.equal(tokens, tied(scores, keys, keep=False)[0])
+
+
+def tied(scores: Tensor, keys: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """Tokens and noisy scores without taking the largest score away first."""
+    out = torch.empty_like(scores)
+    return calls.sample(scores, torch.zeros(len(keys)), torch.ones(len(keys)), keys, out if keep else None), out
 
 
 @pytest.mark.parametrize("spread,temperature", [(0.01, 1.0), (1.0, 1.0), (3.0, 0.7), (8.0, 1.0), (8.0, 3.0), (40.0, 1.0)])
@@ -283,8 +308,10 @@ def test_narrower_vectors_draw_the_same(tmp_path: Path, monkeypatch: pytest.Monk
         kernels.reload(tmp_path)
         assert kernels.available(), kernels.why_not()
         got, out = noisy(scores, keys)
+        tokens_tied, out_tied = tied(torch.full((100, 2000), 1e8), make_keys(100, 4))
     finally:
         monkeypatch.undo()
         kernels.reload()
     torch.testing.assert_close(out, want, rtol=1e-6, atol=2e-6)
     assert int((got != tokens).sum()) <= 1
+    assert torch.equal(tokens_tied, out_tied.argmax(-1))
