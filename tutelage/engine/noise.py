@@ -1,8 +1,8 @@
 """A draw from each row of scores: the largest once Gumbel noise is added, which is a sample of their softmax.
 
-Noise comes from a counter-based generator, Philox4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al. 2011), so
-each number is a function of (seed, sample, token index, place in the vocabulary) and of nothing that happened before. The key is the
-seed; the counter holds the rest, so no two places share a number. On our own kernel (`models/kernels/sample.cpp`) where
+Noise comes from a counter-based generator, Philox4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al. 2011):
+each number is a function of (seed, sample, token index, place in the vocabulary) and of nothing that happened before. The key is
+the seed; the counter holds the rest, so no two places share a block's word. On our own kernel (`models/kernels/sample.cpp`) where
 `kernels.fits`, else on plain torch: the same integers bit for bit, the same noise to rounding.
 """
 
@@ -23,8 +23,8 @@ _AT_ONCE = 2**17  # places, so that what is in between stays in the processor's 
 
 
 def draw(scores: Tensor, top: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    """A token [S] int64 of each row of scores [S,V], drawn from the softmax of scores / temperature; temperature 0 takes the first of
-    the largest. top [S] are the rows' largest scores. keys [S,3] int64: seed (64 bits), sample, token index."""
+    """A token [S] int64 of each row of scores [S,V], drawn from the softmax of scores / temperature; temperature 0 takes the
+    first of the largest. top [S] are the rows' largest scores. keys [S,3] int64: seed (64 bits), sample, token index."""
     if kernels.fits(scores, top, temperature):
         return calls.sample(scores, top, temperature, keys)
     rows = max(1, (_AT_ONCE if scores.device.type == "cpu" else 64 * _AT_ONCE) // scores.shape[1])

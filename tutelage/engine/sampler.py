@@ -1,7 +1,7 @@
 """The next token from logits. What else is in the batch has no say: each row is handled alone, noise included.
 
-Noise is Gumbel noise keyed by (seed, sample, token index), so that a rounding difference between two runs moves a choice only
-where two tokens were all but tied.
+Noise is Gumbel noise (`noise.py`) keyed by (seed, sample, token index), so that a rounding difference between two runs moves a
+choice only where two tokens were all but tied.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) ->
         scores = adjusted(scores, sequences)
     top = scores.amax(-1)
     _check(top)
-    if all(s.sampling.greedy for s in sequences):
-        tokens = _largest(scores)
-    else:
-        tokens = _drawn(scores, top, sequences)
+    tokens = _largest(scores) if all(s.sampling.greedy for s in sequences) else _drawn(scores, top, sequences)
     return _with_logprobs(logits, tokens, sequences)
 
 
@@ -109,8 +106,8 @@ def _banned(sequence: Sequence) -> set[int]:
 
 
 def _drawn(scores: Tensor, top: Tensor, sequences: list[Sequence], ahead: int = 0) -> list[int]:
-    """A sample of each row: of the softmax of what filters leave of logits / temperature. Greedy rows take their largest; top [S] is
-    each row's."""
+    """A sample of each row: of the softmax of what filters leave of scores / temperature. Greedy rows take their largest, which
+    top [S] is."""
     wanted = [s.sampling for s in sequences]
     temperature = torch.tensor([s.temperature and min(max(s.temperature, _COLDEST), _HOTTEST) for s in wanted]).to(scores)
     if rows := [i for i, s in enumerate(wanted) if s.filters and not s.greedy]:

@@ -265,9 +265,9 @@ def entropy(z: Tensor, targets: Tensor, scale: float, softcap: float | None) -> 
 
 
 def sample(scores: Tensor, top: Tensor, temperature: Tensor, keys: Tensor, noisy: Tensor | None = None) -> Tensor:
-    """A token [S] int64 of each row of scores [S,V], whose numbers lie side by side: the largest of (scores - top) / temperature +
-    noise; where temperature is 0 the first of the largest scores. top and temperature [S], keys [S,3] int64: seed, sample and token
-    index. With `noisy` [S,V] the noisy scores go there."""
+    """A token [S] int64 of each row of scores [S,V], whose numbers lie side by side: the largest of (scores - top) / temperature
+    + noise; where temperature is 0 the first of the largest scores. top and temperature are [S], keys [S,3] int64: seed, sample,
+    token index. With `noisy` [S,V] the noisy scores go there."""
     assert scores.stride(1) == 1 and all(x.is_contiguous() for x in (top, temperature, keys)) and keys.dtype == torch.int64
     rows, size = scores.shape
     tokens = torch.empty(rows, dtype=torch.int64)
