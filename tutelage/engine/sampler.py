@@ -1,7 +1,7 @@
 """The next token from logits. What else is in the batch has no say: each row is handled alone, noise included.
 
-Noise is Gumbel noise keyed by (seed, sample, token index), so that a rounding difference between two runs moves a choice only
-where two tokens were all but tied.
+Noise is Gumbel noise (`noise.py`) keyed by (seed, sample, token index), so that a rounding difference between two runs moves a
+choice only where two tokens were all but tied.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage.engine.noise import draw
 from tutelage.engine.sequence import Sampling, Sequence, TokenScore
 from tutelage.errors import ArtifactError, ConfigError
+
+_COLDEST, _HOTTEST = 1e-30, 1e30  # temperatures beyond are as good as these, and would be 0 and infinite in float32
+_HALF = 2**63
 
 
 def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) -> list[TokenScore]:
@@ -25,10 +29,9 @@ def choose(logits: Tensor, sequences: list[Sequence], vocabulary: int | None) ->
     scores = usable.float()
     if any(s.adjusts for s in sequences):
         scores = adjusted(scores, sequences)
-    _check(scores.amax(-1))
-    if any(not s.sampling.greedy for s in sequences):
-        scores = _noisy(scores, sequences)
-    tokens = _largest(scores)
+    top = scores.amax(-1)
+    _check(top)
+    tokens = _largest(scores) if all(s.sampling.greedy for s in sequences) else _drawn(scores, top, sequences)
     return _with_logprobs(logits, tokens, sequences)
 
 
@@ -37,7 +40,7 @@ def likely(logits: Tensor, sequences: list[Sequence], ahead: int) -> list[int]:
     bias, penalties and grammars: a guess may be wrong."""
     scores = logits.float()
     if any(not s.sampling.greedy for s in sequences):
-        scores = _noisy(scores, sequences, ahead)
+        return _drawn(scores, scores.amax(-1), sequences, ahead)
     tokens: list[int] = scores.argmax(-1).tolist()
     return tokens
 
@@ -102,27 +105,20 @@ def _banned(sequence: Sequence) -> set[int]:
     return out
 
 
-def _noisy(scores: Tensor, sequences: list[Sequence], ahead: int = 0) -> Tensor:
-    """Scores whose largest entry is a sample: filtered logits / temperature + Gumbel noise. Greedy rows pass unchanged."""
+def _drawn(scores: Tensor, top: Tensor, sequences: list[Sequence], ahead: int = 0) -> list[int]:
+    """A sample of each row: of the softmax of what filters leave of scores / temperature. Greedy rows take their largest, which
+    top [S] is."""
     wanted = [s.sampling for s in sequences]
-    temperature = torch.tensor([s.temperature or 1.0 for s in wanted]).to(scores)[:, None]
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
-    rows = [i for i, s in enumerate(wanted) if s.filters and not s.greedy]
-    if rows:
-        scores[rows] = _filtered(scores[rows], [wanted[i] for i in rows])
-    rows = [i for i, s in enumerate(wanted) if not s.greedy]
-    noise = np.stack([_noise(sequences[i], scores.shape[-1], ahead) for i in rows])
-    scores[rows] += torch.from_numpy(noise).to(scores)
-    return scores
-
-
-def _noise(sequence: Sequence, size: int, ahead: int = 0) -> np.ndarray:
-    """Gumbel noise [V] float32, a pure function of (seed, sample, token index): Philox is a counter-based generator."""
-    seed, sample = sequence.key
-    key = np.array([seed & (2**64 - 1), (sample << 40) + sequence.made + ahead], dtype=np.uint64)
-    exponential = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size, dtype=np.float32)
-    # A draw of exactly 0 would be infinite.
-    return -np.log(np.maximum(exponential, np.float32(1e-30)))
+    temperature = torch.tensor([s.temperature and min(max(s.temperature, _COLDEST), _HOTTEST) for s in wanted]).to(scores)
+    if rows := [i for i, s in enumerate(wanted) if s.filters and not s.greedy]:
+        at = torch.tensor(rows, device=scores.device)
+        scaled = scores[at].sub_(top[at, None]).div_(temperature[at, None])
+        kept = _filtered(scaled, [wanted[i] for i in rows])
+        scores = kept if len(rows) == len(wanted) else scores.index_copy(0, at, kept)
+        top, temperature = top.index_fill(0, at, 0.0), temperature.index_fill(0, at, 1.0)
+    keys = [((s.key[0] + _HALF) % (2 * _HALF) - _HALF, s.key[1], s.made + ahead) for s in sequences]
+    tokens: list[int] = draw(scores, top, temperature, torch.tensor(keys, device=scores.device)).tolist()
+    return tokens
 
 
 def _filtered(scores: Tensor, wanted: list[Sampling]) -> Tensor:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "decode.cpp", "elementwise.cpp", "forward.cpp", "loss.cpp")
+SOURCES = ("attention.cpp", "decode.cpp", "elementwise.cpp", "forward.cpp", "loss.cpp", "sample.cpp")
 HEADERS = ("simd.h", "heads.h", "attend.h")
 COMPILERS = ("g++", "clang++", "c++")
 # Not -ffast-math: it would hide NaN, and a library linked with it makes the whole process flush denormals.

@@ -25,10 +25,15 @@ _SIGNATURES = {
     "cross_entropy": "pppp ll ff l",
     "entropy": "pppp ll ff l",
     "decoder_forward": "ppppp l p l pp",
+    "sample": "p l pppp p ll l",
+    "philox_blocks": "p l p l l",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
 _TENSORS = ("q", "k", "v")
 _STRIDES = tuple(f"{x}_{axis}" for x in _TENSORS for axis in ("row", "token", "head"))
+
+
+_PLACES_A_THREAD = 32768  # of a vocabulary: ten microseconds of sampling, below which a second thread costs more than it does
 
 
 class _AttentionArguments(ctypes.Structure):
@@ -257,6 +262,25 @@ def entropy(z: Tensor, targets: Tensor, scale: float, softcap: float | None) -> 
     loss, out = torch.empty(len(z)), torch.empty(len(z))
     call("entropy", z, targets, loss, out, len(z), z.shape[1], scale, softcap or 0.0, torch.get_num_threads())
     return loss, out
+
+
+def sample(scores: Tensor, top: Tensor, temperature: Tensor, keys: Tensor, noisy: Tensor | None = None) -> Tensor:
+    """A token [S] int64 of each row of scores [S,V], whose numbers lie side by side: the largest of (scores - top) / temperature
+    + noise; where temperature is 0 the first of the largest scores. top and temperature are [S], keys [S,3] int64: seed, sample,
+    token index. With `noisy` [S,V] the noisy scores go there."""
+    assert scores.stride(1) == 1 and all(x.is_contiguous() for x in (top, temperature, keys)) and keys.dtype == torch.int64
+    rows, size = scores.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    threads = min(torch.get_num_threads(), 1 + scores.numel() // _PLACES_A_THREAD)
+    call("sample", scores, scores.stride(0), top, temperature, keys, tokens, noisy, rows, size, threads)
+    return tokens
+
+
+def philox(counters: Tensor, key: int) -> Tensor:
+    """The four words of each counter [n,4], 32 bits in an int32, by Philox4x32-10 under a key of 64 bits (signed)."""
+    out = torch.empty_like(counters)
+    call("philox_blocks", counters, key, out, len(counters), torch.get_num_threads())
+    return out
 
 
 def _check_targets(z: Tensor, targets: Tensor) -> None:
