@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
@@ -31,12 +32,15 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     rubric = rubric_of(config, run, words, device)
-    try:
-        return learn(config, run, Kit.of(config, run, model, Renderer(words), device, rubric), chosen, words)
-    finally:
-        for name, count in rubric.past_limits.items():
-            log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
-        rubric.close()
+    with contextlib.ExitStack() as ends:
+        ends.callback(rubric.close)
+        kit = Kit.of(config, run, model, Renderer(words), device, rubric)
+        ends.callback(kit.close)
+        try:
+            return learn(config, run, kit, chosen, words)
+        finally:
+            for name, count in rubric.past_limits.items():
+                log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
 
 
 def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:

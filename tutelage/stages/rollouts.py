@@ -24,7 +24,8 @@ from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
 from tutelage.rollout.credit import ByToken, Credit, Settings
-from tutelage.rollout.episodes import Episodes, environment_of
+from tutelage.rollout.environments import Environments
+from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
 from tutelage.rollout.tools import tools_of
@@ -69,12 +70,17 @@ class Kit:
         reference = reference_of(config, run, model, device) if config.kl else None
         sampler: Any = single
         if config.tools or config.environment:
-            environment = environment_of(config.environment) if config.environment else None
-            sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environment)
+            environments = Environments(config.environment, config.environment_seconds) if config.environment else None
+            sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environments)
         return cls(
             config=config, run=run, model=model, device=device, rubric=rubric, engine=single.engine, sampler=sampler,
             value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the process of environments."""
+        if isinstance(self.sampler, Episodes):
+            self.sampler.close()
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def check(config: Rl) -> None:
         "reference": config.kl == 0, "kl_in": config.kl == 0, "penalty": config.truncated != "penalise",
         "correction_cap": config.correction == "none",
         "correction_level": config.correction == "none", "kl_estimator": config.kl == 0 or config.kl_in == "reward",
-        "max_rounds": not several, "value": not ppo, "gamma": not ppo,
+        "max_rounds": not several, "environment_seconds": config.environment is None, "value": not ppo, "gamma": not ppo,
         "lam": not ppo, "value_weight": not ppo, "patience": True,
     }  # fmt: skip
     for name, without in idle.items():
