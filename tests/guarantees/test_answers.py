@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.guarantees import answers, tiny
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, RewardError
 from tutelage.files import read_json
 from tutelage.rollout.source import read_rollouts
 
@@ -118,3 +118,19 @@ def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[s
     with pytest.raises(ConfigError) as caught:
         answers.run("grpo", tmp_path, **change)
     assert caught.value.field == field
+
+
+def test_a_reward_of_the_prompt_is_refused_where_groups_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a check that looks at all rewards together: these differ between prompts only, which is nothing to GRPO."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(
+        "def even(rollout):\n    return rollout.prompt_ids[-1] % 2 + sum(rollout.prompt_ids) % 5\n"
+    )
+    rewards = {"even": {"kind": "function", "path": "my_rewards.py:even"}}
+    with pytest.raises(RewardError, match="in none of 8 groups of 4 answers"):
+        answers.run("grpo", tmp_path / "a", rewards=rewards)
+    for method in ("reinforce", "ppo"):
+        assert (
+            read_json(answers.run("grpo", tmp_path / method, method=method, rewards=rewards, steps=1).path / "run.json")["steps"]
+            == 1
+        )

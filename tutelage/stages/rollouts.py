@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage import log
 from tutelage.config.stages import Rl
 from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
@@ -134,10 +135,16 @@ class Kit:
         return ask
 
     def check_rewards(self, prompts: Sequence[Prompt]) -> None:
-        """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
+        """Judges some answers before anything is trained: a reward that never differs teaches nothing, nor does one that differs
+        between prompts alone where the answers to one prompt are compared. Raises `RewardError`."""
         made = self.sampler.answer(prompts[:CHECKED], self.config.samples, seed=self.config.seed, step=0, version=0)
         rollouts = [r for group in made for r in group]
-        check_spread(self.rubric.judge(rollouts), rollouts)
+        verdicts = self.rubric.judge(rollouts)
+        if not compares_groups(self.config.method):
+            check_spread(verdicts, rollouts)
+            return
+        share = check_spread(verdicts, rollouts, self.config.samples)
+        log.say(f"rewards differ in {share:.0%} of {len(made)} groups of {self.config.samples} answers, by the start")
 
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
@@ -160,10 +167,14 @@ class Kit:
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
 
 
+def compares_groups(method: str) -> bool:
+    """Whether an answer's advantage is over the others to its prompt."""
+    return method in CREDIT and CREDIT[method].baseline != "none"
+
+
 def check(config: Rl) -> None:
     """Raises `ConfigError` for settings that do not go together, or that would change nothing."""
-    group = config.method in CREDIT and CREDIT[config.method].baseline != "none"
-    if group and config.samples < 2:
+    if compares_groups(config.method) and config.samples < 2:
         raise ConfigError(
             "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"
         )
