@@ -62,6 +62,33 @@ def test_two_ranks_are_one(tmp_path: Path, name: str) -> None:
     assert tiny.furthest(*weights) < 2e-4
 
 
+def test_what_is_measured_of_rollouts_is_of_all_ranks(tmp_path: Path) -> None:
+    """Guards against numbers of the first rank alone: its half of the divergence, and half of the speed."""
+    change = {"steps": 4, "updates": 1}
+    pair = [answers.start("reused", tmp_path / "two", env=env, **change) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [0, 0], [p.said for p in pair]
+    alone = answers.run("reused", tmp_path / "one", **change)
+    two, one = (
+        [r for r in tiny.metrics(run) if "rollout/kl" in r] for run in (answers.folder("reused", tmp_path / "two"), alone.path)
+    )
+    assert len(one) == len(two) == 4 and one[-1]["rollout/kl"] > 1e-4
+    for a, b in zip(one, two, strict=True):
+        for name in ("kl", "mismatch_mean", "mismatch_max", "mismatch_kl", "reward", "length", "silent_share"):
+            assert b[f"rollout/{name}"] == pytest.approx(a[f"rollout/{name}"], rel=1e-3, abs=1e-6), name
+    for rows, run in ((one, alone.path), (two, answers.folder("reused", tmp_path / "two"))):
+        for row, step in zip(rows, range(4), strict=True):
+            files = (run / "rollouts").glob(f"step_{step:06d}*.jsonl")
+            made = sum(sum(r.mask) for file in files for r in read_rollouts(file))
+            assert row["rollout/generated_per_second"] * row["rollout/rollout_seconds"] == pytest.approx(made)
+
+
+def test_more_ranks_than_prompts_is_refused(tmp_path: Path) -> None:
+    """Guards against a rank with nothing to ask, which adds up other numbers than the rest and hangs them."""
+    pair = [answers.start("grpo", tmp_path, env=env, batch=1) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [2, 2], [p.said for p in pair]
+    assert "fewer prompts in an iteration than ranks" in pair[0].said
+
+
 def test_trainer_and_engine_agree(tmp_path: Path) -> None:
     """Promise 16: log-probabilities of the same tokens, by the engine that made them and by the trainer; bounded and written."""
     run = answers.run("reused", tmp_path)

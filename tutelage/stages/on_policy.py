@@ -19,6 +19,7 @@ from tutelage.records import Rollout
 from tutelage.rollout.credit import family_of
 from tutelage.rollout.probe import Measured
 from tutelage.rollout.source import Groups, Plan, RolloutSource
+from tutelage.rollout.tally import Tally
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 from tutelage.stages.asking import published, read_prompts, sampler_for, with_room
@@ -43,8 +44,8 @@ class Unjudged:
         return [Verdict() for _ in rollouts]
 
 
-def uncredited(groups: Groups) -> tuple[Groups, list[Family], dict[str, float]]:
-    return groups, [family_of(group) for group in groups], {}
+def uncredited(groups: Groups) -> tuple[Groups, list[Family], Tally]:
+    return groups, [family_of(group) for group in groups], Tally()
 
 
 def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chosen: Objective) -> Work:
