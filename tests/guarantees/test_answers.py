@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.guarantees import answers, tiny
+from tests.pipeline import tutelage
 from tutelage.errors import ConfigError, RewardError
 from tutelage.files import read_json
+from tutelage.models.load import load
+from tutelage.models.scorer import build_scorer
+from tutelage.models.scorer_export import save_scorer
 from tutelage.rollout.source import read_rollouts
 
 CLOCKS = ("rollout/rollout_seconds", "rollout/generated_per_second")
@@ -161,3 +166,28 @@ def test_a_reward_of_the_prompt_is_refused_where_groups_are_compared(tmp_path: P
             read_json(answers.run("grpo", tmp_path / method, method=method, rewards=rewards, steps=1).path / "run.json")["steps"]
             == 1
         )
+
+
+def test_the_plan_names_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards promise 11 where there are several models: before the first step, and in a dry run."""
+    rewards = {"model": 1}
+    scorer = build_scorer(load(tiny.checkpoint()), 1, 0)
+    save_scorer(scorer, tmp_path / "scorer", tiny.checkpoint())
+    change = {"rewards": rewards, "reward_model": str(tmp_path / "scorer"), "steps": 1}
+    run = answers.run("ppo", tmp_path, **change)
+    said = _memory(run.path)
+    size = sum(p.nbytes for p in load(tiny.checkpoint()).parameters())
+    assert f"{size / 1e6:,.0f} reference" in said and f"{size / 1e6:,.0f} reward model" in said
+    assert " value" in said and " cache of rollouts" in said
+    run = answers.run("grpo", tmp_path / "grpo", steps=1)
+    said = _memory(run.path)
+    assert " cache of rollouts" in said and " value" not in said and " reference" not in said
+    values = {**answers.settings("ppo", **change), "stage": None}
+    line = ["rl", "--dry-run", *(x for k, v in values.items() if v for x in ("--set", f"{k}={json.dumps(v)}"))]
+    shown = tutelage(capsys, *line)
+    assert all(f" {name}" in shown.err for name in ("value", "reference", "reward model")), shown.err
+
+
+def _memory(run: Path) -> str:
+    (line,) = [x for x in (run / "logs" / "attempt_1.log").read_text(encoding="utf-8").splitlines() if " memory: " in x]
+    return line

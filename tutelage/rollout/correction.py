@@ -34,8 +34,8 @@ def correction(
 
 
 def mismatch(trainer: Sequence[npt.ArrayLike], engine: Sequence[npt.ArrayLike]) -> Tally:
-    """Log-probabilities of the same tokens by trainer and engine, compared: the mean and largest absolute difference, and the mean
-    of (r - 1) - log r, r = p(trainer) / p(engine): k3, the engine's divergence from the trainer."""
+    """Log-probabilities of the same tokens by trainer and engine, compared: the mean and largest absolute difference, and the
+    mean of (r - 1) - log r, r = p(trainer) / p(engine): k3, the engine's divergence from the trainer."""
     pairs = [np.asarray(t, np.float64) - np.asarray(e, np.float64) for t, e in zip(trainer, engine, strict=True)]
     d = np.concatenate(pairs) if pairs else np.empty(0)
     means = {"mismatch_mean": np.abs(d), "mismatch_kl": np.expm1(np.minimum(d, 700.0)) - d}

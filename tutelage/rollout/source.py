@@ -108,8 +108,27 @@ class RolloutSource:
         return self._batch(self._minibatch(iteration, at))
 
     def largest(self) -> GlobalBatch:
-        chosen = max(1, self.plan.prompts // self.plan.minibatches // distributed.world())
-        return self._batch([self.blank] * chosen)
+        return self._batch([self.blank] * self._own)
+
+    @property
+    def _own(self) -> int:
+        """Families of a step on one rank."""
+        return max(1, self.plan.prompts // self.plan.minibatches // distributed.world())
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest forward pass of training."""
+        return min(self.plan.micro_tokens, self._own * self.blank.size(self.plan.layout))
+
+    @property
+    def texts(self) -> int:
+        """Answers that one rank is asked for at a time."""
+        return -(-self.plan.prompts // distributed.world()) * self.plan.samples
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return len(self.blank.prompt) + len(self.blank.endings[0].ids)
 
     # Making rollouts
 

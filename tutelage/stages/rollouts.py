@@ -33,7 +33,7 @@ from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import CREDIT
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
-from tutelage.stages.asking import published, sampler_for
+from tutelage.stages.asking import keys_and_values, published, sampler_for
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
@@ -47,6 +47,7 @@ class Kit:
     model: Any
     device: torch.device
     rubric: Any
+    scorer: Scorer | None  # that the rubric asks
     engine: Engine
     sampler: Any
     value: Scorer | None
@@ -56,7 +57,10 @@ class Kit:
     streams: tuple[str, ...] = field(default=())
 
     @classmethod
-    def of(cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any) -> Kit:
+    def of(
+        cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any,
+        scorer: Scorer | None = None,
+    ) -> Kit:  # fmt: skip
         """Raises `ConfigError` for settings that do not go together."""
         check(config)
         length = tuning.max_length(config, model.config.max_position_embeddings)
@@ -74,8 +78,8 @@ class Kit:
             environments = Environments(config.environment, config.environment_seconds) if config.environment else None
             sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environments)
         return cls(
-            config=config, run=run, model=model, device=device, rubric=rubric, engine=single.engine, sampler=sampler,
-            value=value, reference=reference, plan=plan, layout=layout,
+            config=config, run=run, model=model, device=device, rubric=rubric, scorer=scorer, engine=single.engine,
+            sampler=sampler, value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -152,6 +156,17 @@ class Kit:
             folder=self.run.folder("rollouts"), published=published(self.model, self.engine), blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
         )  # fmt: skip
+
+    def held(self, source: RolloutSource) -> dict[str, int]:
+        """Bytes of what is held beside the parts, by name: models that are asked between steps, and the engine's cache."""
+        out = {"cache of rollouts": keys_and_values(self.engine, source.texts, source.longest)}
+        own = {p.data_ptr() for p in self.model.parameters()}
+        others = {
+            "merged copy": [p for p in self.engine.model.parameters() if p.data_ptr() not in own],  # of what an adapter changed
+            "reference": [] if self.reference in (None, self.model) else list(self.reference.parameters()),
+            "reward model": [] if self.scorer is None else list(self.scorer.parameters()),
+        }
+        return out | {name: size for name, held in others.items() if (size := sum(p.nbytes for p in held))}
 
     def blank(self, prompts: Sequence[Prompt]) -> Family:
         """The largest family that may come, with every stream an objective may ask for."""
