@@ -1,9 +1,11 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each does its own set-up.
 #   PYTHON       the interpreter to build the environment with (3.11 or newer)
+#   JOBS         processes that run tests (2); the threads of a machine are shared out among them
 #   TORCH_INDEX  a package index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
 PYTHON      ?= python3
 TORCH_INDEX ?=
 VENV        ?= .venv
+JOBS        ?= 2
 BIN         := $(VENV)/bin
 INDEX       := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX)
@@ -16,7 +18,7 @@ demo: install
 	@echo "The report is the .html file named above; open it in a browser."
 
 test: install-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 check: install-dev
 	$(BIN)/ruff check .

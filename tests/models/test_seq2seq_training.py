@@ -17,6 +17,7 @@ from tutelage.data.family_source import FamilySource
 from tutelage.data.translations import Marks, PairedTexts, PairEncoder
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError, DataError
+from tutelage.files import read_json
 from tutelage.models.export import save
 from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
 from tutelage.models.interface import Batch
@@ -179,6 +180,16 @@ def test_a_translator_learns(tmp_path: Path, world: Any, capsys: pytest.CaptureF
     assert len(rows) == 10 and "to the letter" in capsys.readouterr().err
     more = api.translate(model=made, **{**how, "steps": 2})
     assert more.facts["steps"] == 2
+    worn = api.translate(model=made, adapter={"kind": "lora", "rank": 4}, **{**how, "steps": 8})
+    assert (worn.path / "adapter" / "adapter_config.json").is_file() and not (worn.path / "model").exists()
+    assert read_json(worn.path / "adapter" / "adapter_config.json")["task_type"] == "SEQ_2_SEQ_LM"
+    on = api.translate(model=worn, adapter={"kind": "lora", "rank": 4}, **{**how, "steps": 2})
+    whole = api.merge(adapter=on, runs=tmp_path)
+    assert 0 <= api.translate(model=whole, **{**how, "steps": 1}).facts["similarity"] <= 1
+    with pytest.raises(ConfigError, match="no trained base"):
+        api.translate(tokenizer=world.made["words"], architecture=tiny, adapter={"kind": "lora"}, **how)
+    with pytest.raises(ConfigError, match="virtual tokens are for decoders"):
+        api.translate(model=made, adapter={"kind": "prefix"}, **how)
     with pytest.raises(ConfigError, match="starts from a model"):
         api.translate(**how)
     with pytest.raises(ArtifactError, match="not an encoder-decoder"):

@@ -230,5 +230,5 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
         assert run.facts["artifact"]["kind"] == "adapter" and not (run.path / "model").exists()
     with pytest.raises(ConfigError, match="no adapter is trained here"):
         api.vocabulary(data=world.made["corpus"], add=4, **same, **rows)
-    with pytest.raises(ConfigError, match="a reward model's adapter is merged"):
+    with pytest.raises(ConfigError, match="under a score head is merged"):
         api.reward(data=data, batch=4, steps=2, **{**same, "adapter": {"kind": "prompt"}})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.pipeline import World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
@@ -125,6 +126,46 @@ def test_a_decoder_classifies_at_its_last_token(world: World, tmp_path: Path) ->
     np.testing.assert_allclose(found.predict([text]).probabilities, logits.softmax(1).numpy(), atol=1e-4)
     with pytest.raises(ConfigError, match="after a word"):
         classify(tmp_path, world, data(tmp_path, "tag"), **start)
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"kind": "lora", "rank": 4}, {"kind": "ia3"}, {"kind": "lora", "rank": 4, "quantize": "nf4"}]
+)
+@pytest.mark.parametrize("start", ["encoder", "model"])
+def test_an_adapter_becomes_part_of_the_classifier(
+    world: World, tmp_path: Path, adapter: dict[str, Any], start: str  # noqa: F811
+) -> None:  # fmt: skip
+    """A base that moves, a head that does not learn, a folder with half of the classifier, folds that share an adapter."""
+    records = data(tmp_path, "class")
+    base = world.made["base"] / "model"
+    if start == "encoder":
+        base = classify(tmp_path, world, records, epochs=1).path / "model"
+    given = {"tokenizer": None, "architecture": None, start: base, "adapter": adapter, "folds": 2, "epochs": 8}
+    made = classify(tmp_path, world, records, **given)
+    assert made.facts["accuracy"] > (0.5 if adapter["kind"] == "lora" else 0)  # factors alone teach it little
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, made.path / "model"))
+    moved = {n for n in before if n in after and not torch.equal(before[n], after[n])}
+    assert not any("embed" in n or "norm" in n.lower() for n in moved), moved
+    if adapter["kind"] == "lora":
+        assert any("q_proj" in n or "query" in n for n in moved)
+    if start == "encoder":
+        assert "classifier.weight" in moved
+    found = Classifier(made.path / "model")
+    text = rows("class")[1]["text"]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(made.path / "model").eval()
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.tensor([found.encode(text).ids])).logits  # type: ignore[union-attr]
+    np.testing.assert_allclose(found.predict([text]).probabilities, logits.softmax(1).numpy(), atol=1e-4)
+
+
+def test_an_adapter_that_cannot_become_part_is_refused(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Virtual tokens that a classifier's folder has no place for; an adapter on random weights."""
+    records = data(tmp_path, "class")
+    with pytest.raises(ConfigError, match="merged when it is written"):
+        start = {"tokenizer": None, "architecture": None, "model": world.made["base"]}
+        classify(tmp_path, world, records, **start, adapter={"kind": "prompt"})
+    with pytest.raises(ConfigError, match="needs a trained base"):
+        classify(tmp_path, world, records, adapter={"kind": "lora"})
 
 
 def test_a_killed_run_ends_as_one_that_was_not(world: World, tmp_path: Path) -> None:  # noqa: F811

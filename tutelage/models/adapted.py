@@ -10,6 +10,8 @@ Shapes: I and O, widths of input and output; r, rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,3 +148,10 @@ def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
 def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
     """The layers of a model that have been replaced, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Adapted)]
+
+
+def put_in_place(model: Any, name: str, module: nn.Module) -> None:
+    """Makes `module` the one of this name."""
+    parent, _, leaf = name.rpartition(".")
+    module.train(model.training)
+    setattr(model.get_submodule(parent), leaf, module)

@@ -3,9 +3,8 @@
     wear(model, config, seed)          base frozen, adapter trainable, in place
     with bare(model): ...              the base alone: a reference with no second copy in memory
     plain, lora = worn(model)          for `Engine(plain)` and `lora=lora`, sharing tensors with the model that is trained
-    merge(model)                       the adapter becomes part of the weights, logits compared
 
-The folders of `peft` are in `adapter_folder.py`.
+The folders of `peft` are in `adapter_folder.py`, merging is in `merging.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage import log
 from tutelage.config.adapter import Adapter
-from tutelage.errors import ArtifactError, ConfigError
-from tutelage.models.adapted import Adapted, LowRankChange, Rescaling, adapted
+from tutelage.errors import ConfigError
+from tutelage.models.adapted import Adapted, LowRankChange, Rescaling, adapted, put_in_place
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
 from tutelage.models.lora import Lora, LowRank, linear_layers
@@ -34,7 +32,6 @@ from tutelage.models.virtual import VirtualTokens
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
 IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.dense")
-PROBE_TOKENS = 48
 
 
 @dataclass(slots=True)
@@ -81,9 +78,10 @@ def wear(model: Any, config: Adapter, seed: int) -> Any:
 
 
 def wear_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
-    """The same for the model under a score head, which is trained whole."""
-    wear(scorer.backbone, config, seed)
-    scorer.score.requires_grad_(True)
+    """The same for the model under a score head, or under those of an encoder's classes, which are trained whole."""
+    wear(scorer.__dict__.get("backbone", scorer), config, seed)
+    for name in getattr(scorer, "heads", ("score",)):
+        scorer.get_submodule(name).requires_grad_(True)
     return scorer
 
 
@@ -133,7 +131,7 @@ def quantize(model: Any) -> None:
         for name in names:
             module = model.get_submodule(name)
             if not isinstance(module, Adapted):
-                _replace(model, name, Adapted(module, None, Packed(module.weight)))
+                put_in_place(model, name, Adapted(module, None, Packed(module.weight)))
 
 
 def layer(model: Any, name: str) -> Adapted:
@@ -141,14 +139,8 @@ def layer(model: Any, name: str) -> Adapted:
     module = model.get_submodule(name)
     if not isinstance(module, Adapted):
         module = Adapted(module, None)
-        _replace(model, name, module)
+        put_in_place(model, name, module)
     return module
-
-
-def _replace(model: Any, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module.train(model.training)
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _wear_low_rank(model: Any, name: str, ours: Sequence[str], config: Adapter, rank: int, scale: float, seed: int) -> None:
@@ -346,68 +338,3 @@ def follow(model: Any, plain: Any) -> None:
             copy.weight.copy_(own.whole_weight())
             if own.bias is not None:
                 copy.bias.copy_(own.whole_bias())
-
-
-@torch.no_grad()
-def merge(model: Any, dtype: torch.dtype | None = None, *, quiet: bool = False) -> Any:
-    """Makes the adapter part of the weights, in place, compares logits before and after, and says by how much they differ unless
-    `quiet`. A base in 4 bits is written out in full first. `dtype`: of the merged weights. Raises `ArtifactError` for what can't
-    be merged, and where logits differ."""
-    if getattr(model, "virtual", None) is not None:
-        raise ArtifactError(
-            "virtual tokens are no change of weights, so they can't be merged",
-            found="a prefix" if model.virtual.is_prefix else "a prompt",
-            expected="lora, dora or ia3", fix="use the adapter beside its base",
-        )  # fmt: skip
-    model.eval()
-    before = probe(model)
-    for name, own in adapted(model):
-        kind = dtype or (own.packed.dtype if own.packed is not None else own.weight.dtype)
-        _replace(model, name, _plain_like(own, own.whole_weight().to(kind), own.whole_bias()))
-    for wearing in (model, model.__dict__.get("backbone", model)):  # a scorer's layers are those of the model that it was made of
-        wearing.__dict__.pop("worn_adapter", None)
-    model.requires_grad_(True)
-    if dtype is not None:
-        model.to(dtype)
-    check_logits(before, probe(model), "the merged model", quiet)
-    return model
-
-
-def _plain_like(own: Adapted, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    if own.transposed:
-        from transformers.pytorch_utils import Conv1D
-
-        plain: nn.Module = Conv1D(own.out_features, own.in_features)
-        weight = weight.t().contiguous()
-    else:
-        plain = nn.Linear(own.in_features, own.out_features, bias=bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(weight.dtype).clone())
-    return plain
-
-
-@torch.no_grad()
-def probe(model: Any) -> Tensor:
-    """Logits [1,T,V] float32 of some tokens, the same for every model of one vocabulary; of a scorer its scores [T,K]."""
-    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
-    ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(7)).tolist()
-    device = next(model.parameters()).device
-    batch = Batch.of([ids], device=device)
-    out: Tensor = model.logits(batch) if hasattr(model, "logits") else model(batch)
-    return out.float().cpu()
-
-
-def check_logits(before: Tensor, after: Tensor, what: str, quiet: bool = False) -> float:
-    """Says by how much logits differ, and returns it. Raises `ArtifactError` where that is more than rounding does even in 16
-    bits: a tenth of their standard deviation."""
-    difference = float((after - before).abs().max())
-    spread = float(before.std())
-    if not quiet:
-        log.say(f"{what} against the adapted one: logits differ by at most {difference:.2g} (spread {spread:.2g})")
-    if not difference <= 0.1 * spread:
-        raise ArtifactError(
-            f"{what} does not say what the adapted one says", found=f"logits differ by {difference:.3g}",
-            expected=f"at most {0.1 * spread:.3g}", fix="keep the adapter beside its base, and report this as a bug",
-        )  # fmt: skip
-    return difference

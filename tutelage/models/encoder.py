@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
 from tutelage.models.config import unsupported
-from tutelage.models.hf import Wrapped
+from tutelage.models.hf import Wrapped, quiet
 from tutelage.models.interface import Batch, Output
 from tutelage.models.load import check_folder, read_config
 
@@ -58,6 +58,14 @@ class ClassScorer(Wrapped):
         """Names of the K classes."""
         named = self.hf.config.id2label
         return tuple(named[i] for i in range(len(named)))
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the modules that are of its classes, and trained whole beside an adapter. A pooler is one of them: that of an
+        encoder which has never judged texts is new."""
+        inner = self.hf.base_model_prefix
+        pooler = (f"{inner}.pooler",) if getattr(self.hf.base_model, "pooler", None) is not None else ()
+        return (*(name for name, _ in self.hf.named_children() if name != inner), *pooler)
 
     def forward(self, batch: Batch) -> Tensor:
         flat = batch.ids.flatten()
@@ -187,24 +195,16 @@ def _read(folder: Path) -> Any:
 
 
 def _opened(folder: Path, kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
-    transformers = _library()
-    log = transformers.utils.logging
-    before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()  # a new head is said by whoever asked for it
-    log.disable_progress_bar()
     try:
-        return getattr(transformers, kind).from_pretrained(  # type: ignore[no-any-return]
-            folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with quiet():  # a new head is said by whoever asked for it
+            return getattr(_library(), kind).from_pretrained(  # type: ignore[no-any-return]
+                folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+                use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except (ValueError, OSError, KeyError) as error:
         raise ArtifactError(
             f"transformers can't load this as an encoder ({error})", file=folder, fix="export or download the model again"
         ) from error
-    finally:
-        log.set_verbosity(before)
-        if bars:
-            log.enable_progress_bar()
 
 
 @torch.no_grad()

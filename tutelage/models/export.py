@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tutelage import log
 from tutelage.errors import ArtifactError
-from tutelage.files import whole_folder, write_json
+from tutelage.files import read_json, whole_folder, write_json
 from tutelage.models import families
 from tutelage.models.decoder import Decoder
 from tutelage.models.load import DTYPES, INDEX, WEIGHTS
@@ -60,7 +60,9 @@ def save(
             assert isinstance(model, Wrapped), type(model)
             save_hf(model, held, partial, kind, shard_bytes)
             if stop_ids:
-                write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
+                said = partial / "generation_config.json"  # what starts a target and the like stays as the model has it
+                ends = generation_config(model.config.to_hf(), stop_ids)
+                write_json(said, {**ends, **(read_json(said) if said.is_file() else {}), "eos_token_id": ends["eos_token_id"]})
         for file in copied:
             shutil.copyfile(file, partial / file.name)
 

@@ -9,6 +9,7 @@ own (`begin`, `extend`). Encoder-decoders are in `hf_seq2seq.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -281,6 +282,22 @@ def _head_is_linear(hf: Any) -> bool:
     return got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-3, atol=1e-3)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's own progress bars and reports, inside."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapter | Seq2Seq:
     """The adapter around the model of `folder`, from local safetensors files only.
 
@@ -293,9 +310,10 @@ def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapte
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        hf = kind.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with quiet():
+            hf = kind.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
     except (ValueError, OSError, KeyError) as error:
         raise ArtifactError(
             f"transformers can't load this as a language model ({error})", file=folder,

@@ -42,7 +42,7 @@ def load(
     folder = Path(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if is_adapter(folder):
-        from tutelage.models.adapter_folder import load_with_base
+        from tutelage.models.adapter_start import load_with_base
 
         return load_with_base(folder, device=torch.device(device), dtype=kind)  # type: ignore[no-any-return]
     raw = read_config(folder)

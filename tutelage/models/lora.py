@@ -155,10 +155,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def linear_layers(model: Any) -> dict[str, tuple[str, ...]]:
     """Linear layers by the names that they have on disk; several of ours where a family fuses them there. Without the head."""
     head = None if isinstance(model, Decoder) else model.hf.get_output_embeddings()
+    heads = tuple(f"{name}." for name in ("lm_head", *getattr(model, "heads", ())))
     names = [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and not name.startswith("lm_head") and module is not head
+        if _is_linear(module) and not f"{name}.".startswith(heads) and module is not head
     ]
     if not isinstance(model, Decoder):
         return {name: (name,) for name in names}

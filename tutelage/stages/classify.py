@@ -23,7 +23,7 @@ from tutelage.stages.fitting import choose_device
 
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
-    tuning.refuse_adapter(config)
+    tuning.check_merged(config)
     train, held = read(run.input("data"))
     labels = weighted(config, train, labels_of(train, held))
     log.say(

@@ -20,15 +20,19 @@ from tutelage.data.family_source import FamilySource
 from tutelage.engine.classifier import longest, separator
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_folder, write_json
+from tutelage.models.adapters import wear_scorer, worn_adapter
 from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier, new_classifier
 from tutelage.models.export import save
 from tutelage.models.load import load
+from tutelage.models.merging import merge
 from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.models.scorer_export import save_scorer
 from tutelage.objectives import objective
 from tutelage.records import Example
 from tutelage.rundir import RunDir
+from tutelage.stages.derived import ADAPTER_RATES
 from tutelage.stages.fitting import Work, fit
+from tutelage.stages.tuning import size_of
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 from tutelage.train import distributed
 from tutelage.train.optim import Rates
@@ -59,6 +63,13 @@ class Start:
                 found=", ".join(given) or None, expected="`encoder`: a folder of the BERT family; `model`: a decoder; or "
                 "`tokenizer`: a small encoder from scratch",
             )  # fmt: skip
+        if config.tokenizer and config.adapter.kind != "none":
+            raise ConfigError(
+                "an adapter needs a trained base",
+                field="adapter.kind",
+                found=config.adapter.kind,
+                expected="`encoder` or `model`",
+            )
         if config.model and labels.task == "tag":
             raise ConfigError("a decoder does not see what comes after a word", field="model", expected="`encoder`, to tag words")
         folder = marked(run) if config.tokenizer else run.input(given[0])
@@ -78,15 +89,21 @@ class Start:
         task: Any = "token" if self.labels.task == "tag" else "class"
         names, many = self.labels.names, self.labels.task == "many"
         if self.config.model:
-            return build_scorer(load(self.tokenizer), names, self.config.seed, PROBLEM[many])
+            return self._wearing(build_scorer(load(self.tokenizer), names, self.config.seed, PROBLEM[many]))
         how: dict[str, Any] = {"many": many, "sep_id": separator(self.words)}
         if self.config.encoder:
-            return load_classifier(self.tokenizer, task, names, **how)[0]
+            return self._wearing(load_classifier(self.tokenizer, task, names, **how)[0])
         shape = {**SMALL_ENCODER, "vocab_size": self.words.vocab_size, "max_position_embeddings": self.max_length,
                  "pad_token_id": self.words.pad_id or 0, **self.config.architecture}  # fmt: skip
         return new_classifier(shape, task, names, **how)
 
+    def _wearing(self, part: Any) -> Any:
+        adapter = self.config.adapter
+        return part if adapter.kind == "none" else wear_scorer(part, adapter, self.config.seed)
+
     def save(self, part: ClassScorer | Scorer, folder: Path) -> None:
+        if worn_adapter(part) is not None:
+            merge(part)
         if isinstance(part, Scorer):
             save_scorer(part, folder, self.tokenizer, stop_ids=self.words.stop_ids)
         else:
@@ -185,12 +202,19 @@ def say_report(families: ExampleFamilies) -> None:
 
 def rates_of(config: Classify, part: torch.nn.Module) -> Rates:
     """Peak learning rates, those left to derive with their reason."""
-    size = sum(p.numel() for p in part.parameters())
-    rate, reason = NEW_RATE, "a small encoder from scratch"
-    if config.tokenizer is None:
-        rate = round(TUNE_RATE * math.sqrt(TUNE_AT / size), 8)
-        reason = f"{TUNE_RATE:g} x (110M / {size / 1e6:.3g}M parameters)^0.5"
-    return rates(config, rate, reason)
+    if config.tokenizer is not None:
+        return rates(config, NEW_RATE, "a small encoder from scratch")
+    return rates(config, *scaled(config, part, TUNE_RATE, TUNE_AT))
+
+
+def scaled(config: Tune, model: torch.nn.Module, rate: float, at: float) -> tuple[float, str]:
+    """The learning rate of a trained model or of its adapter, from one that is good for all weights of `at` parameters, and the
+    reason."""
+    factor, power = ADAPTER_RATES.get(config.adapter.kind, (1.0, 0.5))
+    size = size_of(model)
+    times = "" if factor == 1 else f" x {factor:g}, for adapters of kind {config.adapter.kind},"
+    grows = f" x ({at / 1e6:g}M / {size / 1e6:.3g}M parameters)^{power:g}" if power else ""
+    return round(rate * factor * (at / size) ** power, 8), f"{rate:g}{times}{grows}"
 
 
 def rates(config: Tune, rate: float, reason: str) -> Rates:

@@ -20,7 +20,8 @@ from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
-from tutelage.models.adapter_folder import save_adapter, start_with_adapter
+from tutelage.models.adapter_folder import save_adapter
+from tutelage.models.adapter_start import start_with_adapter
 from tutelage.models.adapters import Share, worn_adapter
 from tutelage.models.export import save
 from tutelage.models.interface import Batch

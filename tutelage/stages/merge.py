@@ -12,9 +12,9 @@ from tutelage.bases import base_of, whole_of
 from tutelage.config.stages import Merge
 from tutelage.files import read_json
 from tutelage.models.adapter_folder import check_base, load_adapter
-from tutelage.models.adapters import check_logits, merge, probe
 from tutelage.models.export import TOKENIZER_FILES, read_stop_ids, save
 from tutelage.models.load import DTYPES, load
+from tutelage.models.merging import check_logits, merge, probe
 from tutelage.rundir import RunDir
 from tutelage.stages.fitting import choose_device
 

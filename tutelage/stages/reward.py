@@ -10,9 +10,10 @@ from tutelage.bases import whole_of
 from tutelage.config.stages import Reward
 from tutelage.data.family_source import FamilySource
 from tutelage.errors import ConfigError
-from tutelage.models.adapters import merge, wear_scorer
+from tutelage.models.adapters import wear_scorer
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load, read_config, scores
+from tutelage.models.merging import merge
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.models.scorer_export import save_scorer
 from tutelage.objectives import TABLE, Objective, objective
@@ -40,7 +41,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     scorer = start_of(config, run, data.outputs, device)
     wears = config.adapter.kind != "none"
     if wears:
-        check_adapter(config)
+        tuning.check_merged(config)
         wear_scorer(scorer, config.adapter, config.seed)
     check_vocabulary(scorer.config, words.vocab_size, start)
     length = tuning.max_length(config, scorer.config.max_position_embeddings)
@@ -94,16 +95,6 @@ def chosen_method(config: Reward, data: Judged) -> Objective:
             f"this method does not learn from {data.kind}", field="method", found=data.method, expected=", ".join(names)
         )
     return objective(data.method, **{key: getattr(config, key) for key in SETTINGS})
-
-
-def check_adapter(config: Reward) -> None:
-    """Raises `ConfigError` for an adapter that can't become part of the scorer, which is written whole."""
-    if config.adapter.kind in ("prompt", "prefix") or ranks_sharing(config) > 1:
-        asked = ("shard", config.shard) if ranks_sharing(config) > 1 else ("adapter.kind", config.adapter.kind)
-        raise ConfigError(
-            "a reward model's adapter is merged when it is written, which this one can't be", field=asked[0], found=asked[1],
-            expected="lora, dora or ia3, with shard=none",
-        )  # fmt: skip
 
 
 def start_of(config: Reward, run: RunDir, outputs: tuple[str, ...], device: Any) -> Scorer:

@@ -22,14 +22,12 @@ from tutelage.errors import ArtifactError, ConfigError
 from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
-from tutelage.models.export import save
 from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
-from tutelage.models.load import load
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
 from tutelage.stages import classifying, tuning
-from tutelage.stages.fitting import Work, choose_device, fit
+from tutelage.stages.fitting import Work, choose_device, fit, load_start, no_adapter, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 from tutelage.train.optim import Rates
@@ -40,11 +38,10 @@ SHOWN = 5  # translations printed
 
 
 def run(config: Translate, run: RunDir) -> dict[str, Any]:
-    tuning.refuse_adapter(config)
     tuning.check_records(run.input("data"), ("Conversation",), "make them with `tutelage data --kind conversations`")
     train, held = (list(read_records(run.input("data") / f"{part}.jsonl", Conversation)) for part in ("train", "validation"))
     device = choose_device(config)
-    model, tokenizer = start_of(config, run)
+    model, tokenizer = start_of(config, run, device)
     words = TokenizerFolder.open(tokenizer)
     length = min(512, source_room(model, words)) if config.max_length == "derived" else config.max_length
     encode = PairEncoder(words, Marks(model.start, model.ends or words.stop_ids))
@@ -63,7 +60,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
         parts={"policy": model}, source=source, objective=objective("next_token"), steps=max(1, steps), rates=rates,
         shape=classifying.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
         tokens=tokens * source.per_step * steps, numbers={"max_length": length, "lr": rates.lr, "batch": source.per_step},
-        write=lambda: save(model, run.folder("model"), tokenizer), validation=None if checked is None else checked.validation(),
+        write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
     )  # fmt: skip
     facts = fit(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
     if kept is None:
@@ -72,8 +69,9 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     return facts | compare(model, words, kept, most, config.max_target, run.folder("scores"))
 
 
-def start_of(config: Translate, run: RunDir) -> tuple[Seq2Seq, Path]:
-    """The model and its tokenizer's folder. Raises `ConfigError` unless there is exactly one of `model` and `tokenizer`."""
+def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2Seq, Path]:
+    """The model, with its adapter, and its tokenizer's folder. Raises `ConfigError` unless there is exactly one of `model` and
+    `tokenizer`, and for an adapter without a trained base."""
     if (config.model is None) == (config.tokenizer is None):
         raise ConfigError(
             "a translator starts from a model, or from a tokenizer and nothing else", field="model",
@@ -81,13 +79,14 @@ def start_of(config: Translate, run: RunDir) -> tuple[Seq2Seq, Path]:
         )  # fmt: skip
     torch.manual_seed(config.seed)
     if config.model is None:
+        no_adapter(config, "there is no trained base")
         folder = classifying.marked(run, begins=False)
         words = TokenizerFolder.open(folder)
         assert words.eos_id is not None  # or it could not have been marked
         pad = words.eos_id if words.pad_id is None else words.pad_id
         ids = {"pad_token_id": pad, "eos_token_id": words.eos_id, "decoder_start_token_id": pad}
         return new_seq2seq({**SMALL_T5, "vocab_size": words.vocab_size, **ids, **config.architecture}), folder
-    found = load(run.input("model"))
+    found = load_start(run.input("model"), config, device, config.seed)
     if not isinstance(found, Seq2Seq):
         raise ArtifactError("not an encoder-decoder", file=run.input("model"), found=found.config.model_type,
                             expected="t5, bart, marian, …", fix="train a decoder with `tutelage sft`")  # fmt: skip
@@ -100,9 +99,9 @@ def source_room(model: Seq2Seq, words: TokenizerFolder) -> int:
 
 
 def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
-    size = sum(p.numel() for p in model.parameters())
-    scaled = (round(TUNE_RATE * math.sqrt(TUNE_AT / size), 8), f"{TUNE_RATE:g} x (220M / {size / 1e6:.3g}M parameters)^0.5")
-    return classifying.rates(config, *(scaled if config.model else (NEW_RATE, "a small model from scratch")))
+    if config.model is None:
+        return classifying.rates(config, NEW_RATE, "a small model from scratch")
+    return classifying.rates(config, *classifying.scaled(config, model, TUNE_RATE, TUNE_AT))
 
 
 def say_report(families: PairedTexts) -> None:

@@ -19,7 +19,7 @@ from tutelage.files import read_json, whole_file, write_json
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
 from tutelage.rundir import RunDir
-from tutelage.stages.derived import tuning_rate
+from tutelage.stages.derived import ranks_sharing, tuning_rate
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.optim import Rates
 
@@ -37,12 +37,14 @@ def size_of(model: Any) -> int:
         return sum(p.numel() for p in model.parameters())
 
 
-def refuse_adapter(config: Tune) -> None:
-    """Raises `ConfigError` for an adapter where all weights are trained."""
-    if config.adapter.kind != "none":
+def check_merged(config: Tune) -> None:
+    """Raises `ConfigError` for an adapter that can't become part of a model that is written whole, with its score head."""
+    kind = config.adapter.kind
+    if kind in ("prompt", "prefix") or (kind != "none" and ranks_sharing(config) > 1):
+        asked = ("adapter.kind", kind) if kind in ("prompt", "prefix") else ("shard", config.shard)
         raise ConfigError(
-            "this stage trains all weights", field="adapter.kind", found=config.adapter.kind, expected="none",
-            fix="leave `adapter` out",
+            "an adapter under a score head is merged when it is written, which this one can't be", field=asked[0],
+            found=asked[1], expected="lora, dora or ia3, with shard=none",
         )  # fmt: skip
 
 
