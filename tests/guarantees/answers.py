@@ -13,6 +13,7 @@ from tutelage import api
 from tutelage.rundir import RunDir
 
 RATES = {"lr": 1e-2, "matrix_lr": 1e-2, "embedding_lr": 1e-2}
+GAMES = Path(__file__).parents[1] / "rollout" / "games.py"
 COMMON = {"threads": 1, "device": "cpu", "optimizer": RATES, "checkpoint_every": 2, "evaluate_every": 2, "max_length": 96}
 
 
@@ -47,6 +48,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 STAGES["ppo"] = {**STAGES["grpo"], "method": "ppo", "updates": 2, "minibatches": 2, "kl": 0.05, "kl_in": "reward"}
 STAGES["reused"] = {**STAGES["grpo"], "method": "dapo", "updates": 3, "silent": "resample", "kl": 0.02, "old": "trainer"}
+STAGES["episodes"] = {**STAGES["grpo"], "environment": f"{GAMES}:Dice", "max_rounds": 3, "rewards": {"environment": 1}}
 
 
 def settings(name: str, **change: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.guarantees import answers, tiny
-from tutelage.errors import ConfigError
+from tests.pipeline import tutelage
+from tutelage.errors import ConfigError, RewardError
 from tutelage.files import read_json
+from tutelage.models.load import load
+from tutelage.models.scorer import build_scorer
+from tutelage.models.scorer_export import save_scorer
 from tutelage.rollout.source import read_rollouts
 
 CLOCKS = ("rollout/rollout_seconds", "rollout/generated_per_second")
@@ -60,6 +65,33 @@ def test_two_ranks_are_one(tmp_path: Path, name: str) -> None:
     alone = answers.run(name, tmp_path / "one", steps=2)
     weights = [load_file(r / "model" / "model.safetensors") for r in (answers.folder(name, tmp_path / "two"), alone.path)]
     assert tiny.furthest(*weights) < 2e-4
+
+
+def test_what_is_measured_of_rollouts_is_of_all_ranks(tmp_path: Path) -> None:
+    """Guards against numbers of the first rank alone: its half of the divergence, and half of the speed."""
+    change = {"steps": 4, "updates": 1}
+    pair = [answers.start("reused", tmp_path / "two", env=env, **change) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [0, 0], [p.said for p in pair]
+    alone = answers.run("reused", tmp_path / "one", **change)
+    two, one = (
+        [r for r in tiny.metrics(run) if "rollout/kl" in r] for run in (answers.folder("reused", tmp_path / "two"), alone.path)
+    )
+    assert len(one) == len(two) == 4 and one[-1]["rollout/kl"] > 1e-4
+    for a, b in zip(one, two, strict=True):
+        for name in ("kl", "mismatch_mean", "mismatch_max", "mismatch_kl", "reward", "length", "silent_share"):
+            assert b[f"rollout/{name}"] == pytest.approx(a[f"rollout/{name}"], rel=1e-3, abs=1e-6), name
+    for rows, run in ((one, alone.path), (two, answers.folder("reused", tmp_path / "two"))):
+        for row, step in zip(rows, range(4), strict=True):
+            files = (run / "rollouts").glob(f"step_{step:06d}*.jsonl")
+            made = sum(sum(r.mask) for file in files for r in read_rollouts(file))
+            assert row["rollout/generated_per_second"] * row["rollout/rollout_seconds"] == pytest.approx(made)
+
+
+def test_more_ranks_than_prompts_is_refused(tmp_path: Path) -> None:
+    """Guards against a rank with nothing to ask, which adds up other numbers than the rest and hangs them."""
+    pair = [answers.start("grpo", tmp_path, env=env, batch=1) for env in tiny.ranks(2)]
+    assert [p.wait() for p in pair] == [2, 2], [p.said for p in pair]
+    assert "fewer prompts in an iteration than ranks" in pair[0].said
 
 
 def test_trainer_and_engine_agree(tmp_path: Path) -> None:
@@ -118,3 +150,44 @@ def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[s
     with pytest.raises(ConfigError) as caught:
         answers.run("grpo", tmp_path, **change)
     assert caught.value.field == field
+
+
+def test_a_reward_of_the_prompt_is_refused_where_groups_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a check that looks at all rewards together: these differ between prompts only, which is nothing to GRPO."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(
+        "def even(rollout):\n    return rollout.prompt_ids[-1] % 2 + sum(rollout.prompt_ids) % 5\n"
+    )
+    rewards = {"even": {"kind": "function", "path": "my_rewards.py:even"}}
+    with pytest.raises(RewardError, match="in none of 8 groups of 4 answers"):
+        answers.run("grpo", tmp_path / "a", rewards=rewards)
+    for method in ("reinforce", "ppo"):
+        assert (
+            read_json(answers.run("grpo", tmp_path / method, method=method, rewards=rewards, steps=1).path / "run.json")["steps"]
+            == 1
+        )
+
+
+def test_the_plan_names_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards promise 11 where there are several models: before the first step, and in a dry run."""
+    rewards = {"model": 1}
+    scorer = build_scorer(load(tiny.checkpoint()), 1, 0)
+    save_scorer(scorer, tmp_path / "scorer", tiny.checkpoint())
+    change = {"rewards": rewards, "reward_model": str(tmp_path / "scorer"), "steps": 1}
+    run = answers.run("ppo", tmp_path, **change)
+    said = _memory(run.path)
+    size = sum(p.nbytes for p in load(tiny.checkpoint()).parameters())
+    assert f"{size / 1e6:,.0f} reference" in said and f"{size / 1e6:,.0f} reward model" in said
+    assert " value" in said and " cache of rollouts" in said
+    run = answers.run("grpo", tmp_path / "grpo", steps=1)
+    said = _memory(run.path)
+    assert " cache of rollouts" in said and " value" not in said and " reference" not in said
+    values = {**answers.settings("ppo", **change), "stage": None}
+    line = ["rl", "--dry-run", *(x for k, v in values.items() if v for x in ("--set", f"{k}={json.dumps(v)}"))]
+    shown = tutelage(capsys, *line)
+    assert all(f" {name}" in shown.err for name in ("value", "reference", "reward model")), shown.err
+
+
+def _memory(run: Path) -> str:
+    (line,) = [x for x in (run / "logs" / "attempt_1.log").read_text(encoding="utf-8").splitlines() if " memory: " in x]
+    return line

@@ -105,6 +105,25 @@ def judged(good: int, other: float, name: str = "r") -> Family:
     return Family(name, np.array([3, 0]), (own, wrong))
 
 
+@pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
+def test_kto_reads_each_answer_once(layout):
+    """Guards against passes that read both answers of a family to use one of them; and against an answer that stands elsewhere
+    than its text does, once the other is cut out."""
+    made, read = small.rated(5), []
+
+    class Watched(small.Bigrams):
+        def forward(self, batch):
+            read.append(sorted(batch.ids[batch.segments > 0].tolist()))
+            return super().forward(batch)
+
+    policy = Watched(bigrams().table.detach())
+    found = gradients(Recipe({"policy": policy}, objective("kto")), small.source("kto", made, layout=layout).next(0))
+    texts = [sorted(i for f in made for i in (*f.prompt.tolist(), *f.endings[k].ids.tolist())) for k in (1, 0)]
+    assert read == texts
+    logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (0, 1)}
+    assert found.loss == pytest.approx(formulas.loss("kto", made, lambda f, k: logs[f.name, k]), rel=1e-5)
+
+
 def test_kto_by_hand():
     """Guards against a reference point that has a gradient, forgets beta, is each answer's own or falls below 0."""
     two = math.log(2)

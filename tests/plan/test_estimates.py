@@ -10,7 +10,7 @@ import pytest
 
 from tutelage.errors import ConfigError
 from tutelage.plan.energy import Meter, energy, prices, rent
-from tutelage.plan.memory import compare, estimate, largest_micro_rows
+from tutelage.plan.memory import cache, compare, estimate, frozen, largest_micro_rows
 from tutelage.plan.shape import derive
 from tutelage.plan.time import MFU, duration, explain, sustained_flops, train_seconds
 
@@ -34,6 +34,20 @@ def test_memory_terms() -> None:
     assert shared.terms["activations"] == two.terms["activations"] and "whole" in shared.terms and "whole" not in two.terms
     assert estimate(shape, 16, 512, kernels=False).total > two.total
     assert two.low < two.total < two.high and "activations" in two.explain()
+
+
+def test_other_models_are_terms_of_their_own() -> None:
+    """Guards against a plan of PPO or distillation that has one model where there are five."""
+    shape = derive("5.8m", 4096).architecture
+    one = estimate(shape, 8, 512)
+    both = one.with_model("value", one).with_terms({"reference": frozen(shape)})
+    assert both.terms["reference"] == 4 * 5_771_264
+    again = sum(one.terms[name] for name in ("weights", "gradients", "optimizer", "activations", "ends", "fused weights"))
+    assert both.terms["value"] == again and both.total == one.total + again + 4 * 5_771_264
+    assert "value" in both.explain() and "reference" in both.explain()
+    assert frozen(shape, 4096) > frozen(shape) > frozen(shape, ranks=2) == 2 * 5_771_264
+    kept = 4 * 10 * 100 * shape["num_hidden_layers"] * 2 * shape["num_key_value_heads"] * shape["head_dim"]
+    assert cache(shape, 10, 100) == kept and cache(shape, 10**6, 10**6) == 2 << 30
 
 
 def test_rows_that_fit() -> None:

@@ -143,7 +143,21 @@ def test_a_flat_reward_is_an_error_that_says_so() -> None:
         message = str(caught.value)
         assert all(part in message for part in ("all 2 rewards are 0", "exact = 0", "numeric = 0 (no number)", "five", "'4'"))
         rollouts, verdicts = check.judge_texts(made, [(prompt, "4"), (prompt, "I do not know"), (prompt, "It is 4.")])
-        check.check_spread(verdicts, rollouts)
+        assert check.check_spread(verdicts, rollouts) == 1.0
     spread = check.spreads(verdicts)
     assert spread["reward"].mean == pytest.approx(5 / 3) and spread["exact"].most == 1 and spread["numeric"].least == 0
     assert str(spread["exact"]) == "0.333 ± 0.471 (0 to 1, 3)"
+
+
+def test_rewards_that_differ_between_prompts_only() -> None:
+    """Guards hours of training where each answer is worth what the others to its prompt are: their advantages are all 0."""
+    easy, hard = (Prompt.make([], source="test", answer=a) for a in ("4", "5"))
+    with rubric({"exact": 1.0}) as made:
+        rollouts, verdicts = check.judge_texts(made, [(easy, "4"), (easy, "4"), (hard, "4"), (hard, "4")])
+        assert check.check_spread(verdicts, rollouts) == 1.0
+        with pytest.raises(RewardError) as caught:
+            check.check_spread(verdicts, rollouts, group=2)
+        message = str(caught.value)
+        assert all(part in message for part in ("from 0 to 1", "none of 2 groups of 2", "exact = 1", "samples", "ppo"))
+        rollouts, verdicts = check.judge_texts(made, [(easy, "4"), (easy, "4"), (hard, "4"), (hard, "5")])
+        assert check.check_spread(verdicts, rollouts, group=2) == 0.5

@@ -13,7 +13,8 @@ from tutelage.engine import Engine, Sampling
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
 from tutelage.rollout.advantages import gae, group_advantages, token_rewards, whiten
-from tutelage.rollout.correction import Mismatch, correction
+from tutelage.rollout.correction import correction, mismatch
+from tutelage.rollout.tally import Tally
 from tutelage.rollout.weights import CREDIT, cut, weights
 from tutelage.train.step import Recipe, gradients
 
@@ -76,7 +77,7 @@ def step(name, parts, engine, optimizer, number):
         gradients(Recipe(parts, objective(name)), batch)
         optimizer.step()
     engine.weights_changed()
-    return rewards.mean(), Mismatch.of(list(old), by_engine)
+    return rewards.mean(), mismatch(list(old), by_engine)
 
 
 @pytest.mark.parametrize("name", [*(n if n == "grpo" else pytest.param(n, marks=pytest.mark.slow) for n in CREDIT), "ppo"])
@@ -87,14 +88,14 @@ def test_a_rule_is_learned(name):
     parts = {"policy": policy(), **({"value": Critic()} if name == "ppo" else {})}
     engine = Engine(parts["policy"], None, slots=64)
     optimizer = torch.optim.Adam([p for part in parts.values() for p in part.parameters()], lr=5e-3, betas=(0.9, 0.95))
-    rewards, mismatch = [], Mismatch()
+    rewards, tally = [], Tally()
     for number in range(60):
         reward, found = step(name, parts, engine, optimizer, number)
         rewards.append(reward)
-        mismatch += found
+        tally += found
         if len(rewards) > 3 and np.mean(rewards[-3:]) > 0.95:
             break
     assert rewards[0] < 0.1
     assert np.mean(rewards[-3:]) > 0.9, rewards
-    assert mismatch.metrics()["mismatch_max"] < 1e-4
-    assert mismatch.tokens == len(rewards) * len(PROMPTS) * SAMPLES * LENGTH
+    assert tally.metrics()["mismatch_max"] < 1e-4
+    assert tally.sums["mismatch_mean"][1] == len(rewards) * len(PROMPTS) * SAMPLES * LENGTH

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tutelage.objectives import TABLE
-from tutelage.rollout.correction import Mismatch, correction
+from tutelage.rollout.correction import correction, mismatch
+from tutelage.rollout.tally import Tally
 from tutelage.rollout.weights import CREDIT, UNITS, cut, weights
 
 
@@ -59,10 +60,11 @@ def test_bounds_of_a_correction():
 
 def test_mismatch_adds_up():
     """Promise 16 is a number in the log: guards against a maximum that is averaged, and a mean of means."""
-    one, two = Mismatch.of([[-1.0, -2.0]], [[-1.5, -2.0]]), Mismatch.of([[-1.0], []], [[-0.9], []])
+    one, two = mismatch([[-1.0, -2.0]], [[-1.5, -2.0]]), mismatch([[-1.0], []], [[-0.9], []])
     both = one + two
     assert both.metrics()["mismatch_mean"] == pytest.approx(0.2)
     assert both.metrics()["mismatch_max"] == pytest.approx(0.5)
     assert both.metrics()["mismatch_kl"] == pytest.approx((np.expm1(0.5) - 0.5 + np.expm1(-0.1) + 0.1) / 3)
-    assert both == Mismatch.of([[-1.0, -2.0], [-1.0]], [[-1.5, -2.0], [-0.9]])
-    assert Mismatch().metrics() == {"mismatch_mean": 0.0, "mismatch_max": 0.0, "mismatch_kl": 0.0}
+    whole = mismatch([[-1.0, -2.0], [-1.0]], [[-1.5, -2.0], [-0.9]])
+    assert both.metrics() == pytest.approx(whole.metrics()) and (Tally() + both).metrics() == both.metrics()
+    assert mismatch([], []).metrics() == {"mismatch_mean": 0.0, "mismatch_max": 0.0, "mismatch_kl": 0.0}

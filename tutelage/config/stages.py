@@ -366,6 +366,9 @@ class Rl(Tune):
     value_weight: Positive = setting(0.5, "ppo: weight of the values' error in the loss")
     tools: Names = setting([], "tools that answers may call: calculator, python (in the sandbox)")
     environment: str | None = setting(None, "a class by import path, such as my_game:Game, that the model talks with")
+    environment_seconds: Positive = setting(
+        30.0, "for one step of an episode (its start, a reply, its score); an environment past it stops the run", identity=False
+    )
     max_rounds: Count = setting(4, "answers of the model in one episode, with tools or an environment")
     probes: int = setting(200, "held-out prompts asked greedily before, during and after; 0: none", ge=0, identity=False)
     seed: int = setting(0, "of the order of prompts and of every answer")

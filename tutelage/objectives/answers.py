@@ -17,21 +17,50 @@ def answers_of(batch: Batch) -> Answers:
 
 
 def every(batch: Batch, first: int, of: int) -> Batch:
-    """The same tokens with every `of`th answer alone, from number `first` on: the head runs over no other."""
+    """Every `of`th answer, from number `first` on, each the only one of its family: the model reads their texts and no other."""
     answers = answers_of(batch)
     kept = answers.owner % of == first
+    tokens = _texts(batch, first, of)
+    rows = tokens.any(1)
+    new = tokens.flatten().cumsum(0) - 1  # places among the tokens that are left
+
+    def cut(x: Tensor) -> Tensor:
+        return x[rows] if batch.shape[0] > 1 else x[tokens][None]
+
+    segments = (batch.segments - 1) // of + 1 if batch.shape[0] == 1 and batch.tree is None else batch.segments
     return replace(
         batch,
+        ids=cut(batch.ids),
+        segments=cut(segments),
+        positions=cut(batch.positions),
+        targets=cut(batch.targets),
+        weights=cut(batch.weights),
+        source_ids=None if batch.source_ids is None else batch.source_ids[rows],
+        source_segments=None if batch.source_segments is None else batch.source_segments[rows],
+        rows=None if batch.rows is None else batch.rows[first::of] if batch.shape[0] > 1 else batch.rows,
+        tree=None,
         answers=replace(
             answers,
-            places=answers.places[kept],
+            places=new[answers.places[kept]],
             targets=answers.targets[kept],
             owner=answers.owner[kept] // of,
-            last=answers.last[first::of],
+            last=new[answers.last[first::of]],
             tokens={name: stream[kept] for name, stream in answers.tokens.items()},
             whole={name: stream[first::of] for name, stream in answers.whole.items()},
         ),
     )
+
+
+def _texts(batch: Batch, first: int, of: int) -> Tensor:
+    """[B,T]: the tokens of every `of`th text, with its prompt; of texts in rows of their own the whole row."""
+    if batch.shape[0] > 1:
+        numbers = torch.arange(batch.shape[0], device=batch.ids.device)
+        return (numbers % of == first)[:, None].expand(batch.shape)
+    if batch.tree is None:
+        return (batch.segments - 1) % of == first
+    chosen = torch.zeros(batch.shape, dtype=torch.bool, device=batch.ids.device)
+    chosen[0, batch.tree.index[(batch.tree.segments[0] - 1) % of == first]] = True
+    return chosen
 
 
 def token_logprobs(policy: nn.Module, batch: Batch) -> Tensor:

@@ -6,6 +6,10 @@ batch the mean log-ratio of the latter, at least 0, is the reference point: an e
 gradient. TRL does the same over each device's micro-batch and averages over devices, so there accumulation changes the loss; and
 its mismatched answers come from the same batch, while ours are fixed once for all data, so that their reference
 log-probabilities are computed once too.
+
+The mismatched answers are needed: those that were judged are what the policy is trained on, and say nothing of how far it is
+from the reference elsewhere. Nor can one pass serve: every gradient depends on the reference point, which is known only when all
+micro-batches have been read. So there are two passes, each of which reads its own answers with their prompts, and no other.
 """
 
 from __future__ import annotations

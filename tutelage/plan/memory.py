@@ -13,6 +13,9 @@ temporaries count only where they pass what the backward pass needed. Weights th
 until the backward pass. No logits of a whole batch are held: the head works in chunks of 16 MiB. What the allocator and the
 threads add is not known beforehand, so there is a range.
 
+Other models of a step stand under their names: a value function with all that is trained and kept of it, a teacher with its
+weights and one layer's values; a reference and a reward model, which are asked between steps, with their weights.
+
 Ranks with `shard=full` share weights, gradients and optimizer state evenly. Whole on each of them are the root and the layers at
 work, concatenated weights, and Muon's temporaries.
 """
@@ -32,6 +35,8 @@ HEAD_CHUNK_BYTES = 1 << 24  # models/heads.py: logits held at a time
 HEAD_COPIES = 3  # logits, their softmax in float32, and a temporary
 LOW, HIGH = 0.85, 1.35  # range of the sum: what the allocator gives back late, thread buffers, library workspaces
 WORKSPACE = 64 << 20  # oneDNN and OpenMP, measured for an empty step
+CACHE_MOST = 2 << 30  # bytes (engine/blocks.py)
+IN_TURN = ("backward", "head", "workspace", "update")  # terms that models trained together do not need at the same time
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -53,11 +58,32 @@ class Memory:
     def high(self) -> int:
         return int(self.total * HIGH)
 
+    def with_terms(self, terms: Mapping[str, int]) -> Memory:
+        """What is held besides, by name."""
+        return Memory({**self.terms, **terms})
+
+    def with_model(self, name: str, other: Memory) -> Memory:
+        """Another model that is trained in the same step. What the two need in turn counts once."""
+        return self.with_terms({name: sum(value for term, value in other.terms.items() if term not in IN_TURN)})
+
     def explain(self) -> str:
         """One line: the terms in MB, largest first, and the range."""
         parts = sorted(self.terms.items(), key=lambda kv: -kv[1])
         text = " + ".join(f"{value / 1e6:,.0f} {name}" for name, value in parts if value >= 1e5)
         return f"{self.low / 1e9:.2f} to {self.high / 1e9:.2f} GB ({text} MB)"
+
+
+def frozen(config: Mapping[str, Any], tokens: int = 0, dtype: str = "float32", ranks: int = 1) -> int:
+    """Bytes of a model that is only asked: its weights (of `ranks` that share them), and what one layer has at a time where it
+    reads so many tokens in the middle of a step. Between steps that is less than what a step needs."""
+    s = Shape.of(config)
+    return -(-4 * count(s).total // ranks) + (8 * s.hidden + 3 * s.intermediate) * tokens * BYTES[dtype]
+
+
+def cache(config: Mapping[str, Any], texts: int, tokens: int) -> int:
+    """Bytes of the keys and values of texts of at most `tokens` tokens that are made at a time."""
+    s = Shape.of(config)
+    return min(CACHE_MOST, 4 * texts * tokens * s.layers * 2 * s.kv_heads * s.head_dim)
 
 
 def layer_values_per_token(s: Shape, kernels: bool = True) -> int:

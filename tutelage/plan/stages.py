@@ -12,6 +12,7 @@ from typing import Any
 
 from tutelage.plan.flops import count_flops, generate_flops, train_flops_per_token
 from tutelage.plan.memory import HEAD_CHUNK_BYTES, HEAD_COPIES, Memory
+from tutelage.plan.memory import cache as keys_and_values
 from tutelage.plan.parameters import Shape, count
 from tutelage.plan.time import MFU, NOTHING, Span
 from tutelage.recipe import Estimate
@@ -39,7 +40,6 @@ ENCODE_MEMORY = Span(60e6, 120e6)  # in all, of a process: 85M
 YARDSTICKS_MEMORY = Span(300, 800)  # of training text: 580
 
 READ_TOKENS = 8192  # in one forward pass (evaluate/suite.py)
-CACHE_MOST = 2 << 30  # bytes (engine/blocks.py)
 SLOTS = 32  # answers that are generated at a time (stages/evaluate.py)
 LAYER_PASS = Span(1e-3, 6e-3)  # seconds that one more token of all slots costs a layer of a small model: 2 to 5 ms
 ANSWER = Span(1 / 10, 1)  # length of an answer as a share of the most: 1/8
@@ -118,7 +118,7 @@ def answer(shape: Mapping[str, Any], questions: Span, max_tokens: int, peak_flop
     ends = ((PROMPT.low, lengths.low), (PROMPT.high, lengths.high))
     flops = Span(*(generate_flops(shape, round(prompt), max(1, round(new))) for prompt, new in ends))
     what = f"{questions.said('questions')} x {flops.said('FLOP')}"
-    cache = Span(0.1, 1) * min(CACHE_MOST, 4 * SLOTS * s.context * s.layers * 2 * s.kv_heads * s.head_dim)
+    cache = Span(0.1, 1) * keys_and_values(shape, SLOTS, s.context)
     out = compute(questions * flops, peak_flops, device, what)
     out += Estimate(NOTHING, cache, "", f"{cache.said('B')} of keys and values")
     return out + _passes(questions * (1 / SLOTS) * lengths, s.layers, "answers")

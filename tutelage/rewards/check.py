@@ -35,12 +35,29 @@ def spreads(verdicts: Sequence[Verdict]) -> dict[str, Spread]:
     return out | {name: Spread.of([v.terms[name] for v in verdicts]) for name in verdicts[0].terms}
 
 
-def check_spread(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout]) -> None:
-    """Raises `RewardError` where all rewards are equal, with one text and what each term said of it."""
-    if len(verdicts) < 2 or len({v.reward for v in verdicts}) > 1:
-        return
+def check_spread(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout], group: int = 0) -> float:
+    """The share of groups whose rewards differ: of so many answers each, which are to one prompt and follow each other. 0: all
+    are one group.
+
+    Raises `RewardError` where no group has rewards that differ, with one text and what each term said of it.
+    """
+    rewards = [v.reward for v in verdicts]
+    size = group or len(rewards)
+    groups = [rewards[i : i + size] for i in range(0, len(rewards), size)]
+    loud = sum(len(set(g)) > 1 for g in groups)
+    if loud or len(rewards) < 2:
+        return loud / max(1, len(groups))
     verdict, rollout = verdicts[0], rollouts[0]
     said = "; ".join(f"{name} = {value:g}" + _note(verdict, name) for name, value in verdict.terms.items())
+    if len(set(rewards)) > 1:
+        raise RewardError(
+            f"rewards go from {min(rewards):g} to {max(rewards):g}, but in none of {len(groups)} groups of {size} answers to one "
+            "prompt do they differ: a method that compares the answers to one prompt has nothing to learn from. "
+            f"Of this text, as of the others in its group, was said: {said}",
+            found=rollout.text, expected="some prompts whose answers are not all worth the same",
+            fix="more samples or a higher temperature; prompts that are neither always right nor always wrong; a term that is "
+            "not all or nothing; or a method that compares with more than the group (ppo)",
+        )  # fmt: skip
     raise RewardError(
         f"all {len(verdicts)} rewards are {verdict.reward:g}: there is nothing to learn from. Of this text was said: {said}",
         found=rollout.text, expected=f"rewards that differ; the expected answer is {rollout.answer!r}",

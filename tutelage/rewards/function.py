@@ -20,7 +20,7 @@ class Function:
 
     def __init__(self, settings: config.Function) -> None:
         self.settings = settings
-        self._workers = Workers(settings.path, seconds=settings.seconds, bounded=False, rollouts=True)
+        self._workers = Workers(settings.path, seconds=settings.seconds, bounded=False, role="reward")
         try:
             self._workers.start()
         except RewardError as error:

@@ -26,8 +26,7 @@ def main() -> None:
     told = json.loads(source.readline())
     try:
         function = load(told["target"])
-        if told["rollouts"]:
-            function = _scored(function)
+        function = {"function": lambda own: own, "reward": scored, "environment": hosted}[told["role"]](function)
         if told["bounded"]:
             _limit("RLIMIT_AS", _address_space() + ROOM)
     except BaseException:
@@ -61,10 +60,37 @@ def load(target: str) -> Callable[[Any], Any]:
     return found
 
 
-def _scored(function: Callable[[Any], Any]) -> Callable[[Any], float]:
+def scored(function: Callable[..., Any]) -> Callable[[Any], float]:
     from tutelage.records import Rollout, from_json
 
     return lambda question: float(function(from_json(Rollout, question)))
+
+
+def hosted(environment: Callable[..., Any]) -> Callable[[Any], str | float | None]:
+    """Steps of many episodes at once, each `{"episode": its number}` and what is asked: to begin with `prompt` and `seed`, to
+    reply to `answer`, or else for its score, after which the episode is gone."""
+    from tutelage.records import Prompt, from_json
+
+    missing = [name for name in ("reply", "score") if not callable(getattr(environment, name, None))]
+    if missing:
+        raise TypeError(f"an environment is a class with the methods reply and score; it has no {' and no '.join(missing)}")
+    there: dict[int, Any] = {}
+
+    def step(asked: dict[str, Any]) -> str | float | None:
+        number = asked["episode"]
+        if "prompt" in asked:
+            there[number] = environment(from_json(Prompt, asked["prompt"]), asked["seed"])
+            return None
+        if number not in there:
+            raise LookupError("its process ended between two steps of the episode")
+        if "answer" not in asked:
+            return float(there.pop(number).score())
+        reply = there[number].reply(asked["answer"])
+        if reply is None or isinstance(reply, str):
+            return reply
+        raise TypeError(f"reply() gave {type(reply).__name__}, not a text or None")
+
+    return step
 
 
 def _answer(function: Callable[[Any], Any], question: Any) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tutelage.errors import RewardError
 
 START_SECONDS = 120.0
 PATIENCE = 10, 30.0  # times the processor time, and seconds, that it may take on a machine that does other things too
+Role = Literal["function", "reward", "environment"]
 _MODULE = "tutelage.rewards.inside"
 _CODE = f"import sys; sys.path.insert(0, sys.argv.pop(1)); from {_MODULE} import main; main()"
 
@@ -40,13 +41,14 @@ class Workers:
     """Up to `most` processes that answer questions by the function at `target` ("module:function"). Safe from several threads.
 
     A question may take `seconds`: of processor time where `bounded`, and then also 1 GiB of memory; else by the clock. With
-    `rollouts` it is the JSON of a `Rollout`, which the function gets as a record and turns into a number. The processes are
-    started by the first question, or by `start`, and again after one that was killed.
+    the role "reward" it is the JSON of a `Rollout`, which the function gets as a record and turns into a number; with
+    "environment" a step of an episode (`inside.hosted`). The processes are started by the first question, or by `start`, and
+    again after one that was killed.
     """
 
-    def __init__(self, target: str, *, seconds: float, most: int = 1, bounded: bool = True, rollouts: bool = False) -> None:
+    def __init__(self, target: str, *, seconds: float, most: int = 1, bounded: bool = True, role: Role = "function") -> None:
         self._seconds, self._most, self._bounded = seconds, most, bounded
-        self._told = {"target": target, "bounded": bounded, "rollouts": rollouts}
+        self._told = {"target": target, "bounded": bounded, "role": role}
         self._free = threading.BoundedSemaphore(most)
         self._idle: list[_Process] = []
         weakref.finalize(self, _end_all, self._idle)

@@ -7,11 +7,12 @@ masked importance sampling (Liu et al. 2025, "When speed kills stability").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from tutelage.rollout.tally import Tally
 
 Mode = Literal["truncate", "mask"]
 Level = Literal["token", "sequence"]
@@ -32,29 +33,13 @@ def correction(
     return np.where((ratio < floor) | (ratio > cap), 0.0, ratio)
 
 
-@dataclass(slots=True, frozen=True)
-class Mismatch:
-    """Log-probabilities of the same tokens by trainer and engine, compared: sums, so that those of batches and ranks add."""
-
-    tokens: int = 0
-    total: float = 0.0  # of absolute differences
-    largest: float = 0.0
-    excess: float = 0.0  # of (r - 1) - log r, r = p(trainer) / p(engine): k3, the engine's divergence from the trainer
-
-    @classmethod
-    def of(cls, trainer: Sequence[npt.ArrayLike], engine: Sequence[npt.ArrayLike]) -> Mismatch:
-        """Of some answers."""
-        pairs = [np.asarray(t, np.float64) - np.asarray(e, np.float64) for t, e in zip(trainer, engine, strict=True)]
-        d = np.concatenate(pairs) if pairs else np.empty(0)
-        if not len(d):
-            return cls()
-        return cls(len(d), float(np.abs(d).sum()), float(np.abs(d).max()), float((np.expm1(np.minimum(d, 700.0)) - d).sum()))
-
-    def __add__(self, other: Mismatch) -> Mismatch:
-        return Mismatch(
-            self.tokens + other.tokens, self.total + other.total, max(self.largest, other.largest), self.excess + other.excess
-        )
-
-    def metrics(self) -> dict[str, float]:
-        n = max(self.tokens, 1)
-        return {"mismatch_mean": self.total / n, "mismatch_max": self.largest, "mismatch_kl": self.excess / n}
+def mismatch(trainer: Sequence[npt.ArrayLike], engine: Sequence[npt.ArrayLike]) -> Tally:
+    """Log-probabilities of the same tokens by trainer and engine, compared: the mean and largest absolute difference, and the
+    mean of (r - 1) - log r, r = p(trainer) / p(engine): k3, the engine's divergence from the trainer."""
+    pairs = [np.asarray(t, np.float64) - np.asarray(e, np.float64) for t, e in zip(trainer, engine, strict=True)]
+    d = np.concatenate(pairs) if pairs else np.empty(0)
+    means = {"mismatch_mean": np.abs(d), "mismatch_kl": np.expm1(np.minimum(d, 700.0)) - d}
+    return Tally(
+        {name: (float(values.sum()), float(len(d))) for name, values in means.items()},
+        {"mismatch_max": float(np.abs(d).max(initial=0.0))},
+    )

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from tutelage.data.families import Ending, Family
 from tutelage.records import Rollout
 from tutelage.rollout.advantages import gae, group_advantages, token_rewards
-from tutelage.rollout.correction import Level, Mismatch, Mode, correction
+from tutelage.rollout.correction import Level, Mode, correction, mismatch
+from tutelage.rollout.tally import Tally
 from tutelage.rollout.weights import CREDIT, Truncated, cut, weights
 from tutelage.train import distributed
 
@@ -53,14 +54,16 @@ class Credit:
     values: ByToken | None = None
     comparable: bool = True  # whether trainer and engine speak of one temperature
 
-    def __call__(self, groups: Groups) -> tuple[Groups, list[Family], dict[str, float]]:
+    def __call__(self, groups: Groups) -> tuple[Groups, list[Family], Tally]:
         bare = [family_of(group) for group in groups]
         engine = [[np.array(r.logprobs, np.float32) for r in group] for group in groups]
         old = engine if self.old is None else self.old(bare)
         reference = None if self.reference is None else self.reference(bare)
-        measured = _mismatch(bare, old, engine).metrics() if self.old is not None and self.comparable else {}
+        measured = Tally()
+        if self.old is not None and self.comparable:
+            measured += mismatch(_flat(bare, old), _flat(bare, engine))
         if reference is not None:
-            measured["kl"] = _kl(bare, old, reference)
+            measured += _kl(bare, old, reference)
         found = cut(
             self.settings.truncated, _rewards(groups), [r.finish_reason for g in groups for r in g], self.settings.penalty
         )
@@ -177,11 +180,7 @@ def _flat(families: list[Family], values: Streams) -> list[Floats]:
     return [row[_picked(e)] for f, rows in zip(families, values, strict=True) for e, row in zip(f.endings, rows, strict=True)]
 
 
-def _mismatch(families: list[Family], trainer: Streams, engine: Streams) -> Mismatch:
-    return Mismatch.of(_flat(families, trainer), _flat(families, engine))
-
-
-def _kl(families: list[Family], old: Streams, reference: Streams) -> float:
+def _kl(families: list[Family], old: Streams, reference: Streams) -> Tally:
     """Nats a token that the policy is away from the reference: k3, never negative."""
     far = np.concatenate(_flat(families, old)).astype(np.float64) - np.concatenate(_flat(families, reference))
-    return float((np.expm1(-far) + far).mean()) if len(far) else 0.0
+    return Tally({"kl": (float((np.expm1(-far) + far).sum()), float(len(far)))})

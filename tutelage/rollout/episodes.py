@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from tutelage.engine import Sampling
 from tutelage.engine.tool_calls import parse_calls
 from tutelage.engine.tool_choice import CallStyle, call_style
 from tutelage.engine.tools import Tool, run_calls
-from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Message, Prompt, Rollout
+from tutelage.rollout.environments import Environments, Hosted
 from tutelage.rollout.sampler import Sampler, noise
-
-
-class Environment(Protocol):
-    """Who the model talks with in one episode. Made anew for each: `Class(prompt, seed)`.
-
-    Example:
-        class Guess:
-            def __init__(self, prompt, seed): self.number, self.tries, self.right = int(prompt.answer), 0, False
-            def reply(self, answer):
-                self.tries += 1
-                self.right = answer.strip() == str(self.number)
-                return None if self.right else "higher" if answer.strip() < str(self.number) else "lower"
-            def score(self): return self.right / self.tries
-    """
-
-    def reply(self, answer: str) -> str | None: ...  # what the user says to an answer; None ends the episode
-    def score(self) -> float: ...  # of the whole episode; in the rollout's meta["environment"]
 
 
 @dataclass(slots=True)
@@ -38,7 +20,7 @@ class _Episode:
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
-    environment: Environment | None
+    environment: Hosted | None
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -56,13 +38,13 @@ class _Episode:
 class Episodes:
     """Like a `Sampler`, over several turns: at most `rounds` answers of the model, each of at most the sampling's tokens.
 
-    tools: that it may call. environment: makes who replies where it calls none. All episodes go on together, round by round.
+    tools: that it may call. environments: who replies where it calls none. All episodes go on together, round by round.
     """
 
     sampler: Sampler
     rounds: int
     tools: Sequence[Tool] = ()
-    environment: Callable[[Prompt, int], Environment] | None = None
+    environments: Environments | None = None
     style: CallStyle | None = None
 
     def __post_init__(self) -> None:
@@ -98,8 +80,12 @@ class Episodes:
                 break
         return [[self._rollout(e, step, version) for e in group] for group in groups]
 
+    def close(self) -> None:
+        if self.environments is not None:
+            self.environments.close()
+
     def _begin(self, prompt: Prompt, sample: int, seed: int, step: int) -> _Episode:
-        own = None if self.environment is None else self.environment(prompt, noise(seed, step, f"{prompt.id}/{sample}"))
+        own = None if self.environments is None else self.environments.begin(prompt, noise(seed, step, f"{prompt.id}/{sample}"))
         return _Episode(prompt, sample, self.ids(prompt), own)
 
     def _sampling(self, episode: _Episode, number: int, seed: int, step: int, greedy: bool) -> Sampling:
@@ -139,46 +125,16 @@ class Episodes:
     def _reply(self, episode: _Episode, content: str) -> list[Message]:
         if episode.environment is None:
             return []
-        reply = _asked(episode, lambda own: own.reply(content))
-        return [] if reply is None else [Message(role="user", content=str(reply))]
+        reply = episode.environment.reply(content)
+        return [] if reply is None else [Message(role="user", content=reply)]
 
     def _rollout(self, e: _Episode, step: int, version: int) -> Rollout:
         meta = dict(e.prompt.meta)
         if e.environment is not None:
-            meta["environment"] = float(_asked(e, lambda own: own.score()))
+            meta["environment"] = e.environment.score()
         text = next((m.content for m in reversed(e.messages) if m.role == "assistant"), "")
         return Rollout(
             id=f"{step}/{e.prompt.id}/{e.sample}", prompt=e.prompt.id, step=step, sample=e.sample, version=version,
             prompt_ids=tuple(e.prompt_ids), ids=tuple(e.ids), mask=tuple(e.mask), logprobs=tuple(e.logprobs), text=text,
             finish_reason=e.reason, messages=tuple(e.messages), answer=e.prompt.answer, meta=meta,
         )  # fmt: skip
-
-
-def _asked(episode: _Episode, ask: Callable[[Environment], Any]) -> Any:
-    """What the environment says. Raises `RewardError` with the episode for whatever it raises."""
-    assert episode.environment is not None
-    try:
-        return ask(episode.environment)
-    except Exception as error:
-        said = next((m.content for m in reversed(episode.messages) if m.role == "assistant"), "")
-        raise RewardError(
-            f"the environment raised {type(error).__name__}: {error}", field="environment",
-            found=f"prompt {episode.prompt.id}, after the answer {said[:200]!r}", fix="mend the class: any text may come",
-        ) from error  # fmt: skip
-
-
-def environment_of(path: str) -> Callable[[Prompt, int], Environment]:
-    """The class at an import path such as `my_game:Game`. Raises `ConfigError`."""
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"no environment there ({error})", field="environment", found=path, expected="module:Class, importable from here"
-        ) from error
-    missing = [m for m in ("reply", "score") if not callable(getattr(found, m, None))]
-    if missing:
-        raise ConfigError(
-            "this class is no environment", field="environment", found=path, expected=f"methods {', '.join(missing)}"
-        )
-    return found  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.records import Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.scores import pieces
+from tutelage.rollout.tally import Tally
 from tutelage.train import distributed
 
 Groups = list[list[Rollout]]  # answers to one prompt together
@@ -68,9 +69,14 @@ class Plan:
             raise ConfigError(
                 "more minibatches than prompts", field="minibatches", found=self.minibatches, expected=f"at most {self.prompts}"
             )
+        if self.prompts < distributed.world():
+            raise ConfigError(
+                "fewer prompts in an iteration than ranks", found=f"{self.prompts} for {distributed.world()} ranks",
+                fix="raise batch (of `rl`) or rollouts.prompts (of `distil`), or start fewer ranks",
+            )  # fmt: skip
 
 
-Credited = Callable[[Groups], tuple[Groups, list[Family], dict[str, float]]]
+Credited = Callable[[Groups], tuple[Groups, list[Family], Tally]]
 """What judged rollouts are worth: the rollouts with their advantages, a family of each group, and measurements."""
 
 
@@ -88,7 +94,7 @@ class RolloutSource:
     published: Callable[[], None]
     blank: Family  # as large as a family can become, with all its streams: for the largest batch
     identity: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)  # of the last iteration
+    facts: dict[str, float] = field(default_factory=dict)  # of the last iteration, over all ranks
     families: dict[int, Family] = field(default_factory=dict)  # this rank's groups by their place
     places: list[int] = field(default_factory=list)  # of the groups of all ranks
     iteration: int = -1  # of the rollouts that are there
@@ -102,8 +108,27 @@ class RolloutSource:
         return self._batch(self._minibatch(iteration, at))
 
     def largest(self) -> GlobalBatch:
-        chosen = max(1, self.plan.prompts // self.plan.minibatches // distributed.world())
-        return self._batch([self.blank] * chosen)
+        return self._batch([self.blank] * self._own)
+
+    @property
+    def _own(self) -> int:
+        """Families of a step on one rank."""
+        return max(1, self.plan.prompts // self.plan.minibatches // distributed.world())
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest forward pass of training."""
+        return min(self.plan.micro_tokens, self._own * self.blank.size(self.plan.layout))
+
+    @property
+    def texts(self) -> int:
+        """Answers that one rank is asked for at a time."""
+        return -(-self.plan.prompts // distributed.world()) * self.plan.samples
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return len(self.blank.prompt) + len(self.blank.endings[0].ids)
 
     # Making rollouts
 
@@ -114,14 +139,15 @@ class RolloutSource:
         groups: dict[int, list[Rollout]] = {}
         families: dict[int, Family] = {}
         places: list[int] = []  # of the groups that are used, over all ranks
-        measured: dict[str, float] = {}
+        measured = Tally()
         for attempt in range(self._tries):
             first = (iteration * self._tries + attempt) * wanted
             own = range(first + log.rank(), first + wanted, distributed.world())
             made = self.sampler.answer(
                 [self._prompt(p) for p in own], self.plan.samples, seed=self.plan.seed, step=step, version=self._version
             )
-            made, found, measured = self.credit(self.judged(made))
+            made, found, tally = self.credit(self.judged(made))
+            measured += tally
             quiet = [
                 all(not r.advantage or not e.supervised for r, e in zip(group, family.endings, strict=True))
                 for group, family in zip(made, found, strict=True)
@@ -168,15 +194,15 @@ class RolloutSource:
         with whole_file(self.folder / f"{name}.jsonl") as f:
             f.writelines(dump_line(r) + "\n" for group in groups for r in group)
 
-    def _measure(self, groups: Groups, measured: dict[str, float], asked: int, silent: int, seconds: float) -> None:
+    def _measure(self, groups: Groups, measured: Tally, asked: int, silent: int, seconds: float) -> None:
         rollouts = [r for group in groups for r in group]
         rewards = np.array([r.reward for r in rollouts if r.reward is not None], np.float64)
-        made = sum(sum(r.mask) for r in rollouts)
+        measured += Tally(largest={"rollout_seconds": seconds})  # of the slowest rank, which the others wait for
         sums = {
             "rollouts": float(len(rollouts)),
             "reward": float(rewards.sum()),
             "square": float((rewards**2).sum()),
-            "length": float(made),
+            "length": float(sum(sum(r.mask) for r in rollouts)),
             "cut": float(sum(r.finish_reason == "length" for r in rollouts)),
             "groups": float(asked),
             "silent": float(silent),
@@ -192,10 +218,9 @@ class RolloutSource:
             "cut_share": sums["cut"] / n,
             "silent_share": sums["silent"] / max(1.0, sums["groups"]),
             **{name: total / n for name, total in sums.items() if name.startswith("reward/")},
-            **measured,
-            "rollout_seconds": seconds,
-            "generated_per_second": made / max(seconds, 1e-9),
+            **measured.metrics(),
         }
+        self.facts["generated_per_second"] = sums["length"] / max(self.facts["rollout_seconds"], 1e-9)
 
     # Using them
 

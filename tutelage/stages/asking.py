@@ -15,7 +15,8 @@ from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError
 from tutelage.models.adapters import follow, worn
 from tutelage.models.kernels.decoder import FusedDecoder
-from tutelage.models.scorer import load_scorer, score_answers
+from tutelage.models.scorer import Scorer, load_scorer, score_answers
+from tutelage.plan.memory import cache
 from tutelage.records import Conversation, Prompt, read_records
 from tutelage.rewards.build import build
 from tutelage.rewards.rubric import Rubric
@@ -50,6 +51,12 @@ def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int
     return Sampler(engine_for(plain, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature), lora)
 
 
+def keys_and_values(engine: Engine, texts: int, tokens: int) -> int:
+    """Bytes of the cache for texts of at most so many tokens; on a GPU all of it is there from the start."""
+    whole = engine.device.type != "cpu"
+    return cache(engine.model.config.to_hf(), SLOTS if whole else min(SLOTS, texts), engine.context_length if whole else tokens)
+
+
 def published(model: Any, engine: Engine) -> Callable[[], None]:
     """Tells an engine of `sampler_for` that training has changed the model's weights."""
 
@@ -79,16 +86,21 @@ def with_room(sampler: Room, prompts: Sequence[Prompt], part: str) -> list[Promp
     return out
 
 
-def rubric_of(config: Rl | Sample, run: RunDir, words: TokenizerFolder, device: torch.device) -> Rubric:
-    """The rewards with what they need of this stage. Raises `ConfigError` for a reward model that is asked for and not given."""
-    terms = terms_of(config.rewards)
-    wired: dict[str, Any] = {"asked": lambda rollout: words.decode(list(rollout.prompt_ids))}
-    if any(isinstance(term, RewardModel) for term in terms.values()):
+def reward_model_of(config: Rl | Sample, run: RunDir, device: torch.device) -> Scorer | None:
+    """Raises `ConfigError` for one that is asked for and not given, and for one that nothing asks."""
+    if any(isinstance(term, RewardModel) for term in terms_of(config.rewards).values()):
         if config.reward_model is None:
             raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
         tuning.check_tokens(run, "reward_model")
-        scorer = load_scorer(run.input("reward_model"), device=device)
-        wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
-    elif config.reward_model is not None:
+        return load_scorer(run.input("reward_model"), device=device)
+    if config.reward_model is not None:
         raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
-    return build(terms, **wired)
+    return None
+
+
+def rubric_of(config: Rl | Sample, words: TokenizerFolder, scorer: Scorer | None) -> Rubric:
+    """The rewards with what they need of this stage."""
+    wired: dict[str, Any] = {"asked": lambda rollout: words.decode(list(rollout.prompt_ids))}
+    if scorer is not None:
+        wired["score_texts"] = lambda texts: score_answers(scorer, texts)[:, 0].tolist()
+    return build(terms_of(config.rewards), **wired)

@@ -5,6 +5,7 @@ Each raises `Unknown` where a stage that has not run decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tutelage.files import read_json
 from tutelage.plan import stages as parts
 from tutelage.plan.adapters import adapter_memory
 from tutelage.plan.machine import Machine, core_count, find_compiler, measure
+from tutelage.plan.memory import Memory, frozen
 from tutelage.plan.memory import estimate as training_memory
 from tutelage.plan.parameters import Shape
 from tutelage.plan.shape import Derived
@@ -88,14 +90,18 @@ def distil(planned: Planned) -> Estimate:
     try:
         if config.policy == "on":
             student, tokens = _answers(planned, config, config.rollouts.prompts)
-            return student + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+            return student + _teacher(parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device))
         if config.top_k:
             tokens = corpus_tokens(records_of(planned, "data"), Shape.of(shape).vocab)
         else:
             tokens = _tokens(planned, _ends(planned, derived(planned, SOME_TOKENS))[0])
-        return training(planned) + parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device)
+        return training(planned) + _teacher(parts.read(shape, tokens, 0.0, machine.peak_flops(device, config.dtype), device))
     except ConfigError as error:  # of a family that is not ours
         raise Unknown(f"not known: {error.message} ({error.field})") from None
+
+
+def _teacher(reading: Estimate) -> Estimate:
+    return replace(reading, room=f"{reading.room} of the teacher")
 
 
 def _ends(planned: Planned, found: Derived) -> tuple[list[Derived], Estimate | None]:
@@ -202,13 +208,29 @@ def _answers(planned: Planned, config: Loop, batch: int, updates: int = 1, minib
     read = (made + iterations * batch * per_prompt) * updates
     kernels = config.kernels and device == "cpu" and find_compiler() is not None
     options = (config.dtype, config.checkpointing, kernels)
-    need = training_memory(
-        shape, 1, how.micro_tokens, config.optimizer.name, *options, ranks=ranks_sharing(config),
-        **adapter_memory(shape, config.adapter),
-    )  # fmt: skip
+    step = batch / minibatches * (per_prompt.high + how.samples * how.max_tokens)
+    tokens = min(how.micro_tokens, math.ceil(step))
+
+    def trained(shape: Mapping[str, Any]) -> Memory:
+        adapter = adapter_memory(shape, config.adapter)
+        ranks = ranks_sharing(config)
+        return training_memory(shape, 1, tokens, config.optimizer.name, *options, ranks=ranks, **adapter)
+
+    need = trained(shape)
+    if isinstance(config, Rl):
+        if config.method == "ppo":
+            need = need.with_model("value", trained(shape_of(planned, "value") if config.value else shape))
+        need = need.with_terms({name: frozen(shape_of(planned, own)) for name, own in _asked_between(config).items()})
     rate = machine.peak_flops(device, config.dtype)
     out = parts.START_TORCH + parts.train(shape, read, how.max_tokens, rate, device, need)
     return out + parts.answer(shape, answers, how.max_tokens, rate, device), read
+
+
+def _asked_between(config: Rl) -> dict[str, str]:
+    """Models that are held beside those of a step, and the inputs that they are of."""
+    reference = "reference" if config.reference else None if config.adapter.kind != "none" else "model"
+    found = {"reference": reference if config.kl else None, "reward model": "reward_model" if config.reward_model else None}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def sample(planned: Planned) -> Estimate:

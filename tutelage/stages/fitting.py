@@ -32,6 +32,7 @@ from tutelage.plan.energy import energy
 from tutelage.plan.flops import train_flops_per_token
 from tutelage.plan.machine import Machine
 from tutelage.plan.machine import measure as measure_machine
+from tutelage.plan.memory import Memory, frozen
 from tutelage.plan.memory import estimate as memory
 from tutelage.plan.time import explain
 from tutelage.rundir import RunDir
@@ -62,6 +63,7 @@ class Work:
     validation: tuple[list[Batch], dict[str, float]] | None = None
     per_byte: float = 0.0  # supervised tokens of the validation a byte of its text
     hooks: Callable[[Job], dict[str, Hook]] = lambda job: {}  # beside the common ones, made when the job is there
+    beside: dict[str, int] = field(default_factory=dict)  # bytes of what is held beside the parts, by name: for the plan
     forward_share: float = 0.0  # work beside training, as a share of it: rollouts, a teacher
 
 
@@ -208,11 +210,20 @@ def say_plan(config: Loop, work: Work, machine: Machine, device: torch.device) -
     shares = {name: Share.of(part) for name, part in work.parts.items() if worn_adapter(part) is not None}
     for name, share in shares.items():
         log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
-    need = memory(
-        work.shape, rows, row, config.optimizer.name, config.dtype, config.checkpointing, kernels.available(),
-        ranks=ranks_sharing(config), trained=next((share.trained for share in shares.values()), None),
-        quantized=config.adapter.quantize == "nf4",
-    )  # fmt: skip
+    need: Memory | None = None
+    for name, part in work.parts.items():
+        shape = work.shape if need is None else part.config.to_hf()  # type: ignore[operator, union-attr]
+        if need is not None and not any(p.requires_grad for p in part.parameters()):
+            need = need.with_terms({name: frozen(shape, rows * row, config.dtype, ranks_sharing(config))})
+            continue
+        own = memory(
+            shape, rows, row, config.optimizer.name, config.dtype, config.checkpointing, kernels.available(),
+            ranks=ranks_sharing(config), trained=shares[name].trained if name in shares else None,
+            quantized=config.adapter.quantize == "nf4",
+        )  # fmt: skip
+        need = own if need is None else need.with_model(name, own)
+    assert need is not None
+    need = need.with_terms(work.beside)
     cards = machine.accelerators if device.type == "cuda" else ()
     here = cards[0].memory_bytes if cards else machine.memory_bytes
     log.say(f"memory: {need.explain()}; {here / 1e9:,.0f} GB here{'' if need.low <= here else ': IT WILL NOT FIT'}")

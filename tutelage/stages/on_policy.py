@@ -19,9 +19,10 @@ from tutelage.records import Rollout
 from tutelage.rollout.credit import family_of
 from tutelage.rollout.probe import Measured
 from tutelage.rollout.source import Groups, Plan, RolloutSource
+from tutelage.rollout.tally import Tally
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
-from tutelage.stages.asking import published, read_prompts, sampler_for, with_room
+from tutelage.stages.asking import keys_and_values, published, read_prompts, sampler_for, with_room
 from tutelage.stages.derived import FINE_TUNE_RATE
 from tutelage.stages.fitting import Work, write_model
 from tutelage.tokenizer.load import TokenizerFolder
@@ -43,8 +44,8 @@ class Unjudged:
         return [Verdict() for _ in rollouts]
 
 
-def uncredited(groups: Groups) -> tuple[Groups, list[Family], dict[str, float]]:
-    return groups, [family_of(group) for group in groups], {}
+def uncredited(groups: Groups) -> tuple[Groups, list[Family], Tally]:
+    return groups, [family_of(group) for group in groups], Tally()
 
 
 def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chosen: Objective) -> Work:
@@ -83,10 +84,11 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         rates=rates,
         shape=shape,
         length=length,
-        micro=(1, how.micro_tokens),
+        micro=(1, source.most_tokens),
         tokens=float(blank.size(plan.layout)) * how.prompts * steps,
         numbers={"max_length": length, **asdict(rates)},
         write=lambda: write_model(model, run, start, words.stop_ids),
         hooks=lambda job: {"rollouts": Measured(source)},
+        beside={"cache of rollouts": keys_and_values(sampler.engine, source.texts, source.longest)},
         forward_share=each + ROLLOUT_SHARE,
     )

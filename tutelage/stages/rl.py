@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,7 @@ from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting, tuning
-from tutelage.stages.asking import read_prompts, rubric_of, with_room
+from tutelage.stages.asking import read_prompts, reward_model_of, rubric_of, with_room
 from tutelage.stages.fitting import Work
 from tutelage.stages.rollouts import Kit
 from tutelage.tokenizer.load import TokenizerFolder
@@ -30,13 +31,17 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     model = fitting.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
-    rubric = rubric_of(config, run, words, device)
-    try:
-        return learn(config, run, Kit.of(config, run, model, Renderer(words), device, rubric), chosen, words)
-    finally:
-        for name, count in rubric.past_limits.items():
-            log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
-        rubric.close()
+    scorer = reward_model_of(config, run, device)
+    rubric = rubric_of(config, words, scorer)
+    with contextlib.ExitStack() as ends:
+        ends.callback(rubric.close)
+        kit = Kit.of(config, run, model, Renderer(words), device, rubric, scorer)
+        ends.callback(kit.close)
+        try:
+            return learn(config, run, kit, chosen, words)
+        finally:
+            for name, count in rubric.past_limits.items():
+                log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
 
 
 def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
@@ -62,12 +67,13 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
         rates=rates,
         shape=model.config.to_hf(),
         length=kit.engine.context_length,
-        micro=(1, config.micro_tokens),
+        micro=(1, source.most_tokens),
         tokens=float(source.blank.size(plan.layout)) * plan.prompts / plan.minibatches * steps,
         numbers={"max_length": kit.engine.context_length, **asdict(rates)},
         write=lambda: fitting.write_model(model, run, run.input("model"), words.stop_ids),
         weights={"value": config.value_weight},
         hooks=lambda job: {"rollouts": Measured(source), **({"probe": probe} if probe else {})},
+        beside=kit.held(source),
         forward_share=0.5,
     )
     facts = fitting.fit(config, run, work, kit.device)

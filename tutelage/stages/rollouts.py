@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tutelage import log
 from tutelage.config.stages import Rl
 from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
@@ -24,14 +25,15 @@ from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
 from tutelage.rollout.credit import ByToken, Credit, Settings
-from tutelage.rollout.episodes import Episodes, environment_of
+from tutelage.rollout.environments import Environments
+from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
 from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import CREDIT
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
-from tutelage.stages.asking import published, sampler_for
+from tutelage.stages.asking import keys_and_values, published, sampler_for
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
@@ -45,6 +47,7 @@ class Kit:
     model: Any
     device: torch.device
     rubric: Any
+    scorer: Scorer | None  # that the rubric asks
     engine: Engine
     sampler: Any
     value: Scorer | None
@@ -54,7 +57,10 @@ class Kit:
     streams: tuple[str, ...] = field(default=())
 
     @classmethod
-    def of(cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any) -> Kit:
+    def of(
+        cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any,
+        scorer: Scorer | None = None,
+    ) -> Kit:  # fmt: skip
         """Raises `ConfigError` for settings that do not go together."""
         check(config)
         length = tuning.max_length(config, model.config.max_position_embeddings)
@@ -69,12 +75,17 @@ class Kit:
         reference = reference_of(config, run, model, device) if config.kl else None
         sampler: Any = single
         if config.tools or config.environment:
-            environment = environment_of(config.environment) if config.environment else None
-            sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environment)
+            environments = Environments(config.environment, config.environment_seconds) if config.environment else None
+            sampler = Episodes(single, config.max_rounds, tools_of(config.tools), environments)
         return cls(
-            config=config, run=run, model=model, device=device, rubric=rubric, engine=single.engine, sampler=sampler,
-            value=value, reference=reference, plan=plan, layout=layout,
+            config=config, run=run, model=model, device=device, rubric=rubric, scorer=scorer, engine=single.engine,
+            sampler=sampler, value=value, reference=reference, plan=plan, layout=layout,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the process of environments."""
+        if isinstance(self.sampler, Episodes):
+            self.sampler.close()
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -128,10 +139,16 @@ class Kit:
         return ask
 
     def check_rewards(self, prompts: Sequence[Prompt]) -> None:
-        """Judges some answers before anything is trained: a reward that never differs teaches nothing. Raises `DataError`."""
+        """Judges some answers before anything is trained: a reward that never differs teaches nothing, nor does one that differs
+        between prompts alone where the answers to one prompt are compared. Raises `RewardError`."""
         made = self.sampler.answer(prompts[:CHECKED], self.config.samples, seed=self.config.seed, step=0, version=0)
         rollouts = [r for group in made for r in group]
-        check_spread(self.rubric.judge(rollouts), rollouts)
+        verdicts = self.rubric.judge(rollouts)
+        if not compares_groups(self.config.method):
+            check_spread(verdicts, rollouts)
+            return
+        share = check_spread(verdicts, rollouts, self.config.samples)
+        log.say(f"rewards differ in {share:.0%} of {len(made)} groups of {self.config.samples} answers, by the start")
 
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
@@ -139,6 +156,17 @@ class Kit:
             folder=self.run.folder("rollouts"), published=published(self.model, self.engine), blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
         )  # fmt: skip
+
+    def held(self, source: RolloutSource) -> dict[str, int]:
+        """Bytes of what is held beside the parts, by name: models that are asked between steps, and the engine's cache."""
+        out = {"cache of rollouts": keys_and_values(self.engine, source.texts, source.longest)}
+        own = {p.data_ptr() for p in self.model.parameters()}
+        others = {
+            "merged copy": [p for p in self.engine.model.parameters() if p.data_ptr() not in own],  # of what an adapter changed
+            "reference": [] if self.reference in (None, self.model) else list(self.reference.parameters()),
+            "reward model": [] if self.scorer is None else list(self.scorer.parameters()),
+        }
+        return out | {name: size for name, held in others.items() if (size := sum(p.nbytes for p in held))}
 
     def blank(self, prompts: Sequence[Prompt]) -> Family:
         """The largest family that may come, with every stream an objective may ask for."""
@@ -154,10 +182,14 @@ class Kit:
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
 
 
+def compares_groups(method: str) -> bool:
+    """Whether an answer's advantage is over the others to its prompt."""
+    return method in CREDIT and CREDIT[method].baseline != "none"
+
+
 def check(config: Rl) -> None:
     """Raises `ConfigError` for settings that do not go together, or that would change nothing."""
-    group = config.method in CREDIT and CREDIT[config.method].baseline != "none"
-    if group and config.samples < 2:
+    if compares_groups(config.method) and config.samples < 2:
         raise ConfigError(
             "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"
         )
@@ -173,7 +205,7 @@ def check(config: Rl) -> None:
         "reference": config.kl == 0, "kl_in": config.kl == 0, "penalty": config.truncated != "penalise",
         "correction_cap": config.correction == "none",
         "correction_level": config.correction == "none", "kl_estimator": config.kl == 0 or config.kl_in == "reward",
-        "max_rounds": not several, "value": not ppo, "gamma": not ppo,
+        "max_rounds": not several, "environment_seconds": config.environment is None, "value": not ppo, "gamma": not ppo,
         "lam": not ppo, "value_weight": not ppo, "patience": True,
     }  # fmt: skip
     for name, without in idle.items():

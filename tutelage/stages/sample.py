@@ -18,7 +18,7 @@ from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.source import Judging, read_rollouts
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting
-from tutelage.stages.asking import read_prompts, rubric_of, sampler_for, with_room
+from tutelage.stages.asking import read_prompts, reward_model_of, rubric_of, sampler_for, with_room
 from tutelage.tokenizer.load import TokenizerFolder
 
 TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
@@ -32,7 +32,7 @@ def run(config: Sample, run: RunDir) -> dict[str, Any]:
     sampler = sampler_for(model, Renderer(words), length, config.max_tokens, config.temperature)
     prompts = with_room(sampler, read_prompts(run, config.part), config.part)
     prompts = prompts[: config.max_prompts or None]
-    with rubric_of(config, run, words, device) as rubric:
+    with rubric_of(config, words, reward_model_of(config, run, device)) as rubric:
         files = answer(config, run.folder("rollouts"), sampler, rubric, prompts)
     with whole_folder(run.folder("records")) as out:
         return write(out, files)

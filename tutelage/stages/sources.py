@@ -29,6 +29,10 @@ def _file(name: str) -> Path | None:
     """The file of a module, or the file itself; None for one that is not there, which the stage itself complains about."""
     if name.endswith(".py"):
         return Path(name) if Path(name).is_file() else None
+    here = Path(*name.split("."))  # where the process that runs it looks first (rewards/inside.py), and ours may not look at all
+    for file in (here / "__init__.py", here.with_suffix(".py")):
+        if file.is_file():
+            return file
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,18 @@ def total_norm(grads: list[Tensor]) -> float:
 
 def sum_values(values: dict[str, float]) -> dict[str, float]:
     """Named sums over ranks (every rank has the same names)."""
-    if world() == 1:
-        return values
+    return _reduced(values, dist.ReduceOp.SUM) if world() > 1 else values
+
+
+def max_values(values: dict[str, float]) -> dict[str, float]:
+    """The largest of each over ranks, likewise."""
+    return _reduced(values, dist.ReduceOp.MAX) if world() > 1 else values
+
+
+def _reduced(values: dict[str, float], how: Any) -> dict[str, float]:
     names = sorted(values)
     tensor = torch.tensor([values[n] for n in names], dtype=torch.float64)
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, how)
     return dict(zip(names, tensor.tolist(), strict=True))
 
 
