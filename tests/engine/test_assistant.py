@@ -53,7 +53,9 @@ def checked(assistant: Assistant, done: Transcript, tools: list[Tool]) -> list[d
 def test_a_call_is_forced_run_and_answered(engine: Engine) -> None:
     """A result that the next prompt lacks; a second answer that is forced to call again, for ever; ids that are lost."""
     seen: set[str] = set()
-    for seed in range(4):
+    for seed in range(40):
+        if seed > 3 and len(seen) > 1:
+            break
         assistant = Assistant(engine, Sampling(160, temperature=1.0, seed=seed, logprobs=0), call_first="calculator")
         done = run_with_tools(assistant, ASKED, [OTHER, EASY])
         results = checked(assistant, done, [OTHER, EASY])

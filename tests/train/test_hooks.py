@@ -29,6 +29,9 @@ def test_the_line_says_loss_rate_and_time_left(tmp_path):
     now = state(tmp_path, peak_flops=1e6, flops_per_token=2000.0)
     display.speeds = [(100, 0.5), (300, 0.5)]
     assert display.line(now) == "loss 2.500  400 tokens/s  80% of the machine's product rate  3s left"
+    shown = hooks.Display("rl", headline=lambda: "reward 0.250")
+    shown.speeds = display.speeds
+    assert shown.line(now).startswith("reward 0.250  400 tokens/s")
     assert [hooks.duration(s) for s in (5, 65, 3700)] == ["5s", "1m05s", "1h01"]
 
 

@@ -63,6 +63,7 @@ class Work:
     validation: tuple[list[Batch], dict[str, float]] | None = None
     per_byte: float = 0.0  # supervised tokens of the validation a byte of its text
     hooks: Callable[[Job], dict[str, Hook]] = lambda job: {}  # beside the common ones, made when the job is there
+    headline: Callable[[], str] | None = None  # the number to show while it trains, where that is not the loss
     beside: dict[str, int] = field(default_factory=dict)  # bytes of what is held beside the parts, by name: for the plan
     forward_share: float = 0.0  # work beside training, as a share of it: rollouts, a teacher
 
@@ -189,7 +190,8 @@ def identity(config: Loop, run: RunDir, work: Work) -> str:
 
 
 def make_hooks(config: Loop, job: Job, run: RunDir, work: Work) -> dict[str, Hook]:
-    out: dict[str, Hook] = {"record": hooks.Record(), "display": hooks.Display(run.path.name.rsplit("-", 1)[0])}
+    display = hooks.Display(run.path.name.rsplit("-", 1)[0], headline=work.headline)
+    out: dict[str, Hook] = {"record": hooks.Record(), "display": display}
     validate = None
     if work.validation is not None:
         every = config.evaluate_every or max(1, math.ceil(work.steps / 10))

@@ -67,8 +67,9 @@ def facts(state: State) -> dict[str, Any]:
 class Display(Quiet):
     """The live line on a terminal; elsewhere a line every `every` seconds."""
 
-    def __init__(self, title: str, every: float = 15.0) -> None:
-        self.title, self.every = title, every
+    def __init__(self, title: str, every: float = 15.0, headline: Callable[[], str] | None = None) -> None:
+        """`headline`: the number that matters, where that is not the loss."""
+        self.title, self.every, self.headline = title, every, headline
         self.bar: Progress | None = None
         self.said_at = 0.0
         self.speeds: list[tuple[int, float]] = []
@@ -103,7 +104,8 @@ class Display(Quiet):
         tokens, seconds = (sum(x) for x in zip(*self.speeds, strict=True))
         speed = tokens / seconds
         left = (state.job.steps - state.progress.step) * seconds / len(self.speeds)
-        text = f"loss {state.result.loss:.3f}  {speed:,.0f} tokens/s"
+        first = self.headline() if self.headline else f"loss {state.result.loss:.3f}"
+        text = f"{first}  {speed:,.0f} tokens/s"
         if state.job.peak_flops:
             text += f"  {speed * state.job.flops_per_token / state.job.peak_flops:.0%} of the machine's product rate"
         return f"{text}  {duration(left)} left"
