@@ -2,9 +2,10 @@
 
     python bench/adapters.py --model quickstart/base --data SOURCES --runs RUNS [--ways full,4,16]
 
-Each way is tried at `--rates` with the first seed, and repeated with the others at its best rate. Prints a JSON line a run: the
-held-out loss at the end of training and the largest memory of the process; then a line a way: the mean loss,
-its spread over seeds, and how far it is from full fine-tuning's.
+A way is `full`, a rank, or `qlora` and a rank; `16+` trains the tables of tokens beside rank 16. Each way is tried at `--rates`
+with the first seed, and repeated with the others at its best rate. Prints a JSON line a run: the held-out loss at the end of
+training and the largest memory of the process; then a line a way: the mean loss, its spread over seeds, and how far it is from
+the first way's.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 
 
 def adapter(way: str) -> dict[str, Any]:
-    """`full`, a rank, or `qlora` and a rank."""
+    """`full`, a rank, or `qlora` and a rank; with `+` the tables of tokens are trained too."""
     if way == "full":
         return {"kind": "none"}
-    rank = int(way.removeprefix("qlora"))
-    return {"kind": "lora", "rank": rank, "alpha": 2 * rank, "quantize": "nf4" if way.startswith("qlora") else "none"}
+    rank = int(way.removeprefix("qlora").removesuffix("+"))
+    quantize = "nf4" if way.startswith("qlora") else "none"
+    return {"kind": "lora", "rank": rank, "alpha": 2 * rank, "quantize": quantize, "embeddings": way.endswith("+")}
 
 
 def one(args: argparse.Namespace) -> None:
@@ -36,6 +38,8 @@ def one(args: argparse.Namespace) -> None:
     data = api.data(kind="conversations", sources=args.data, dedup="exact", min_chars=1, runs=args.runs)
     amount = {"epochs": args.epochs} if args.epochs else {"steps": args.steps}
     rates = {name: float(rate) for name in ("lr", "matrix_lr", "embedding_lr")}
+    if way.endswith("+") and args.table_rate:
+        rates["embedding_lr"] = args.table_rate
     run = api.sft(
         model=args.model, data=data, adapter=adapter(way), batch_tokens=args.batch_tokens, seed=int(seed), runs=args.runs,
         optimizer={"name": args.optimizer, **rates}, schedule={"name": "linear", "warmup": args.warmup, "final": 0.05},
@@ -59,6 +63,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--ways", default="full,4,16,64,256,qlora16")
     parser.add_argument("--rates", default="0.001,0.003,0.01")
+    parser.add_argument("--table_rate", type=float, default=0, help="of tables beside an adapter; the adapter's when left out")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
