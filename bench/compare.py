@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,3 +126,24 @@ def table(job: str, rows: list[Record], found: list[Ratio], missing: list[str]) 
             "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
         )
     return out
+
+
+def run_or_compare(
+    parser: argparse.ArgumentParser,
+    ours: Callable[[argparse.Namespace], None],
+    rounds: Callable[[argparse.Namespace, Path], None],
+) -> None:
+    """What a script does that is its own driver: one run of our side, or all sides in a folder that goes away afterwards."""
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--peer-scripts", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ours", action="store_true", help="run our engine once (what the driver calls)")
+    args = parser.parse_args()
+    if args.ours:
+        ours(args)
+        return
+    if not (args.peers and args.peer_scripts and args.data):
+        parser.error("--peers, --peer-scripts and --data are needed to compare")
+    with tempfile.TemporaryDirectory() as scratch:
+        rounds(args, Path(scratch))

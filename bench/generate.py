@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -149,25 +148,13 @@ def compare_all(args: argparse.Namespace, scratch: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path)
-    parser.add_argument("--peer-scripts", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", choices=("5m", "100m"), default="5m")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--ours", action="store_true", help="run our engine once (what the driver calls)")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
-    args = parser.parse_args()
-    if args.ours:
-        ours(args)
-        return
-    if not (args.peers and args.peer_scripts and args.data):
-        parser.error("--peers, --peer-scripts and --data are needed to compare")
-    with tempfile.TemporaryDirectory() as scratch:
-        compare_all(args, Path(scratch))
+    compare.run_or_compare(parser, ours, compare_all)
 
 
 if __name__ == "__main__":
