@@ -18,7 +18,7 @@ demo: install
 	@echo "The report is the .html file named above; open it in a browser."
 
 test: install-dev
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install-dev
 	$(BIN)/ruff check .
