@@ -15,6 +15,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # threads that wait for each other turn by turn are slow
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.pop("COLUMNS", None)  # a width that nobody asked for
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # run in the background of a script: processes of tests would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -101,6 +101,31 @@ def test_trainer_and_engine_agree(tmp_path: Path) -> None:
     assert rows and all(r["rollout/mismatch_max"] < 1e-4 for r in rows)
 
 
+def test_agreement_is_logged_without_being_asked_for(tmp_path: Path) -> None:
+    """Promise 16 for a run as it comes: in the first step of an iteration nothing has moved yet but by rounding."""
+    rows = [r for r in tiny.metrics(answers.run("grpo", tmp_path, minibatches=2).path) if "term/moved" in r]
+    assert len(rows) == 6 and all(r["term/moved"] < 1e-4 for r in rows[::2]) and rows[1]["term/moved"] > 1e-4
+
+
+def test_cut_answers_that_teach_nothing_say_so(tmp_path: Path) -> None:
+    """Guards against rollouts that look used, and whose advantage no token got."""
+    run = answers.run("grpo", tmp_path, truncated="mask", max_tokens=3, steps=2)
+    rollouts = [r for f in (run.path / "rollouts").glob("*.jsonl") for r in read_rollouts(f)]
+    cut = [r for r in rollouts if r.finish_reason == "length"]
+    assert cut and all(not r.used and r.meta["left_out"] == "cut at max_tokens" for r in cut)
+    assert all(r.used for r in rollouts if r.finish_reason != "length")
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_the_penalty_in_rewards_knows_every_estimator(tmp_path: Path, method: str) -> None:
+    """Guards against an estimator that is refused, or that changes nothing, where the divergence is taken off rewards."""
+    how = {"method": method, "kl": 0.5, "kl_in": "reward", "steps": 3}
+    runs = {kind: answers.run("grpo", tmp_path / str(kind), kl_estimator=kind, **how) for kind in (None, "k1", "k2", "k3")}
+    weights = {kind: load_file(run.path / "model" / "model.safetensors") for kind, run in runs.items()}
+    assert tiny.furthest(weights[None], weights["k1"]) == 0
+    assert all(tiny.furthest(weights["k1"], weights[kind]) > 0 for kind in ("k2", "k3"))
+
+
 def test_every_rollout_is_written(tmp_path: Path) -> None:
     """Guards against answers that nobody can look at: each with its ids, rewards by term, advantage, and why it was left out."""
     run = answers.run("grpo", tmp_path, silent="skip")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -91,3 +93,10 @@ def test_the_penalty_is_k1_of_every_token_and_the_reward_comes_last():
     assert token_rewards(1.0, [-0.1, -0.2]).tolist() == [0.0, 1.0]
     assert token_rewards(0.0, [-0.1], [-2.1], kl_weight=0.5).tolist() == [-1.0]
     assert token_rewards(1.0, []).tolist() == []
+
+
+def test_the_penalty_by_other_estimators():
+    """Guards against an estimator that is asked for and not used: half the square, and q/p - 1 - log q/p."""
+    assert token_rewards(0.0, [-0.1], [-2.1], kl_weight=0.5, estimator="k2").tolist() == pytest.approx([-1.0])
+    expected = -0.5 * (math.exp(-2.0) - 1 + 2.0)
+    np.testing.assert_allclose(token_rewards(0.0, [-0.1], [-2.1], kl_weight=0.5, estimator="k3"), [expected])

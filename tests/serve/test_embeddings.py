@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -109,20 +110,20 @@ def test_an_engine_without_embeddings_says_so(engine: Engine) -> None:
     assert caught.value.param == "model"
 
 
-def test_groups_take_turns_with_answers(engine: Engine) -> None:
+def test_groups_take_turns_with_answers(tmp_path: Path) -> None:
     """A thousand texts in one forward pass, while every running answer stands still."""
-    thread = EngineThread(Engine(engine.model, engine.renderer, slots=1))
+    thread = EngineThread(small.engine(tmp_path / "t", context=1024, slots=1))
     groups: list[tuple[int, int]] = []  # texts, tokens that the answer had by then
 
     async def ask() -> list[int]:
-        ticket = await thread.submit([([1, 2], Sampling(60, ignore_eos=True), 0)])
+        ticket = await thread.submit([([1, 2], Sampling(900, ignore_eos=True), 0)])
 
         def read(_: Any, prompts: list[list[int]], lora: Any) -> list[int]:
             groups.append((len(prompts), ticket.sequences[0].made))
             return [len(p) for p in prompts]
 
         lengths = await thread.grouped([[1] * n for n in (3, 1, 8, 2, 7)], read, tokens=8)
-        assert sum([len(event.ids) async for _, event in ticket.events()]) == 60
+        assert sum([len(event.ids) async for _, event in ticket.events()]) == 900
         return lengths
 
     thread.start()

@@ -61,5 +61,34 @@ def test_other_records_and_other_methods_are_refused(world: World, tmp_path: Pat
     """Guards against ratings read as pairs, and against a reward model's method that trains a language model."""
     with pytest.raises(DataError, match="--kind ratings"):
         prefer(world, tmp_path, "preferences", method="kto")
-    with pytest.raises(ConfigError, match="method"):
+    with pytest.raises(ConfigError, match="a method of another stage"):
         prefer(world, tmp_path, "preferences", method="reward")
+    with pytest.raises(ConfigError, match="did you mean `dpo`"):
+        prefer(world, tmp_path, "preferences", method="sigmoid")
+    with pytest.raises(ConfigError, match="beta"):
+        prefer(world, tmp_path, "preferences", method="dpo", beta=float("inf"))
+
+
+@pytest.mark.parametrize("kind", ["preferences", "ratings"])
+def test_rejected_answers_are_not_read_as_texts(world: World, tmp_path: Path, kind: str) -> None:  # noqa: F811
+    """A model that is pretrained, fine-tuned or taught on what people did not want."""
+    how: dict[str, Any] = {"data": records(tmp_path, kind), "model": world.made["chat"], "runs": tmp_path / "runs", "steps": 1}
+    for stage, more in (("pretrain", {}), ("distil", {"teacher": world.made["chat"]}), ("sft", {})):
+        with pytest.raises(DataError, match="other records than this stage reads") as error:
+            getattr(api, stage)(**how, **more)
+        assert "tutelage reward" in str(error.value)
+
+
+def test_pairs_without_a_difference_after_a_cut_are_left_out(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Pairs that differ in what was cut away: a loss of ln 2 for ever."""
+    rows = [{"question": f"Cat {i}?", "chosen": "yes " * 40 + "good", "rejected": "yes " * 40 + "bad"} for i in range(8)]
+    rows += [{"question": f"Dog {i}?", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(8)]
+    for name, some in (("all", rows), ("same", rows[:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    how: dict[str, Any] = {"model": world.made["chat"], "runs": tmp_path / "runs", "max_length": 30, "too_long": "right", **QUICK}
+    read: dict[str, Any] = {"kind": "preferences", "validation_share": 0.0, "min_chars": 1, "runs": tmp_path / "made"}
+    run = api.prefer(data=api.data(sources=[tmp_path / "all.jsonl"], **read), **how)
+    assert run.facts["packing"]["left out, the same tokens on both sides"] > 0
+    assert run.facts["answers"] == run.facts["packing"]["pairs"] - run.facts["packing"]["left out, the same tokens on both sides"]
+    with pytest.raises(DataError, match="no pair is left"):
+        api.prefer(data=api.data(sources=[tmp_path / "same.jsonl"], **read), **how)

@@ -15,6 +15,7 @@ from tests.pipeline import tutelage
 from tutelage import api
 from tutelage.config.stages import Reward
 from tutelage.data.render import Renderer
+from tutelage.errors import DataError
 from tutelage.files import read_json
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
@@ -140,6 +141,19 @@ def test_ratings_by_aspect_are_learned(tmp_path: Path) -> None:
     assert load_scorer(one / "model").outputs == ("first",)
 
 
+@pytest.mark.parametrize("steps", [False, True])
+def test_ratings_that_are_all_the_same_teach_nothing(tmp_path: Path, steps: bool) -> None:
+    """A reward model that was trained on nothing but a mean, and says that it succeeded."""
+    rows = []
+    for i in range(20):
+        answer = [Message(role="assistant", content=f"a cat {i}.")]
+        how: dict[str, Any] = {"steps": (answer[0].content,), "step_scores": (1.0,)} if steps else {"scores": {"good": 3.0}}
+        rows.append(Rating.make(asked(i), answer, source="rule", **how))
+    records = tiny.records_folder(tmp_path / "records", rows, 4)
+    with pytest.raises(DataError, match="all ratings are the same"):
+        api.reward(model=str(tiny.checkpoint()), data=str(records), steps=1, runs=str(tmp_path / "runs"), **HOW)
+
+
 def test_steps_are_judged(tmp_path: Path) -> None:
     """A step is right when it names an animal: to be read at its own end, whatever the steps around it say."""
     rng, rows = random.Random(3), []
@@ -158,12 +172,12 @@ def test_steps_are_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "about"),
     [
-        ("preferences", {"method": "process"}, "does not learn from preferences"),
+        ("preferences", {"method": "process"}, "no such method learns from preferences"),
         ("preferences", {"loss": "huber"}, "`loss` means nothing to reward"),
         ("preferences", {"aspects": "animals"}, "`aspects` means nothing"),
         ("ratings", {"centring": "0.1"}, "`centring` means nothing to rating"),
         ("ratings", {"aspects": "beauty"}, "no rating has this aspect"),
-        ("ratings", {"method": "reward"}, "does not learn from ratings"),
+        ("ratings", {"method": "reward"}, "no such method learns from ratings"),
         ("conversations", {}, "other records than this stage reads"),
     ],
 )

@@ -20,7 +20,9 @@ from tutelage.errors import ConfigError
 class Section(BaseModel):
     """A group of settings. Frozen; an unknown key is an error with the nearest name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from tutelage.errors import ConfigError
 class Term(Section):
     """What every term has."""
 
-    weight: float = setting(1.0, "what the term's value counts in the reward; negative: a penalty", allow_inf_nan=False)
+    weight: float = setting(1.0, "what the term's value counts in the reward; negative: a penalty")
 
 
 class Compared(Term):
@@ -50,8 +50,8 @@ class Exact(Compared):
 class Numeric(Compared):
     """1 where the last number is near the expected one, else 0."""
 
-    tolerance: float = setting(1e-6, "largest difference", ge=0.0, allow_inf_nan=False)
-    relative: float = setting(0.0, "largest difference as a share of the expected number", ge=0.0, allow_inf_nan=False)
+    tolerance: float = setting(1e-6, "largest difference", ge=0.0)
+    relative: float = setting(0.0, "largest difference as a share of the expected number", ge=0.0)
 
 
 class Regex(Compared):
@@ -98,7 +98,7 @@ class Format(Term):
 class RewardModel(Term):
     """The score of the stage's reward model."""
 
-    centre: float = setting(0.0, "subtracted from the score", allow_inf_nan=False)
+    centre: float = setting(0.0, "subtracted from the score")
     scale: Positive = setting(1.0, "the score is divided by it")
 
 

@@ -342,7 +342,9 @@ class Rl(Tune):
     penalty: float = setting(1.0, "what truncated=penalise takes off a reward", ge=0.0)
     kl: float = setting(0.0, "weight of staying close to the reference; 0: no reference is kept", ge=0.0)
     kl_in: Literal["loss", "reward"] = setting("loss", "where the weight of `kl` is: a term of the loss, or taken off rewards")
-    kl_estimator: Literal["k1", "k2", "k3"] | None = setting(None, "of the divergence in the loss; the method's own: k3")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
+        None, "of the divergence; the method's own: k3 in the loss, k1 in rewards"
+    )
     clip_low: Positive | None = setting(None, "how far below 1 the ratio of a token counts; the method's own where left out")
     clip_high: Positive | None = setting(None, "how far above 1; the method's own where left out")
     delta: Positive | None = setting(None, "largest ratio where the advantage is negative (dual clip); none where left out")

@@ -20,7 +20,8 @@ class PairFamilies:
     named numbers of each answer, [pairs, 2] (`reference`, `margin`).
 
     Pairs whose texts are longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt
-    (`left`) or the end of their answers (`right`); those whose prompt alone is too long are left out. `report` counts them.
+    (`left`) or the end of their answers (`right`); those whose prompt alone is too long are left out, and so are those whose
+    answers are the same tokens. `report` counts them.
     Raises `DataError` where nothing is left.
     """
 
@@ -34,12 +35,16 @@ class PairFamilies:
         # One beginning for both, so that they still share it; of a prompt one token stays at least.
         starts = np.clip(lengths.max(1) - max_length, 0, prompts - 1) if too_long == "left" else np.zeros_like(prompts)
         fits = whole if too_long == "drop" else prompts - starts < max_length
-        self.kept = np.flatnonzero(fits & trained)
+        self._prompts, self._starts = prompts, starts
+        self._sizes = np.minimum(lengths - prompts[:, None], (max_length - (prompts - starts))[:, None])  # of both endings
+        differ = np.array([ok and self._differ(i) for i, ok in enumerate(fits & trained)], bool)
+        self.kept = np.flatnonzero(differ)
         self.report = {
             "pairs": len(lengths),
             "left out, too long": int((~fits).sum()),
             f"cut at the {too_long}": int((fits & ~whole).sum()) if too_long != "drop" else 0,
             "left out, without a supervised token": int((fits & ~trained).sum()),
+            "left out, the same tokens on both sides": int((fits & trained & ~differ).sum()),
         }
         if not len(self.kept):
             raise DataError(
@@ -47,9 +52,7 @@ class PairFamilies:
                 fix=f"raise max_length ({max_length}), or set too_long=left",
             )  # fmt: skip
         self._whole: dict[str, npt.NDArray[np.float32]] = {}
-        self._prompts, self._starts = prompts[self.kept], starts[self.kept]
-        room = max_length - (self._prompts - self._starts)
-        self._sizes = np.minimum(lengths[self.kept] - self._prompts[:, None], room[:, None])  # of both endings
+        self._prompts, self._starts, self._sizes = (x[self.kept] for x in (self._prompts, self._starts, self._sizes))
 
     def give(self, name: str, values: npt.NDArray[Any]) -> None:
         """Names a number of each answer: [families, 2]."""
@@ -77,6 +80,12 @@ class PairFamilies:
 
     def sizes(self, layout: Layout) -> npt.NDArray[np.int64]:
         return self._sizes.sum(1) + (self._prompts - self._starts) * (1 if layout == "tree" else 2)
+
+    def _differ(self, pair: int) -> bool:
+        """Whether the endings are different ones: a cut, or a template that trims, may have made them the same."""
+        at, sizes = int(self._prompts[pair]), self._sizes[pair]
+        one, other = (self.segments.ids(2 * pair + side)[at : at + int(sizes[side])] for side in (0, 1))
+        return not np.array_equal(one, other)
 
     def _shared(self, pair: int) -> int:
         """Tokens that both texts begin with, none of them supervised; at least one."""

@@ -73,6 +73,16 @@ class ScoredFamilies:
         return sorted(group for found in groups.values() for group in found)
 
     @property
+    def varies(self) -> bool:
+        """Whether some score is not the same for all answers, or steps."""
+        if self.ratings is not None:
+            return any(len(np.unique(column[np.isfinite(column)])) > 1 for column in self.ratings[self.answers].T)
+        assert self.steps is not None
+        seen = [self.steps[i][self._cuts[i] : self._stops[i]] for i in self.answers.tolist()]
+        values = np.concatenate(seen)
+        return len(np.unique(values[np.isfinite(values)])) > 1
+
+    @property
     def digest(self) -> str:
         total = hashlib.sha256(f"{self.segments.digest} {self.members}".encode())
         for array in (self._starts, self._stops, *([self.ratings] if self.ratings is not None else self.steps or ())):

@@ -37,6 +37,8 @@ def policy_gradient(
     `kl_importance`: the penalty of a token counts by its ratio, so that its gradient is that of the divergence, whichever the
     estimator, off policy too (DeepSeek-AI 2025, arXiv:2512.02556, for k3). Without: as in GRPO's paper; right for k2 on policy,
     close for k3, and 0 on average for k1.
+    `_moved`: how far log-probabilities are from when the answers were made, in nats; in an iteration's first step that is how far
+    trainer and engine are apart.
     `temperature`: that the answers were sampled at; `old` and `reference` are of it too.
     """
     answers = answers_of(batch)
@@ -56,6 +58,7 @@ def policy_gradient(
     terms = {
         "loss": Term(-(gain * weight).sum(), unit),
         "_ratio": _share(ratio, used),
+        "_moved": _share((logprobs - answers.tokens["old"]).abs(), used),
         "_entropy": _share(entropy, used),
     }
     if form != "none":

@@ -79,13 +79,26 @@ def _deviation(values: Floats) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def divergence(logprobs: npt.ArrayLike, reference: npt.ArrayLike, kind: Estimator = "k1") -> Floats:
+    """[n]: what each token says of the divergence of p from q (Schulman 2020, http://joschu.net/blog/kl-approx.html). k1 is
+    log p - log q, k2 half of its square, k3 q/p - 1 - log q/p."""
+    beyond = np.asarray(logprobs, np.float64) - np.asarray(reference, np.float64)
+    if kind == "k1":
+        return beyond
+    return beyond**2 / 2 if kind == "k2" else np.expm1(-beyond) + beyond
+
+
 def token_rewards(
-    reward: float, logprobs: npt.ArrayLike, reference: npt.ArrayLike | None = None, kl_weight: float = 0.0
-) -> Floats:
-    """[n]: the answer's reward at its last token, less kl_weight * (log p - log q) at every token (k1), what keeps the policy p
+    reward: float, logprobs: npt.ArrayLike, reference: npt.ArrayLike | None = None, kl_weight: float = 0.0,
+    estimator: Estimator = "k1",
+) -> Floats:  # fmt: skip
+    """[n]: the answer's reward at its last token, less kl_weight times the divergence at every token, what keeps the policy p
     near the reference q."""
     p = np.asarray(logprobs, np.float64)
-    out = np.zeros_like(p) if reference is None else -kl_weight * (p - np.asarray(reference, np.float64))
+    out = np.zeros_like(p) if reference is None else -kl_weight * divergence(p, reference, estimator)
     if len(out):
         out[-1] += reward
     return out

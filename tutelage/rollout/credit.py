@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tutelage.data.families import Ending, Family
 from tutelage.records import Rollout
-from tutelage.rollout.advantages import gae, group_advantages, token_rewards
+from tutelage.rollout.advantages import Estimator, divergence, gae, group_advantages, token_rewards
 from tutelage.rollout.correction import Level, Mode, correction, mismatch
 from tutelage.rollout.tally import Tally
 from tutelage.rollout.weights import CREDIT, Truncated, cut, weights
@@ -33,6 +33,7 @@ class Settings:
     truncated: Truncated = "keep"
     penalty: float = 1.0  # of truncated="penalise"
     kl_in_reward: float = 0.0  # times the divergence from the reference, taken off the reward
+    kl_estimator: Estimator = "k1"  # of that
     gamma: float = 1.0  # ppo
     lam: float = 0.95
     correction: Mode | Literal["none"] = "none"
@@ -84,8 +85,10 @@ class Credit:
                 if self.old is not None and self.settings.correction != "none":
                     own["correction"] = self._correction(old[i][k], engine[i][k])
                 picked = _picked(ending)
-                rows.append(replace(rollout, advantage=float(own["advantage"][picked].mean()) if picked.any() else 0.0))
-                mask = ending.mask if next(kept) else np.zeros(len(ending.ids), np.uint8)
+                used = next(kept)
+                row = replace(rollout, advantage=float(own["advantage"][picked].mean()) if picked.any() else 0.0)
+                rows.append(row if used else replace(row, used=False, meta={**row.meta, "left_out": "cut at max_tokens"}))
+                mask = ending.mask if used else np.zeros(len(ending.ids), np.uint8)
                 endings.append(replace(ending, mask=mask, tokens=own))
             out.append(rows)
             families.append(replace(family, endings=tuple(endings)))
@@ -101,7 +104,8 @@ class Credit:
         """One advantage for all tokens of an answer, from the others to its prompt."""
         how = CREDIT[self.settings.method]
         if reference is not None and self.settings.kl_in_reward:
-            far = [float((o - q)[_picked(e)].sum()) for f, a, b in zip(families, old, reference, strict=True)
+            kind = self.settings.kl_estimator
+            far = [float(divergence(o, q, kind)[_picked(e)].sum()) for f, a, b in zip(families, old, reference, strict=True)
                    for e, o, q in zip(f.endings, a, b, strict=True)]  # fmt: skip
             rewards = rewards - self.settings.kl_in_reward * np.array(far)
         numbers = np.repeat(np.arange(len(families)), [len(f.endings) for f in families])
@@ -130,7 +134,8 @@ class Credit:
             for k, ending in enumerate(family.endings):
                 at = _picked(ending)
                 far = None if reference is None else reference[i][k][at]
-                given = token_rewards(next(own), old[i][k][at], far, self.settings.kl_in_reward)
+                s = self.settings
+                given = token_rewards(next(own), old[i][k][at], far, s.kl_in_reward, s.kl_estimator)
                 advantages, returns = gae(given, values[i][k][at], gamma=self.settings.gamma, lam=self.settings.lam)
                 for name, found in (("advantage", advantages), ("return", returns), ("weight", np.ones(int(at.sum())))):
                     row = np.zeros(len(ending.ids), np.float32)

@@ -166,7 +166,7 @@ class RolloutSource:
         self.families = {p: f for p, f in families.items() if p in self.places}
         self.iteration = iteration
         late = "there were enough groups"
-        kept = [g if p in self.families or not g[0].used else _left_out(g, late) for p, g in groups.items()]
+        kept = [g if p in self.families or not any(r.used for r in g) else _left_out(g, late) for p, g in groups.items()]
         self._write(kept, step)
         self._measure(kept, measured, asked, silent, time.monotonic() - started)
 

@@ -16,7 +16,7 @@ from tutelage.data.families import assemble, bins
 from tutelage.data.pairs import PairFamilies, margins
 from tutelage.data.scored import ScoredFamilies, aspects_of, ratings_of, steps_of
 from tutelage.data.tokens import Segments
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, DataError
 from tutelage.evaluate import scorers
 from tutelage.models.scorer import Scorer
 from tutelage.objectives.answers import answers_of, own_places
@@ -46,6 +46,11 @@ class Judged:
         if split == "validation" and not len(segments):
             return None
         found = self._families(segments, self.records / f"{split}.jsonl", length)
+        if split == "train" and isinstance(found, ScoredFamilies) and not found.varies:
+            raise DataError(
+                "all ratings are the same: there is nothing to learn from them", file=self.records / f"{split}.jsonl",
+                expected="ratings that differ", fix="give answers of every worth, the bad ones too",
+            )  # fmt: skip
         for what, count in found.report.items():
             if count:
                 log.say(f"{split}: {count:,} {what}")

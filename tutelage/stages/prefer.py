@@ -75,8 +75,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
 def chosen_method(config: Prefer) -> Objective:
     """The objective of the settings. Raises `ConfigError` for a method that is about something else."""
     names = [name for name, row in TABLE.items() if row.data in RECORDS and row.part == "policy"]
-    if config.method in TABLE and config.method not in names:
-        raise ConfigError("this method is not of this stage", field="method", found=config.method, expected=", ".join(names))
+    tuning.check_method(config.method, names)
     chosen = objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
     if config.reference is not None and not method(config.method).reference:
         raise ConfigError("this method keeps no reference", field="reference", found=config.method, fix="leave `reference` out")

@@ -90,10 +90,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
 def chosen_method(config: Reward, data: Judged) -> Objective:
     """The objective of the settings. Raises `ConfigError` for one that does not learn from such data."""
     names = [name for name, row in TABLE.items() if row.part == "reward" and row.data == data.kind]
-    if data.method not in names:
-        raise ConfigError(
-            f"this method does not learn from {data.kind}", field="method", found=data.method, expected=", ".join(names)
-        )
+    tuning.check_method(data.method, names, f"learns from {data.kind}")
     return objective(data.method, **{key: getattr(config, key) for key in SETTINGS})
 
 

@@ -40,7 +40,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
         try:
             return learn(config, run, kit, chosen, words)
         finally:
-            for name, count in rubric.past_limits.items():
+            for name, count in ((name, count) for name, count in rubric.past_limits.items() if count):
                 log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
 
 
@@ -95,11 +95,10 @@ def gain(probe: Probe | None) -> dict[str, Any]:
 def chosen_method(config: Rl) -> Objective:
     """The objective of the settings. Raises `ConfigError` for one that does not learn from rollouts."""
     names = [name for name, row in TABLE.items() if row.data == "rollouts"]
-    if config.method in TABLE and config.method not in names:
-        raise ConfigError("this method learns from other data", field="method", found=config.method, expected=", ".join(names))
+    tuning.check_method(config.method, names)
     return objective(
         config.method, clip_low=config.clip_low, clip_high=config.clip_high,
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
-        kl=config.kl_estimator, delta=config.delta, value_clip=config.value_clip,
+        kl=config.kl_estimator if config.kl_in == "loss" else None, delta=config.delta, value_clip=config.value_clip,
         entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
     )  # fmt: skip

@@ -106,8 +106,8 @@ class Kit:
             )  # fmt: skip
         settings = Settings(
             method=c.method, max_tokens=c.max_tokens, truncated=c.truncated, penalty=c.penalty,
-            kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, gamma=c.gamma, lam=c.lam, correction=c.correction,
-            correction_cap=c.correction_cap, correction_level=c.correction_level,
+            kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, kl_estimator=c.kl_estimator or "k1", gamma=c.gamma, lam=c.lam,
+            correction=c.correction, correction_cap=c.correction_cap, correction_level=c.correction_level,
         )  # fmt: skip
         return Credit(
             settings,
@@ -204,13 +204,16 @@ def check(config: Rl) -> None:
     idle = {
         "reference": config.kl == 0, "kl_in": config.kl == 0, "penalty": config.truncated != "penalise",
         "correction_cap": config.correction == "none",
-        "correction_level": config.correction == "none", "kl_estimator": config.kl == 0 or config.kl_in == "reward",
+        "correction_level": config.correction == "none", "kl_estimator": config.kl == 0,
         "max_rounds": not several, "environment_seconds": config.environment is None, "value": not ppo, "gamma": not ppo,
         "lam": not ppo, "value_weight": not ppo, "patience": True,
     }  # fmt: skip
     for name, without in idle.items():
         if without and getattr(config, name) != given[name].default:
-            raise ConfigError("this setting changes nothing here", field=name, found=getattr(config, name), fix="leave it out")
+            raise ConfigError(
+                "this setting changes nothing here", field=name, found=getattr(config, name),
+                expected=f"{given[name].default}, as it is when left out", fix=f"leave {name} out, or set what it goes with",
+            )  # fmt: skip
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:

@@ -11,23 +11,16 @@ from tutelage import log
 from tutelage.config.stages import Sft
 from tutelage.data.render import Renderer, check_supervision, coloured_sample
 from tutelage.data.templates import style
-from tutelage.errors import DataError
-from tutelage.files import read_json, whole_folder, write_json
+from tutelage.files import whole_folder, write_json
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training
+from tutelage.stages import derived, extension, fitting, training, tuning
 from tutelage.tokenizer.load import FILES
 
 
 def run(config: Sft, run: RunDir) -> dict[str, Any]:
     records = run.input("data")
-    if read_json(records / "schema.json")["type"] != "Conversation":
-        raise DataError(
-            "supervised fine-tuning needs conversations",
-            file=records,
-            found="documents",
-            fix="make them with `tutelage data --kind conversations`, or use `tutelage pretrain --model`",
-        )
+    tuning.check_records(records, ("Conversation",), "make conversations with `tutelage data --kind conversations`")
     parent = extension.parent_of(config, run)
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
     device = fitting.choose_device(config)

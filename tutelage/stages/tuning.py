@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 
 from tutelage import log
 from tutelage.bases import whole_of
+from tutelage.config.base import nearest
 from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
+from tutelage.objectives import TABLE
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
 from tutelage.rundir import RunDir
@@ -48,13 +51,36 @@ def check_merged(config: Tune) -> None:
         )  # fmt: skip
 
 
+ALSO_CALLED = {"sigmoid": "dpo", "bco": "kto", "bradley_terry": "reward", "cdpo_label_smoothing": "cdpo"}
+
+
+def check_method(name: str, names: Sequence[str], what: str = "is of this stage") -> None:
+    """Raises `ConfigError` for a method that is none of `names`."""
+    if name not in names:
+        near = ALSO_CALLED.get(name) or nearest(name, list(names))
+        known = " (it is a method of another stage)" if name in TABLE else ""
+        raise ConfigError(
+            f"no such method {what}{known}", field="method", found=name, expected=", ".join(names),
+            fix=f"did you mean `{near}`?" if near in names else None,
+        )  # fmt: skip
+
+
+READERS = {
+    "Document": "tutelage pretrain", "Conversation": "tutelage sft", "Preference": "tutelage prefer, or tutelage reward",
+    "Rating": "tutelage reward, or tutelage prefer --method kto", "Prompt": "tutelage rl", "Example": "tutelage classify",
+}  # fmt: skip
+"""Which stage learns from records of a type."""
+
+
 def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
     """The type of a records artifact. Raises `DataError` for one that the stage does not read."""
     found = str(read_json(records / "schema.json")["type"])
     if found not in wanted:
+        other = f"; what learns from these: {READERS[found]}" if found in READERS else ""
         raise DataError(
-            "these are other records than this stage reads", file=records, found=found, expected=" | ".join(wanted), fix=fix
-        )
+            "these are other records than this stage reads", file=records, found=found, expected=" | ".join(wanted),
+            fix=fix + other,
+        )  # fmt: skip
     return found
 
 
