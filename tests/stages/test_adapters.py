@@ -232,3 +232,20 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
         api.vocabulary(data=world.made["corpus"], add=4, **same, **rows)
     with pytest.raises(ConfigError, match="under a score head is merged"):
         api.reward(data=data, batch=4, steps=2, **{**same, "adapter": {"kind": "prompt"}})
+
+
+def test_a_base_that_never_read_the_end_of_a_turn_is_told(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """An adapter that can't learn to stop, since the table it writes from is frozen: said before the first step, with the
+    setting; not of a base that has read it."""
+    how: dict[str, Any] = {"data": world.made["chats"], "runs": tmp_path, "steps": 1, "sequence_length": 128, "batch_tokens": 256}
+    unread, lora = "hardly read the token that ends a turn", {"kind": "lora", "rank": 2}
+    api.sft(model=world.made["base"], adapter=lora, **how)
+    assert unread in capsys.readouterr().err
+    api.sft(model=world.made["base"], adapter={**lora, "embeddings": True}, **how)
+    api.sft(model=world.made["base"], **how)
+    assert unread not in capsys.readouterr().err
+    chat = api.sft(model=world.made["base"], optimizer={"lr": 1e-2, "embedding_lr": 1e-2}, **{**how, "steps": 30})
+    api.sft(model=chat, adapter=lora, **how)
+    assert unread not in capsys.readouterr().err

@@ -15,7 +15,8 @@ from tutelage.files import whole_folder, write_json
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, training, tuning
-from tutelage.tokenizer.load import FILES
+from tutelage.stages.unread import warn_of_unread_tokens
+from tutelage.tokenizer.load import FILES, TokenizerFolder
 
 
 def run(config: Sft, run: RunDir) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     totals = segments[0].totals
     check_supervision(totals["supervised"], totals["tokens"], "chat")
     log.say(f"{totals['supervised']:,} of {totals['tokens']:,} tokens supervised ({totals['supervised'] / totals['tokens']:.0%})")
+    warn_of_unread_tokens(config, model, segments[0], tuple(TokenizerFolder.open(tokenizer).stop_ids))
     numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
     return training.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
 
