@@ -250,6 +250,23 @@ def test_settings_are_honoured_or_refused(rewards: dict[str, Any], said: str) ->
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"kind": "regex", "pattern": "("}, "pattern"), ({"kind": "format", "pattern": "("}, "pattern"),
+        ({"kind": "json_schema", "definition": {"type": "text"}}, "definition.type"), ({"kind": "judge"}, "base_url"),
+        ({"kind": "judge", "base_url": "ftp://x"}, "base_url"),
+        ({"kind": "judge", "base_url": "http://x", "key_variable": "NO_SUCH_KEY"}, "key_variable"),
+        ({"kind": "function", "path": "no_such_module:score"}, "path"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_named_as_the_recipe_has_it(settings: dict[str, Any], field: str) -> None:
+    """Guards against `field: pattern` in a recipe of five terms, two of which have one."""
+    with pytest.raises(ConfigError) as caught:
+        rubric({"right": {"kind": "exact"}, "mine": settings})
+    assert caught.value.field == f"rewards.mine.{field}"
+
+
 def test_what_a_stage_has_not_wired_is_named() -> None:
     """Guards against a term that fails in the middle of a run instead of before it."""
     with pytest.raises(ConfigError, match="`model` needs `score_texts`"):
