@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -46,6 +47,21 @@ def test_mean_and_paired_difference() -> None:
     assert estimate.high - 7 == pytest.approx(3.1824 * estimate.standard_error, rel=1e-4)
     paired = iv.paired_difference(a + np.array([0.9, 1.1, 1.0, 1.0]), a)
     assert paired.low > 0.8 and paired.high < 1.2
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [([0.7], "one value: no interval"), ([0.0, 1.0], "two values: no interval"),
+     ([1.0] * 8, "8 values, all the same: no interval")],
+)  # fmt: skip
+def test_too_little_to_tell_has_no_interval(values: list[float], words: str) -> None:
+    """Guards against `0.700 (0.700 to 0.700)`: an interval without width reads as certainty. JSON has no infinity."""
+    for estimate in (iv.mean(values), iv.paired_difference(values, np.zeros(len(values)))):
+        assert (estimate.low, estimate.high) == (-math.inf, math.inf) and math.isnan(estimate.standard_error)
+        assert estimate.said() == iv.said(estimate.to_json()) == f"{np.mean(values):.3f} ({words})"
+        row = json.loads(json.dumps(estimate.to_json(), allow_nan=False))
+        assert (row["low"], row["high"], row["standard_error"]) == (None, None, None) and row["n"] == len(values)
+    assert iv.mean([0.0, 1.0, 1.0]).said("+.1%") == "+66.7% (-76.8% to +210.1%)"
 
 
 def test_ratio_resamples_documents_not_tokens() -> None:

@@ -42,6 +42,22 @@ def none(rollout):
 def leaves(rollout):
     os._exit(3)
 
+def text(rollout):
+    return "0.5"
+
+def huge(rollout):
+    return 10**400
+
+def two(rollout, more):
+    return 1.0
+
+def exits(rollout):
+    raise SystemExit(3)
+
+def library(rollout):
+    import json
+    return json.loads("{")
+
 def process(rollout):
     return os.getpid()
 
@@ -89,6 +105,30 @@ def test_a_function_that_gives_no_number_stops_with_its_rollout(mine: Path, name
             assert made.judge([rollout("fine")])[0].reward > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "line"),
+    [
+        ("raises", "ZeroDivisionError: division by zero", "return 1 / len"), ("none", "gave None, not a number", "def none"),
+        ("text", "gave str '0.5', not a number", "def text"),
+        ("huge", "gave an integer of 1,329 bits, not a number", "def huge"),
+        ("two", "missing 1 required positional argument: 'more'", "def two"), ("exits", "SystemExit: 3", "raise SystemExit"),
+        ("library", "JSONDecodeError: Expecting property name", "return json.loads"),
+    ],
+)  # fmt: skip
+def test_what_was_raised_stands_apart_from_what_was_expected(
+    mine: Path, capsys: pytest.CaptureFixture[str], name: str, said: str, line: str
+) -> None:
+    """Guards against a traceback that is printed as what was expected, and one that ends in a library: the user's own last line
+    is named."""
+    row = next(n for n, text in enumerate(SOURCE.split("\n"), 1) if line in text)
+    with rubric({"mine": {"kind": "function", "path": f"my_rewards:{name}"}}) as made, pytest.raises(RewardError) as caught:
+        made.judge([rollout("")])
+    error = caught.value
+    assert said in error.message and error.message.endswith(f"(my_rewards.py:{row})")
+    assert error.expected == "a number within 30 s" and "Traceback" not in str(error)
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_function_runs_in_one_process_that_is_not_ours(mine: Path) -> None:
     """Guards functions that keep something between calls, and this process from them."""
     with rubric({"mine": {"kind": "function", "path": "my_rewards:process"}}) as made:
@@ -106,7 +146,14 @@ def test_a_function_that_can_not_be_imported_is_an_error_before_the_run(mine: Pa
     """Guards against finding out after the model was loaded and the first answers were written."""
     with pytest.raises(ConfigError, match="cannot be imported") as caught:
         rubric({"mine": {"kind": "function", "path": where}})
-    assert where in str(caught.value)
+    assert where in str(caught.value) and caught.value.field == "rewards.mine.path" and "correct the path" in str(caught.value)
+
+
+def test_a_file_that_does_not_parse_is_named_with_its_line(mine: Path) -> None:
+    """Guards against `invalid syntax` that does not say where."""
+    mine.write_text("x = 1\ndef score(rollout:\n")
+    with pytest.raises(ConfigError, match=r"SyntaxError: .* \(my_rewards.py:2\)"):
+        rubric({"mine": {"kind": "function", "path": "my_rewards.py:score"}})
 
 
 def test_the_breakdown_is_kept() -> None:

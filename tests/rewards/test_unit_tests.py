@@ -74,6 +74,13 @@ def test_no_cheat_passes(by_tests: Rubric) -> None:
     assert by_tests.past_limits["tests"] == 2
 
 
+def test_a_program_of_one_long_line_is_said_to_be_wrong(by_tests: Rubric) -> None:
+    """Guards against a note that says how much was cut, where the error's name stood behind the line that it shows."""
+    verdicts = by_tests.judge([rollout(text, tests=["assert f"]) for text in ("f = " + "9" * 10**6, "(" * 10**5)])
+    assert verdicts[0].notes["tests"].startswith("SyntaxError: Exceeds the limit")
+    assert "cut" not in verdicts[1].notes["tests"] and verdicts[1].reward == 0
+
+
 def test_a_share_of_the_tests(sandbox: Sandbox, by_tests: Rubric) -> None:
     """Guards `partial`, and what a failure is said to be."""
     tests = ["assert f(1) == 1", "assert f(2) == 4, 'two'", "assert f(0) == 0", "assert f(-1) == 1"]

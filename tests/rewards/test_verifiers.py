@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ import pytest
 from tests.rewards.rollouts import rollout, rubric
 from tutelage.config.rewards import Maths, terms_of
 from tutelage.errors import ConfigError, MissingExtra, RewardError
+from tutelage.records import Rollout
 from tutelage.rewards import maths
 from tutelage.rewards.build import build
+from tutelage.rewards.plain import Length
 from tutelage.rewards.rubric import Rubric
 
 needs_math_verify = pytest.mark.skipif(
@@ -115,6 +119,44 @@ def test_plain_terms(settings: dict[str, Any], text: str, answer: str | None, va
         assert made.judge([rollout(text, answer)])[0].terms == {"term": value}
 
 
+def rollout_of(text: str, answer: str | None = None) -> Rollout:
+    """One whose text alone is long."""
+    return replace(rollout("", answer), text=text)
+
+
+MUCH = 200_000
+LONG = [  # text, expected, value
+    ("cat " * MUCH, "cat", 0), ("cat" * MUCH, "cat", 0), ("cat" + " " * MUCH, "cat", 1), (" " * MUCH + "cat", "Cat", 1),
+    ("." * MUCH + "the cat" + "\u3002" * MUCH, "cat", 1), ("\u0323\u0301" * MUCH, "cat", 0), ("the " * MUCH + "cat", "cat", 1),
+    ("cat" + " ." * MUCH + "s", "cat", 0), ("e\u0301 " * 9000, "\u00e9 " * 9000, 1),
+    ("a\u0323\u0301" * 9000, "\u1ea1\u0301" * 9000, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "answer", "value"), LONG, ids=range(len(LONG)))
+def test_long_texts_are_read_as_far_as_they_are_right(text: str, answer: str, value: float) -> None:
+    """Guards the trainer, which is where this runs: a text of a hundred million characters took gigabytes, and one of marks that
+    stand above one another hours. Right answers with much that does not count stay right."""
+    tracemalloc.start()
+    with rubric({"exact": 1.0}) as made:
+        assert made.judge([rollout_of(text, answer)])[0].reward == value
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("settings", [{"target": 4}, {"maximum": 4}, {"maximum": 4, "margin": 2}])
+def test_words_are_counted_up_to_the_limit(settings: dict[str, Any]) -> None:
+    """Guards against a list of fifty million words; the values are those of all of them."""
+    texts = ["a " * n for n in (0, 3, 4, 5, 8, 9, 10**6)]
+    tracemalloc.start()
+    with rubric({"length": {**settings, "unit": "words"}}) as made:
+        found = made.judge([rollout_of(text) for text in texts])
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+    assert [v.reward for v in found] == [Length(made.terms["length"][0].settings).value(len(t.split())) for t in texts]
+    assert found[-1].notes["length"].startswith("more than") and found[1].notes["length"] == "3 words"
+
+
 def test_a_catastrophic_pattern_is_given_up() -> None:
     """Guards the run against a pattern that takes for ever on one text, of the recipe or of a prompt's row."""
     bad = "a" * 40 + "b"
@@ -206,6 +248,23 @@ def test_settings_are_honoured_or_refused(rewards: dict[str, Any], said: str) ->
     with pytest.raises(ConfigError) as caught:
         terms_of(rewards)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"kind": "regex", "pattern": "("}, "pattern"), ({"kind": "format", "pattern": "("}, "pattern"),
+        ({"kind": "json_schema", "definition": {"type": "text"}}, "definition.type"), ({"kind": "judge"}, "base_url"),
+        ({"kind": "judge", "base_url": "ftp://x"}, "base_url"),
+        ({"kind": "judge", "base_url": "http://x", "key_variable": "NO_SUCH_KEY"}, "key_variable"),
+        ({"kind": "function", "path": "no_such_module:score"}, "path"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_named_as_the_recipe_has_it(settings: dict[str, Any], field: str) -> None:
+    """Guards against `field: pattern` in a recipe of five terms, two of which have one."""
+    with pytest.raises(ConfigError) as caught:
+        rubric({"right": {"kind": "exact"}, "mine": settings})
+    assert caught.value.field == f"rewards.mine.{field}"
 
 
 def test_what_a_stage_has_not_wired_is_named() -> None:

@@ -31,6 +31,9 @@ ASKED = Prompt.make([Message(role="user", content="guess a number")], source="te
 def test_what_breaks_is_said_with_its_episode(what: str, said: str) -> None:
     """Guards against an environment that ends the run without a word, or whose reply is a number that the model reads; the next
     episode is as if nothing had been."""
+    lines = GAMES.read_text().split("\n")
+    raises = {"raise": lines.index('            raise ValueError("no such number")') + 1,
+              "exit": lines.index("            raise SystemExit(3)") + 1}  # fmt: skip
     games = Environments(f"{GAMES}:Breaks")
     other = games.begin(ASKED, 1)
     with pytest.raises(RewardError) as caught:
@@ -38,6 +41,8 @@ def test_what_breaks_is_said_with_its_episode(what: str, said: str) -> None:
         own.reply("seven")
         own.score()
     message = str(caught.value)
+    assert caught.value.expected == "replies of text or None, and a finite score, each within 30 s" and "Traceback" not in message
+    assert what[6:] not in ("raise", "exit") or f"games.py:{raises[what[6:]]})" in message
     assert said in message and f"{GAMES}:Breaks" in message and "guess a number" in message and ASKED.id in message
     assert ("seven" in message) == (not what.startswith("begin")) and "mend the class" in message
     with pytest.raises(RewardError, match="its process ended between two steps"):

@@ -159,9 +159,11 @@ def test_a_program_past_its_time_is_ended_with_all_it_started() -> None:
 
 
 def test_what_a_program_writes_is_cut_and_kept(sandbox: Sandbox) -> None:
-    """Guards memory here and what the model is shown."""
-    outcome = sandbox.run("import sys\nprint('é' * 5000)\nsys.stderr.write('\\ud800')")
-    assert outcome.stdout == "é" * 1000 + "\n[cut after 2000 bytes]\n" and outcome.stderr == "\\ud800"
+    """Guards memory here and what the model is shown: how it began, and how it ended."""
+    outcome = sandbox.run("import sys\nprint('é' * 5000, end='.')\nsys.stderr.write('\\ud800')")
+    assert outcome.stdout == "é" * 500 + "\n[8001 bytes cut]\n" + "\ufffd" + "é" * 499 + "." and outcome.stderr == "\\ud800"
+    assert sandbox.run("print('x' * 1999)").stdout == "x" * 1999 + "\n"
+    assert sandbox.run("x = " + "9" * 100_000).stderr.strip().split("\n")[-1].startswith("SyntaxError: Exceeds the limit")
     assert sandbox.run("print(input()[::-1])", stdin="abc\n").stdout == "cba\n"
     failed = sandbox.run("x = 1\nx / 0")
     assert (

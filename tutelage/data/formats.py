@@ -373,8 +373,9 @@ _BEFORE: dict[str, tuple[str | None, ...]] = {  # role -> the roles it may follo
 }
 
 
-def check_order(messages: Sequence[Message]) -> None:
-    """Raises `DataError` for roles in an order that no dialogue has, and where there is nothing to learn from."""
+def check_order(messages: Sequence[Message], places: Sequence[str] | None = None) -> None:
+    """Raises `DataError` for roles in an order that no dialogue has, and where there is nothing to learn from. `places`: where
+    in its row each message stands, if not in `messages`."""
     previous: str | None = None
     called = False
     for i, message in enumerate(messages):
@@ -387,7 +388,7 @@ def check_order(messages: Sequence[Message]) -> None:
             )
             raise DataError(
                 "roles are out of order",
-                field=f"messages[{i}].role",
+                field=places[i] if places else f"messages[{i}].role",
                 found=f"{message.role} after {previous or 'the beginning'}",
                 expected=expected,
                 fix="join turns of one speaker, or remove the row",
@@ -397,7 +398,7 @@ def check_order(messages: Sequence[Message]) -> None:
     if not any(m.role == "assistant" and m.train is not False for m in messages):
         raise DataError(
             "no assistant turn to learn from",
-            field="messages",
+            field=places[-1] if places else "messages",
             found=" ".join(m.role for m in messages),
             expected="an assistant turn",
         )

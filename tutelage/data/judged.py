@@ -60,8 +60,16 @@ def _preference(row: Row, source: str) -> Preference:
             )  # fmt: skip
     before, style = _before(row)
     prompts, answers = [], []
-    for key in ("chosen", "rejected"):
+    for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if not isinstance(row[key], str | list | tuple | Mapping):
+            raise DataError(
+                f"the {key} answer is missing" if row[key] is None else f"the {key} answer is no text", field=key,
+                found="null" if row[key] is None else row[key],
+                expected="a string" if isinstance(row[other], str) else "a string, or a list of {role, content}",
+                fix="fill it in, or leave such rows out with on_error=skip",
+            )  # fmt: skip
         turns = _turns(row[key], key, style)
+        _follows(before, turns, _asked_in(row), f"{key}[0]" if isinstance(row[key], list) else key)
         prompt, answer = _split(before, turns, key)
         prompts.append(prompt)
         answers.append(answer)
@@ -75,8 +83,8 @@ def _preference(row: Row, source: str) -> Preference:
             "chosen and rejected are the same answer", field="rejected", found=_short(answers[1]), expected="another answer",
             fix="remove the row: it has nothing to teach",
         )  # fmt: skip
-    formats.check_order([*prompts[0], *answers[0]])
-    formats.check_order([*prompts[1], *answers[1]])
+    for key, prompt, answer in zip(("chosen", "rejected"), prompts, answers, strict=True):
+        formats.check_order([*prompt, *answer], _places(row, key, len(before), len(prompt) + len(answer)))
     return Preference.make(
         prompts[0], answers[0], answers[1], source=source, style=style, margin=_margin(row), tools=formats.read_tools(row),
         licence=_licence(row), meta=_meta(row),
@@ -101,6 +109,36 @@ def _before(row: Row) -> tuple[list[Message], str]:
     more = text_content(row.get("input"), "input")
     whole = f"{text_content(asked, 'question')}\n\n{more}" if more.strip() else asked
     return [*formats.system_turn(row), formats.turn("user", whole, "question")], "chat"
+
+
+def _asked_in(row: Row) -> str:
+    """The key that `_before` reads."""
+    if isinstance(row.get("conversations"), list):
+        return "conversations"
+    return (
+        "prompt" if isinstance(row.get("prompt"), list) else next((k for k in ("question", "instruction") if k in row), "prompt")
+    )
+
+
+def _follows(before: list[Message], turns: list[Message], asked: str, field: str) -> None:
+    """Raises `DataError` for a conversation of its own where the row has a prompt that it does not begin with."""
+    if not before or turns[: len(before)] == before or not turns:
+        return
+    if turns[0].role == "system" or (turns[0].role == "user" and before[-1].role == "user"):
+        raise DataError(
+            f"this conversation does not begin with the row's `{asked}`", field=field, found=_short(turns[:1]),
+            expected=f"the turns of `{asked}` ({_short(before)}), or the assistant's answer to them",
+            fix=f"leave `{asked}` out where the conversations hold what was asked, or make the two agree",
+        )  # fmt: skip
+
+
+def _places(row: Row, key: str, before: int, count: int) -> list[str]:
+    """Where in its row each of `count` turns stands, of which the first `before` were given apart from the answers."""
+    asked = _asked_in(row)
+    apart = [f"{asked}[{i}]" if isinstance(row.get(asked), list) else asked for i in range(before)]
+    whole = isinstance(row[key], list)
+    skipped = len(row[key]) - (count - before) if whole else 0  # the prompt again
+    return apart + [f"{key}[{skipped + i}]" if whole else key for i in range(count - before)]
 
 
 def _turns(value: Any, field: str, style: str) -> list[Message]:

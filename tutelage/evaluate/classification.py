@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage import log
-from tutelage.evaluate.intervals import Estimate, mean, wilson
+from tutelage.evaluate.intervals import Estimate, mean, said, wilson
 from tutelage.records import Span
 
 BINS = 15  # of confidence, as in Guo et al. 2017
@@ -109,7 +109,8 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> float:
 def over_folds(values: Sequence[float]) -> dict[str, Any]:
     """Mean of one number a fold, with Student's t interval. Folds share training texts: the interval is a little too narrow."""
     found = mean(values)
-    return {"mean": found.value, "low": found.low, "high": found.high, "folds": [round(v, 4) for v in values]}
+    row = found.to_json()
+    return {"mean": found.value, "low": row["low"], "high": row["high"], "folds": [round(v, 4) for v in values]}
 
 
 def _macro(each: np.ndarray, seed: int) -> Estimate:
@@ -161,8 +162,8 @@ def show(facts: dict[str, Any], title: str) -> None:
 
 def summary(facts: dict[str, Any]) -> str:
     """One line: the numbers with their intervals."""
-    parts = [f"{name.replace('_', ' ')} {facts[name]['value']:.3f} ({facts[name]['low']:.3f} to {facts[name]['high']:.3f})"
-             for name in ("accuracy", "macro_f1", "span_f1", "character_f1") if name in facts]  # fmt: skip
+    names = ("accuracy", "macro_f1", "span_f1", "character_f1")
+    parts = [f"{name.replace('_', ' ')} {said(facts[name])}" for name in names if name in facts]
     if "majority" in facts:
         parts.append(f"always the most frequent class: {facts['majority']:.3f}")
     if "ece" in facts:

@@ -112,7 +112,7 @@ def compared(found: Judged, truth: np.ndarray, odds: np.ndarray, theirs: dict[st
     gain = paired_difference(a, b)
     p = mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
     log.say(f"TF-IDF + logistic regression: {classification.summary(theirs)}")
-    log.say(f"the classifier is right {gain.value:+.1%} more often ({gain.low:+.1%} to {gain.high:+.1%}, McNemar p = {p:.2g})")
+    log.say(f"the classifier is right more often by {gain.said('+.1%')}, McNemar p = {p:.2g}")
     return {**{k: theirs[k] for k in ("accuracy", "macro_f1", "ece", "classes")}, "gain": gain.to_json(), "mcnemar_p": p}
 
 

@@ -7,7 +7,7 @@ bootstrap that resamples whole documents, because tokens of one document are not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 MOST_UNITS = 2000  # that a bootstrap draws from; more are first put into groups
+LEAST_VALUES = 3  # from which a mean has an interval
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,34 +30,46 @@ class Estimate:
     """
 
     value: float
-    low: float  # lower end of the interval; equals value where there is none
-    high: float
+    low: float  # lower end of the interval; without one -inf, of a bootstrap over one unit the value
+    high: float  # without one inf
     n: int  # independent units: documents, questions
     standard_error: float  # of the value; NaN where the method has none
     method: str  # how the interval was made, in words
 
     def to_json(self) -> dict[str, Any]:
+        """Without an interval its ends are null."""
         row = asdict(self)
-        if math.isnan(self.standard_error):
-            row["standard_error"] = None
-        return row
+        return row | {key: row[key] if math.isfinite(row[key]) else None for key in ("low", "high", "standard_error")}
+
+    def said(self, form: str = ".3f") -> str:
+        """Example: `0.700 (0.512 to 0.888)`; `0.700 (one value: no interval)`."""
+        return said(asdict(self), form)
+
+
+def said(row: Mapping[str, Any], form: str = ".3f") -> str:
+    """`Estimate.said` of an estimate as JSON."""
+    ends = [row["low"], row["high"]]
+    known = all(end is not None and math.isfinite(end) for end in ends)
+    return f"{row['value']:{form}} ({' to '.join(format(end, form) for end in ends) if known else row['method']})"
 
 
 def mean(values: ArrayLike, level: float = 0.95) -> Estimate:
-    """Mean of independent values with Student's t interval. Raises `ValueError` for no values."""
+    """Mean of independent values with Student's t interval; without one where there are fewer than `LEAST_VALUES`, or all are
+    the same, since nothing then says how far others would lie. Raises `ValueError` for no values."""
     x = np.asarray(values, np.float64)
     if x.size == 0:
         raise ValueError("mean of no values")
     value = float(x.mean())
-    if x.size == 1:
-        return Estimate(value, value, value, 1, math.nan, "one value: no interval")
+    if x.size < LEAST_VALUES or np.ptp(x) <= 1e-12 * np.abs(x).max():  # a difference of rounding is none
+        few = ("one value", "two values")[x.size - 1] if x.size < LEAST_VALUES else f"{x.size} values, all the same"
+        return Estimate(value, -math.inf, math.inf, int(x.size), math.nan, f"{few}: no interval")
     error = float(x.std(ddof=1) / math.sqrt(x.size))
     half = error * student_quantile(0.5 + level / 2, x.size - 1)
     return Estimate(value, value - half, value + half, int(x.size), error, f"Student t, {level:.0%}")
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
-    """Mean of `a - b` over the same units, with Student's t interval of the differences."""
+    """Mean of `a - b` over the same units, with Student's t interval of the differences, where `mean` has one."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.shape != y.shape:
         raise ValueError(f"paired values must pair: {x.shape} and {y.shape}")

@@ -43,8 +43,17 @@ def build(terms: Mapping[str, config.Term], **wired: Any) -> Rubric:
             takes = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
             for parameter in takes:
                 if parameter.default is parameter.empty and parameter.name not in wired:
-                    raise ConfigError(f"reward `{name}` needs `{parameter.name}`, which this stage does not have", field=name)
-            made[name] = (make(settings, **{p.name: wired[p.name] for p in takes if p.name in wired}), settings.weight)
+                    raise ConfigError(
+                        f"reward `{name}` needs `{parameter.name}`, which this stage does not have", field=f"rewards.{name}"
+                    )
+            try:
+                reward = make(settings, **{p.name: wired[p.name] for p in takes if p.name in wired})
+            except ConfigError as error:  # a term knows its settings, not the name that it has in the recipe
+                raise ConfigError(
+                    error.message, field=f"rewards.{name}.{error.field}" if error.field else f"rewards.{name}", found=error.found,
+                    expected=error.expected, fix=error.fix,
+                ) from error  # fmt: skip
+            made[name] = (reward, settings.weight)
     except BaseException:
         Rubric(made).close()
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tutelage import log
 from tutelage.config import rewards as config
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout, to_json
@@ -14,8 +15,8 @@ from tutelage.rewards.worker import Workers
 class Function:
     """What `score(rollout)` gives. Raises `ConfigError` where it can't be imported, before anything is judged.
 
-    One that raises, hangs or gives no number is a `RewardError` with the rollout and what was raised; its process is killed
-    where need be, and the run stops with all that it had.
+    One that raises, hangs or gives no number is a `RewardError` with the rollout, what was raised and at which of its lines; the
+    traceback is in the log. Its process is killed where need be, and the run stops with all that it had.
     """
 
     def __init__(self, settings: config.Function) -> None:
@@ -27,18 +28,21 @@ class Function:
             raise ConfigError(
                 "the reward function cannot be imported", field="path", found=f"{settings.path}: {error.found}",
                 expected="module:function, found from the working folder, or file.py:function",
+                fix="correct the path, or mend what its import raises; it must be importable where this command runs",
             ) from error  # fmt: skip
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         out = []
         for rollout in rollouts:
             answer = self._workers.ask(to_json(rollout))
-            if answer.value is None:
-                why = answer.lost or answer.error.strip().rsplit("\n", 1)[-1]
+            if answer.why:
+                if answer.trace:
+                    log.say(answer.trace.rstrip())
+                fix = "mend the function; it must give a number for every text, the empty one included"
                 raise RewardError(
-                    f"{self.settings.path} on rollout {rollout.id}: {why}", found=rollout.text,
-                    expected=answer.error.strip() or f"a number within {self.settings.seconds:g} s",
-                    fix="mend the function; it must give a number for every text, the empty one included",
+                    f"{self.settings.path} on rollout {rollout.id}: {answer.why}", found=rollout.text,
+                    expected=f"a number within {self.settings.seconds:g} s",
+                    fix=f"{fix}, or raise its `seconds`" if answer.lost.startswith("took more than") else fix,
                 )  # fmt: skip
             out.append(Judgement(answer.value))
         return out

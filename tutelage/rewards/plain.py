@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from tutelage.config import rewards as config
 from tutelage.errors import RewardError
@@ -14,11 +16,13 @@ from tutelage.rewards.numbers import last_number
 from tutelage.rewards.texts import expected, inside
 
 LAST_CHARS = 20_000  # of a text, in which its number is looked for
+BLOCK = 4096  # characters that are normalised at a time
+SHRINK = 4  # characters at most that NFKC makes one of
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 class Exact:
-    """1 where the text, normalised, is the expected answer."""
+    """1 where the text, normalised, is the expected answer. It is read up to the first word that is another."""
 
     def __init__(self, settings: config.Exact) -> None:
         self.settings = settings
@@ -26,19 +30,31 @@ class Exact:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         out = []
         for rollout in rollouts:
-            wanted, text = self.normal(expected(rollout)), inside(rollout.text, self.settings.tag)
-            out.append(Judgement(float(text is not None and self.normal(text) == wanted)))
+            wanted, text = expected(rollout), inside(rollout.text, self.settings.tag)
+            out.append(Judgement(float(text is not None and self.same(text, wanted))))
         return out
 
-    def normal(self, text: str) -> str:
+    def same(self, text: str, answer: str) -> bool:
+        ignore = self.settings.ignore_punctuation
+        wanted = self._words(answer, ignore)
+        if ignore and not wanted:  # an answer that is nothing else
+            ignore, wanted = False, self._words(answer, False)
+        at = 0
+        for block in _blocks(text, SHRINK * sum(map(len, wanted)), ignore):
+            if block is None or (words := self._words(block, ignore)) != wanted[at : at + len(words)]:
+                return False
+            at += len(words)
+        return at == len(wanted)
+
+    def _words(self, text: str, ignore_punctuation: bool) -> list[str]:
         text = unicodedata.normalize("NFKC", text)
         if self.settings.ignore_case:
             text = text.casefold()
-        if self.settings.ignore_punctuation:
-            kept = "".join(c if unicodedata.category(c)[0] != "P" else " " for c in text)
-            without = _ARTICLES.sub(" ", kept)
-            text = without if without.strip() else text  # an answer that is nothing else
-        return " ".join(text.split())
+        if ignore_punctuation:
+            for mark in {c for c in text if unicodedata.category(c)[0] == "P"}:
+                text = text.replace(mark, " ")
+            text = _ARTICLES.sub(" ", text)
+        return text.split()
 
     def close(self) -> None: ...
 
@@ -74,13 +90,20 @@ class Length:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         lengths = [self.length(rollout) for rollout in rollouts]
-        return [Judgement(self.value(n), f"{n} {self.settings.unit}") for n in lengths]
+        most = self._most if self.settings.unit == "words" else None
+        said = [f"{n} {self.settings.unit}" if most is None or n <= most else f"more than {most} words" for n in lengths]
+        return [Judgement(self.value(n), note) for n, note in zip(lengths, said, strict=True)]
+
+    @property
+    def _most(self) -> int:
+        """All that are longer have one value."""
+        return 2 * self.settings.target if self.settings.target is not None else self.settings.maximum or 0
 
     def length(self, rollout: Rollout) -> int:
-        """Of what the model itself wrote, in the unit."""
+        """Of what the model itself wrote, in the unit; words are counted until there are too many by one."""
         if self.settings.unit == "tokens":
             return sum(rollout.mask)
-        return len(rollout.text) if self.settings.unit == "characters" else len(rollout.text.split())
+        return len(rollout.text) if self.settings.unit == "characters" else len(rollout.text.split(None, self._most))
 
     def value(self, length: int) -> float:
         if self.settings.target is not None:
@@ -90,6 +113,28 @@ class Length:
         return -min(over / margin, 1.0) if 0 < over <= margin else -1.0 if over > 0 else 0.0
 
     def close(self) -> None: ...
+
+
+def _blocks(text: str, most: int, punctuation: bool) -> Iterator[str | None]:
+    """The text in parts that begin where a word does, `punctuation` ending one too: normalised they are what the whole would
+    be. None, as the last, for a word longer than `most`."""
+    start = 0
+    while len(text) - start > BLOCK:
+        stop = _breaks(punctuation).search(text, start + BLOCK, start + 2 * BLOCK + most)
+        if stop is None and len(text) - start > 2 * BLOCK + most:
+            yield None
+            return
+        end = stop.start() if stop else len(text)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+@lru_cache
+def _breaks(punctuation: bool) -> re.Pattern[str]:
+    """Space, and all marks: nothing before them is composed with them."""
+    marks = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "P"] if punctuation else []
+    return re.compile(rf"[\s{re.escape(''.join(marks))}]")
 
 
 def no_number(rollout: Rollout) -> RewardError:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tutelage import log
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
@@ -46,6 +47,7 @@ def _judgement(answer: Answer, rollout: Rollout, expected: str) -> Judgement:
     if answer.lost:
         return Judgement(0.0, answer.lost, past_limit=True)
     if answer.error:
+        log.say(answer.trace.rstrip())
         raise RewardError(f"a verifier failed on rollout {rollout.id}: {answer.error}", found=rollout.text)
     if "unreadable" in answer.value:
         raise RewardError(f"rollout {rollout.id}: {expected}", found=answer.value["unreadable"], fix="mend the prompt's row")

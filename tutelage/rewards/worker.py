@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tutelage import log
 from tutelage.errors import RewardError
 
 START_SECONDS = 120.0
@@ -33,8 +34,15 @@ class Answer:
     """What came back: a value, or what was raised, or why there was no answer at all."""
 
     value: Any = None
-    error: str = ""  # traceback
+    error: str = ""  # what was raised: "ValueError: no such number"
+    at: str = ""  # the user's own last line that was reached: "mine.py:7"
+    trace: str = ""  # the traceback, for the log
     lost: str = ""  # "took more than 2 s"
+
+    @property
+    def why(self) -> str:
+        """In a line, what went wrong and where; empty where nothing did."""
+        return self.lost or (f"{self.error} ({self.at})" if self.at else self.error)
 
 
 class Workers:
@@ -98,8 +106,10 @@ class _Process:
         ready = self.ask(told, START_SECONDS)
         if ready is None or ready.get("error"):
             self.end()
-            why = (ready or {}).get("error") or ("it did not start in time" if self.late else self.ended())
-            raise RewardError(f"`{told['target']}` cannot be loaded", found=why.strip().rsplit("\n", 1)[-1])
+            said = Answer(**ready) if ready else Answer(lost="it did not start in time" if self.late else self.ended())
+            if said.at:  # it is there, and raises
+                log.say(said.trace.rstrip())
+            raise RewardError(f"`{told['target']}` cannot be loaded", found=said.why)
 
     @property
     def alive(self) -> bool:

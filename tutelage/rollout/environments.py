@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tutelage import log
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Prompt, to_json
 from tutelage.rewards.worker import Workers
@@ -45,6 +46,7 @@ class Environments:
             raise ConfigError(
                 f"no environment there: {error.found}", field="environment", found=path,
                 expected="module:Class, found from the working folder, or file.py:Class, with the methods reply and score",
+                fix="correct the path, or mend what its import raises; it must be importable where this command runs",
             ) from error  # fmt: skip
 
     def begin(self, prompt: Prompt, seed: int) -> Hosted:
@@ -55,19 +57,21 @@ class Environments:
 
     def ask(self, own: Hosted, question: dict[str, Any]) -> Any:
         answer = self._workers.ask(question)
-        why = answer.lost or answer.error.strip().rsplit("\n", 1)[-1]
+        why = answer.why
         if not why and isinstance(answer.value, float) and not math.isfinite(answer.value):
             why = f"score() gave {answer.value}"
         if not why:
             return answer.value
         self.close()
+        if answer.trace:
+            log.say(answer.trace.rstrip())
         asked = own.prompt.messages[-1].content if own.prompt.messages else ""
         after = f", after the answer {own.said[:200]!r}" if own.said is not None else ""
         fix = "mend the class: any text may come, the empty one included"
         raise RewardError(
             f"the environment {self.path}: {why}", field="environment",
             found=f"prompt {own.prompt.id} ({asked[:200]!r}){after}",
-            expected=answer.error.strip() or f"replies of text or None, and a finite score, each within {self.seconds:g} s",
+            expected=f"replies of text or None, and a finite score, each within {self.seconds:g} s",
             fix=f"{fix}, or raise environment_seconds" if answer.lost.startswith("took") else fix,
         )  # fmt: skip
 

@@ -102,22 +102,43 @@ def _attend(request: dict[str, Any], start: Start) -> dict[str, Any]:
     child = start(request, token, [stdin, *(write for _, write in pipes.values())])
     for descriptor in (stdin, *(write for _, write in pipes.values())):
         os.close(descriptor)
-    kept = {name: bytearray() for name in pipes}
-    late = _listen(child, {read: kept[name] for name, (read, _) in pipes.items()}, limits["output"], began + limits["seconds"])
+    kept = {name: Kept(limits["output"]) for name in pipes}
+    late = _listen(child, {read: kept[name] for name, (read, _) in pipes.items()}, began + limits["seconds"])
     _, status, usage = os.wait4(child, 0)
     exit_ = os.waitstatus_to_exitcode(status)
-    finished, reason = _told(bytes(kept["end"]), token)
+    finished, reason = _told(bytes(kept["end"].head), token)
     if late:
         reason = "time"
     elif exit_ == -signal.SIGKILL and usage.ru_utime + usage.ru_stime > 0.5 * limits["cpu_seconds"]:  # two clocks
         reason = "cpu"
     elif not reason:
         reason = "signal" if exit_ < 0 else "exit"
-    out = {name: _text(kept[name], limits["output"]) for name in ("stdout", "stderr")}
+    out = {name: kept[name].text() for name in ("stdout", "stderr")}
     return {**out, "exit": exit_, "reason": reason, "finished": finished, "seconds": time.monotonic() - began}
 
 
-def _listen(child: int, pipes: dict[int, bytearray], most: int, deadline: float) -> bool:
+class Kept:
+    """Of what a program writes the beginning and the end, half of `most` bytes each: an error's name stands at its end."""
+
+    def __init__(self, most: int) -> None:
+        self.head, self.tail, self.size, self._half = bytearray(), bytearray(), 0, most // 2
+
+    def add(self, data: bytes) -> None:
+        self.size += len(data)
+        room = self._half - len(self.head)
+        self.head += data[:room]
+        self.tail += data[room:]
+        del self.tail[: max(len(self.tail) - self._half, 0)]
+
+    def text(self) -> str:
+        left_out = self.size - len(self.head) - len(self.tail)
+        if not left_out:
+            return (self.head + self.tail).decode("utf-8", "replace")
+        head, tail = (part.decode("utf-8", "replace") for part in (self.head, self.tail))
+        return f"{head}\n[{left_out} bytes cut]\n{tail}"
+
+
+def _listen(child: int, pipes: dict[int, Kept], deadline: float) -> bool:
     """Reads until the program has ended and said all. Whether it had to be ended."""
     handle, late = os.pidfd_open(child), False
     with selectors.DefaultSelector() as selector:
@@ -134,8 +155,7 @@ def _listen(child: int, pipes: dict[int, bytearray], most: int, deadline: float)
                     os.close(handle)
                     continue
                 data = os.read(key.fd, CHUNK)
-                kept = pipes[key.fd]
-                kept += data[: max(most + 1 - len(kept), 0)]
+                pipes[key.fd].add(data)
                 if not data:
                     selector.unregister(key.fd)
                     os.close(key.fd)
@@ -151,11 +171,6 @@ def _told(said: bytes, token: str) -> tuple[int, str]:
         _say({"failed": words[3]})
         os._exit(1)
     return (int(words[1]), words[2]) if words[1].isdigit() else (0, "")
-
-
-def _text(data: bytearray, most: int) -> str:
-    text = data[:most].decode("utf-8", "replace")
-    return text if len(data) <= most else f"{text}\n[cut after {most} bytes]\n"
 
 
 def _address_space() -> int:

@@ -13,7 +13,7 @@ class Limits:
     cpu_seconds: float = 10.0  # of processor time, all threads together; counted in whole seconds
     memory: int = 512 << 20  # bytes of address space beyond what Python itself takes; of each process
     disk: int = 16 << 20  # bytes of files in its folder, which is made of memory
-    output: int = 64 << 10  # bytes kept of stdout and of stderr; the rest is thrown away, and said
+    output: int = 64 << 10  # bytes kept of stdout and of stderr, half at the start, half at the end; it is said how much is not
     files: int = 64  # open at a time
     threads: int = 16  # beside its first one
     processes: int = 0  # that it may start; other programs can't be run in any case
