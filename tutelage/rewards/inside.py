@@ -123,7 +123,7 @@ def raised(error: BaseException, own: Any = None) -> dict[str, str]:
 
 def _is_own(file: str) -> bool:
     """Whether a file is neither ours, nor Python's, nor of an installed library."""
-    theirs = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    theirs = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     return not file.startswith("<") and not any(Path(file).is_relative_to(one) for one in (*theirs, Path(__file__).parents[1]))
 
 

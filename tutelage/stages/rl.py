@@ -87,7 +87,7 @@ def gain(probe: Probe | None) -> dict[str, Any]:
         return {}
     before, after = probe.rewards["before"], probe.rewards["after"]
     found = {"before": mean(before), "after": mean(after), "gain": paired_difference(after, before)}
-    said = "  ".join(f"{name} {e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in found.items())
+    said = "  ".join(f"{name} {e.said()}" for name, e in found.items())
     log.say(f"held-out reward, {len(after)} greedy answers: {said}")
     return {f"held_out_{name}": e.to_json() for name, e in found.items()}
 
