@@ -163,10 +163,13 @@ def test_a_tokenizer_of_another_model(world: World, model: Path, tmp_path: Path,
     fails(capsys, tmp_path / "runs", *sft(world, model), says=("found:", "expected: ids below 300", "fix:"))
 
 
+WRONG_RECORDS = ("other records than this stage reads", "found:    Document", "expected: Conversation", "tutelage pretrain")
+
+
 def test_the_wrong_kind_of_input(world: World, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
     """Documents where conversations are needed, a run where another kind of run is needed."""
     corpus, base, root = world.made["corpus"], world.made["base"], tmp_path / "runs"
-    fails(capsys, root, "sft", "--model", base, "--data", corpus, says=("needs conversations", "found:    documents", "fix:"))
+    fails(capsys, root, "sft", "--model", base, "--data", corpus, says=WRONG_RECORDS)
     fails(capsys, tmp_path / "r2", "sft", "--model", corpus, "--data", corpus, says=("this run made records, not model", "fix:"))
     fails(
         capsys,
