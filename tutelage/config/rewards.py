@@ -157,7 +157,8 @@ def terms_of(rewards: Mapping[str, Any], *, places: Places | None = None, prefix
             raise ConfigError(
                 f"no such kind of reward: `{kind}`", field=f"{prefix}{name}", **(places or Places()).of(f"{prefix}{name}"),
                 expected=f"one of: {', '.join(KINDS)}",
-                fix=f"did you mean `{near}`?" if near else f"say which: {name}: {{kind: …}}",
+                fix=f"did you mean `{near}`?" if near else f"say which: {name}: {{kind: …}}" if ":" not in str(kind) else
+                f"of a function of yours: {{mine: {{kind: function, path: {kind}}}}}",
             )  # fmt: skip
         out[name] = build(KINDS[kind], given, places=places, prefix=f"{prefix}{name}.")
         _check(out[name], f"{prefix}{name}")

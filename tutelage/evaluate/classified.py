@@ -112,7 +112,8 @@ def compared(found: Judged, truth: np.ndarray, odds: np.ndarray, theirs: dict[st
     gain = paired_difference(a, b)
     p = mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
     log.say(f"TF-IDF + logistic regression: {classification.summary(theirs)}")
-    log.say(f"the classifier is right more often by {gain.said('+.1%')}, McNemar p = {p:.2g}")
+    more = f"{abs(100 * gain.value):.1f} points {'more' if gain.value >= 0 else 'less'} often"
+    log.say(f"the classifier is right {more} than it, difference of shares {gain.said('+.3f')}, McNemar p = {p:.2g}")
     return {**{k: theirs[k] for k in ("accuracy", "macro_f1", "ece", "classes")}, "gain": gain.to_json(), "mcnemar_p": p}
 
 

@@ -49,6 +49,8 @@ def context(story: Story) -> dict[str, Any]:
         story.left_out.append(("Tokenizer", "no tokenizer was trained in this chain"))
     total_wh = [data.energy(n) for n in story.chain]
     model = next((n for n in reversed(story.chain) if n.kind == "model"), None)
+    learnt = [story.run, *story.training()]  # its own samples, else those of the first that has any
+    growth = next(((n.name, s) for n, s in ((n, data.training_samples(n)) for n in learnt) if len(s) > 1), ("", []))
     return {
         "title": f"{story.run.path.parent.name} / {story.run.name}",
         "version": __version__,
@@ -59,7 +61,8 @@ def context(story: Story) -> dict[str, Any]:
         "definitions": (story.scores or {}).get("definitions") or {},
         "gallery": story.gallery or {},
         "changes": [(n.name, n.facts["change"]) for n in story.chain if isinstance(n.facts.get("change"), dict)],
-        "growth": next((s for s in (data.training_samples(n) for n in story.training()) if len(s) > 1), []),
+        "growth": growth[1],
+        "growth_of": growth[0],
         "training": training,
         "cards": cards,
         "tokenizer": tokenizer,

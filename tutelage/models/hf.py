@@ -334,4 +334,5 @@ def save_hf(model: Wrapped, state: dict[str, Tensor], folder: Path, dtype: torch
     """Writes the adapter's model with the weights `state` to the existing `folder`, stored as `dtype` (as they are when None)."""
     if dtype is not None:
         state = {k: v.to(dtype) for k, v in state.items()}
-    model.hf.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes, safe_serialization=True)
+    with quiet():
+        model.hf.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes, safe_serialization=True)

@@ -47,9 +47,12 @@ def save_scorer(
             config = scorer.config.to_hf() | {"architectures": [architecture(scorer)], "pad_token_id": padding.id}
             write_folder(config, held, partial, kind, shard_bytes)
         else:
+            from tutelage.models.hf import quiet
+
             inner.config.pad_token_id, inner.config.problem_type = padding.id, scorer.problem
             state = {name: x.to(kind) for name, x in held.items()}
-            inner.save_pretrained(partial, state_dict=state, max_shard_size=shard_bytes)
+            with quiet():
+                inner.save_pretrained(partial, state_dict=state, max_shard_size=shard_bytes)
         for file in copied:
             shutil.copyfile(file, partial / file.name)
         write_padding(partial, padding)

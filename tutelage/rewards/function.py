@@ -38,7 +38,7 @@ class Function:
             if answer.why:
                 if answer.trace:
                     log.say(answer.trace.rstrip())
-                fix = "mend the function; it must give a number for every text, the empty one included"
+                fix = "mend the function: score(rollout) gives a number for every rollout.text, the empty one included"
                 raise RewardError(
                     f"{self.settings.path} on rollout {rollout.id}: {answer.why}", found=rollout.text,
                     expected=f"a number within {self.settings.seconds:g} s",
