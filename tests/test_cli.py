@@ -232,6 +232,17 @@ def test_runs_and_show(world: World, capsys: Capture, columns: int) -> None:  # 
         assert world.made[name].name in flat and row["digest"][:12] in flat
 
 
+def test_a_run_that_goes_on_has_taken_time(tmp_path: Path, capsys: Capture) -> None:
+    """A run that has been going for hours and has taken 0 s."""
+    run = RunDir(tmp_path / "runs" / "cli" / "data-0123456789ab", "data", "0" * 64)
+    with inside(tmp_path), run.attempt({}):
+        row = read_json(run.path / "run.json")
+        (run.path / "run.json").write_text(json.dumps(row | {"started": "2020-01-01T00:00:00+0000"}))
+        said = tutelage(capsys, "runs", columns=300).out
+    hours = [float(cell.split()[0]) for cell in said.split("│") if cell.strip().endswith(" h")]
+    assert len(hours) == 1 and hours[0] > 1000 and "running" in said
+
+
 def test_an_unfinished_run_is_shown_and_resumes(tmp_path: Path, capsys: Capture) -> None:
     """A killed run that says `running` for ever; an error text with brackets that breaks the table."""
     run = RunDir(tmp_path / "runs" / "cli" / "data-0123456789ab", "data", "0" * 64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,9 @@ def show_runs(root: Path) -> None:
     table = Table(Column("run", overflow="fold"), "stage", "status", "started", "time", "result")
     for path, row in rows:
         started = str(row["started"])[:16].replace("T", " ")
-        table.add_row(*map(Text, (str(path), row["stage"], status_of(path, row), started, clock(row["seconds"]), headline(row))))
+        table.add_row(
+            *map(Text, (str(path), row["stage"], status_of(path, row), started, clock(spent(path, row)), headline(row)))
+        )
     out().print(table)
 
 
@@ -104,6 +108,13 @@ def status_of(path: Path, row: dict[str, Any]) -> str:
     if row["status"] == "running" and not held(path):
         return "killed (resumes)"
     return "interrupted (resumes)" if row["status"] == "interrupted" else str(row["status"])
+
+
+def spent(path: Path, row: dict[str, Any]) -> float:
+    """Seconds of all attempts, one that goes on included."""
+    going = row["status"] == "running" and held(path)
+    since = time.time() - datetime.fromisoformat(row["started"]).timestamp() if going else 0.0
+    return float(row["seconds"]) + max(0.0, since)
 
 
 def headline(row: dict[str, Any]) -> str:
