@@ -73,7 +73,7 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
         write=lambda: fitting.write_model(model, run, run.input("model"), words.stop_ids),
         weights={"value": config.value_weight},
         hooks=lambda job: {"rollouts": Measured(source), **({"probe": probe} if probe else {})},
-        headline=lambda: f"reward {source.facts.get('reward', 0.0):.3f}",
+        headline=lambda: f"reward {source.facts['reward']:.3f}" if source.facts else "reward known after the next answers",
         beside=kit.held(source),
         forward_share=0.5,
     )

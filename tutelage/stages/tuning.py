@@ -51,7 +51,7 @@ def check_merged(config: Tune) -> None:
         )  # fmt: skip
 
 
-ALSO_CALLED = {"sigmoid": "dpo", "bco": "kto", "bradley_terry": "reward", "cdpo_label_smoothing": "cdpo"}
+ALSO_CALLED = {"sigmoid": "dpo", "bradley_terry": "reward"}
 
 
 def check_method(name: str, names: Sequence[str], what: str = "is of this stage") -> None:
