@@ -11,10 +11,16 @@ from tutelage.errors import ArtifactError
 from tutelage.files import file_digest, read_json
 
 ADAPTER = "adapter_config.json"
+SCORED = ("SEQ_CLS", "TOKEN_CLS")  # the tasks of `peft` with a score head
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def is_scored(folder: Path) -> bool:
+    """Whether a folder is that of an adapter under a score head (a reward model, a classifier)."""
+    return is_adapter(folder) and adapter_config(folder).get("task_type") in SCORED
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:

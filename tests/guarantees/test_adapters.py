@@ -130,8 +130,8 @@ def case(name: str, kind: str, layout: Any) -> tuple[dict[str, Any], GlobalBatch
     if name in OUTPUTS:
         from tests.data.test_family_batches import SHAPE
 
-        body = wear(build(DecoderConfig.from_hf({**SHAPE, "initializer_range": 0.3}), 0), adapter, 0)
-        return {"reward": build_scorer(body, OUTPUTS[name], seed=1)}, of_families(ratings(), layout)
+        scorer = build_scorer(build(DecoderConfig.from_hf({**SHAPE, "initializer_range": 0.3}), 0), OUTPUTS[name], seed=1)
+        return {"reward": wear_scorer(scorer, adapter, 0)}, of_families(ratings(), layout)
     return {"policy": wear(small_policy(), adapter, 0)}, of_families(pairs(), layout)
 
 
@@ -152,9 +152,7 @@ def classified(name: str, adapter: Adapter, layout: Any) -> tuple[dict[str, Any]
 EXAMPLES = [name for name, row in TABLE.items() if row.data == "examples"]
 LAYOUTS = [(name, "packed" if name in EXAMPLES else "tree") for name in TABLE]
 LAYOUTS += [(name, way) for name in ("dpo", "grpo", "reward") for way in ("packed", "rows")]
-CASES = [  # an encoder has no place for virtual tokens: its stages refuse them
-    (*case, kind) for case in LAYOUTS for kind in KINDS if case[0] not in EXAMPLES or kind not in ("prompt", "prefix")
-]
+CASES = [(*case, kind) for case in LAYOUTS for kind in KINDS]
 
 
 @pytest.mark.parametrize(("name", "layout", "kind"), CASES)

@@ -188,8 +188,11 @@ def test_a_translator_learns(tmp_path: Path, world: Any, capsys: pytest.CaptureF
     assert 0 <= api.translate(model=whole, **{**how, "steps": 1}).facts["similarity"] <= 1
     with pytest.raises(ConfigError, match="no trained base"):
         api.translate(tokenizer=world.made["words"], architecture=tiny, adapter={"kind": "lora"}, **how)
-    with pytest.raises(ConfigError, match="virtual tokens are for decoders"):
-        api.translate(model=made, adapter={"kind": "prefix"}, **how)
+    for kind in ("prompt", "prefix"):
+        behind = api.translate(model=made, adapter={"kind": kind, "tokens": 4}, **{**how, "steps": 8})
+        assert 0 <= behind.facts["similarity"] <= 1 and (behind.path / "adapter" / "adapter_config.json").is_file()
+        with pytest.raises(ArtifactError, match="can't be merged"):
+            api.merge(adapter=behind, runs=tmp_path)
     with pytest.raises(ConfigError, match="starts from a model"):
         api.translate(**how)
     with pytest.raises(ArtifactError, match="not an encoder-decoder"):

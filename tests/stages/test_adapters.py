@@ -28,7 +28,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 def tune(world: World, runs: Path, adapter: dict[str, Any], **more: Any) -> RunDir:  # noqa: F811
-    settings = {"model": world.made["base"], "data": world.made["chats"], **TUNED, **more}
+    virtual = {"sequence_length": 108} if adapter.get("kind") in ("prompt", "prefix") else {}  # of the context's 128
+    settings = {"model": world.made["base"], "data": world.made["chats"], **TUNED, **virtual, **more}
     return api.sft(runs=runs, adapter=adapter, **settings)  # type: ignore[no-any-return]
 
 
@@ -157,7 +158,7 @@ def test_a_preference_run_takes_the_base_as_its_reference(world: World, tmp_path
     ]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = api.data(kind="preferences", sources=[tmp_path / "pairs.jsonl"], min_chars=0, runs=tmp_path)
-    same = {"data": data, "model": world.made["chat"], "batch": 4, "steps": 2, "threads": 1, "runs": tmp_path, "max_length": 128}
+    same = {"data": data, "model": world.made["chat"], "batch": 4, "steps": 2, "threads": 1, "runs": tmp_path, "max_length": 108}
     kinds = {kind: api.prefer(adapter={"kind": kind}, **same) for kind in ("none", "lora", "prompt")}
     found = {kind: sorted(run.path.glob("reference/*/logprobs.npy")) for kind, run in kinds.items()}
     assert found["none"] and (kinds["lora"].path / "adapter").is_dir()
@@ -230,8 +231,41 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
         assert run.facts["artifact"]["kind"] == "adapter" and not (run.path / "model").exists()
     with pytest.raises(ConfigError, match="no adapter is trained here"):
         api.vocabulary(data=world.made["corpus"], add=4, **same, **rows)
-    with pytest.raises(ConfigError, match="under a score head is merged"):
-        api.reward(data=data, batch=4, steps=2, **{**same, "adapter": {"kind": "prompt"}})
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_reward_model_behind_virtual_tokens(world: World, tmp_path: Path, kind: str, capsys: Capture) -> None:  # noqa: F811
+    """One that is trained and can't be asked, or trained on; a value function without the adapter of its policy."""
+    pairs = [
+        {"prompt": [{"role": "user", "content": f"Where is cat {i}?"}],
+         "chosen": [{"role": "assistant", "content": f"By door {i}."}],
+         "rejected": [{"role": "assistant", "content": f"The hill {i}!"}]}
+        for i in range(24)
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    data = api.data(kind="preferences", sources=[tmp_path / "pairs.jsonl"], min_chars=0, validation_share=0.3, runs=tmp_path)
+    adapter = {"kind": kind, "tokens": 4}
+    how: dict[str, Any] = {"adapter": adapter, "runs": tmp_path, "threads": 1, "max_length": 96}
+    trained = {"data": data, "batch": 4, "steps": 12, "optimizer": {"lr": 0.02, "embedding_lr": 0.02}}
+    made = api.reward(model=world.made["chat"], **trained, **how)
+    assert made.facts["artifact"]["kind"] == "adapter" and not (made.path / "model").exists()
+    held = load_file(made.path / "checkpoints" / "step_000012" / "reward.safetensors")
+    assert held.keys() == {"virtual.values", "score.weight"}
+    assert made.facts["held_out"]["accuracy"]["value"] > 0.9
+    more = api.reward(model=made, **{**trained, "steps": 1}, **how)
+    assert "training on the adapter of" in capsys.readouterr().err
+    assert Path(read_json(more.path / "adapter" / "adapter_config.json")["base_model_name_or_path"]).samefile(
+        world.made["chat"] / "model"
+    )
+    for other in ({"kind": "none"}, {"kind": "lora"}, {"kind": kind, "tokens": 5}):
+        with pytest.raises(ConfigError, match="wears virtual tokens, which can't be merged"):
+            api.reward(model=made, **trained, **{**how, "adapter": other})
+    asked = {"model": world.made["chat"], "data": world.made["chats"], "samples": 2, "max_tokens": 4, "runs": tmp_path}
+    judged = api.sample(reward_model=more, rewards={"model": 1}, max_prompts=2, **asked)
+    assert len((judged.path / "records" / "train.jsonl").read_text().splitlines()) == 2 * 2
+    ppo = api.rl(reward_model=made, rewards={"model": 1}, method="ppo", batch=2, steps=1, probes=2, **{**asked, **how})
+    held = load_file(ppo.path / "checkpoints" / "step_000001" / "value.safetensors")
+    assert held.keys() == {"virtual.values", "score.weight"}
 
 
 def test_a_base_that_never_read_the_end_of_a_turn_is_told(

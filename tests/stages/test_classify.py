@@ -158,14 +158,30 @@ def test_an_adapter_becomes_part_of_the_classifier(
     np.testing.assert_allclose(found.predict([text]).probabilities, logits.softmax(1).numpy(), atol=1e-4)
 
 
-def test_an_adapter_that_cannot_become_part_is_refused(world: World, tmp_path: Path) -> None:  # noqa: F811
-    """Virtual tokens that a classifier's folder has no place for; an adapter on random weights."""
-    records = data(tmp_path, "class")
-    with pytest.raises(ConfigError, match="merged when it is written"):
-        start = {"tokenizer": None, "architecture": None, "model": world.made["base"]}
-        classify(tmp_path, world, records, **start, adapter={"kind": "prompt"})
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize(("start", "task"), [("encoder", "class"), ("model", "class"), ("encoder", "tag")])
+def test_a_classifier_behind_virtual_tokens(world: World, tmp_path: Path, start: str, task: str, kind: str) -> None:  # noqa: F811
+    """Virtual tokens that can't be merged: a folder that only the trainer can read, or that says another class."""
+    records = data(tmp_path, task)
+    base = world.made["base"] / "model"
+    if start == "encoder":
+        base = classify(tmp_path, world, records, epochs=1).path / "model"
+    adapter = {"kind": kind, "tokens": 4}
+    given = {"tokenizer": None, "architecture": None, start: base, "adapter": adapter, "max_length": 28}
+    made = classify(tmp_path, world, records, folds=2, epochs=2, **given)
+    assert made.facts["artifact"]["kind"] == "adapter" and not (made.path / "model").exists()
+    found = Classifier(made.path / "adapter")
+    judged = [json.loads(line) for line in (made.path / "scores" / "held_out.jsonl").read_text().splitlines()]
+    texts = {e.id: e.text for e in read_records(records.path / "records" / "validation.jsonl", Example)}
+    said = found.predict([texts[row["id"]] for row in judged]).labels
+    if task == "tag":
+        said = [[{"start": s.start, "end": s.end, "label": s.label} for s in spans] for spans in said]
+    assert said == [row["said"] for row in judged]
+
+
+def test_an_adapter_needs_a_trained_base(world: World, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match="needs a trained base"):
-        classify(tmp_path, world, records, adapter={"kind": "lora"})
+        classify(tmp_path, world, data(tmp_path, "class"), adapter={"kind": "lora"})
 
 
 def test_a_killed_run_ends_as_one_that_was_not(world: World, tmp_path: Path) -> None:  # noqa: F811

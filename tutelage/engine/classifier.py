@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from tutelage.bases import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.data.examples import Encoded, Task, TextEncoder, spans_of
 from tutelage.errors import ArtifactError, DataError
 from tutelage.models.encoder import PROBLEM, ClassScorer, context, is_encoder, load_classifier
 from tutelage.models.interface import Batch
 from tutelage.models.load import read_config
+from tutelage.models.scored_adapter import load_scored, names_of
 from tutelage.models.scorer import Scorer, load_scorer
+from tutelage.models.virtual import room
 from tutelage.records import Span
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -42,23 +45,10 @@ class Classifier:
 
     def __init__(self, folder: Path | str, *, device: str = "cpu") -> None:
         folder = Path(folder)
-        raw = read_config(folder)
-        tagger = any(str(a).endswith("ForTokenClassification") for a in raw.get("architectures") or ())
-        if not tagger and not any(str(a).endswith("ForSequenceClassification") for a in raw.get("architectures") or ()):
-            raise ArtifactError(
-                "this model does not classify", file=folder / "config.json", field="architectures",
-                found=raw.get("architectures"), expected="a folder that `tutelage classify` wrote",
-                fix="train one: tutelage classify --encoder FOLDER --data RUN",
-            )  # fmt: skip
-        words = TokenizerFolder.open(folder)
-        if raw.get("problem_type") == "regression":
-            raise ArtifactError(
-                "this model scores, it does not classify", file=folder / "config.json", field="problem_type", found="regression",
-                expected=" or ".join(PROBLEM.values()), fix="use it as a reward model",
-            )  # fmt: skip
-        self.part = open_part(folder, tagger, words, device)
-        self.task: Task = "tag" if tagger else "many" if raw.get("problem_type") == PROBLEM[True] else "class"
+        self.part = open_part(folder, device)
+        self.task: Task = task_of(self.part)
         self.labels = names_of(self.part)
+        words = TokenizerFolder.open(folder)
         self.encode = TextEncoder(words, longest(words, self.part))
 
     def predict(self, texts: Iterable[Text]) -> Predicted:
@@ -82,16 +72,50 @@ class Classifier:
         return Predicted(spans, means, sum(e.cut for e in found))
 
 
-def open_part(folder: Path, tagger: bool, words: TokenizerFolder, device: str) -> ClassScorer | Scorer:
-    """An encoder's classifier, or a decoder's."""
+def open_part(folder: Path, device: str) -> ClassScorer | Scorer:
+    """An encoder's classifier, or a decoder's. Raises `ArtifactError` for a model of another kind."""
+    if is_scored(folder):
+        return _judges(load_scored(folder, device=device, sep_id=separator(TokenizerFolder.open(folder))), folder)
+    if is_adapter(folder):
+        raise _no_classes(folder / ADAPTER, "task_type", adapter_config(folder).get("task_type"))
+    raw = read_config(folder)
+    kinds = [str(a) for a in raw.get("architectures") or ()]
+    tagger = any(a.endswith("ForTokenClassification") for a in kinds)
+    if not tagger and not any(a.endswith("ForSequenceClassification") for a in kinds):
+        raise _no_classes(folder / "config.json", "architectures", raw.get("architectures"))
     if not tagger and not is_encoder(folder):
-        return load_scorer(folder, device=device)
-    return load_classifier(folder, "token" if tagger else "class", sep_id=separator(words), device=device)[0]
+        return _judges(load_scorer(folder, device=device), folder)
+    sep_id = separator(TokenizerFolder.open(folder))
+    return _judges(load_classifier(folder, "token" if tagger else "class", sep_id=sep_id, device=device)[0], folder)
 
 
-def names_of(part: ClassScorer | Scorer) -> tuple[str, ...]:
-    """The K classes."""
-    return part.labels if isinstance(part, ClassScorer) else part.outputs
+def _judges(part: ClassScorer | Scorer, folder: Path) -> ClassScorer | Scorer:
+    """Raises `ArtifactError` for a model whose outputs are no classes."""
+    if problem_of(part) == "regression":
+        raise ArtifactError(
+            "this model scores, it does not classify", file=folder, field="problem_type", found="regression",
+            expected=" or ".join(PROBLEM.values()), fix="use it as a reward model",
+        )  # fmt: skip
+    return part
+
+
+def _no_classes(file: Path, field: str, found: Any) -> ArtifactError:
+    return ArtifactError(
+        "this model does not classify", file=file, field=field, found=found, expected="a folder that `tutelage classify` wrote",
+        fix="train one: tutelage classify --encoder FOLDER --data RUN",
+    )  # fmt: skip
+
+
+def problem_of(part: ClassScorer | Scorer) -> str | None:
+    """What its outputs are, in the words of `transformers`."""
+    found: str | None = part.problem if isinstance(part, Scorer) else part.hf.config.problem_type
+    return found
+
+
+def task_of(part: ClassScorer | Scorer) -> Task:
+    if isinstance(part, ClassScorer) and part.task == "token":
+        return "tag"
+    return "many" if problem_of(part) == PROBLEM[True] else "class"
 
 
 def separator(words: TokenizerFolder) -> int | None:
@@ -102,7 +126,7 @@ def separator(words: TokenizerFolder) -> int | None:
 
 def longest(words: TokenizerFolder, part: ClassScorer | Scorer) -> int:
     """Tokens of a text: what the model reads, and what its tokenizer says where that is less."""
-    most = context(part.hf) if isinstance(part, ClassScorer) else part.config.max_position_embeddings
+    most = context(part.hf) - (0 if part.virtual is None else len(part.virtual)) if isinstance(part, ClassScorer) else room(part)
     return min(most, words.max_length or 1 << 20)
 
 

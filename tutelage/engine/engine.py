@@ -37,6 +37,7 @@ from tutelage.engine.text import Vocabulary
 from tutelage.errors import ConfigError
 from tutelage.models.interface import KVCache
 from tutelage.models.lora import Lora, applied, read_lora
+from tutelage.models.virtual import room
 
 
 class Engine:
@@ -379,7 +380,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _context(model: Any, wanted: int | None) -> int:
-    own = getattr(model.config, "max_position_embeddings", None)
+    own = room(model) if getattr(model.config, "max_position_embeddings", None) is not None else None
     if wanted is None and own is None:
         raise ConfigError("the model does not say how long its context is", field="max_length", fix="set max_length")
     if wanted is not None and (wanted < 2 or (own is not None and wanted > own)):

@@ -96,7 +96,7 @@ def _watch(core: Any) -> None:
 def _checked(folder: Path) -> dict[str, Any]:
     """The folder's configuration."""
     config = check_folder(folder)
-    refuse_scorer(folder, config)
+    refuse_scorer(folder)
     if config.get("is_encoder_decoder"):
         raise ArtifactError(
             "vLLM is not used for encoder-decoders here", file=folder / "config.json", field="is_encoder_decoder", found=True,

@@ -18,6 +18,7 @@ from tutelage.evaluate import bits
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.evaluate.intervals import ratio, relative_saving
 from tutelage.evaluate.suite import number, spread
+from tutelage.models.virtual import room
 from tutelage.records import Document, read_records
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -49,7 +50,7 @@ def measure(model: Any, words: TokenizerFolder, documents: Sequence[Document], d
         bits.Encoded(np.array([marks[0], *words.encode_text(d.text), marks[1]], np.int64), len(d.text.encode()), d.id)
         for d in documents
     )
-    return bits.measure(model, encoded, row_length=min(model.config.max_position_embeddings, WINDOW), device=device)
+    return bits.measure(model, encoded, row_length=min(room(model), WINDOW), device=device)
 
 
 def to_sums(rows: Sequence[Mapping[str, Any]]) -> DocumentSums:

@@ -10,7 +10,7 @@ A folder says which base it is for. It is found by `base_model_name_or_path`, or
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from tutelage.models.decoder import Decoder
 from tutelage.models.lora import CONFIG, WEIGHTS, check_plain, linear_layers, module_scale, read_tensors
 from tutelage.models.shard import collected, is_sharded
 from tutelage.models.tables import put_tables, token_tables
+from tutelage.models.virtual import VirtualTokens
 
 OURS = "tutelage_adapter.json"
 PREFIX = "base_model.model."
 KINDS = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
-_SAME = {"prefix_projection": (False,), "num_transformer_submodules": (1, None)}  # of virtual tokens: the values that fit
+_SAME = {"prefix_projection": (False,), "num_transformer_submodules": (1, 2, None)}  # of virtual tokens: the values that fit
 
 
 # Writing
@@ -49,14 +50,22 @@ def save_adapter(model: Any, folder: Path, *, base: Path, tokenizer: Path | None
     wearing = worn_adapter(model)
     assert wearing is not None, "this model wears no adapter"
     copied = () if tokenizer is None else tokenizer_files(tokenizer)
-    whole = collected(_tensors(model, wearing).items())
+    whole = collected(tensors_of(model, wearing).items())
     if is_sharded(model) and log.rank() != 0:
         return
-    held = {name: x.cpu().contiguous() for name, x in whole.items()}
+    own = {"base_weights": weights_digest(base), "quantize": wearing.config.quantize, "version": 1}
+    write_adapter(folder, whole, peft_config(model, wearing) | {"base_model_name_or_path": str(base.resolve())}, own, copied)
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], own: Mapping[str, Any], copied: Sequence[Path]
+) -> None:
+    """Writes the folder: the tensors and adapter_config.json of `peft`, `own` for us, and copies of files."""
+    held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with whole_folder(folder) as out:
         save_file(held, out / WEIGHTS, metadata={"format": "pt"})
-        write_json(out / CONFIG, peft_config(model, wearing) | {"base_model_name_or_path": str(base.resolve())})
-        write_json(out / OURS, {"base_weights": weights_digest(base), "quantize": wearing.config.quantize, "version": 1})
+        write_json(out / CONFIG, dict(config))
+        write_json(out / OURS, dict(own))
         for file in copied:
             shutil.copyfile(file, out / file.name)
 
@@ -67,14 +76,7 @@ def peft_config(model: Any, wearing: Worn) -> dict[str, Any]:
     task = "SEQ_2_SEQ_LM" if getattr(model, "is_encoder_decoder", False) else "CAUSAL_LM"
     out: dict[str, Any] = {"task_type": task, "inference_mode": True}
     if config.kind in ("prompt", "prefix"):
-        shape, prefix = model.config, config.kind == "prefix"
-        wide = shape.num_key_value_heads * shape.head_dim if prefix else shape.hidden_size
-        out |= {
-            "peft_type": "PREFIX_TUNING" if prefix else "PROMPT_TUNING", "num_virtual_tokens": len(model.virtual),
-            "num_layers": shape.num_hidden_layers, "token_dim": wide, "num_transformer_submodules": 1,
-            "num_attention_heads": shape.num_key_value_heads if prefix else shape.num_attention_heads,
-        }  # fmt: skip
-        return out | ({"prefix_projection": False} if prefix else {"prompt_tuning_init": "RANDOM"})
+        return out | _config_of_virtual(model)
     if wearing.tables:
         out["modules_to_save"] = [name.rpartition(".")[2] for name in wearing.tables]
     layers = linear_layers(model)
@@ -84,6 +86,22 @@ def peft_config(model: Any, wearing: Worn) -> dict[str, Any]:
     return out | {
         "peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
         "use_rslora": config.rslora, "use_dora": config.kind == "dora", "init_lora_weights": True, **wearing.patterns,
+    }  # fmt: skip
+
+
+def _config_of_virtual(model: Any) -> dict[str, Any]:
+    shape, tokens = model.config, model.virtual
+    if not tokens.is_prefix:
+        return {
+            "peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(tokens), "num_layers": shape.num_hidden_layers,
+            "token_dim": shape.hidden_size, "num_transformer_submodules": 1, "num_attention_heads": shape.num_attention_heads,
+            "prompt_tuning_init": "RANDOM",
+        }  # fmt: skip
+    times = 2 if getattr(model, "is_encoder_decoder", False) else 1  # see `_spread`
+    return {
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": len(tokens), "num_layers": times * tokens.layers,
+        "token_dim": tokens.values.shape[1] // (2 * tokens.layers), "num_attention_heads": tokens.heads,
+        "num_transformer_submodules": times, "prefix_projection": False,
     }  # fmt: skip
 
 
@@ -105,10 +123,11 @@ def _transposed(model: Any, targets: tuple[str, ...]) -> bool:
     return any(getattr(model.get_submodule(layers[name][0]), "transposed", False) for name in targets)
 
 
-def _tensors(model: Any, wearing: Worn) -> dict[str, Tensor]:
+def tensors_of(model: Any, wearing: Worn) -> dict[str, Tensor]:
     """The adapter's tensors by `peft`'s names."""
     if wearing.config.kind in ("prompt", "prefix"):
-        return {"prompt_embeddings": model.virtual.values}
+        spread = model.virtual.is_prefix and getattr(model, "is_encoder_decoder", False)
+        return {"prompt_embeddings": _spread(model.virtual) if spread else model.virtual.values}
     tables = token_tables(model)
     out: dict[str, Tensor] = {f"{PREFIX}{name}.weight": tables[name].clone() for name in wearing.tables}
     layers = linear_layers(model)
@@ -170,13 +189,17 @@ def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> An
 
     Raises `ArtifactError`: no adapter, a kind or a part that is not known here, one that was made for another base.
     """
-    raw, tensors = read_config(folder), read_tensors(folder)
-    kind, held = kind_of(folder), quantize or quantized_as(folder)
+    return put_adapter(folder, model, read_config(folder), read_tensors(folder), quantize or quantized_as(folder))
+
+
+def put_adapter(folder: Path, model: Any, raw: dict[str, Any], tensors: dict[str, Tensor], held: str) -> Any:
+    """`load_adapter` of what was read from `folder`: its settings, and its tensors by name, which are taken out."""
+    kind = kind_of(folder)
     if kind in ("prompt", "prefix"):
         return _load_virtual(folder, model, raw, tensors, kind, held)
     if kind != "ia3":
         check_plain(raw, folder / CONFIG, but=("use_dora", "modules_to_save"))
-    layers = linear_layers(model)
+    layers = linear_layers(model, heads_too=True)  # `peft` changes an encoder's pooler, too
     suffix = ".ia3_l" if kind == "ia3" else ".lora_A.weight"
     targets = [key.removeprefix(PREFIX).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
     unknown = [t for t in targets if t not in layers]
@@ -298,7 +321,12 @@ def _load_virtual(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dic
     for key, fine in _SAME.items():
         if key in raw and raw[key] not in fine:
             raise ArtifactError("this adapter is more than virtual tokens", file=folder / CONFIG, field=key, found=raw[key])
-    values = tensors.get("prompt_embeddings")
+    values, count = tensors.get("prompt_embeddings"), raw.get("num_virtual_tokens")
+    both = raw.get("num_transformer_submodules") == 2  # of an encoder-decoder, as `peft` has it when it is told nothing
+    if values is not None and both and kind == "prompt" and isinstance(count, int):
+        values = values[:count]  # as many for the decoder follow, which it never reads
+    if values is not None and both and kind == "prefix":
+        values = _as_read(values, int(raw.get("num_layers") or 1), adapters.place_of_prefix(model)[0])
     config = Adapter(kind=kind, quantize=held, tokens=1 if values is None else len(values), init="random")  # type: ignore[arg-type]
     wear(model, config, 0)
     expected = model.virtual.values.shape
@@ -311,3 +339,16 @@ def _load_virtual(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dic
     model.virtual.values.copy_(values)
     model.worn_adapter.start = adapters.snapshot(model)
     return model
+
+
+def _as_read(values: Tensor, held: int, layers: int) -> Tensor:
+    """A prefix [P, held*2*D] of an encoder-decoder whose both halves `peft` counts, as it reads it for each of the decoder's
+    layers: of every second of those that are held, from the first on again after the last."""
+    each = values.view(len(values), held, -1)
+    return each[:, [2 * i % held for i in range(layers)]].flatten(1)
+
+
+def _spread(tokens: VirtualTokens) -> Tensor:
+    """A prefix [P, L*2*D] as [P, 2*L*2*D] of which `_as_read` takes every second layer: those between are zeros."""
+    each = tokens.values.view(len(tokens), tokens.layers, 1, -1)
+    return torch.cat((each, torch.zeros_like(each)), 2).flatten(1)

@@ -21,8 +21,9 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
 
     Raises `ConfigError` for settings that are not those of the adapter in the folder, `ArtifactError` for another base.
     """
-    from tutelage.models.load import load
+    from tutelage.models.load import load, refuse_scorer
 
+    refuse_scorer(folder)
     if sharded and config.quantize != "none":
         raise ConfigError(
             "weights in 4 bits are not cut over ranks", field="adapter.quantize", found=config.quantize, expected="none",

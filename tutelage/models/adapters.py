@@ -29,7 +29,7 @@ from tutelage.models.lora import Lora, LowRank, linear_layers
 from tutelage.models.nf4 import Packed
 from tutelage.models.shard import is_sharded
 from tutelage.models.tables import base_tables, train_tables
-from tutelage.models.virtual import VirtualTokens
+from tutelage.models.virtual import VirtualTokens, room
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
 IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.dense")
@@ -58,9 +58,13 @@ def worn_adapter(model: Any) -> Worn | None:
 def wear(model: Any, config: Adapter, seed: int) -> Any:
     """Freezes the model and puts a new adapter on it, in place. Its first values depend on the seed and the layers' names alone.
 
-    Raises `ConfigError` for targets that the model does not have.
+    Raises `ConfigError` for targets that the model does not have, and for a model that wears an adapter already.
     """
-    assert worn_adapter(model) is None, "one adapter at a time"
+    if (before := worn_adapter(model)) is not None:
+        raise ConfigError(
+            "one adapter at a time: the model wears one that can't be merged", field="adapter.kind", found=config.kind,
+            expected=f"its own, {before.config.kind}", fix="start from the base",
+        )  # fmt: skip
     model.requires_grad_(False)
     if config.quantize == "nf4":
         quantize(model)
@@ -83,6 +87,14 @@ def wear(model: Any, config: Adapter, seed: int) -> Any:
 def wear_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
     """The same for the model under a score head, or under those of an encoder's classes, which are trained whole."""
     wear(scorer.__dict__.get("backbone", scorer), config, seed)
+    return with_heads(scorer)
+
+
+def with_heads(scorer: Any) -> Any:
+    """A scorer whose model wears an adapter: virtual tokens are parameters of it, and its heads are trained."""
+    body = scorer.__dict__.get("backbone", scorer)
+    if body is not scorer and getattr(body, "virtual", None) is not None:
+        scorer.virtual = body.virtual
     for name in getattr(scorer, "heads", ("score",)):
         scorer.get_submodule(name).requires_grad_(True)
     return scorer
@@ -179,21 +191,37 @@ def _rescale(model: Any, ours: Sequence[str], of_input: bool) -> None:
 @torch.no_grad()
 def _wear_virtual(model: Any, config: Adapter, seed: int) -> None:
     g = _generator(seed, config.kind)
-    shape = model.config
-    if getattr(model, "is_encoder_decoder", False):
-        raise ConfigError(
-            "virtual tokens are for decoders", field="adapter.kind", found=config.kind, expected="lora, dora or ia3 for an "
-            "encoder-decoder",
-        )  # fmt: skip
-    prefix = config.kind == "prefix"
-    width = shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim if prefix else shape.hidden_size
+    shape, prefix = model.config, config.kind == "prefix"
+    layers, heads, width = 0, 0, shape.hidden_size
+    if prefix:
+        layers, heads, head = place_of_prefix(model)
+        width = layers * 2 * heads * head
     ids = torch.randint(shape.vocab_size, (config.tokens,), generator=g)
     values = torch.randn(config.tokens, width, generator=g)
     device = next(model.parameters()).device
     if config.init != "random":
         values = prefix_of(model, ids.to(device)) if prefix else table_of(model)[ids.to(device)].float()
-    layers, heads = (shape.num_hidden_layers, shape.num_key_value_heads) if prefix else (0, 0)
     model.virtual = VirtualTokens(values.to(device), layers, heads).train(model.training)
+    if room(model) < 1:
+        raise ConfigError(
+            "virtual tokens leave no room for a text", field="adapter.tokens", found=config.tokens,
+            expected=f"fewer than the model's context of {shape.max_position_embeddings}",
+        )  # fmt: skip
+
+
+def place_of_prefix(model: Any) -> tuple[int, int, int]:
+    """Layers, heads and head width of a prefix's keys and values. Raises `ConfigError` for a family that has no place for it."""
+    shape = model.config
+    if isinstance(model, Decoder):
+        return shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
+    from tutelage.models.hf_virtual import is_encoder, prefix_shape, takes_prefix
+
+    if is_encoder(model.hf) and not takes_prefix(model.hf):
+        raise ConfigError(
+            "the layers of this encoder read no keys and values before a text", field="adapter.kind",
+            found=f"prefix, of {shape.model_type}", expected="prompt, lora, dora or ia3",
+        )  # fmt: skip
+    return prefix_shape(model.hf, shape)
 
 
 def table_of(model: Any) -> Tensor:
@@ -206,9 +234,9 @@ def table_of(model: Any) -> Tensor:
 def prefix_of(model: Any, ids: Tensor) -> Tensor:
     """Keys and values [P, L*2*Hkv*D] that the base makes of real tokens."""
     if not isinstance(model, Decoder):
-        from tutelage.models.hf import keys_and_values
+        from tutelage.models.hf_virtual import keys_and_values
 
-        return keys_and_values(model, ids)
+        return keys_and_values(model.hf, ids)
     cache = model.new_cache(1, len(ids))
     from tutelage.models.interface import CacheView
 

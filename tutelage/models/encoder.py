@@ -16,6 +16,7 @@ from torch import Tensor
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
 from tutelage.models.config import unsupported
 from tutelage.models.hf import Wrapped, quiet
+from tutelage.models.hf_virtual import behind, beside_head
 from tutelage.models.interface import Batch, Output
 from tutelage.models.load import check_folder, read_config
 
@@ -71,7 +72,7 @@ class ClassScorer(Wrapped):
         flat = batch.ids.flatten()
         out = torch.zeros(flat.numel(), self.hf.config.num_labels, device=flat.device)
         for index, real, wanted in self.groups(batch.segments):
-            scores = self.hf(**inputs(self, flat[index], real)).logits.float()
+            scores = self._scores(flat[index], real)
             if self.task == "token":
                 out = out.index_put((index[wanted],), scores[wanted])
                 continue
@@ -79,6 +80,17 @@ class ClassScorer(Wrapped):
             last = index.gather(1, real.sum(1, keepdim=True) - 1).squeeze(1)
             out = out.index_put((last[rows],), scores[rows])
         return out
+
+    def _scores(self, ids: Tensor, real: Tensor) -> Tensor:
+        """[n,K] of texts [n,L], each a row; of a tagger [n,L,K]."""
+        how, tokens = inputs(self, ids, real), self.before
+        if tokens is None:
+            return self.hf(**how).logits.float()  # type: ignore[no-any-return]
+        if tokens.is_prefix:
+            with beside_head(self.hf, tokens, len(ids), how["attention_mask"]):
+                return self.hf(**how).logits.float()  # type: ignore[no-any-return]
+        logits = self.hf(**behind(self.hf, tokens, how)).logits.float()
+        return logits[:, len(tokens) :] if self.task == "token" else logits  # type: ignore[no-any-return]
 
 
 def inputs(model: Encoder | ClassScorer, ids: Tensor, real: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from tutelage.models import shard
 from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.heads import LmHead, distilled
 from tutelage.models.hf_state import State
+from tutelage.models.hf_virtual import behind
 from tutelage.models.interface import Batch, Output
 from tutelage.models.virtual import VirtualTokens
 
@@ -143,6 +144,11 @@ class Wrapped(nn.Module):
         return super()._apply(fn, recurse)
 
     @property
+    def before(self) -> VirtualTokens | None:
+        """The virtual tokens that every text stands behind now."""
+        return None if self.virtual is None or self.virtual.bare else self.virtual
+
+    @property
     def checkpointing(self) -> str:
         """ "none" or "layer", as for our decoder; models that do not offer it raise ValueError."""
         on = any(getattr(m, "gradient_checkpointing", False) for m in self.hf.modules())  # its property has changed its name
@@ -184,20 +190,12 @@ class Adapter(Wrapped):
         return Output(hidden=run_pieces(self, batch, self.config.vocab_size if self.whole else self.config.hidden_size))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
-        if self.virtual is None or self.virtual.bare:
+        tokens = self.before
+        if tokens is None:
             return self._run(ids, real, use_cache=False)
-        count, kind = len(self.virtual), self.hf.dtype
-        wide = torch.cat((real.new_ones(len(real), count), real), 1)
-        if self.virtual.is_prefix:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=self.hf.config)
-            for layer, (k, v) in enumerate(self.virtual.keys_and_values(kind)):
-                cache.update(*(x.transpose(0, 1).expand(len(ids), -1, -1, -1) for x in (k, v)), layer)
-            return self._run(ids, wide, past_key_values=cache, use_cache=True)
-        before = self.virtual.values.to(kind).expand(len(ids), -1, -1)
-        embeds = torch.cat((before, self.hf.get_input_embeddings()(ids)), 1)
-        return self._run(None, wide, inputs_embeds=embeds, use_cache=False)[:, count:]
+        how = behind(self.hf, tokens, {"input_ids": ids, "attention_mask": real})
+        hidden = self._run(how.pop("input_ids", None), how.pop("attention_mask"), use_cache=tokens.is_prefix, **how)
+        return hidden[:, -ids.shape[1] :]
 
     def begin(self, sources: Sequence[Sequence[int]]) -> State:
         """Nothing read yet. A causal model has no sources; there are as many empty ones as rows."""
@@ -217,14 +215,6 @@ class Adapter(Wrapped):
         """Logits of every token, [B,T,V]."""
         logits: Tensor = self.lm_head.logits(self(batch).hidden)  # type: ignore[operator]
         return logits
-
-
-@torch.no_grad()
-def keys_and_values(model: Adapter, ids: Tensor) -> Tensor:
-    """[P, L*2*Hkv*D] float32: what the model keeps in its cache of the tokens ids [P]."""
-    cache = model.hf(input_ids=ids[None], use_cache=True).past_key_values
-    both = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])  # [L,2,Hkv,P,D]
-    return both.permute(3, 0, 1, 2, 4).flatten(1).float()
 
 
 def run_pieces(model: Any, batch: Batch, width: int) -> Tensor:

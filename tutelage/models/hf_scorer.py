@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError, MissingExtra
 from tutelage.models.hf import Adapter, Wrapped, run_pieces
+from tutelage.models.hf_virtual import behind
 from tutelage.models.interface import Batch, Output
 
 
@@ -30,8 +31,12 @@ class Body(Wrapped):
         return Output(hidden=run_pieces(self, batch, self.config.hidden_size))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
-        got = self.hf.base_model(input_ids=ids, attention_mask=real.long(), use_cache=False)
-        return got.last_hidden_state  # type: ignore[no-any-return]
+        how: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long()}
+        tokens = self.before
+        if tokens is not None:
+            how = behind(self.hf, tokens, how)
+        got = self.hf.base_model(use_cache=tokens is not None and tokens.is_prefix, **how)
+        return got.last_hidden_state[:, -ids.shape[1] :]  # type: ignore[no-any-return]
 
 
 def body_of(model: Adapter, outputs: Sequence[str]) -> Body:

@@ -15,7 +15,9 @@ from tutelage.errors import ConfigError, MissingExtra
 from tutelage.models.generation import GenerationSettings
 from tutelage.models.hf import LogitsHead, Wrapped
 from tutelage.models.hf_state import State
+from tutelage.models.hf_virtual import behind, cache_of
 from tutelage.models.interface import Batch, Output
+from tutelage.models.virtual import VirtualTokens
 
 ENCODE_TOKENS = 4096
 """Tokens, padding included, of one pass of the encoder."""
@@ -41,9 +43,7 @@ class Seq2Seq(Wrapped):
                 "an encoder-decoder model cannot read rows of plain text", found=self.config.model_type,
                 expected="a decoder-only model", fix="train it with `tutelage translate`, generate with it, or score targets",
             )  # fmt: skip
-        mask = (batch.source_segments != 0).long()
-        got = self.hf(input_ids=batch.source_ids, attention_mask=mask, decoder_input_ids=batch.ids, use_cache=False)
-        return Output(hidden=got.logits)
+        return Output(hidden=self._read(batch.source_ids, batch.source_segments != 0, batch.ids))
 
     def logits(self, batch: Batch) -> Tensor:
         return self(batch).hidden  # type: ignore[no-any-return]
@@ -52,12 +52,32 @@ class Seq2Seq(Wrapped):
         """Encodes the sources; of the targets nothing is read yet."""
         ids, mask = self._padded(sources)
         rows = max(1, ENCODE_TOKENS // ids.shape[1])
-        encoder = self.hf.get_encoder()
-        states = [
-            encoder(input_ids=i, attention_mask=m.long()).last_hidden_state
-            for i, m in zip(ids.split(rows), mask.split(rows), strict=True)
-        ]
-        return State.new(len(sources), torch.cat(states), mask)
+        encoder, tokens = self.hf.get_encoder(), self.before
+        parts = [self._source(i, m) for i, m in zip(ids.split(rows), mask.split(rows), strict=True)]
+        states = [encoder(**how).last_hidden_state for how in parts]
+        state = State.new(len(sources), torch.cat(states), torch.cat([how["attention_mask"] != 0 for how in parts]))
+        if tokens is not None and tokens.is_prefix:
+            state.cache, state.virtual = self._prefix(tokens, len(sources)), len(tokens)
+        return state
+
+    def _source(self, ids: Tensor, real: Tensor) -> dict[str, Any]:
+        """The encoder's arguments for sources [n,S], behind a prompt where there is one."""
+        how = {"input_ids": ids, "attention_mask": real.long()}
+        return how if self.before is None or self.before.is_prefix else behind(self.hf, self.before, how)
+
+    def _prefix(self, tokens: VirtualTokens, rows: int) -> Any:
+        """The decoder's cache behind a prefix."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        return EncoderDecoderCache(cache_of(self.hf, tokens, rows), DynamicCache())
+
+    def _read(self, ids: Tensor, real: Tensor, targets: Tensor) -> Tensor:
+        """Logits [n,T,V] of targets [n,T] after sources [n,S]."""
+        how, tokens = self._source(ids, real), self.before
+        prefix = tokens is not None and tokens.is_prefix
+        if tokens is not None and prefix:
+            how["past_key_values"] = self._prefix(tokens, len(ids))
+        return self.hf(decoder_input_ids=targets, use_cache=prefix, **how).logits  # type: ignore[no-any-return]
 
     def extend(self, ids: Tensor, state: State) -> Tensor:
         """Logits [B,T,V] of the next tokens [B,T] of the state's targets; the state takes them up."""
@@ -74,9 +94,7 @@ class Seq2Seq(Wrapped):
 
     def read(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Tensor:
         """Logits [B,T,V] of whole targets, read at once and without a cache. Targets are padded at the right."""
-        ids, mask = self._padded(sources)
-        got = self.hf(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=self._padded(targets)[0], use_cache=False)
-        return got.logits  # type: ignore[no-any-return]
+        return self._read(*self._padded(sources), self._padded(targets)[0])
 
     def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """ids [B,T], filled up at the right, and which of them are real."""

@@ -22,6 +22,7 @@ class State:
     cache: Any  # DynamicCache; EncoderDecoderCache where there are sources
     source: Tensor | None = None  # [B,S,H] encoder states, padded at the right
     mask: Tensor | None = None  # [B,S] bool: which of them are real
+    virtual: int = 0  # virtual tokens that stand before what was read
 
     @classmethod
     def new(cls, rows: int, source: Tensor | None = None, mask: Tensor | None = None) -> State:
@@ -34,7 +35,7 @@ class State:
     @property
     def length(self) -> int:
         """Tokens that every row has read."""
-        return int(self.cache.get_seq_length())
+        return int(self.cache.get_seq_length()) - self.virtual
 
     def crop(self, length: int) -> None:
         """Forgets what was read after the first `length` tokens."""
@@ -45,10 +46,11 @@ class State:
     @classmethod
     def of_rows(cls, parts: Sequence[tuple[State, int]], length: int) -> State:
         """A state of single rows of others, each cut to its first `length` tokens."""
-        caches = [(state.cache, row) for state, row in parts]
+        caches, virtual = [(state.cache, row) for state, row in parts], parts[0][0].virtual
+        length += virtual
         sources = [(s.source, s.mask, row) for s, row in parts if s.source is not None and s.mask is not None]
         if not sources:
-            return cls(len(parts), _rows_of_cache(caches, length))
+            return cls(len(parts), _rows_of_cache(caches, length), virtual=virtual)
         from transformers import EncoderDecoderCache
 
         width = max(int(mask[row].sum()) for _, mask, row in sources)
@@ -58,7 +60,7 @@ class State:
         )
         source = _stack([states[row] for states, _, row in sources], width)
         mask = _stack([mask[row, :, None] for _, mask, row in sources], width).squeeze(-1)
-        return cls(len(parts), cache, source, mask)
+        return cls(len(parts), cache, source, mask, virtual)
 
 
 def _rows_of_cache(parts: Sequence[tuple[Any, int]], length: int) -> Any:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tutelage.bases import is_adapter
+from tutelage.bases import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.errors import ArtifactError
 from tutelage.models import families
 from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
@@ -44,9 +44,11 @@ def load(
     if is_adapter(folder):
         from tutelage.models.adapter_start import load_with_base
 
+        refuse_scorer(folder)
+
         return load_with_base(folder, device=torch.device(device), dtype=kind)  # type: ignore[no-any-return]
+    refuse_scorer(folder)
     raw = read_config(folder)
-    refuse_scorer(folder, raw)
     reason = unsupported(raw)
     if reason is None:
         return _load_decoder(folder, raw, torch.device(device), kind)
@@ -94,12 +96,16 @@ def scores(raw: dict[str, Any]) -> bool:
     return any(str(name).endswith(SCORES) for name in raw.get("architectures") or ())
 
 
-def refuse_scorer(folder: Path, raw: dict[str, Any]) -> None:
-    """Raises `ArtifactError` for a model that writes no text."""
-    if scores(raw):
+def refuse_scorer(folder: Path) -> None:
+    """Raises `ArtifactError` for a model, or an adapter, that writes no text."""
+    worn = is_adapter(folder)
+    raw = adapter_config(folder) if worn else read_config(folder)
+    if is_scored(folder) or (not worn and scores(raw)):
+        field = "task_type" if worn else "architectures"
         raise ArtifactError(
-            "this model gives scores (a reward model, a classifier) and writes no text", file=folder / "config.json",
-            field="architectures", found=raw["architectures"], expected="a language model, such as a …ForCausalLM",
+            "this model gives scores (a reward model, a classifier) and writes no text",
+            file=folder / (ADAPTER if worn else "config.json"), field=field, found=raw[field],
+            expected=f"a language model, such as {'CAUSAL_LM' if worn else 'a …ForCausalLM'}",
             fix="give the language model; this one belongs where a reward is asked for",
         )  # fmt: skip
 

@@ -152,10 +152,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"a damaged safetensors file ({error})", file=path) from error
 
 
-def linear_layers(model: Any) -> dict[str, tuple[str, ...]]:
-    """Linear layers by the names that they have on disk; several of ours where a family fuses them there. Without the head."""
+def linear_layers(model: Any, heads_too: bool = False) -> dict[str, tuple[str, ...]]:
+    """Linear layers by the names that they have on disk; several of ours where a family fuses them there. Without the language
+    head, and without the heads of an encoder's classes, unless these are asked for."""
     head = None if isinstance(model, Decoder) else model.hf.get_output_embeddings()
-    heads = tuple(f"{name}." for name in ("lm_head", *getattr(model, "heads", ())))
+    heads = tuple(f"{name}." for name in ("lm_head", *(() if heads_too else getattr(model, "heads", ()))))
     names = [
         name
         for name, module in model.named_modules()

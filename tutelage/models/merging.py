@@ -11,6 +11,7 @@ from tutelage import log
 from tutelage.errors import ArtifactError
 from tutelage.models.adapted import Adapted, adapted, put_in_place
 from tutelage.models.interface import Batch
+from tutelage.models.virtual import room
 
 PROBE_TOKENS = 48
 
@@ -58,7 +59,7 @@ def _plain_like(own: Adapted, weight: Tensor, bias: Tensor | None) -> nn.Module:
 def probe(model: Any) -> Tensor:
     """Logits [1,T,V] float32 of some tokens, the same for every model of one vocabulary; of a scorer its scores [T,K].
     An encoder-decoder writes what it has read."""
-    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
+    length = min(PROBE_TOKENS, room(model))
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(7)).tolist()
     if getattr(model, "is_encoder_decoder", False):
         return model.read([ids], [[*model.start, *ids]]).float().cpu()  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError
 from tutelage.models.config import DecoderConfig, unsupported
 from tutelage.models.decoder import Decoder
@@ -141,12 +142,22 @@ def _problem(raw: dict[str, Any]) -> str:
 
 
 def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Scorer:
-    """The scorer in `folder`, in evaluation mode: ours, or what transformers or TRL wrote.
+    """The scorer in `folder`, in evaluation mode: ours, or what transformers or TRL wrote; or of an adapter under a score head.
 
     Raises `ArtifactError` for a folder that is not a model, for a language model, and for a head of another kind.
     """
     folder, device = Path(folder), torch.device(device)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if is_adapter(folder):
+        from tutelage.models.scored_adapter import load_scored
+
+        found = load_scored(folder, device=device, dtype=kind)
+        if not isinstance(found, Scorer):
+            raise ArtifactError(
+                "this is a classifier of an encoder, which judges no answers", file=folder, found=found.config.model_type,
+                expected="a decoder with a score head", fix="train a reward model: tutelage reward",
+            )  # fmt: skip
+        return found
     raw = read_config(folder)
     if not scores(raw):
         raise ArtifactError(

@@ -56,6 +56,12 @@ class Prefix:
         return torch.where(mask, own[0], k), torch.where(mask, own[1], v)
 
 
+def room(model: Any) -> int:
+    """Tokens that a text may have: the model's context, less the virtual tokens that stand before it."""
+    tokens = getattr(model, "virtual", None)
+    return int(model.config.max_position_embeddings) - (0 if tokens is None else len(tokens))
+
+
 def with_virtual(batch: Batch, count: int) -> Batch:
     """The batch as one row [1, P + N], the virtual tokens first and each text behind them: a tree. Padding stays in the row, as
     tokens of no text."""

@@ -17,13 +17,12 @@ from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, wr
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying, tuning
+from tutelage.stages import classifying
 from tutelage.stages.classifying import Start
 from tutelage.stages.fitting import choose_device
 
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
-    tuning.check_merged(config)
     train, held = read(run.input("data"))
     labels = weighted(config, train, labels_of(train, held))
     log.say(
@@ -33,7 +32,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
     judged: dict[str, Judged] = {}
     if config.folds:
         judged["cross_validation"] = cross_validate(start, train)
-    part, facts = classifying.train(start, run, train, held, save_to=run.folder("model"))
+    part, facts = classifying.train(start, run, train, held, keep=True)
     if held:
         judged["held_out"] = seen(start, part, train, held)
     with whole_folder(run.folder("scores")) as out:
@@ -88,7 +87,7 @@ def cross_validate(start: Start, examples: Sequence[Example]) -> Judged:
             start.run.folder("folds") / f"fold_{fold + 1}", start.run.stage, start.run.digest, start.run.inputs, start.run.seed
         )
         own.path.mkdir(parents=True, exist_ok=True)
-        part, _ = classifying.train(start, own, inside, [], save_to=None)
+        part, _ = classifying.train(start, own, inside, [], keep=False)
         found = seen(start, part, inside, outside)
         found.fold[:] = fold
         all_odds.append(found)

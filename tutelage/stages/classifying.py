@@ -20,19 +20,15 @@ from tutelage.data.family_source import FamilySource
 from tutelage.engine.classifier import longest, separator
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_folder, write_json
-from tutelage.models.adapters import wear_scorer, worn_adapter
 from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier, new_classifier
-from tutelage.models.export import save
 from tutelage.models.load import load
-from tutelage.models.merging import merge
 from tutelage.models.scorer import Scorer, build_scorer
-from tutelage.models.scorer_export import save_scorer
 from tutelage.objectives import objective
 from tutelage.records import Example
 from tutelage.rundir import RunDir
 from tutelage.stages.derived import ADAPTER_RATES
-from tutelage.stages.fitting import Work, fit
-from tutelage.stages.tuning import size_of
+from tutelage.stages.fitting import Work, fit, write_scores
+from tutelage.stages.tuning import size_of, wear_under_head
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 from tutelage.train import distributed
 from tutelage.train.optim import Rates
@@ -98,16 +94,7 @@ class Start:
         return new_classifier(shape, task, names, **how)
 
     def _wearing(self, part: Any) -> Any:
-        adapter = self.config.adapter
-        return part if adapter.kind == "none" else wear_scorer(part, adapter, self.config.seed)
-
-    def save(self, part: ClassScorer | Scorer, folder: Path) -> None:
-        if worn_adapter(part) is not None:
-            merge(part)
-        if isinstance(part, Scorer):
-            save_scorer(part, folder, self.tokenizer, stop_ids=self.words.stop_ids)
-        else:
-            save(part, folder, self.tokenizer)
+        return wear_under_head(part, self.config, self.tokenizer, self.config.seed)
 
     def families(self, examples: Sequence[Example]) -> ExampleFamilies:
         if self.config.model and any(e.pair is not None for e in examples):
@@ -151,9 +138,9 @@ def marked(run: RunDir, begins: bool = True) -> Path:
 
 
 def train(
-    start: Start, run: RunDir, train: Sequence[Example], held: Sequence[Example], *, save_to: Path | None
+    start: Start, run: RunDir, train: Sequence[Example], held: Sequence[Example], *, keep: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """One training in the folder of `run`: the trained part, and its facts."""
+    """One training in the folder of `run`: the trained part, and its facts. `keep`: it is written, too."""
     config, part = start.config, start.build()
     families = start.families(train)
     say_report(families)
@@ -181,7 +168,7 @@ def train(
         micro=(max(1, config.micro_tokens // start.max_length), start.max_length),
         tokens=steps * batch * tokens / len(families),
         numbers={"batch": batch, "max_length": start.max_length, "lr": peak.lr, "classes": start.labels.names},
-        write=lambda: start.save(part, save_to) if save_to else None,
+        write=lambda: write_scores(part, run, start.tokenizer, start.words.stop_ids) if keep else None,
         validation=None
         if held_out is None
         else FamilySource(

@@ -120,7 +120,7 @@ def derive_all(
                 given[key], because[key] = rate, reason
         if given["sequence_length"] is None:
             because["sequence_length"] = "the checkpoint's context, at most 2048"
-            given["sequence_length"] = min(raw.get("max_position_embeddings", 2048), 2048)
+            given["sequence_length"] = min(raw.get("max_position_embeddings", 2048) - before(config), 2048)
     found = derive(size, vocabulary, architecture=architecture, epochs=epochs, corpus_tokens=corpus_tokens, **given)
     if parent is not None and found.values["steps"] <= parent.steps:
         raise ConfigError(
@@ -145,7 +145,7 @@ def derive_numbers(
 
     found = derive_all(config, vocabulary, segments.totals["tokens"], start, parent=parent)
     log.console.print(found.table())
-    check_context(found)
+    check_context(found, before(config))
     values = found.values
     row = int(values["sequence_length"])
     rows = max(1, int(values["batch_tokens"]) // row)
@@ -153,16 +153,21 @@ def derive_numbers(
     return Numbers(int(values["steps"]), row, rows, micro_rows(config, found), rates), found.architecture
 
 
-def check_context(found: Derived) -> None:
-    """Raises `ConfigError` for rows that are longer than the model's context."""
+def before(config: Loop) -> int:
+    """Virtual tokens that stand before every text."""
+    return config.adapter.tokens if config.adapter.kind in ("prompt", "prefix") else 0
+
+
+def check_context(found: Derived, virtual: int = 0) -> None:
+    """Raises `ConfigError` for rows that are longer than the model's context, `virtual` tokens of which are taken."""
     row = int(found.values["sequence_length"])
-    context = int(found.architecture.get("max_position_embeddings", row))
+    context = int(found.architecture.get("max_position_embeddings", row + virtual)) - virtual
     if row > context:
         raise ConfigError(
             "rows longer than the model's context",
             field="sequence_length",
             found=row,
-            expected=f"at most {context}",
+            expected=f"at most {context}{f', behind {virtual} virtual tokens' if virtual else ''}",
             fix="lower sequence_length, or set architecture.max_position_embeddings for a new model",
         )
 

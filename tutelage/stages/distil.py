@@ -15,6 +15,7 @@ from tutelage.data.tokens import Segments
 from tutelage.data.top_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
 from tutelage.errors import ConfigError
 from tutelage.models.load import load
+from tutelage.models.virtual import room
 from tutelage.objectives import Objective, objective
 from tutelage.objectives.distil import check_vocabularies
 from tutelage.plan.flops import count_flops, train_flops_per_token
@@ -104,7 +105,7 @@ def taught(
         "temperature": config.temperature,
     }  # fmt: skip
     store = KeptTokens(run.folder("teacher"), segments[0])
-    row = min(teacher.config.max_position_embeddings, max(2048, work.length))
+    row = min(room(teacher), max(2048, work.length))
     made = keep(store, top, config.top_k, plan, row_length=row, rank=log.rank(), world=distributed.world())
     log.say(f"the teacher's {config.top_k} likeliest tokens at {segments[0].totals['supervised']:,} places: "
             f"{'made' if made else 'found'} in {store.folder}")  # fmt: skip

@@ -29,7 +29,7 @@ from tutelage.plan.time import NOTHING, Span
 from tutelage.recipe import Estimate, Planned, Unknown
 from tutelage.stages import amounts
 from tutelage.stages.amounts import Records, records_of
-from tutelage.stages.derived import check_context, check_start, derive_all, micro_rows, new_tokens, ranks_sharing
+from tutelage.stages.derived import before, check_context, check_start, derive_all, micro_rows, new_tokens, ranks_sharing
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -65,7 +65,7 @@ def training(planned: Planned) -> Estimate:
     config = planned.config
     assert isinstance(config, Train)
     found = derived(planned, SOME_TOKENS)
-    check_context(found)
+    check_context(found, before(config))
     shape, row = found.architecture, int(found.values["sequence_length"])
     ends, making = _ends(planned, found)
     machine = measure()

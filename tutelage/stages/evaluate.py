@@ -13,6 +13,7 @@ from tutelage.errors import ArtifactError
 from tutelage.evaluate.suite import Subject, evaluate
 from tutelage.files import whole_folder
 from tutelage.models.load import load
+from tutelage.models.virtual import room
 from tutelage.records import Conversation
 from tutelage.rundir import RunDir
 from tutelage.stages.fitting import choose_device
@@ -88,7 +89,7 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
         begin=(words.eos_id if words.start_id is None else words.start_id,),
         end=(words.eos_id,),
         vocabulary=model.config.vocab_size,
-        context=model.config.max_position_embeddings,
+        context=room(model),
         generate=generate if renderer is not None else None,
         prompt=prompt if renderer is not None else None,
         decode=words.decode,

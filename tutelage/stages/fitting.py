@@ -26,6 +26,10 @@ from tutelage.models.adapters import Share, worn_adapter
 from tutelage.models.export import save
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
+from tutelage.models.merging import merge
+from tutelage.models.scored_adapter import VIRTUAL, save_scored
+from tutelage.models.scorer import Scorer
+from tutelage.models.scorer_export import save_scorer
 from tutelage.models.shard import is_sharded, shard
 from tutelage.objectives import Objective
 from tutelage.plan.energy import energy
@@ -144,6 +148,20 @@ def write_model(model: Any, run: RunDir, tokenizer: Path, stop_ids: Sequence[int
         save(model, run.folder("model"), tokenizer, stop_ids=stop_ids)
         return
     save_adapter(model, run.folder("adapter"), base=model.worn_adapter.base, tokenizer=tokenizer)
+
+
+def write_scores(part: Any, run: RunDir, tokenizer: Path, stop_ids: Sequence[int] = ()) -> None:
+    """Writes `model/` with its score head; under virtual tokens, which can't be merged, `adapter/`."""
+    wearing = worn_adapter(part)
+    if wearing is not None and wearing.config.kind in VIRTUAL:
+        save_scored(part, run.folder("adapter"), base=wearing.base or tokenizer, tokenizer=tokenizer)
+        return
+    if wearing is not None:
+        merge(part)
+    if isinstance(part, Scorer):
+        save_scorer(part, run.folder("model"), tokenizer, stop_ids=stop_ids)
+    else:
+        save(part, run.folder("model"), tokenizer)
 
 
 def result_of(config: Loop, run: RunDir) -> Path:

@@ -13,6 +13,7 @@ from tutelage.config.stages import Distil
 from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
+from tutelage.models.virtual import room
 from tutelage.objectives import Objective
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.records import Rollout
@@ -52,7 +53,7 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
     """What the loop gets: a source that asks the student, and the teacher as a frozen part."""
     start, how = run.input("model"), config.rollouts
     words = TokenizerFolder.open(start)
-    length = min(model.config.max_position_embeddings, teacher.config.max_position_embeddings, 2048)
+    length = min(room(model), room(teacher), 2048)
     sampler = sampler_for(model, Renderer(words), length, how.max_tokens, how.temperature)
     prompts = with_room(sampler, read_prompts(run, "train"), "train")
     if how.prompts > len(prompts):

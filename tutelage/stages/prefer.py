@@ -46,7 +46,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     layout = tuning.layout_for(config, model)
-    length = tuning.max_length(config, model.config.max_position_embeddings)
+    length = tuning.max_length(config, model)
     train, held_out = (families_of(config, run, model, part, length) for part in ("train", "validation"))
     assert train is not None
     steps = tuning.steps_of(config, config.epochs, len(train))

@@ -6,16 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from tutelage import log
-from tutelage.bases import whole_of
+from tutelage.bases import is_scored, whole_of
 from tutelage.config.stages import Reward
 from tutelage.data.family_source import FamilySource
 from tutelage.errors import ConfigError
-from tutelage.models.adapters import wear_scorer
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load, read_config, scores
-from tutelage.models.merging import merge
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
-from tutelage.models.scorer_export import save_scorer
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting, tuning
@@ -38,13 +35,9 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     words = TokenizerFolder.open(start)
     data = judged_by(config, run, kind, words)
     chosen = chosen_method(config, data)
-    scorer = start_of(config, run, data.outputs, device)
-    wears = config.adapter.kind != "none"
-    if wears:
-        tuning.check_merged(config)
-        wear_scorer(scorer, config.adapter, config.seed)
+    scorer = tuning.wear_under_head(start_of(config, run, data.outputs, device), config, start, config.seed)
     check_vocabulary(scorer.config, words.vocab_size, start)
-    length = tuning.max_length(config, scorer.config.max_position_embeddings)
+    length = tuning.max_length(config, scorer)
     layout = tuning.layout_for(config, scorer)
     train, held_out = data.families("train", length), data.families("validation", length)
     assert train is not None
@@ -63,9 +56,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     def write() -> None:
         if held_out is not None:  # here, where the ranks of a sharded model are still together
             found.update(data.measured(scorer, held_out, layout, device))
-        if wears:
-            merge(scorer)
-        save_scorer(scorer, run.folder("model"), start, stop_ids=words.stop_ids)
+        fitting.write_scores(scorer, run, start, words.stop_ids)
 
     work = Work(
         parts={"reward": scorer},
@@ -97,7 +88,7 @@ def chosen_method(config: Reward, data: Judged) -> Objective:
 def start_of(config: Reward, run: RunDir, outputs: tuple[str, ...], device: Any) -> Scorer:
     """A language model with a new head, or a scorer that goes on. Raises `ConfigError` for one with other outputs."""
     folder, where = run.input("model"), "cpu" if ranks_sharing(config) > 1 else device
-    if not scores(read_config(whole_of(folder))):
+    if not (is_scored(folder) or scores(read_config(whole_of(folder)))):
         log.say(f"a new score head: {', '.join(outputs)}")
         return build_scorer(load(folder, device=where), outputs, config.seed)
     scorer = load_scorer(folder, device=where)

@@ -17,7 +17,7 @@ from tutelage.data.families import Ending, Family
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine
 from tutelage.errors import ConfigError
-from tutelage.models.adapters import beginning, wear_scorer
+from tutelage.models.adapters import beginning
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
@@ -63,7 +63,7 @@ class Kit:
     ) -> Kit:  # fmt: skip
         """Raises `ConfigError` for settings that do not go together."""
         check(config)
-        length = tuning.max_length(config, model.config.max_position_embeddings)
+        length = tuning.max_length(config, model)
         layout = tuning.layout_for(config, model)
         plan = Plan(
             prompts=config.batch, samples=config.samples, max_tokens=config.max_tokens, updates=config.updates,
@@ -193,10 +193,6 @@ def check(config: Rl) -> None:
         raise ConfigError(
             "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"
         )
-    if config.method == "ppo" and config.adapter.kind in ("prompt", "prefix"):
-        raise ConfigError(
-            "a value function wears no virtual tokens", field="adapter.kind", found=config.adapter.kind, fix="use lora"
-        )
     if config.shard == "full":
         raise ConfigError("answers can't be made by a model in shards yet", field="shard", found="full", expected="none")
     given = type(config).model_fields
@@ -228,9 +224,9 @@ def value_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Score
         found = load_scorer(run.input("value"), device=device)
     else:
         found = build_scorer(load(run.input("model"), device=device), 1, config.seed)
-    if config.adapter.kind != "none":  # trained at the adapter's rate, so by an adapter too
-        wear_scorer(found, config.adapter, config.seed)
-    return found
+    # Trained at the adapter's rate, so by an adapter too.
+    start = run.input("value" if config.value is not None else "model")
+    return tuning.wear_under_head(found, config, start, config.seed)  # type: ignore[no-any-return]
 
 
 def reference_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ from tutelage.config.stages import Sample
 from tutelage.data.render import Renderer
 from tutelage.files import whole_file, whole_folder, write_json
 from tutelage.models.load import load
+from tutelage.models.virtual import room
 from tutelage.records import SCHEMA_VERSION, Prompt, Rollout, dump_line
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.source import Judging, read_rollouts
@@ -28,7 +29,7 @@ def run(config: Sample, run: RunDir) -> dict[str, Any]:
     device = fitting.choose_device(config)
     model: Any = load(run.input("model"), device=device)
     words = TokenizerFolder.open(run.input("model"))
-    length = min(model.config.max_position_embeddings, 2048)
+    length = min(room(model), 2048)
     sampler = sampler_for(model, Renderer(words), length, config.max_tokens, config.temperature)
     prompts = with_room(sampler, read_prompts(run, config.part), config.part)
     prompts = prompts[: config.max_prompts or None]

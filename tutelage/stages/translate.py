@@ -23,6 +23,7 @@ from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
 from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
+from tutelage.models.virtual import room
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
@@ -95,7 +96,7 @@ def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2
 
 def source_room(model: Seq2Seq, words: TokenizerFolder) -> int:
     """Tokens that a source may have: T5's positions have no end, other models' do."""
-    return min(model.config.max_position_embeddings, words.max_length or 1 << 20)
+    return min(room(model), words.max_length or 1 << 20)
 
 
 def rates_of(config: Translate, model: torch.nn.Module) -> Rates:

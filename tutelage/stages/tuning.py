@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from tutelage import log
-from tutelage.bases import whole_of
+from tutelage.bases import base_of, whole_of
 from tutelage.config.base import nearest
 from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
+from tutelage.models.adapters import wear_scorer, with_heads, worn_adapter
+from tutelage.models.virtual import room
 from tutelage.objectives import TABLE
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
@@ -40,15 +42,30 @@ def size_of(model: Any) -> int:
         return sum(p.numel() for p in model.parameters())
 
 
-def check_merged(config: Tune) -> None:
-    """Raises `ConfigError` for an adapter that can't become part of a model that is written whole, with its score head."""
-    kind = config.adapter.kind
-    if kind in ("prompt", "prefix") or (kind != "none" and ranks_sharing(config) > 1):
-        asked = ("adapter.kind", kind) if kind in ("prompt", "prefix") else ("shard", config.shard)
+def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
+    """Puts the adapter of the settings under a score head. Virtual tokens that the scorer was loaded with from `folder` are
+    trained on, since they can't be merged. Raises `ConfigError` where the settings ask for others, and for shards."""
+    asked, before = config.adapter, worn_adapter(scorer)
+    if asked.kind != "none" and ranks_sharing(config) > 1:
         raise ConfigError(
-            "an adapter under a score head is merged when it is written, which this one can't be", field=asked[0],
-            found=asked[1], expected="lora, dora or ia3, with shard=none",
-        )  # fmt: skip
+            "an adapter under a score head is not cut over ranks", field="shard", found=config.shard, expected="none"
+        )
+    if before is None:
+        if asked.kind == "none":
+            return scorer
+        wear_scorer(scorer, asked, seed)
+        worn_adapter(scorer).base = folder  # type: ignore[union-attr]
+        return scorer
+    for name in ("kind", "tokens"):
+        wanted, own = getattr(asked, name), getattr(before.config, name)
+        if wanted != own and (name == "kind" or wanted != type(asked).model_fields[name].default):
+            raise ConfigError(
+                "the model wears virtual tokens, which can't be merged: they are trained on", field=f"adapter.{name}",
+                found=wanted, expected=f"{own}, as in {folder}", fix="give these settings, or start from the base",
+            )  # fmt: skip
+    log.say(f"training on the adapter of {folder} ({before.config.kind})")
+    before.base = base_of(folder)
+    return with_heads(scorer)
 
 
 ALSO_CALLED = {"sigmoid": "dpo", "bradley_terry": "reward"}
@@ -108,14 +125,17 @@ def steps_of(config: Tune, epochs: float, families: int) -> int:
     return steps
 
 
-def max_length(config: Tune, context: int) -> int:
+def max_length(config: Tune, model: Any) -> int:
     """Raises `ConfigError` for more than the model's context."""
+    most = room(model)
     if config.max_length == "derived":
-        return min(context, 2048)
-    if config.max_length > context:
+        return min(most, 2048)
+    if config.max_length > most:
+        virtual = model.config.max_position_embeddings - most
         raise ConfigError(
-            "longer than the model's context", field="max_length", found=config.max_length, expected=f"at most {context}"
-        )
+            "longer than the model's context", field="max_length", found=config.max_length,
+            expected=f"at most {most}{f', behind {virtual} virtual tokens' if virtual else ''}",
+        )  # fmt: skip
     return config.max_length
 
 
@@ -125,7 +145,7 @@ def layout_for(config: Tune, model: Any) -> Any:
         log.say("layout: packed, since this model's prompts can't be read once for several answers")
         return "packed"
     steady = getattr(model, "cacheable", None)
-    if steady is not None and config.layout != "rows" and max_length(config, model.config.max_position_embeddings) > steady:
+    if steady is not None and config.layout != "rows" and max_length(config, model) > steady:
         log.say(f"layout: rows, since this model turns its angles by the longest text of a row (above {steady:,} tokens)")
         return "rows"
     return config.layout

@@ -11,6 +11,7 @@ from tutelage import log
 from tutelage.config.train import Loop
 from tutelage.data.tokens import Segments
 from tutelage.models.interface import Batch
+from tutelage.models.virtual import room
 
 SAMPLE = 8  # texts
 
@@ -36,9 +37,9 @@ def cost_of(model: Any, segments: Segments, stop_ids: tuple[int, ...]) -> float:
     """Nats that the supervised tokens which end a turn cost, on average; 0 where there are none."""
     costs: list[float] = []
     device = next(model.parameters()).device
-    room = min(model.config.max_position_embeddings, 512)
+    most = min(room(model), 512)
     for i in range(min(SAMPLE, len(segments))):
-        ids, mask = segments.ids(i)[:room], segments.mask(i)[:room]
+        ids, mask = segments.ids(i)[:most], segments.mask(i)[:most]
         at = [t for t in range(1, len(ids)) if mask[t] and int(ids[t]) in stop_ids]
         if at:
             logprobs = model.logits(Batch.of([ids.tolist()], device=device))[0].float().log_softmax(-1)
