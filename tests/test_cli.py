@@ -270,3 +270,9 @@ def test_pipes_get_whole_lines(tmp_path: Path) -> None:
         capture_output=True, text=True, env=environ, check=True,
     )  # fmt: skip
     assert str(next(root.glob("cli/data-*"))) in done.stdout
+
+
+def test_the_package_runs_as_a_module() -> None:
+    """`python -m tutelage`, which `torchrun -m` and people without scripts on their path write."""
+    done = subprocess.run([sys.executable, "-m", "tutelage", "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr

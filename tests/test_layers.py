@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelage"
 
 # Left imports right; names on one line may import one another.
 LAYERS = [
+    {"__main__"},
     {"cli", "api", "console", "options", "rollouts_shown", "using"},
     {"stages"},
     {"web"},

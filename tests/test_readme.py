@@ -23,7 +23,7 @@ def test_every_command_of_the_readme_runs(root: Path, tmp_path: Path) -> None:
     script = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
     for language, text in BLOCK.findall((root / "README.md").read_text(encoding="utf-8")):
         if language == "python":
-            text = f"base=$base python - <<'END'\nimport os; base = os.environ['base']\n{text}END\n"
+            text = f"python - <<'END'\n{text}END\n"
         script.append(text)
     assert len(script) > 10
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -29,7 +29,7 @@ def show_plan(plan: list[Planned], runner: Runner) -> None:
     notes = []
     for item in plan:
         status = "run (forced)" if runner.force and item.status == "hit" else item.status
-        table.add_row(*map(Text, (item.name, item.kind, status, *_expected(item.estimate))))
+        table.add_row(*map(Text, (item.name, item.kind, status, *_expected(item.estimate, resumes=item.status == "resume"))))
         if isinstance(item.estimate, Estimate):
             rest = ", less what an earlier attempt has done" if item.status == "resume" else ""
             notes.append(f"{item.name}: {item.estimate.because}{rest}; memory {item.estimate.room}")
@@ -42,14 +42,15 @@ def show_plan(plan: list[Planned], runner: Runner) -> None:
         log.say(note, style="dim")
 
 
-def _expected(estimate: Estimate | Unknown | None) -> tuple[str, str]:
-    """Time and memory of a stage, for people."""
+def _expected(estimate: Estimate | Unknown | None, resumes: bool = False) -> tuple[str, str]:
+    """Time and memory of a stage, for people. Of one that `resumes` an earlier attempt has done some of the work."""
     if isinstance(estimate, Unknown):
         return str(estimate), str(estimate)
     if estimate is None:
         return clock(0), size(0)
     seconds, memory = estimate.seconds, estimate.memory_bytes
-    return f"{clock(seconds.low)} - {clock(seconds.high)}", f"{size(memory.low)} - {size(memory.high)}"
+    time = f"at most {clock(seconds.high)}" if resumes else f"{clock(seconds.low)} - {clock(seconds.high)}"
+    return time, f"{size(memory.low)} - {size(memory.high)}"
 
 
 def _total(plan: list[Planned]) -> str:

@@ -74,3 +74,19 @@ def test_pictures_and_edits() -> None:
     for a, b, expected in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("abcd", "d", 3), ("a", "xaxx", 3)):
         assert edits(a, b) == edits(b, a) == expected
     assert similarity("", "") == 1.0 and similarity("abcd", "abce") == 0.75
+
+
+def test_the_matrix_is_read_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns squeezed to one letter each, or a matrix that is left out without a word."""
+    from tutelage.evaluate.classification import show_confusion
+
+    names = [f"a class of letters {chr(97 + i)}" for i in range(12)]
+    counts = [[20 + i if i == j else (j == 3) * 7 for j in range(12)] for i in range(12)]
+    show_confusion(names, counts)
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= 80 and "down: truth" in lines[0]
+    assert lines[1].split() == [str(i) for i in range(1, 13)]
+    assert lines[2].split()[:6] == ["1", "a", "class", "of", "letters", "a"] and lines[2].split()[6:10] == ["20", ".", ".", "7"]
+    show_confusion([f"c{i}" for i in range(60)], [[100] * 60] * 60)
+    assert "too many for this terminal" in capsys.readouterr().err

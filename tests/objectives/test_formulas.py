@@ -88,14 +88,14 @@ def test_one_pair_by_hand(method, settings, expected):
 
 
 def test_measured_terms_by_hand():
-    """Guards against rewards without beta, and against an accuracy that counts ties or the wrong order as right."""
+    """Guards against rewards without beta, and an accuracy that counts the wrong order as right, or ties as more than half."""
     terms = step(halves(), "dpo", one_pair(), beta=0.5).terms
     half = math.log(2) / 2
     expected = {"_accuracy": 1, "_chosen": half, "_rejected": -half, "_margin": 2 * half}
     assert {k: v for k, v in terms.items() if k != "loss"} == pytest.approx(expected, abs=1e-6)
     (pair,) = one_pair()
     tied = Family("p", pair.prompt, (pair.endings[0], pair.endings[0]))
-    assert step(halves(), "dpo", [tied]).terms["_accuracy"] == 0
+    assert step(halves(), "dpo", [tied]).terms["_accuracy"] == 0.5
 
 
 def judged(good: int, other: float, name: str = "r") -> Family:

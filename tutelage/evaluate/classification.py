@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from tutelage.records import Span
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 DRAWS = 1000
-SHOWN = 14  # classes of a confusion matrix in the terminal
+NAME = 22  # characters of a class beside its row of the confusion matrix
 
 
 def confusion(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
@@ -150,14 +149,26 @@ def show(facts: dict[str, Any], title: str) -> None:
     for row in facts["classes"]:
         table.add_row(Text(row["class"]), f"{row['texts']:,}", *(f"{row[k]:.3f}" for k in ("precision", "recall", "f1")))
     log.console.print(table)
-    if len(facts.get("confusion", ())) in range(2, SHOWN + 1):
-        names = [row["class"] for row in facts["classes"]]
-        matrix = Table("truth \\ said", *(escape(n[:10]) for n in names), title="confusion matrix", title_justify="left")
-        for name, counts in zip(names, facts["confusion"], strict=True):
-            cells = [Text(str(c), style="bold" if c == max(counts) else "dim") for c in counts]
-            matrix.add_row(Text(name), *cells)
-        log.console.print(matrix)
+    if len(facts.get("confusion", ())) > 1:
+        show_confusion([row["class"] for row in facts["classes"]], facts["confusion"])
     log.say(summary(facts))
+
+
+def show_confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
+    """Prints the matrix where it fits: what was said stands across, as numbers of the classes. The picture has them all."""
+    digits = max(len(str(len(names))), *(len(str(c)) for row in counts for c in row))
+    label = min(NAME, max(map(len, names))) + len(str(len(names))) + 1
+    if label + len(names) * (digits + 1) > log.console.width:
+        log.say(f"confusion matrix: {len(names)} classes are too many for this terminal; it is drawn in scores/")
+        return
+    log.say("confusion matrix (down: truth, across: said)")
+    across = "".join(f" {i + 1:>{digits}}" for i in range(len(names)))
+    log.console.print(Text(" " * label + across, style="dim"))
+    for i, (name, row) in enumerate(zip(names, counts, strict=True)):
+        line = Text(f"{i + 1:>{len(str(len(names)))}} {name[:NAME]}".ljust(label))
+        for j, count in enumerate(row):
+            line.append(f" {count or '.':>{digits}}", style="bold" if i == j else "")
+        log.console.print(line)
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -18,8 +18,8 @@ import yaml
 
 from tutelage.errors import ArtifactError
 from tutelage.files import read_json
+from tutelage.plan.energy import energy as estimated
 
-WATTS_PER_CORE = 8.0  # a server core under load with its share of memory and board: a guess, and the page says so
 HISTOGRAM_BYTES = 64_000_000  # above this, document lengths come from the card's quantiles alone
 ROLES = {
     "records": "data",
@@ -207,7 +207,7 @@ def training_samples(node: Node, most: int = 5) -> list[dict[str, Any]]:
 
 
 def energy(node: Node) -> dict[str, Any]:
-    """Watt-hours of a run: what it recorded (`energy` in run.json, of `plan.energy`), else seconds x cores x a stated guess."""
+    """Watt-hours of a run: what it recorded (`energy` in run.json, of `plan.energy`), else the same count of its seconds here."""
     own = node.facts.get("energy")
     kwh = number(own.get("kwh")) if isinstance(own, dict) else None
     if isinstance(own, dict) and kwh is not None:
@@ -215,9 +215,9 @@ def energy(node: Node) -> dict[str, Any]:
         origin, because = own.get("origin", "estimated"), own.get("because", "no source given")
         how = f"{origin}: seconds x {watts:.3g} W x PUE {pue:g} / 3600 ({because})"
         return {"wh": kwh * 1000, "how": how}
-    cores = number((node.facts.get("machine") or {}).get("cores")) or 1.0
-    how = f"estimated: seconds x {cores:.0f} cores x {WATTS_PER_CORE:g} W / 3600, where a run recorded none"
-    return {"wh": node.seconds * cores * WATTS_PER_CORE / 3600, "how": how}
+    found = estimated(node.seconds, "CPU")
+    how = f"estimated: seconds x {found.watts:.3g} W x PUE {found.pue:g} / 3600 ({found.because}), where a run recorded none"
+    return {"wh": found.kwh * 1000, "how": how}
 
 
 def stored_parameters(model: Path) -> float | None:

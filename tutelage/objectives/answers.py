@@ -88,10 +88,11 @@ def paired(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_terms(loss: Tensor, chosen: Tensor, rejected: Tensor, name: str = "loss") -> dict[str, Term]:
-    """The loss [P] of each pair; and, measured only, the rewards [P] that it compares and how often they are in order."""
+    """The loss [P] of each pair; and, measured only, the rewards [P] that it compares and how often they are in order: before the
+    first step both are 0 where they are compared with the start itself, and that is half right."""
     chosen, rejected = chosen.detach(), rejected.detach()
     measured = {
-        "_accuracy": (chosen > rejected).to(loss.dtype),
+        "_accuracy": (chosen > rejected).to(loss.dtype) + (chosen == rejected).to(loss.dtype) / 2,
         "_chosen": chosen,
         "_rejected": rejected,
         "_margin": chosen - rejected,
