@@ -184,6 +184,38 @@ def test_sub_word_pieces_are_not_supervised_and_spans_come_back(words: Tokenizer
     assert answers.tokens["label"].tolist() == [0, 1, 0, 0, 3]
 
 
+def test_a_kind_of_span_weighs_both_of_its_tags(words: TokenizerFolder) -> None:
+    """A weight that is asked for by the tags' names and looked up by the kind's: accepted, and without effect."""
+    text = "a be can x"
+    made = [Example.make(text, source="t", spans=(Span(start=2, end=8, label="X"),))]
+    labels = Labels("tag", ("O", "B-X", "I-X"), {"X": 5.0, "O": 0.5})
+    answers = assemble([ExampleFamilies(made, TextEncoder(words, 64), labels)[0]], "packed").answers
+    assert answers is not None and answers.tokens["label"].tolist() == [0, 1, 2, 0]
+    assert answers.tokens["weight"].tolist() == [0.5, 5.0, 5.0, 0.5] and labels.kinds == ("O", "X")
+    labels.check(["X", "O"])
+    with pytest.raises(ConfigError, match="no such class") as error:
+        labels.check(["B-X"])
+    assert error.value.expected == "O, X"
+
+
+@pytest.mark.parametrize("kind", ["class", "tag"])
+def test_balanced_gives_every_class_the_same_share(words: TokenizerFolder, kind: str) -> None:
+    """Kinds of spans weighed by how many spans they have, with O at 1: the rarest tags stay a small part of the loss."""
+    plain = families(words, kind)
+    found = families(words, kind, **plain.balanced())
+    total: dict[str, float] = {}
+    texts = 0.0
+    for i in range(len(found)):
+        answers = assemble([found[i]], "packed").answers
+        assert answers is not None
+        one = answers.tokens if kind == "tag" else answers.whole
+        for label, weight in zip(one["label"].tolist(), one["weight"].tolist(), strict=True):
+            name = found.labels.names[int(label)].removeprefix("B-").removeprefix("I-")
+            total[name], texts = total.get(name, 0.0) + weight, texts + 1
+    assert set(total) == set(found.labels.kinds) and len(total) == 3
+    assert list(total.values()) == pytest.approx([texts / 3] * 3)
+
+
 def test_long_texts_are_cut_as_said_and_counted(words: TokenizerFolder) -> None:
     """A text whose end is lost without a word; a separator that is cut away with it; a pair of which one text goes whole."""
     text = "a b c d e f g h"

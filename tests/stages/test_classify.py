@@ -111,6 +111,20 @@ def test_a_tagger_finds_spans(world: World, tmp_path: Path) -> None:  # noqa: F8
     transformers.AutoModelForTokenClassification.from_pretrained(made.path / "model")
 
 
+def test_weights_of_tags_are_asked_for_by_kind(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """A weight for COLOUR that is refused, one for B-COLOUR that does nothing; `balanced` that weighs O as it is."""
+    records = data(tmp_path, "tag")
+    with pytest.raises(ConfigError, match="no such class") as error:
+        classify(tmp_path, world, records, class_weights={"B-COLOUR": 50})
+    assert error.value.fix == "did you mean `COLOUR`?"
+    losses = [classify(tmp_path, world, records, steps=1, class_weights=w).facts["loss"] for w in ("none", {"COLOUR": 5})]
+    assert losses[1] > 1.2 * losses[0]
+    classify(tmp_path, world, records, steps=1, class_weights="balanced")
+    assert "weights in the loss: O 0.5" in capsys.readouterr().err
+
+
 def test_a_decoder_classifies_at_its_last_token(world: World, tmp_path: Path) -> None:  # noqa: F811
     """A checkpoint of ours as a classifier: its folder, its classes, and no tagging by a model that sees one side."""
     records = data(tmp_path, "class")

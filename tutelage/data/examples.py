@@ -94,17 +94,27 @@ class Labels:
 
     task: Task
     names: tuple[str, ...]  # the K classes; of a tagger: O, then B- and I- of each kind of span
-    weights: Mapping[str, float] = field(default_factory=dict)  # of classes in the loss; 1 where absent
+    weights: Mapping[str, float] = field(default_factory=dict)  # of `kinds` in the loss; 1 where absent
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What users name and weigh: the classes; of a tagger O and the kinds of spans, each of which is two tags."""
+        return self.names if self.task != "tag" else tuple(dict.fromkeys(kind_of(tag) for tag in self.names))
 
     def check(self, given: Sequence[str]) -> None:
         """Raises `ConfigError` for names that are not classes."""
         for name in given:
-            if name not in self.names:
-                near = nearest(name, list(self.names))
+            if name not in self.kinds:
+                near = nearest(name, list(self.kinds))
                 raise ConfigError(
-                    "no such class", field="class_weights", found=name, expected=", ".join(self.names),
+                    "no such class", field="class_weights", found=name, expected=", ".join(self.kinds),
                     fix=f"did you mean `{near}`?" if near else None,
                 )  # fmt: skip
+
+
+def kind_of(tag: str) -> str:
+    """The kind of span that a tag is of; O of one that is of none."""
+    return tag.partition("-")[2] or OUTSIDE
 
 
 def task_of(examples: Sequence[Example]) -> Task:
@@ -151,12 +161,6 @@ def named(example: Example, task: Task) -> tuple[str, ...]:
     if task == "class":
         return () if example.label is None else (example.label,)
     return example.labels if task == "many" else tuple(s.label for s in example.spans)
-
-
-def balanced(examples: Sequence[Example], labels: Labels) -> dict[str, float]:
-    """Weights that give every class the same share of the loss; their mean over the examples is 1."""
-    counts = Counter(name for e in examples for name in named(e, labels.task))
-    return {name: len(examples) / (len(counts) * n) for name, n in counts.items()}
 
 
 class ExampleFamilies:
@@ -208,9 +212,19 @@ class ExampleFamilies:
         mask = np.zeros(len(ids) - 1, np.uint8)
         label, weight = np.zeros(len(ids) - 1, np.float32), np.ones(len(ids) - 1, np.float32)
         for token, tag in tags.items():
-            kind = self.labels.names[tag].partition("-")[2] or OUTSIDE
+            kind = kind_of(self.labels.names[tag])
             mask[token - 1], label[token - 1], weight[token - 1] = 1, tag, self.labels.weights.get(kind, 1.0)
         return Family(name, ids[:1], (Ending(ids[1:], mask, {"label": label, "weight": weight}),))
+
+    def balanced(self) -> dict[str, float]:
+        """Weights that give every class the same share of the loss, of a tagger every kind of span and O; their mean over the
+        texts, or a tagger's words, is 1."""
+        if self.labels.task == "tag":
+            every = [kind_of(tag) for e, f in zip(self.examples, self.encoded, strict=True) for tag in tags(f, e.spans)]
+        else:
+            every = [name for e in self.examples for name in named(e, self.labels.task)]
+        counts = Counter(every)
+        return {name: len(every) / (len(counts) * n) for name, n in counts.items()}
 
     def _answer(self, example: Example, found: Encoded) -> Any:
         if self.labels.task == "class":

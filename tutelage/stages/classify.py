@@ -10,7 +10,7 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.tasks import Classify
-from tutelage.data.examples import Labels, balanced, labels_of, named
+from tutelage.data.examples import Labels, labels_of, named
 from tutelage.data.split import position
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, write
@@ -24,11 +24,14 @@ from tutelage.stages.fitting import choose_device
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
     train, held = read(run.input("data"))
-    labels = weighted(config, train, labels_of(train, held))
+    labels = weighted(config, labels_of(train, held))
     log.say(
         f"{len(train):,} examples to learn from, {len(held):,} held out, {len(labels.names)} classes: {', '.join(labels.names)}"
     )
     start = Start.of(config, run, labels, choose_device(config))
+    if config.class_weights == "balanced":
+        start.labels = labels = replace(labels, weights=start.families(train).balanced())
+        log.say(f"weights in the loss: {', '.join(f'{name} {weight:.3g}' for name, weight in labels.weights.items())}")
     judged: dict[str, Judged] = {}
     if config.folds:
         judged["cross_validation"] = cross_validate(start, train)
@@ -52,18 +55,17 @@ def read(folder: Path) -> tuple[list[Example], list[Example]]:
     return tuple(list(read_records(folder / f"{part}.jsonl", Example)) for part in ("train", "validation"))  # type: ignore[return-value]
 
 
-def weighted(config: Classify, train: Sequence[Example], labels: Labels) -> Labels:
-    """The classes with their weights in the loss."""
+def weighted(config: Classify, labels: Labels) -> Labels:
+    """The classes with the weights in the loss that the settings give them. Raises `ConfigError` for names that are none."""
     if config.class_weights == "none":
         return labels
     if labels.task == "many":
         raise ConfigError("weights are of texts that have one class each", field="class_weights", found=config.class_weights,
                           expected="none")  # fmt: skip
     if config.class_weights == "balanced":
-        return replace(labels, weights=balanced(train, labels))
-    given = dict(config.class_weights)
-    labels.check(list(given))
-    return replace(labels, weights=given)
+        return labels
+    labels.check(list(config.class_weights))
+    return replace(labels, weights=dict(config.class_weights))
 
 
 def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> Judged:
