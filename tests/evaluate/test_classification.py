@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tutelage.data.examples import Labels
 from tutelage.evaluate import classification
+from tutelage.evaluate.classified import Judged, add_baseline, joined
 from tutelage.evaluate.confusion import picture
 from tutelage.evaluate.texts import edits, similarity
-from tutelage.records import Span
+from tutelage.records import Example, Span
 
 TRUTH = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 0])
 ODDS = (
@@ -64,6 +66,24 @@ def test_the_same_numbers_as_scikit_learn() -> None:
     counts = WordCounts(texts, np.arange(40) % 2, 3)
     odds = counts.probabilities(["ice snow 3", "sea sun"])
     assert odds.shape == (2, 3) and odds.argmax(1).tolist() == [0, 1] and counts.chosen
+
+
+def test_a_baseline_of_texts_without_words_is_said_and_not_computed() -> None:
+    """A traceback of scikit-learn (`empty vocabulary`) after hours of training; folds put together as if all had a baseline."""
+    pytest.importorskip("sklearn", reason="pip install scikit-learn, for the baseline")
+    labels = Labels("class", ("happy", "sad"))
+    faces = [
+        Example.make(face * (i + 1), source="t", label=name) for i in range(6) for name, face in (("happy", ":)"), ("sad", ":("))
+    ]
+    odds = [np.array([0.9, 0.1])] * len(faces)
+    silent, said = Judged(faces, odds, []), Judged(faces, odds, [])
+    add_baseline(silent, faces, labels, wanted=True)
+    assert silent.baseline is None and "no text to learn from has a word" in silent.why_not
+    worded = [*faces, *(Example.make(f"{name} day {name}", source="t", label=name) for name in labels.names)]
+    add_baseline(said, worded, labels, wanted=True)  # words in two of the texts: no choice of settings by cross-validation
+    assert said.baseline is not None and not said.why_not
+    both = joined([said, silent])
+    assert both.baseline is None and both.why_not == silent.why_not
 
 
 def test_pictures_and_edits() -> None:

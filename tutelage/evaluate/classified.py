@@ -12,7 +12,7 @@ import numpy as np
 from tutelage import log
 from tutelage.data.examples import ExampleFamilies, Labels
 from tutelage.engine.classifier import chosen, probabilities, tagged
-from tutelage.errors import MissingExtra
+from tutelage.errors import DataError, MissingExtra
 from tutelage.evaluate import classification, confusion
 from tutelage.evaluate.intervals import mcnemar, paired_difference
 from tutelage.evaluate.word_counts import WordCounts
@@ -47,14 +47,14 @@ def add_baseline(found: Judged, train: Sequence[Example], labels: Labels, *, wan
         try:
             counts = WordCounts([text_of(e) for e in train], truth_of(train, labels), len(labels.names))
             found.baseline = counts.probabilities([text_of(e) for e in found.examples])
-        except MissingExtra as error:
+        except (MissingExtra, DataError) as error:
             found.why_not = error.render().replace("\n", ";")
 
 
 def joined(parts: Sequence[Judged]) -> Judged:
     out = Judged([e for p in parts for e in p.examples], [o for p in parts for o in p.odds], [s for p in parts for s in p.spans])
     out.fold = np.concatenate([p.fold for p in parts])
-    out.why_not = parts[0].why_not
+    out.why_not = next((p.why_not for p in parts if p.why_not), "")
     if not out.why_not:
         out.baseline = np.concatenate([p.baseline for p in parts if p.baseline is not None])
     return out
