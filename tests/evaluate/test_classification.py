@@ -86,6 +86,14 @@ def test_a_baseline_of_texts_without_words_is_said_and_not_computed() -> None:
     assert both.baseline is None and both.why_not == silent.why_not
 
 
+def test_dollars_in_the_names_of_classes_are_dollars() -> None:
+    """A traceback of matplotlib, which reads what stands between two dollars as a formula."""
+    pytest.importorskip("matplotlib")
+    names = ["price: $5 to $10 $x_$", "$\\frac{$"]
+    svg = picture([[1, 0], [0, 1]], names)
+    assert svg.count(names[0]) == 2 and svg.count(names[1]) == 2
+
+
 def test_pictures_and_edits() -> None:
     """A matrix without its numbers; a distance that misses insertions."""
     pytest.importorskip("matplotlib")

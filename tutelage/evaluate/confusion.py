@@ -17,7 +17,10 @@ def picture(table: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     counts = np.asarray(table)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = 1.6 + 0.45 * len(names)
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "confusion", "font.size": 8, "font.family": "sans-serif"}
+    settings: dict[str, Any] = {
+        "svg.fonttype": "none", "svg.hashsalt": "confusion", "font.size": 8, "font.family": "sans-serif",
+        "text.parse_math": False,  # a class may be called `$5 to $10`
+    }  # fmt: skip
     with matplotlib.rc_context(settings):  # type: ignore[arg-type]
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.add_subplot()
