@@ -15,6 +15,7 @@ A second text is `pair` (or sentence1 and sentence2; premise and hypothesis). Ev
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,12 @@ def _text(value: Any, field: str) -> str:
 
 
 def _label(value: Any, field: str) -> str:
-    """The name of a class: a text, or a number or truth value written as one."""
-    if isinstance(value, str | bool | int) and str(value).strip():
-        return str(value).strip()
-    raise DataError("this is no label", field=field, found=value, expected="a text, a whole number, or true or false",
+    """The name of a class: a text, or a number or truth value as JSON writes it."""
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise DataError("this is no label", field=field, found=value, expected="a text, a number, or true or false",
                     fix="fill it in, or remove the row")  # fmt: skip
 
 
