@@ -50,6 +50,32 @@ def test_mean_and_paired_difference() -> None:
 
 
 @pytest.mark.parametrize(
+    ("counts", "low", "high"), [((36, 12, 2, 0), 0.0569, 0.3404), ((1, 97, 0, 2), 0.9031, 0.9867), ((0, 30, 0, 0), 0.8395, 1.0)]
+)
+def test_paired_shares_as_published(counts: tuple[int, ...], low: float, high: float) -> None:
+    """Student's t of the differences: -0.8 over five texts was said to lie between -1.029 and -0.571. Newcombe 1998."""
+    a, b = (np.repeat(shares, counts) for shares in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    for sign, (x, y) in ((1, (a, b)), (-1, (b, a))):
+        found = iv.paired_shares(x, y)
+        assert found.value == pytest.approx(sign * (counts[1] - counts[2]) / sum(counts))
+        assert [sign * e for e in (found.low, found.high)][::sign] == pytest.approx([low, high], abs=5e-5)
+        assert found.standard_error == pytest.approx(float((x - y).std() / len(x) ** 0.5))
+
+
+def test_paired_shares_hold_in_their_range() -> None:
+    """An interval that leaves [-1, 1], or that holds the truth less often than it says."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        a, b = rng.random((2, 30)) < np.array([[0.9], [0.3]])
+        b = np.where(rng.random(30) < 0.5, a, b)
+        found = iv.paired_shares(a, b)
+        assert -1 <= found.low <= found.value <= found.high <= 1
+        hits += found.low <= 0.3 <= found.high
+    assert hits >= 368
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [([0.7], "one value: no interval"), ([0.0, 1.0], "two values: no interval"),
      ([1.0] * 8, "8 values, all the same: no interval")],

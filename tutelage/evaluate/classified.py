@@ -14,7 +14,7 @@ from tutelage.data.examples import ExampleFamilies, Labels
 from tutelage.engine.classifier import chosen, probabilities, tagged
 from tutelage.errors import DataError, MissingExtra
 from tutelage.evaluate import classification, confusion
-from tutelage.evaluate.intervals import mcnemar, paired_difference
+from tutelage.evaluate.intervals import mcnemar, paired_shares
 from tutelage.evaluate.word_counts import WordCounts
 from tutelage.files import whole_file
 from tutelage.records import Example, Span
@@ -109,7 +109,7 @@ def compared(found: Judged, truth: np.ndarray, odds: np.ndarray, theirs: dict[st
         a, b = odds.argmax(1) == truth, found.baseline.argmax(1) == truth
     else:
         a, b = (((p > 0.5) == (truth > 0)).all(1) for p in (odds, found.baseline))
-    gain = paired_difference(a, b)
+    gain = paired_shares(a, b)
     p = mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
     log.say(f"TF-IDF + logistic regression: {classification.summary(theirs)}")
     more = f"{abs(100 * gain.value):.1f} points {'more' if gain.value >= 0 else 'less'} often"
