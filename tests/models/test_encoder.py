@@ -26,8 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "distilbert": {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64,
                    "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
     "electra": {**SIZES, "embedding_size": 16},
-    "modernbert": {**SIZES, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2,
-                   "eos_token_id": 3},
+    "modernbert": {**{k: v for k, v in SIZES.items() if not k.endswith("dropout_prob")}, "global_attn_every_n_layers": 2,
+                   "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
 }  # fmt: skip
 LABELS = ("cold", "mild", "warm")
 
@@ -117,6 +117,28 @@ def test_roberta_counts_positions_from_its_padding(tmp_path: Path) -> None:
     part(Batch.of([[5] * 62, [5]]))
     with pytest.raises((IndexError, RuntimeError)):
         part(Batch.of([[5] * 63]))
+
+
+def test_keys_that_a_family_does_not_have_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """`hiden_size`, which `transformers` keeps and nothing reads: a model of another size than was asked for."""
+    for key, near in (("hiden_size", "hidden_size"), ("num_hidden_layer", "num_hidden_layers")):
+        with pytest.raises(ConfigError, match="no such key") as error:
+            new_classifier({key: 3}, "class", LABELS, base=SIZES)
+        assert error.value.field == f"architecture.{key}" and error.value.fix == f"did you mean `{near}`?"
+    with pytest.raises(ConfigError, match="no such key"):  # it would be written over
+        new_classifier({"id2label": {0: "a"}}, "class", LABELS, base=SIZES)
+    with pytest.raises(ConfigError, match="knows no such model") as error:
+        new_classifier({"model_type": "robreta"}, "class", LABELS, base=SIZES)
+    assert error.value.fix == "did you mean `roberta`?"
+    for wrong in ({"hidden_size": 33}, {"hidden_size": "big"}, {"hidden_act": "nothing"}):
+        with pytest.raises(ConfigError, match="makes no such model"):
+            new_classifier(wrong, "class", LABELS, base=SIZES)
+    capsys.readouterr()
+    part = new_classifier({"model_type": "distilbert"}, "class", LABELS, base=SIZES)
+    assert part.hf.config.dim == 32 and part.hf.config.hidden_dim == 3072
+    assert "distilbert has no intermediate_size" in capsys.readouterr().err
+    rotary = new_classifier({"model_type": "modernbert", "global_rope_theta": 500.0}, "class", LABELS, base=SIZES)
+    assert rotary.hf.config.rope_parameters["full_attention"]["rope_theta"] == 500
 
 
 def test_a_new_head_is_said_and_an_old_one_is_kept(tmp_path: Path) -> None:

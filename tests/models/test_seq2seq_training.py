@@ -129,6 +129,15 @@ def test_rows_of_text_are_refused() -> None:
         new_seq2seq({"model_type": "gpt2"})
 
 
+def test_keys_that_a_family_does_not_have_are_refused() -> None:
+    """`d_modle`, which is taken and never read."""
+    with pytest.raises(ConfigError, match="t5 has no such key") as error:
+        new_seq2seq({"d_modle": 32}, KINDS["t5"])
+    assert error.value.fix == "did you mean `d_model`?"
+    made = new_seq2seq({"num_layers": 1}, {k: v for k, v in KINDS["t5"].items() if k != "model_type"}).hf.config
+    assert (made.d_model, made.num_layers, made.decoder_start_token_id) == (32, 1, 0)
+
+
 def write_words(folder: Path) -> TokenizerFolder:
     """Letters; a text ends with </s>, as T5 has it."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *"abcdefgh"])}

@@ -198,6 +198,21 @@ def test_an_adapter_needs_a_trained_base(world: World, tmp_path: Path) -> None: 
         classify(tmp_path, world, data(tmp_path, "class"), adapter={"kind": "lora"})
 
 
+def test_an_architecture_is_for_models_from_scratch(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Six layers asked of a folder that has twelve, and not a word; misspelt keys."""
+    records, base = data(tmp_path, "class"), world.made["base"]
+    for given in ({"encoder": base}, {"model": base}):
+        with pytest.raises(ConfigError, match="own architecture") as error:
+            classify(tmp_path, world, records, tokenizer=None, architecture={"num_hidden_layers": 6}, **given)
+        assert error.value.field == "architecture"
+    with pytest.raises(ConfigError, match="own architecture"):
+        api.translate(runs=tmp_path / "runs", data=world.made["chats"], model=base, architecture={"num_layers": 1})
+    with pytest.raises(ConfigError, match="no such key"):
+        classify(tmp_path, world, records, architecture={"TYPO": 1})
+    with pytest.raises(ConfigError, match="no such key"):
+        api.translate(runs=tmp_path / "runs", data=world.made["chats"], tokenizer=world.made["words"], architecture={"TYPO": 1})
+
+
 def test_a_killed_run_ends_as_one_that_was_not(world: World, tmp_path: Path) -> None:  # noqa: F811
     """Dropout that draws other numbers after a resume; an order of texts that starts over."""
     records = data(tmp_path, "class")

@@ -16,6 +16,7 @@ from torch import Tensor
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
 from tutelage.models.config import unsupported
 from tutelage.models.hf import Wrapped, quiet
+from tutelage.models.hf_config import new_config, new_weights
 from tutelage.models.hf_virtual import behind, beside_head
 from tutelage.models.interface import Batch, Output
 from tutelage.models.load import check_folder, read_config
@@ -23,6 +24,7 @@ from tutelage.models.load import check_folder, read_config
 Task = Literal["class", "token"]
 CLASSES = {"class": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
 
+POSITIONS = "max_position_embeddings"
 PROBLEM = {False: "single_label_classification", True: "multi_label_classification"}  # whether a text may have several classes
 
 
@@ -107,7 +109,7 @@ def inputs(model: Encoder | ClassScorer, ids: Tensor, real: Tensor) -> dict[str,
 
 def context(hf: Any) -> int:
     """Tokens that a text may have, its control tokens included."""
-    longest = getattr(hf.config, "max_position_embeddings", None) or 1 << 20
+    longest = getattr(hf.config, POSITIONS, None) or 1 << 20
     tables = [m for name, m in hf.named_modules() if name.endswith("position_embeddings")]
     offsets = [t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None]  # RoBERTa counts from there
     return int(longest - max(offsets, default=0))
@@ -164,19 +166,23 @@ def load_classifier(
 
 
 def new_classifier(
-    shape: Mapping[str, Any], task: Task, labels: Sequence[str], *, many: bool = False, sep_id: int | None = None
-) -> ClassScorer:
-    """A classifier from scratch: random weights in the shape of a config.json, BERT where it names no `model_type`."""
+    shape: Mapping[str, Any], task: Task, labels: Sequence[str], *, base: Mapping[str, Any] | None = None, many: bool = False,
+    sep_id: int | None = None,
+) -> ClassScorer:  # fmt: skip
+    """A classifier from scratch: random weights in the shape of a config.json, BERT where it names no `model_type`. `base`: the
+    keys that stand where `shape` says nothing.
+
+    Raises `ConfigError` for keys that the family does not have, and for one that does not encode; `MissingExtra`.
+    """
     transformers = _library()
-    kind = shape.get("model_type", "bert")
-    try:
-        config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in shape.items() if k != "model_type"})
-    except ValueError as error:
-        raise ConfigError("transformers knows no such model", field="architecture.model_type", found=kind) from error
+    config = new_config(shape, base or {}, "bert")
     if not _encodes(config):
-        raise ConfigError("not an encoder", field="architecture.model_type", found=kind, expected="bert, roberta, modernbert, …")
+        raise ConfigError("not an encoder", field="architecture.model_type", found=config.model_type,
+                          expected="bert, roberta, modernbert, …")  # fmt: skip
     name_classes(config, labels, task, many)
-    return ClassScorer(getattr(transformers, CLASSES[task]).from_config(config).eval(), task, sep_id)
+    auto = getattr(transformers, CLASSES[task])
+    hf = new_weights(auto, config)
+    return ClassScorer(hf.eval(), task, sep_id)
 
 
 def name_classes(config: Any, labels: Sequence[str], task: Task, many: bool) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.errors import ConfigError, MissingExtra
+from tutelage.errors import ConfigError
 from tutelage.models.generation import GenerationSettings
 from tutelage.models.hf import LogitsHead, Wrapped
+from tutelage.models.hf_config import new_config, new_weights
 from tutelage.models.hf_state import State
 from tutelage.models.hf_virtual import behind, cache_of
 from tutelage.models.interface import Batch, Output
@@ -106,20 +107,16 @@ class Seq2Seq(Wrapped):
         return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
 
 
-def new_seq2seq(shape: Mapping[str, Any]) -> Seq2Seq:
-    """An encoder-decoder from scratch: random weights in the shape of a config.json, T5 where it names no `model_type`.
+def new_seq2seq(shape: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Seq2Seq:
+    """An encoder-decoder from scratch: random weights in the shape of a config.json, T5 where it names no `model_type`. `base`:
+    the keys that stand where `shape` says nothing.
 
-    Raises ConfigError for a model of another kind, MissingExtra without `transformers`.
+    Raises `ConfigError` for keys that the family does not have, and for a model of another kind; `MissingExtra`.
     """
-    try:
-        from transformers import AutoConfig, AutoModelForSeq2SeqLM
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", "an encoder-decoder") from error
-    kind = shape.get("model_type", "t5")
-    try:
-        config = AutoConfig.for_model(kind, **{k: v for k, v in shape.items() if k != "model_type"})
-    except ValueError as error:
-        raise ConfigError("transformers knows no such model", field="architecture.model_type", found=kind) from error
+    config = new_config(shape, base or {}, "t5")
     if not config.is_encoder_decoder:
-        raise ConfigError("not an encoder-decoder", field="architecture.model_type", found=kind, expected="t5, bart, marian, …")
-    return Seq2Seq(AutoModelForSeq2SeqLM.from_config(config).eval())
+        raise ConfigError("not an encoder-decoder", field="architecture.model_type", found=config.model_type,
+                          expected="t5, bart, marian, …")  # fmt: skip
+    from transformers import AutoModelForSeq2SeqLM
+
+    return Seq2Seq(new_weights(AutoModelForSeq2SeqLM, config).eval())

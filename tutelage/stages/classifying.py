@@ -13,14 +13,14 @@ import torch
 from tokenizers import Tokenizer, processors
 
 from tutelage import log
-from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
+from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Tune
 from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.family_source import FamilySource
 from tutelage.engine.classifier import longest, separator
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_folder, write_json
-from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier, new_classifier
+from tutelage.models.encoder import POSITIONS, PROBLEM, ClassScorer, load_classifier, new_classifier
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.objectives import objective
@@ -59,6 +59,7 @@ class Start:
                 found=", ".join(given) or None, expected="`encoder`: a folder of the BERT family; `model`: a decoder; or "
                 "`tokenizer`: a small encoder from scratch",
             )  # fmt: skip
+        no_architecture(config)
         if config.tokenizer and config.adapter.kind != "none":
             raise ConfigError(
                 "an adapter needs a trained base",
@@ -89,9 +90,9 @@ class Start:
         how: dict[str, Any] = {"many": many, "sep_id": separator(self.words)}
         if self.config.encoder:
             return self._wearing(load_classifier(self.tokenizer, task, names, **how)[0])
-        shape = {**SMALL_ENCODER, "vocab_size": self.words.vocab_size, "max_position_embeddings": self.max_length,
-                 "pad_token_id": self.words.pad_id or 0, **self.config.architecture}  # fmt: skip
-        return new_classifier(shape, task, names, **how)
+        base = {**SMALL_ENCODER, "vocab_size": self.words.vocab_size, POSITIONS: self.max_length,
+                "pad_token_id": self.words.pad_id or 0}  # fmt: skip
+        return new_classifier(self.config.architecture, task, names, base=base, **how)
 
     def _wearing(self, part: Any) -> Any:
         return wear_under_head(part, self.config, self.tokenizer, self.config.seed)
@@ -100,6 +101,15 @@ class Start:
         if self.config.model and any(e.pair is not None for e in examples):
             raise ConfigError("a decoder has no mark between the texts of a pair", field="model", expected="`encoder`, for pairs")
         return ExampleFamilies(examples, TextEncoder(self.words, self.max_length, self.config.too_long), self.labels)
+
+
+def no_architecture(config: Classify | Translate) -> None:
+    """Raises `ConfigError` for an architecture beside a model that has its own."""
+    if config.architecture and config.tokenizer is None:
+        raise ConfigError(
+            "a trained model has its own architecture", field="architecture", found=config.architecture,
+            expected="`tokenizer`, and nothing to start from: for a model from scratch", fix="leave architecture out",
+        )  # fmt: skip
 
 
 def marked(run: RunDir, begins: bool = True) -> Path:

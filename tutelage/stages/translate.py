@@ -78,6 +78,7 @@ def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2
             "a translator starts from a model, or from a tokenizer and nothing else", field="model",
             found="both" if config.model else None, expected="`model`: an encoder-decoder's folder; or `tokenizer`: a small T5",
         )  # fmt: skip
+    classifying.no_architecture(config)
     torch.manual_seed(config.seed)
     if config.model is None:
         no_adapter(config, "there is no trained base")
@@ -86,7 +87,7 @@ def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2
         assert words.eos_id is not None  # or it could not have been marked
         pad = words.eos_id if words.pad_id is None else words.pad_id
         ids = {"pad_token_id": pad, "eos_token_id": words.eos_id, "decoder_start_token_id": pad}
-        return new_seq2seq({**SMALL_T5, "vocab_size": words.vocab_size, **ids, **config.architecture}), folder
+        return new_seq2seq(config.architecture, {**SMALL_T5, "vocab_size": words.vocab_size, **ids}), folder
     found = load_start(run.input("model"), config, device, config.seed)
     if not isinstance(found, Seq2Seq):
         raise ArtifactError("not an encoder-decoder", file=run.input("model"), found=found.config.model_type,
