@@ -119,6 +119,16 @@ def test_roberta_counts_positions_from_its_padding(tmp_path: Path) -> None:
         part(Batch.of([[5] * 63]))
 
 
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "bert", "distilbert"])
+def test_a_new_model_has_room_for_the_texts_that_it_is_made_for(kind: str) -> None:
+    """Roberta's positions begin behind its padding token: an index error at the first long text."""
+    part = new_classifier({"model_type": kind}, "class", LABELS, base={**SIZES, "pad_token_id": 5})
+    assert context(part.hf) == 64
+    assert part(Batch.of([[7] * 64]))[-1].isfinite().all()
+    told = new_classifier({"model_type": kind, "max_position_embeddings": 32}, "class", LABELS, base={**SIZES, "pad_token_id": 5})
+    assert context(told.hf) == (26 if kind in ("roberta", "camembert") else 32)
+
+
 def test_keys_that_a_family_does_not_have_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """`hiden_size`, which `transformers` keeps and nothing reads: a model of another size than was asked for."""
     for key, near in (("hiden_size", "hidden_size"), ("num_hidden_layer", "num_hidden_layers")):

@@ -198,6 +198,16 @@ def test_an_adapter_needs_a_trained_base(world: World, tmp_path: Path) -> None: 
         classify(tmp_path, world, data(tmp_path, "class"), adapter={"kind": "lora"})
 
 
+def test_a_family_that_counts_from_its_padding_starts_from_scratch(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """An index error in the first batch with a text that fills its row."""
+    records = data(tmp_path, "class")
+    made = classify(tmp_path, world, records, steps=2, max_length=8, architecture={**TINY, "model_type": "roberta"})
+    found = Classifier(made.path / "model")
+    assert found.encode.max_length == 8 and found.predict([rows("class")[0]["text"]]).cut == 1
+    with pytest.raises(ConfigError, match="longer than the model reads"):
+        classify(tmp_path, world, records, max_length=9, architecture={**TINY, "max_position_embeddings": 8})
+
+
 def test_an_architecture_is_for_models_from_scratch(world: World, tmp_path: Path) -> None:  # noqa: F811
     """Six layers asked of a folder that has twelve, and not a word; misspelt keys."""
     records, base = data(tmp_path, "class"), world.made["base"]

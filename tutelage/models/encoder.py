@@ -170,7 +170,8 @@ def new_classifier(
     sep_id: int | None = None,
 ) -> ClassScorer:  # fmt: skip
     """A classifier from scratch: random weights in the shape of a config.json, BERT where it names no `model_type`. `base`: the
-    keys that stand where `shape` says nothing.
+    keys that stand where `shape` says nothing; of positions it says how many a text needs, and a family that counts from its
+    padding gets so many more.
 
     Raises `ConfigError` for keys that the family does not have, and for one that does not encode; `MissingExtra`.
     """
@@ -182,6 +183,10 @@ def new_classifier(
     name_classes(config, labels, task, many)
     auto = getattr(transformers, CLASSES[task])
     hf = new_weights(auto, config)
+    offset = getattr(config, POSITIONS, 0) - context(hf)
+    if POSITIONS in (base or {}) and POSITIONS not in shape and 0 < offset < getattr(config, POSITIONS):
+        setattr(config, POSITIONS, getattr(config, POSITIONS) + offset)
+        hf = new_weights(auto, config)
     return ClassScorer(hf.eval(), task, sep_id)
 
 

@@ -72,7 +72,7 @@ class Start:
         folder = marked(run) if config.tokenizer else run.input(given[0])
         start = cls(config=config, run=run, labels=labels, tokenizer=folder, words=TokenizerFolder.open(folder),
                     max_length=TEXT_LENGTH if config.max_length == "derived" else config.max_length, device=device)  # fmt: skip
-        most = start.max_length if config.tokenizer else longest(start.words, start.build())
+        most = longest(start.words, start.build())
         if config.max_length != "derived" and start.max_length > most:
             raise ConfigError(
                 "longer than the model reads", field="max_length", found=start.max_length, expected=f"{most} or less"
