@@ -208,6 +208,25 @@ def test_a_family_that_counts_from_its_padding_starts_from_scratch(world: World,
         classify(tmp_path, world, records, max_length=9, architecture={**TINY, "max_position_embeddings": 8})
 
 
+def test_a_held_out_part_that_is_too_long_is_said_and_left(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """A sound training that stops since no held-out text is short enough, with words that do not say which part it was; folds
+    that stop for one of theirs."""
+    long = {"text": f"{'and so on ' * 40}", "label": "red"}
+    made = [{"text": f"{i} {colour}", "label": colour} for i in range(8) for colour in ("red", "blue")]
+    made += [long | {"text": f"{i} {long['text']}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    records = api.data(runs=tmp_path / "runs", sources=[tmp_path / "rows.jsonl"], kind="examples", dedup="exact",
+                       validation_share=0.05, seed=2)  # fmt: skip
+    kept = [e.text for e in read_records(records.path / "records" / "validation.jsonl", Example)]
+    assert kept and min(map(len, kept)) > 300
+    found = classify(tmp_path, world, records, steps=1, max_length=16, too_long="drop", folds=8)
+    assert f"none of the {len(kept)} held-out examples fits in 16 tokens" in capsys.readouterr().err
+    scores = read_json(found.path / "scores" / "scores.json")
+    assert "held_out" not in scores and scores["cross_validation"]["texts"] == 16 and (found.path / "model").is_dir()
+
+
 def test_an_architecture_is_for_models_from_scratch(world: World, tmp_path: Path) -> None:  # noqa: F811
     """Six layers asked of a folder that has twelve, and not a word; misspelt keys."""
     records, base = data(tmp_path, "class"), world.made["base"]

@@ -33,11 +33,17 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
         start.labels = labels = replace(labels, weights=start.families(train).balanced())
         log.say(f"weights in the loss: {', '.join(f'{name} {weight:.3g}' for name, weight in labels.weights.items())}")
     judged: dict[str, Judged] = {}
+    short = start.short_enough(train) or train  # where none is, training says so
     if config.folds:
-        judged["cross_validation"] = cross_validate(start, train)
+        judged["cross_validation"] = cross_validate(start, short)
+    if held and not start.short_enough(held):
+        log.say(
+            f"none of the {len(held):,} held-out examples fits in {start.max_length} tokens: no validation, no held-out scores"
+        )
+        held = []
     part, facts = classifying.train(start, run, train, held, keep=True)
     if held:
-        judged["held_out"] = seen(start, part, train, held)
+        judged["held_out"] = seen(start, part, short, held)
     with whole_folder(run.folder("scores")) as out:
         scores = {name: write(found, labels, out, name) for name, found in judged.items()}
         write_json(out / "scores.json", {"labels": list(labels.names), "task": labels.task, **scores})

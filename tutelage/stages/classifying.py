@@ -100,7 +100,15 @@ class Start:
     def families(self, examples: Sequence[Example]) -> ExampleFamilies:
         if self.config.model and any(e.pair is not None for e in examples):
             raise ConfigError("a decoder has no mark between the texts of a pair", field="model", expected="`encoder`, for pairs")
-        return ExampleFamilies(examples, TextEncoder(self.words, self.max_length, self.config.too_long), self.labels)
+        return ExampleFamilies(examples, self._encoder(), self.labels)
+
+    def short_enough(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples that are not left out because they are too long."""
+        encode = self._encoder()
+        return [e for e in examples if self.config.too_long != "drop" or encode(e.text, e.pair) is not None]
+
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.words, self.max_length, self.config.too_long)
 
 
 def no_architecture(config: Classify | Translate) -> None:
