@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config.base import assign, build, nearest
-from tutelage.config.stages import Generate
+from tutelage.config.stages import Generate, Label
 from tutelage.errors import ConfigError
 from tutelage.recipe import Runner, load_recipe, run_recipe
 from tutelage.rundir import RunDir
@@ -69,9 +69,19 @@ def generate(*, runs: str | Path = "runs", force: bool = False, **settings: Any)
     return answer(build(Generate, {key: _plain(value) for key, value in settings.items()}), Path(runs), force=force)
 
 
+def label(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
+    """Labels every row of a file: `model`, `input`, `output` and the other settings of the command.
+
+    Returns rows, how many were cut, how often each label was said, and seconds. Raises the errors of `tutelage.errors`.
+    """
+    from tutelage.stages.label import run as judge
+
+    return judge(build(Label, {key: _plain(value) for key, value in settings.items()}), Path(runs), force=force)
+
+
 def __getattr__(name: str) -> Callable[..., RunDir]:
     if name not in STAGES:
-        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run, generate")
+        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run, generate, label")
 
     def call(**settings: Any) -> RunDir:
         return stage(name, **settings)

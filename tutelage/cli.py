@@ -11,7 +11,18 @@ import typer
 
 from tutelage import __version__
 from tutelage.errors import UserError
-from tutelage.options import RUNS, THIS_RUN, Runs, epilog, option, parameter, spoken, takes
+from tutelage.options import (
+    FILE_COMMANDS,
+    RUNS,
+    THIS_RUN,
+    Runs,
+    epilog,
+    option,
+    parameter,
+    section_of_files,
+    spoken,
+    takes,
+)  # fmt: skip
 from tutelage.using import chat, keys_app, serve
 
 STAGE_HELP = {
@@ -35,7 +46,6 @@ STAGE_HELP = {
     "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
     "report": "One HTML page about a run and everything it came from.",
 }
-GENERATE_HELP = "Answer every row of a file: prompts, conversations, or an OpenAI batch file."
 
 app = typer.Typer(
     help="Raise a language model: from raw text to an assistant, offline on a laptop or on a cluster.",
@@ -76,10 +86,9 @@ def main() -> None:
         add = app.command(name, help=text, rich_help_panel="Stages", epilog=epilog(name) if name == asked else None,
                           context_settings={"token_normalize_func": _underscores})  # fmt: skip
         add(stage_command(name) if name == asked else _placeholder)
-    add = app.command(
-        "generate", help=GENERATE_HELP, rich_help_panel="Using", context_settings={"token_normalize_func": _underscores}
-    )
-    add(generate_command() if asked == "generate" else _placeholder)
+    for name, text in FILE_COMMANDS.items():
+        add = app.command(name, help=text, rich_help_panel="Using", context_settings={"token_normalize_func": _underscores})
+        add(file_command(name) if name == asked else _placeholder)
     try:
         app()
     except UserError as error:
@@ -131,25 +140,29 @@ def stage_command(name: str) -> Any:
     return _with_options(command, [*parameters, parameter("set_", Sets, []), *extend, *_this_run()])
 
 
-def generate_command() -> Any:
-    """`tutelage generate MODEL INPUT --output FILE`, with an option for every other setting of its section."""
+def file_command(name: str) -> Any:
+    """`tutelage generate MODEL INPUT --output FILE`, `tutelage label MODEL --input FILE --output FILE`: with an option for every
+    other setting of its section."""
+    from importlib import import_module
+
     from tutelage.config.base import build
-    from tutelage.config.stages import Generate
+
+    section = section_of_files(name)
 
     def command(**options: Any) -> None:
         from tutelage.console import show_config
 
         root, force, dry_run = (options.pop(key) for key in ("runs", "force", "dry_run"))
-        config = build(Generate, _given(Generate, options))
-        from tutelage.stages.generate import run
-
-        run(config, root, force=force, dry_run=dry_run)
+        config: Any = build(section, _given(section, options))
+        import_module(f"tutelage.stages.{name}").run(config, root, force=force, dry_run=dry_run)
         show_config(config) if dry_run else print(config.output)
 
-    fields = dict(Generate.model_fields)
-    places = [parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in ("model", "input")]
-    output = typer.Option("--output", "-o", help=fields.pop("output").description, metavar="FILE")
-    places.append(parameter("output", Annotated[str, output]))
+    fields = dict(section.model_fields)
+    arguments = ("model", "input") if name == "generate" else ("model",)
+    places = [parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in arguments]
+    for key in [key for key in ("input", "output") if key in fields]:
+        shown = typer.Option(f"--{key}", f"-{key[0]}", help=fields.pop(key).description, metavar="FILE")
+        places.append(parameter(key, Annotated[str, shown]))
     return _with_options(command, [*places, *(option(key, field) for key, field in fields.items()), *_this_run()])
 
 

@@ -16,6 +16,12 @@ THIS_RUN = "This run"
 Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER")]
 RUNS = Path("runs")
 
+FILE_COMMANDS = {
+    # name: one line of help of a command that makes one file of another
+    "generate": "Answer every row of a file: prompts, conversations, or an OpenAI batch file.",
+    "label": "Label every row of a file with a classifier or a tagger.",
+}
+
 METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY: VALUE}"}
 
 
@@ -84,6 +90,13 @@ def epilog(name: str) -> str | None:
     return "More settings, with their defaults:\n\n" + "\n\n".join(x.replace("[", "\\[") for x in lines) if lines else None
 
 
+def section_of_files(command: str) -> Any:
+    """The section of a command that makes one file of another."""
+    from tutelage.config import stages
+
+    return getattr(stages, command.capitalize())
+
+
 SETTING = re.compile(r"(?<![\w.-])(?<!--set )([a-z_]+)=(\{[^}]*\}|[\w.+/-]*\w)")
 
 
@@ -94,7 +107,10 @@ def spoken(error: UserError, command: str | None) -> str:
     from tutelage.stages import STAGES
 
     asked = STAGES if command == "run" else [command] if command in STAGES else []
-    known = {key for name in asked for key in known_keys(STAGES[name].config())}
+    sections = [STAGES[name].config() for name in asked]
+    if command in FILE_COMMANDS:
+        sections = [section_of_files(command)]
+    known = {key for section in sections for key in known_keys(section)}
 
     def form(found: re.Match[str]) -> str:
         key, value = found.groups()

@@ -276,6 +276,20 @@ class Generate(Section):
     device: str = setting("auto", "auto, cpu, cuda", identity=False)
 
 
+class Label(Section):
+    """Label every row of a file with a classifier or a tagger."""
+
+    model: str = artifact("a classifier: the folder or the run of `tutelage classify`, or a folder of transformers", kind="model")
+    input: str = setting(
+        ..., "JSONL(.gz), JSON, CSV or Parquet of rows with a text, and a pair; or plain text, one a line; - is standard input",
+        identity=False,
+    )  # fmt: skip
+    output: str = setting(..., "JSON lines: id or number of each row, its text, what was said and probabilities", identity=False)
+    fields: dict[str, str] = setting({}, "names of your fields, where they are not text and pair: {text: comment, pair: title}")
+    too_long: Literal["right", "left"] = setting("right", "the end at which a text is cut that is longer than the model reads")
+    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+
+
 class Prefer(Tune):
     """Train a model towards preferred answers, directly: DPO and its family."""
 

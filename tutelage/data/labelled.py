@@ -33,16 +33,25 @@ CHARACTERS = "span"  # what is said of characters that are listed without a name
 def read(row: Row, *, file: str | Path | None, line: int | None, source: str, fields: Mapping[str, str] | None) -> Example:
     """The example of one row. Raises `DataError` (file, line, field, found, expected, fix)."""
     try:
-        for ours, theirs in (fields or {}).items():
-            if theirs not in row:
-                raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
-        used = set((fields or {}).values())
-        row = {k: v for k, v in row.items() if k not in used} | {ours: row[theirs] for ours, theirs in (fields or {}).items()}
-        return _example(row, source)
+        return _example(_renamed(row, fields or {}), source)
     except DataError as error:
         raise DataError(
             error.message, file=file, line=line, field=error.field, found=error.found, expected=error.expected, fix=error.fix
         ) from error
+
+
+def texts_of(row: Row, fields: Mapping[str, str]) -> tuple[str, str | None]:
+    """The text of a row that may have no label, and the text beside it. Raises `DataError`."""
+    return _texts(_renamed(row, fields))
+
+
+def _renamed(row: Row, fields: Mapping[str, str]) -> Row:
+    """The row with the names that we know, `fields` being those that it has."""
+    for ours, theirs in fields.items():
+        if theirs not in row:
+            raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
+    used = set(fields.values())
+    return {k: v for k, v in row.items() if k not in used} | {ours: row[theirs] for ours, theirs in fields.items()}
 
 
 def _example(row: Row, source: str) -> Example:
@@ -77,7 +86,7 @@ def _texts(row: Row) -> tuple[str, str | None]:
     if key is None:
         raise DataError(
             "this row has no text", found=f"keys {', '.join(map(str, row))}", expected=", ".join(TEXTS),
-            fix="map the name of your field: fields={text: YOUR_KEY, label: YOUR_KEY}",
+            fix="map the name of your field: fields={text: YOUR_KEY}",
         )  # fmt: skip
     return _text(row[key], key), _text(row["pair"], "pair") if row.get("pair") is not None else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,24 +43,34 @@ class Classifier:
         found.labels[0], found.probabilities[0].max()
     """
 
-    def __init__(self, folder: Path | str, *, device: str = "cpu") -> None:
+    def __init__(self, folder: Path | str, *, device: str = "cpu", too_long: Literal["right", "left"] = "right") -> None:
         folder = Path(folder)
         self.part = open_part(folder, device)
         self.task: Task = task_of(self.part)
         self.labels = names_of(self.part)
         words = TokenizerFolder.open(folder)
-        self.encode = TextEncoder(words, longest(words, self.part))
+        self.encode = TextEncoder(words, longest(words, self.part), too_long)
 
     def predict(self, texts: Iterable[Text]) -> Predicted:
         """Labels and probabilities. Raises `DataError` for an empty text."""
         found = []
         for number, text in enumerate(texts, 1):
             try:
-                encoded = self.encode(*((text,) if isinstance(text, str) else text))
+                found.append(self.read(text))
             except DataError as error:
                 raise DataError(f"text {number}: {error.message}", found=text, expected=error.expected) from None
-            assert encoded is not None
-            found.append(encoded)
+        return self.judge(found)
+
+    def read(self, text: Text) -> Encoded:
+        """A text, or a pair of texts, as tokens. Raises `DataError` for an empty text, and for a pair before a decoder."""
+        if isinstance(self.part, Scorer) and not isinstance(text, str):
+            raise DataError("a decoder has no mark between the texts of a pair", found=text, expected="one text")
+        encoded = self.encode(*((text,) if isinstance(text, str) else text))
+        assert encoded is not None
+        return encoded
+
+    def judge(self, found: Sequence[Encoded]) -> Predicted:
+        """What the model says of texts that were read."""
         if not found:
             return Predicted([], np.zeros((0, len(self.labels)), np.float32), 0)
         each = probabilities(self.part, found, self.task)
@@ -91,9 +101,10 @@ def open_part(folder: Path, device: str) -> ClassScorer | Scorer:
 
 def _judges(part: ClassScorer | Scorer, folder: Path) -> ClassScorer | Scorer:
     """Raises `ArtifactError` for a model whose outputs are no classes."""
-    if problem_of(part) == "regression":
+    one = isinstance(part, ClassScorer) and part.task == "class" and len(part.labels) == 1 and problem_of(part) != PROBLEM[True]
+    if one or problem_of(part) == "regression":  # which is how `transformers` reads a single output
         raise ArtifactError(
-            "this model scores, it does not classify", file=folder, field="problem_type", found="regression",
+            "this model scores, it does not classify", file=folder, field="problem_type", found=problem_of(part),
             expected=" or ".join(PROBLEM.values()), fix="use it as a reward model",
         )  # fmt: skip
     return part

@@ -106,7 +106,8 @@ def refuse_scorer(folder: Path) -> None:
             "this model gives scores (a reward model, a classifier) and writes no text",
             file=folder / (ADAPTER if worn else "config.json"), field=field, found=raw[field],
             expected=f"a language model, such as {'CAUSAL_LM' if worn else 'a …ForCausalLM'}",
-            fix="give the language model; this one belongs where a reward is asked for",
+            fix="give the language model; a reward model belongs where a reward is asked for, a classifier is used with "
+            "`tutelage label`",
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The input of `generate`: rows of a file in order, one at a time, each with its place. A broken row has its place too."""
+"""The input of `generate` and `label`: rows of a file in order, one at a time, each with its place, broken ones too."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ class _Broken(Rejections):
 
 
 class Archive:
-    """A file of rows. Raises `DataError` where there is none, or one that holds no rows."""
+    """A file of rows. Raises `DataError` where there is none, or one that holds no rows.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    key: the field that a line of plain text becomes. blank_lines: they are rows of plain text too.
+    """
+
+    def __init__(self, path: Path, key: str = "prompt", *, blank_lines: bool = False) -> None:
+        self.path, self.key, self.blank_lines = path, key, blank_lines
         if not path.is_file():
             raise DataError("no such file", file=path, fix="check the path, or give - for standard input")
         if not os.access(path, os.R_OK):
@@ -58,7 +61,7 @@ class Archive:
             self.reader = read_jsonl
         if self.reader not in (*TABLES, read_text, None):
             raise DataError(
-                "prompts are not read from such a file", file=path, expected="JSONL, JSON, CSV, Parquet, or a prompt a line"
+                f"{key}s are not read from such a file", file=path, expected=f"JSONL, JSON, CSV, Parquet, or a {key} a line"
             )
 
     def digest(self) -> str:
@@ -80,31 +83,31 @@ class Archive:
 
     def _rows(self, report: Rejections) -> Iterator[Row]:
         if self.reader is None or self.reader is read_text:
-            yield from _lines(self.path, report)
+            yield from self._lines(report)
             return
         for item in self.reader(self.path, ReadOptions(kind="conversations"), report):
             assert isinstance(item, Row)
             yield item
 
+    def _lines(self, report: Rejections) -> Iterator[Row]:
+        """Plain text, a row a line."""
+        offset = 0
+        with self.path.open("rb") as f:
+            for number, data in enumerate(f, 1):
+                start, offset = offset, offset + len(data)
+                if data.isspace() and not self.blank_lines:
+                    continue
+                source = f"{self.path}#{number}"
+                try:
+                    text = decode(data, str(self.path), "utf-8", line=number, offset=start)
+                except DataError as error:
+                    report.broken(error, source=source)
+                    continue
+                yield Row({self.key: text.rstrip("\r\n")}, source, str(self.path), number)
+
 
 def _unreadable(index: int, error: DataError) -> Entry:
     return Entry(index, error.line or 0, {}, error)
-
-
-def _lines(path: Path, report: Rejections) -> Iterator[Row]:
-    """A prompt a line."""
-    offset = 0
-    with path.open("rb") as f:
-        for number, data in enumerate(f, 1):
-            start, offset = offset, offset + len(data)
-            if data.isspace():
-                continue
-            try:
-                text = decode(data, str(path), "utf-8", line=number, offset=start)
-            except DataError as error:
-                report.broken(error, source=f"{path}#{number}")
-                continue
-            yield Row({"prompt": text.rstrip("\r\n")}, f"{path}#{number}", str(path), number)
 
 
 def _first_byte(path: Path) -> bytes:
@@ -113,15 +116,15 @@ def _first_byte(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(source: str, output: Path) -> Iterator[Archive]:
+def opened(source: str, output: Path, key: str = "prompt", *, blank_lines: bool = False) -> Iterator[Archive]:
     """The archive at `source`. Standard input, which is read more than once, is copied beside the output."""
     if source != STDIN:
-        yield Archive(Path(source).expanduser())
+        yield Archive(Path(source).expanduser(), key, blank_lines=blank_lines)
         return
     copy = output.with_name(f"{output.name}.stdin")
     try:
         with whole_file(copy, "wb", "--output") as f:
             shutil.copyfileobj(sys.stdin.buffer, f)
-        yield Archive(copy)
+        yield Archive(copy, key, blank_lines=blank_lines)
     finally:
         copy.unlink(missing_ok=True)

@@ -19,6 +19,14 @@ from tutelage.files import read_json, whole_file, write_json
 OPTION = "--output"
 
 
+def check_output(output: Path, replace: bool) -> None:
+    """Raises `ConfigError` where `output` can't be written: a folder, or, unless it is to be replaced, a file that is there."""
+    if output.is_dir():
+        raise ConfigError("the output is a folder", field="output", found=str(output), expected="a file, such as answers.jsonl")
+    if output.exists() and not replace:
+        raise ConfigError("this file is there already", file=output, fix="choose another with --output, or --force to replace it")
+
+
 class PartFile:
     """The results so far. Used as a context, so that its lock is given back.
 
@@ -31,14 +39,7 @@ class PartFile:
         self.path, self.state = (output.with_name(output.name + end) for end in (".part", ".state.json"))
         self.offsets = array("q")  # of each row's line; -1 where there is none yet
         self.rows = self.failed = self.prompt_tokens = self.answer_tokens = 0
-        if output.is_dir():
-            raise ConfigError(
-                "the output is a folder", field="output", found=str(output), expected="a file, such as answers.jsonl"
-            )
-        if output.exists() and not self.state.exists() and not force:
-            raise ConfigError(
-                "this file is there already", file=output, fix="choose another with --output, or --force to replace it"
-            )
+        check_output(output, force or self.state.exists())
         output.parent.mkdir(parents=True, exist_ok=True)
         self.file: IO[bytes] = self.path.open("a+b")
         try:

@@ -54,7 +54,7 @@ class Prompting:
             )  # fmt: skip
         name, value = self._value(fields)
         if isinstance(value, str):
-            _check_text(value, name)
+            check_text(value, name)
             if not self.chat:
                 return Asked(value, [])
             value = [{"role": "user", "content": value}]
@@ -80,7 +80,7 @@ class Prompting:
     def _messages(self, rows: list[Any], name: str) -> list[dict[str, Any]]:
         messages = [message.to_json() for message in to_messages(rows, name)]
         for i, message in enumerate(messages):
-            _check_text(message["content"], f"{name}[{i}].content")
+            check_text(message["content"], f"{name}[{i}].content")
         if messages[-1]["role"] == "assistant":
             raise DataError(
                 "the conversation ends with the assistant: there is nothing to answer", field=f"{name}[{len(messages) - 1}].role",
@@ -138,7 +138,8 @@ def _tools(value: Any) -> list[dict[str, Any]]:
     return value
 
 
-def _check_text(text: str, name: str) -> None:
+def check_text(text: str, name: str) -> None:
+    """Raises `DataError` for a text that can't be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
