@@ -149,8 +149,9 @@ def test_what_is_no_classifier_or_in_the_way_is_refused(
         api.label(model=trained["class"], input=source, output=source, force=True)
     with pytest.raises(ArtifactError, match="does not classify"):
         api.label(model=world.made["base"], input=source, output=out, force=True)
-    shutil.copytree(trained["class"] / "model", tmp_path / "score")
     save(new_classifier({}, "class", ["better"], base={**TINY, "vocab_size": 400}), tmp_path / "score")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(trained["class"] / "model" / file, tmp_path / "score" / file)
     settings = read_json(tmp_path / "score" / "config.json")
     write_json(tmp_path / "score" / "config.json", settings | {"problem_type": None})  # as reward models are
     with pytest.raises(ArtifactError, match="scores, it does not classify"):
