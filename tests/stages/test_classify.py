@@ -262,7 +262,7 @@ def test_what_cannot_be_classified_is_refused(world: World, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="starts from one model"):
         classify(tmp_path, world, records, model=world.made["base"])
     with pytest.raises(ArtifactError, match="not an encoder"):
-        classify(tmp_path, world, records, tokenizer=None, encoder=world.made["base"])
+        classify(tmp_path, world, records, tokenizer=None, architecture=None, encoder=world.made["base"])
     with pytest.raises(DataError, match="learns from examples"):
         classify(tmp_path, world, world.made["corpus"])
     with pytest.raises(ConfigError, match="number of folds"):

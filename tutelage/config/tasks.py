@@ -34,8 +34,7 @@ class Classify(Tune):
     layout: Literal["packed", "rows"] = setting("packed", "texts one after another, or padded; equal to rounding", identity=False)
     class_weights: Literal["none", "balanced"] | dict[str, Positive] = setting(
         "none",
-        "what a text counts in the loss, or a word that is tagged; balanced: every class alike, of tags every kind of span and O "
-        "by their words; or weights of classes, of tags by kind: {COLOUR: 5, O: 0.5}",
+        "weight in the loss of a text, or of a tagged word; balanced: every class alike, of tags kinds and O; or {COLOUR: 5}",
     )
     label_smoothing: Annotated[float, Bound(ge=0.0, lt=1.0)] = setting(0.0, "share of certainty taken from the right class")
     folds: int = setting(0, "cross-validation of the training part: every text is judged by a model that did not see it", ge=0)
