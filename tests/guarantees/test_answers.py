@@ -158,6 +158,21 @@ def test_resumed_on_two_ranks_within_an_iteration(tmp_path: Path) -> None:
     assert tiny.furthest(*weights) == 0
 
 
+@pytest.mark.parametrize(("first", "then"), [(4, 2), (2, 4)])
+def test_a_run_goes_on_with_other_probes(tmp_path: Path, first: int, then: int) -> None:
+    """Guards against a crash after the last step, where as many answers before as after were taken for granted."""
+    killed = answers.start("grpo", tmp_path, die={"at": "update", "count": 4}, probes=first)
+    assert killed.wait() == -signal.SIGKILL, killed.said
+    last = answers.start("grpo", tmp_path, probes=then)
+    assert last.wait() == 0 and "resuming after step" in last.said, last.said
+    run = answers.folder("grpo", tmp_path)
+    kept = [[r.reward for r in read_rollouts(run / "probes" / f"step_{n:06d}.jsonl")] for n in (0, 6)]
+    assert [len(k) for k in kept] == [first, then] and "the first 2 of them are compared" in last.said
+    gain = read_json(run / "run.json")["held_out_gain"]
+    assert gain["n"] == 2
+    assert gain["value"] == pytest.approx(sum(b - a for a, b in zip(*kept, strict=False)) / 2)  # type: ignore[operator]
+
+
 def test_minibatches_without_a_group_are_steps(tmp_path: Path) -> None:
     """Guards against a crash where `silent=skip` leaves fewer groups than minibatches."""
     rewards = {"letters": {"kind": "regex", "pattern": "(?s).*e.*"}}

@@ -82,13 +82,17 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
 
 
 def gain(probe: Probe | None) -> dict[str, Any]:
-    """Rewards of held-out prompts before and after, with intervals."""
-    if probe is None or len(probe.rewards) < 2:
+    """Rewards of held-out prompts before and after, with intervals: of those that were asked both times. A run may go on with
+    another number of probes."""
+    if probe is None or not (before := probe.rewards.get("before")):
         return {}
-    before, after = probe.rewards["before"], probe.rewards["after"]
-    found = {"before": mean(before), "after": mean(after), "gain": paired_difference(after, before)}
+    after = probe.rewards["after"]
+    both = min(len(before), len(after))  # the first of the held-out prompts, always in their order
+    if len(before) != len(after):
+        log.say(f"probes: {len(before)} at the start and {len(after)} at the end; the first {both} of them are compared")
+    found = {"before": mean(before[:both]), "after": mean(after[:both]), "gain": paired_difference(after[:both], before[:both])}
     said = "  ".join(f"{name} {e.said()}" for name, e in found.items())
-    log.say(f"held-out reward, {len(after)} greedy answers: {said}")
+    log.say(f"held-out reward, {both} greedy answers: {said}")
     return {f"held_out_{name}": e.to_json() for name, e in found.items()}
 
 
