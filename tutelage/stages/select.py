@@ -10,26 +10,20 @@ from typing import Any
 from tutelage import log
 from tutelage.config.stages import Select
 from tutelage.data import split
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import DataError
 from tutelage.files import whole_folder, write_json
 from tutelage.records import SCHEMA_VERSION, Conversation, Preference, Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.choose import conversations, grouped, preferences
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 from tutelage.stages.asking import read_prompts
+from tutelage.stages.idle import refuse_idle
 
 TYPES = {"conversations": "Conversation", "preferences": "Preference"}
 
 
 def run(config: Select, run: RunDir) -> dict[str, Any]:
-    other = {
-        "margin": config.make == "conversations",
-        "threshold": config.make != "conversations",
-        "keep": config.make != "conversations",
-    }
-    for name, idle in other.items():
-        if idle and getattr(config, name) != type(config).model_fields[name].default:
-            raise ConfigError(f"`{name}` means nothing to make={config.make}", field=name, found=getattr(config, name))
+    refuse_idle(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
     folder = run.input("answers")
     tuning.check_records(folder, ("Rollout",), "make them with `tutelage sample`")
     groups = grouped(read_records(folder / "train.jsonl", Rollout))
