@@ -10,7 +10,7 @@ import pytest
 
 from tests.pipeline import World, world  # noqa: F401 (a fixture)
 from tutelage import api
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, DataError
 from tutelage.models.export import save
 from tutelage.models.hf_seq2seq import new_seq2seq
 from tutelage.rundir import RunDir
@@ -85,3 +85,15 @@ def test_virtual_tokens_take_their_room(bart: Path, tmp_path: Path, kind: str, t
     with pytest.raises(ConfigError, match="at most 27, behind 5 virtual tokens") as caught:
         translate(tmp_path, bart, data, adapter=adapter, **{taken: POSITIONS})
     assert caught.value.field == taken
+
+
+def test_held_out_targets_that_are_too_long_stop_nothing(bart: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Guards against a sound training that ends because no held-out pair is short enough."""
+    made = translate(tmp_path, bart, pairs(tmp_path, held_out=60))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "validation: nothing of it can be read" in said and "4 pairs, 4 target too long, left out" in said
+    assert "raise max_target" in said and made.facts["steps"] == 2 and "right" not in made.facts
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="no pair is short enough") as caught:
+        translate(tmp_path, bart, pairs(tmp_path / "other", target=60))
+    assert caught.value.found == "30 pairs, 30 target too long, left out"

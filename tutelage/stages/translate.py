@@ -51,7 +51,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
                           seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
-    kept = PairedTexts(held, encode, length, most, cut=config.too_long == "right") if held else None
+    kept = tuning.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
     steps = math.ceil(config.epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
     tokens = float(families.sizes("pairs").mean())
     rates = rates_of(config, model)
