@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.guarantees import answers, tiny
 from tests.pipeline import tutelage
+from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError, RewardError
 from tutelage.files import read_json
 from tutelage.models.load import load
@@ -190,6 +191,22 @@ def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[s
     with pytest.raises(ConfigError) as caught:
         answers.run("grpo", tmp_path, **change)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "expected"),
+    [("grpo", {"value_clip": 0.1}, "clip_low, clip_high, delta, kl, kl_estimator, entropy, temperature"),
+     ("cispo", {"delta": 3.0}, "clip_low, clip_high, kl, kl_estimator, entropy, temperature"),
+     ("reinforce", {"clip_low": 0.1}, "kl, kl_estimator, entropy, temperature")],
+)  # fmt: skip
+def test_settings_are_called_as_the_stage_calls_them(
+    tmp_path: Path, method: str, change: dict[str, object], expected: str
+) -> None:
+    """Guards against an error that tells a user to set `kl_weight`, which no command knows."""
+    with pytest.raises(ConfigError) as caught:
+        answers.run("grpo", tmp_path, method=method, **change)
+    assert [caught.value.field] == list(change) and caught.value.expected == f"one of: {expected}"
+    assert set(expected.split(", ")) <= set(Rl.model_fields)
 
 
 def test_a_reward_of_the_prompt_is_refused_where_groups_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tutelage.stages.rollouts import Kit
 from tutelage.tokenizer.load import TokenizerFolder
 
 RATE_AT_7B = 1e-6
+CALLED = {"kl_weight": "kl", "kl": "kl_estimator", "entropy_weight": "entropy"}  # settings that an objective has other names for
 
 
 def run(config: Rl, run: RunDir) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def chosen_method(config: Rl) -> Objective:
     names = [name for name, row in TABLE.items() if row.data == "rollouts"]
     tuning.check_method(config.method, names)
     return objective(
-        config.method, clip_low=config.clip_low, clip_high=config.clip_high,
+        config.method, CALLED, clip_low=config.clip_low, clip_high=config.clip_high,
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
         kl=config.kl_estimator if config.kl_in == "loss" else None, delta=config.delta, value_clip=config.value_clip,
         entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
