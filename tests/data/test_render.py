@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from tutelage.data.formats import to_conversation
-from tutelage.data.render import Renderer, check_supervision, coloured_sample, plain_messages
+from tutelage.data.plain_messages import plain_messages
+from tutelage.data.render import Renderer, check_supervision, coloured_sample
 from tutelage.data.templates import compile_template, style, styles, variables
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.records import Conversation, Message

@@ -176,6 +176,19 @@ def test_questions_alone_have_a_verdict(finished: Path, tmp_path: Path) -> None:
         assert words in text and "Not measured yet" not in text
 
 
+def test_one_document_has_no_interval(finished: Path, tmp_path: Path) -> None:
+    """ "1.400 to 1.400": an interval of no width where nothing is known of how far others would lie."""
+    both = read_story(finished).scores
+    assert both is not None
+    for row in both["documents"]["rows"]:
+        value = row["bits_per_byte"]["value"]
+        row["bits_per_byte"] |= {"low": value, "high": value, "method": "one unit: no interval"}
+    write_json(tmp_path / "scores.json", both)
+    write_report(finished, tmp_path / "r.html", [tmp_path])
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "one unit: no interval" in text and "1.400 to 1.400" not in text
+
+
 def test_lineage_is_parents_first_and_each_once(finished: Path) -> None:
     """The data run is a parent twice; a chain drawn per path would show it twice, or after its child."""
     assert [n.name for n in read_story(finished).chain] == ["docs", "words", "base", "assistant"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.guarantees import tiny
-from tests.objectives.rollouts import Value
-from tests.objectives.rollouts import families as rollouts
-from tests.objectives.rollouts import policy as small_policy
-from tests.objectives.test_reward import OUTPUTS
-from tests.objectives.test_reward import families as ratings
+from tests.guarantees.objectives import case
 from tutelage.config.adapter import Adapter
 from tutelage.config.train import Optimizer
-from tutelage.data.families import Ending, Family
-from tutelage.data.family_source import count, family_batch
-from tutelage.data.loader import GlobalBatch
-from tutelage.models.adapters import bare, trainable, wear, wear_scorer
-from tutelage.models.config import DecoderConfig
-from tutelage.models.init import build
-from tutelage.models.scorer import build_scorer
+from tutelage.models.adapters import bare, trainable, wear
 from tutelage.objectives import TABLE, objective
 from tutelage.train.loop import train
 from tutelage.train.optim import Optimizers
@@ -99,56 +88,6 @@ def test_accumulated_is_whole(kind: str) -> None:
 # Every objective
 
 
-def pairs() -> list[Family]:
-    """Two answers a prompt, chosen and rejected, with log-probabilities that a reference might give."""
-
-    def ending(ids: np.ndarray, good: bool) -> Ending:
-        return Ending(ids, None, {}, {"reference": -4.1 * len(ids) - good, "desirable": float(good)})
-
-    return [Family(f.name, f.prompt, tuple(ending(e.ids, i == 0) for i, e in enumerate(f.endings))) for f in rollouts()]
-
-
-def of_families(made: list[Family], layout: Any) -> GlobalBatch:
-    halves = [made[: len(made) // 2], made[len(made) // 2 :]]
-    unit = {name: float(len(made)) for name in ("pairs", "examples", "desirable", "undesirable")}
-    unit["answers"] = 2.0 * len(made)
-    return family_batch(halves, count(made, layout) | unit, layout)
-
-
-def case(name: str, kind: str, layout: Any) -> tuple[dict[str, Any], GlobalBatch]:
-    """The parts of an objective, the adapter on the one that is trained by it, and a batch."""
-    row, adapter = TABLE[name], Adapter(**KINDS[kind])
-    parts: dict[str, Any]
-    if row.data == "rows":
-        parts = {"policy": worn(kind)} | ({"teacher": tiny.model(1).requires_grad_(False)} if name != "next_token" else {})
-        return parts, tiny.source("conversations").next(0)
-    if row.data == "rollouts":
-        parts = {"policy": wear(small_policy(), adapter, 0)}
-        return parts | ({"value": Value()} if name == "ppo" else {}), of_families(rollouts("length"), layout)
-    if row.data == "examples":
-        return classified(name, adapter, layout)
-    if name in OUTPUTS:
-        from tests.data.test_family_batches import SHAPE
-
-        scorer = build_scorer(build(DecoderConfig.from_hf({**SHAPE, "initializer_range": 0.3}), 0), OUTPUTS[name], seed=1)
-        return {"reward": wear_scorer(scorer, adapter, 0)}, of_families(ratings(), layout)
-    return {"policy": wear(small_policy(), adapter, 0)}, of_families(pairs(), layout)
-
-
-def classified(name: str, adapter: Adapter, layout: Any) -> tuple[dict[str, Any], GlobalBatch]:
-    """An encoder and a batch of texts."""
-    pytest.importorskip("transformers")
-    from tests.objectives.test_classify import families as texts
-    from tests.objectives.test_classify import part_of, write_words
-    from tutelage.tokenizer.load import TokenizerFolder
-
-    with tempfile.TemporaryDirectory() as folder:
-        found = texts(TokenizerFolder.open(write_words(Path(folder))), "tag" if name == "tag" else "class")
-    part = wear_scorer(part_of(found), adapter, 0)
-    made = [found[i] for i in range(len(found))]
-    return {"token" if name == "tag" else "class": part}, of_families(made, layout)
-
-
 EXAMPLES = [name for name, row in TABLE.items() if row.data == "examples"]
 LAYOUTS = [(name, "packed" if name in EXAMPLES else "tree") for name in TABLE]
 LAYOUTS += [(name, way) for name in ("dpo", "grpo", "reward") for way in ("packed", "rows")]
@@ -159,7 +98,7 @@ CASES = [(*case, kind) for case in LAYOUTS for kind in KINDS]
 def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) -> None:
     """Guards against methods that reach past the adapter, or that some layout does without it: two steps move every tensor of it
     and none of the base, and layouts agree."""
-    parts, batch = case(name, kind, layout)
+    parts, batch = case(name, Adapter(**KINDS[kind]), layout)
     recipe = Recipe(parts, objective(name), clip=1.0)
     every = {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}
     before = {n: p.detach().clone() for n, p in every.items()}
@@ -167,7 +106,7 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
     first = train_step(recipe, batch, optimizers)
     second = train_step(recipe, batch, optimizers)
     if layout != "tree" and name not in EXAMPLES:
-        tree = case(name, kind, "tree")
+        tree = case(name, Adapter(**KINDS[kind]), "tree")
         expected = train_step(Recipe(tree[0], objective(name), clip=1.0), tree[1], Optimizers(tree[0], Optimizer(), tiny.RATES))
         assert first.loss == pytest.approx(expected.loss, rel=1e-4)
         assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)

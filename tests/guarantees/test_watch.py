@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from tests.guarantees import tiny
-from tutelage.config.train import Optimizer
+from tutelage.config.train import Optimizer, Schedule
 from tutelage.errors import TrainingStopped
 from tutelage.train import distributed
-from tutelage.train.loop import train
+from tutelage.train.loop import Job, train
 from tutelage.train.optim import Optimizers
 from tutelage.train.watch import UpdateWatch, digest
 
@@ -72,6 +75,44 @@ def test_a_zero_learning_rate_is_noticed(tmp_path):
     rates = tiny.Rates(1e-30, 1e-30, 1e-30)
     with pytest.raises(TrainingStopped, match=r"(\d+) of \1 tensors should have been trained"):
         train(tiny.job(tmp_path, parts={"policy": model}, optimizers=Optimizers({"policy": model}, Optimizer(), rates)))
+
+
+def slow_job(folder: Path, peak: float, steps: int = 60, model: nn.Module | None = None) -> Job:
+    """A long warm-up, whose first updates of the norms' weights, which are 1, are lost in rounding."""
+    parts = {"policy": model or tiny.model()}
+    with torch.no_grad():
+        parts["policy"].model.norm.weight.fill_(1.0)
+    rates = tiny.Rates(peak, peak, peak)
+    schedule = Schedule(name="linear", warmup=40.0, final=0.0)
+    optimizers = Optimizers(parts, Optimizer(name="adamw", weight_decay=0.0), rates)
+    return tiny.job(folder, parts=parts, optimizers=optimizers, steps=steps, schedule=schedule)
+
+
+def test_a_warm_up_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """Guards against false alarms: rates that are common for preferences, whose warm-up begins below float32's resolution."""
+    assert train(slow_job(tmp_path, 1e-7)).progress.step == 60
+
+
+def test_a_run_goes_on_where_its_rate_has_decayed(tmp_path: Path) -> None:
+    """Guards against a sound run that was killed near its end and can never end: its last rates are too small to move all."""
+    job = slow_job(tmp_path, 1e-7)
+    job.checkpoint_every = 58
+    train(job)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000060")
+    assert train(slow_job(tmp_path, 1e-7)).progress.step == 60
+
+
+def test_updates_that_are_lost_at_the_peak_stop_the_run(tmp_path: Path) -> None:
+    """Guards against a watch that waits for ever: after the warm-up, not after all steps."""
+    with pytest.raises(TrainingStopped, match=r"did not change in 45 steps") as error:
+        train(slow_job(tmp_path, 1e-30))
+    assert "raise the learning rate" in str(error.value)
+
+
+def test_a_dead_tensor_is_named_in_the_warm_up(tmp_path: Path) -> None:
+    """Guards against a mistake that is told an hour later."""
+    with pytest.raises(TrainingStopped, match=r"1 of \d+ tensors .* in 5 steps"):
+        train(slow_job(tmp_path, 5e-7, model=with_dead_tensor()))
 
 
 def test_weight_decay_on_ranks_does_not_hide_a_dead_tensor(monkeypatch):

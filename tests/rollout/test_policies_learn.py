@@ -80,7 +80,7 @@ def step(name, parts, engine, optimizer, number):
     return rewards.mean(), mismatch(list(old), by_engine)
 
 
-@pytest.mark.parametrize("name", [*(n if n == "grpo" else pytest.param(n, marks=pytest.mark.slow) for n in CREDIT), "ppo"])
+@pytest.mark.parametrize("name", [*CREDIT, "ppo"])
 def test_a_rule_is_learned(name):
     """From chance to above 0.9 within 60 steps, on policy. Guards what no formula shows: a sign, an order of answers, weights
     that the engine does not see. Trainer and engine agree on every token all the while (promise 16)."""

@@ -15,12 +15,12 @@ A row that cannot be trusted is a `DataError` with file, line and field; nothing
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tutelage.data.tool_formats import parsed, read_calls, read_schemas
 from tutelage.errors import ConfigError, DataError
 from tutelage.records import Conversation, Message
 
@@ -150,7 +150,7 @@ def text_content(value: Any, field: str) -> str:
 
 
 def _openai(row: Row) -> Parsed:
-    return Parsed(to_messages(row["messages"]), _tools(row.get("tools") or row.get("functions"), "tools"))
+    return Parsed(to_messages(row["messages"]), read_schemas(row.get("tools") or row.get("functions"), "tools"))
 
 
 def _sharegpt(row: Row) -> Parsed:
@@ -158,7 +158,7 @@ def _sharegpt(row: Row) -> Parsed:
 
 
 def read_tools(row: Row) -> list[dict[str, Any]]:
-    return _tools(row.get("tools"), "tools")
+    return read_schemas(row.get("tools"), "tools")
 
 
 def sharegpt_turns(row: Row) -> list[Message]:
@@ -177,7 +177,7 @@ def sharegpt_turns(row: Row) -> list[Message]:
         if kind != "call":
             messages.append(_checked(Message(role=kind, content=value, train=train), f"{field}.value"))
             continue
-        calls = _calls(_parsed(value, f"{field}.value"), f"{field}.value")
+        calls = read_calls(parsed(value, f"{field}.value"), f"{field}.value")
         if messages and messages[-1].role == "assistant" and not messages[-1].tool_calls:
             messages[-1] = replace(messages[-1], tool_calls=calls)  # what it said, then what it calls: one turn
         else:
@@ -206,7 +206,7 @@ def _completion(row: Row) -> Parsed:
     prompt, answer = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(answer, list):
         before = [replace(m, train=False) if m.role == "assistant" else m for m in to_messages(prompt, "prompt")]
-        return Parsed([*before, *to_messages(answer, "completion")], _tools(row.get("tools"), "tools"))
+        return Parsed([*before, *to_messages(answer, "completion")], read_schemas(row.get("tools"), "tools"))
     for key in ("prompt", "completion"):
         if not isinstance(row[key], str):
             raise DataError(f"the {key} is not text", field=key, found=row[key], expected="two strings, or two lists of messages")
@@ -292,7 +292,7 @@ def _message(row: Any, field: str) -> Message:
         )
     role = _role(row["role"], ROLES, f"{field}.role")
     said = row.get("tool_calls") or ([row["function_call"]] if row.get("function_call") else [])
-    calls = _calls(said, f"{field}.tool_calls")
+    calls = read_calls(said, f"{field}.tool_calls")
     if calls and role != "assistant":
         raise DataError(
             "only an assistant turn calls tools",
@@ -320,49 +320,6 @@ def _train(row: Row, field: str) -> bool | None:
                 )
             return bool(value)
     return None
-
-
-def _calls(value: Any, field: str) -> tuple[dict[str, Any], ...]:
-    rows = value if isinstance(value, list | tuple) else [value]
-    return tuple(_call(row, f"{field}[{i}]" if isinstance(value, list | tuple) else field) for i, row in enumerate(rows))
-
-
-def _call(row: Any, field: str) -> dict[str, Any]:
-    """A tool call in OpenAI's shape; arguments as an object where they are one."""
-    function = row.get("function", row) if isinstance(row, Mapping) else row
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(
-            "a tool call has no name", field=field, found=row, expected='{"function": {"name": ..., "arguments": ...}}'
-        )
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments or "{}", f"{field}.arguments")
-    out: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return {"id": row["id"], **out} if isinstance(row.get("id"), str) else out
-
-
-def _tools(value: Any, field: str) -> list[dict[str, Any]]:
-    """Tool schemas word for word; a bare function gets the envelope that templates expect."""
-    if isinstance(value, str):
-        value = _parsed(value, field) if value.strip() else []
-    tools = value or []
-    if not isinstance(tools, list) or not all(
-        isinstance(t, dict) and isinstance(t.get("function", t).get("name"), str) for t in tools
-    ):
-        raise DataError(
-            "tools are not a list of functions",
-            field=field,
-            found=value,
-            expected='[{"type": "function", "function": {"name": ...}}]',
-        )
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _parsed(text: str, field: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"not valid JSON ({error})", field=field, found=text, expected="a JSON object") from error
 
 
 _BEFORE: dict[str, tuple[str | None, ...]] = {  # role -> the roles it may follow; None is the beginning

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +31,7 @@ import numpy as np
 from rich.text import Text
 
 from tutelage.data import spans, templates
-from tutelage.data.formats import text_content
+from tutelage.data.plain_messages import plain_messages
 from tutelage.data.spans import Sample
 from tutelage.data.templates import compile_template, style, styles
 from tutelage.errors import ArtifactError, DataError
@@ -349,36 +348,6 @@ def _inside(text: str, regions: Sequence[spans.Region]) -> list[spans.Region]:
             out.append(region)
             at = region.end
     return out
-
-
-def plain_messages(messages: Iterable[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a template sees them: `content` is text, arguments of tool calls are objects, empty keys are absent.
-
-    Raises `DataError` for content that is not text (images).
-    """
-    out = []
-    for i, message in enumerate(messages):
-        row = message.to_json() if isinstance(message, Message) else dict(message)
-        plain: dict[str, Any] = {"role": row["role"], "content": text_content(row.get("content"), f"messages[{i}].content")}
-        plain.update({key: row[key] for key in ("name", "tool_call_id") if row.get(key) is not None})
-        if row.get("tool_calls"):
-            plain["tool_calls"] = [_plain_call(call) for call in row["tool_calls"]]
-        out.append(plain)
-    return out
-
-
-def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's API carries arguments as a JSON string; templates write objects."""
-    function = dict(call["function"])
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
-            function["arguments"] = parsed
-    return {**call, "function": function}
 
 
 def coloured_sample(rendered: Rendered, tokenizer: TokenizerFolder) -> Text:

@@ -120,6 +120,7 @@ STAGES: dict[str, Kind] = {
         "train a classifier of texts, or of their parts, and measure it",
         "tutelage.stages.estimates:classify",
         makes="model",
+        ranks=True,
     ),
     "translate": Kind(
         "Translate",
@@ -127,6 +128,7 @@ STAGES: dict[str, Kind] = {
         "train an encoder-decoder on pairs of texts",
         "tutelage.stages.estimates:translate",
         makes="model",
+        ranks=True,
     ),
     "evaluate": Kind(
         "Evaluate",

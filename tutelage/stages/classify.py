@@ -17,12 +17,13 @@ from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, wr
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying
+from tutelage.stages import classifying, tuning
 from tutelage.stages.classifying import Start
 from tutelage.stages.fitting import choose_device
 
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
+    tuning.check_whole(config)
     train, held = read(run.input("data"))
     labels = weighted(config, train, labels_of(train, held))
     log.say(
@@ -33,6 +34,8 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
     if config.folds:
         judged["cross_validation"] = cross_validate(start, train)
     part, facts = classifying.train(start, run, train, held, keep=True)
+    if log.rank() != 0:
+        return facts
     if held:
         judged["held_out"] = seen(start, part, train, held)
     with whole_folder(run.folder("scores")) as out:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class Start:
 
 def marked(run: RunDir, begins: bool = True) -> Path:
     """A copy of a tokenizer under which a text ends with a control token, and begins with one where `begins`, as encoders have
-    it."""
+    it. Of several ranks the first one makes it."""
     source = run.input("tokenizer")
     words = TokenizerFolder.open(source)
     if begins and words.special_tokens.get("cls_token") and words.special_tokens.get("sep_token"):
@@ -114,6 +115,10 @@ def marked(run: RunDir, begins: bool = True) -> Path:
         raise ArtifactError(
             "this tokenizer has no end token to mark a text with", file=source, expected="eos_token, or cls_token and sep_token"
         )
+    while log.rank() != 0 and not run.folder("marked").is_dir():
+        time.sleep(0.1)  # no process group is open yet
+    if run.folder("marked").is_dir():
+        return run.folder("marked")
     first = words.special_tokens.get("bos_token", end)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     front = f"{first} " if begins else ""

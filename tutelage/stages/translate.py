@@ -39,6 +39,7 @@ SHOWN = 5  # translations printed
 
 
 def run(config: Translate, run: RunDir) -> dict[str, Any]:
+    tuning.check_whole(config)
     tuning.check_records(run.input("data"), ("Conversation",), "make them with `tutelage data --kind conversations`")
     train, held = (list(read_records(run.input("data") / f"{part}.jsonl", Conversation)) for part in ("train", "validation"))
     device = choose_device(config)
@@ -65,7 +66,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
         write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
     )  # fmt: skip
     facts = fit(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
-    if kept is None:
+    if kept is None or log.rank() != 0:
         return facts
     return facts | compare(model, words, kept, config.max_questions or len(kept), most, run.folder("scores"))
 

@@ -69,6 +69,15 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
     return with_heads(scorer)
 
 
+def check_whole(config: Tune) -> None:
+    """Raises `ConfigError` where ranks share a model that is asked when it has been trained."""
+    if ranks_sharing(config) > 1:
+        raise ConfigError(
+            "this model is asked after its training, which it can't be in shards", field="shard", found=config.shard,
+            expected="none: every rank holds the model, and reads its share of the batches",
+        )  # fmt: skip
+
+
 F = TypeVar("F")
 ALSO_CALLED = {"sigmoid": "dpo", "bradley_terry": "reward"}
 

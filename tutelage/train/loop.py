@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from tutelage import log
-from tutelage.config.train import Schedule
+from tutelage.config.train import Schedule, warmup_steps
 from tutelage.errors import TrainingStopped
 from tutelage.files import whole_folder
 from tutelage.train import checkpoint, distributed
@@ -29,6 +29,7 @@ from tutelage.train.watch import UpdateWatch
 if TYPE_CHECKING:
     from tutelage.data.loader import GlobalBatch
 
+WATCHED = 5  # steps after which every trainable tensor has to have moved
 OF_HOOKS = ("best", "samples")  # folders of a run directory in which hooks keep what a child run takes over
 
 
@@ -120,7 +121,7 @@ def train(job: Job) -> State:
 def steps(state: State) -> None:
     """Steps, hooks and checkpoints up to the last step."""
     job = state.job
-    watch = UpdateWatch(job.recipe.parts, within=min(5, job.steps - state.progress.step))
+    watch = watch_of(state)
     saved_at = time.monotonic()
     with Interrupt() as interrupt:
         while not state.last:
@@ -134,6 +135,14 @@ def steps(state: State) -> None:
             if asked["stop"] and not state.last:
                 raise KeyboardInterrupt
     watch.check_frozen()
+
+
+def watch_of(state: State) -> UpdateWatch:
+    """Judges what is trained in the first steps of an attempt, and once the learning rate has been at its peak."""
+    job, left = state.job, state.job.steps - state.progress.step
+    peak = warmup_steps(job.schedule, job.steps) + WATCHED - state.progress.step
+    until = None if peak <= 0 else min(max(peak, WATCHED), left)
+    return UpdateWatch(job.recipe.parts, min(WATCHED, left), until, job.optimizers)
 
 
 def one_step(state: State, watch: UpdateWatch) -> None:

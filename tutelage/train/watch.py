@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from tutelage.errors import TrainingStopped
 from tutelage.models.shard import local
 from tutelage.train import distributed
+
+if TYPE_CHECKING:
+    from tutelage.train.optim import Optimizers
 
 CHUNK = 1 << 18  # values whose digest is made at a time: the temporaries stay in the cache, and small on a GPU
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,10 +36,17 @@ def digest(x: torch.Tensor) -> int:
 
 
 class UpdateWatch:
-    """Compares digests of all tensors before the first step with those some steps later."""
+    """Compares digests of all tensors before the first step with those some steps later.
 
-    def __init__(self, parts: dict[str, nn.Module], within: int = 5) -> None:
-        self.parts, self.within, self.steps = parts, within, 0
+    A tensor that no gradient reaches is named after `within` steps. One whose updates are lost in rounding may have to wait for
+    the learning rate: it is named after `until` steps, those of the warm-up and a few more (None: an earlier attempt has passed
+    them). Without `optimizers` nobody can tell the two apart, and both are named after `within`.
+    """
+
+    def __init__(
+        self, parts: dict[str, nn.Module], within: int = 5, until: int | None = 0, optimizers: Optimizers | None = None
+    ) -> None:
+        self.parts, self.within, self.until, self.optimizers, self.steps = parts, within, until, optimizers, 0
         self.before = self._digests()
         self.pending = {n for n, (trainable, _) in self.before.items() if trainable}
         self.done = not self.pending
@@ -66,15 +78,38 @@ class UpdateWatch:
         if self.done:
             return
         self.steps += 1
+        last = self.steps == self.until
+        if self.steps > self.within and self.steps & (self.steps - 1) and not last:
+            return  # in a long warm-up, now and then
         self.pending -= self.check_frozen()
         if not self.pending:
             self.done = True
         elif self.steps >= self.within and not (self.steps == 1 and all(n.endswith(".change.a") for n in self.pending)):
             # The first step of a low-rank change moves its zero factor alone: the other one's gradient is a multiple of that.
-            raise TrainingStopped(
-                f"{len(self.pending)} of {len(self.before)} tensors should have been trained and did not change in "
-                f"{self.steps} steps",
-                found=", ".join(sorted(self.pending)[:5]),
-                expected="a finite, non-zero update of each",
-                fix="raise the learning rate (an update below float32 resolution is lost), or freeze these tensors",
-            )
+            unreached = self.pending - self._reached()
+            if unreached:
+                raise self._stopped(unreached, "detach nothing between these tensors and the loss, or freeze them")
+            if self.until is None:
+                self.done = True
+            elif self.steps >= self.until:
+                raise self._stopped(
+                    self.pending, "raise the learning rate (an update below float32 resolution is lost), or freeze these tensors"
+                )
+
+    def _reached(self) -> set[str]:
+        """Those of the pending tensors whose optimizer has seen a gradient, on any rank."""
+        if self.optimizers is None:
+            return self.pending
+        seen = dict.fromkeys(self.pending, False)
+        for full, value in self.optimizers.state_tensors().items():
+            name, _, key = full.rpartition(".")
+            if name in seen and key != "step":
+                seen[name] |= bool(local(value).any())
+        found = distributed.any_rank(**seen)
+        return {name for name in seen if found[name]}
+
+    def _stopped(self, names: set[str], fix: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"{len(names)} of {len(self.before)} tensors should have been trained and did not change in {self.steps} steps",
+            found=", ".join(sorted(names)[:5]), expected="a finite, non-zero update of each", fix=fix,
+        )  # fmt: skip
