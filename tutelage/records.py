@@ -246,6 +246,7 @@ class Rollout:
     logprobs: tuple[float, ...]  # of each id by the engine; 0 where the mask is 0
     text: str
     finish_reason: str  # stop | length | …
+    source: str | None = None  # of the prompt's record: file#line
     messages: tuple[Message, ...] = ()  # the answer as turns: the model's and the tools'
     answer: str | None = None  # what was expected
     reward: float | None = None

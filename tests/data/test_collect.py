@@ -246,3 +246,17 @@ def test_the_card_is_shown_with_reasons(gather: Collected, tmp_path: Path, capsy
     card.show(facts)
     shown = capsys.readouterr().err
     assert "too_short" in shown and "unknown file type" in shown and ".xyz" in shown and "train" in shown
+
+
+@pytest.mark.parametrize(
+    ("sound", "message"), [(1, "nothing is left for the validation part"), (0, "nothing is left after filtering")]
+)
+def test_preferences_that_differ_in_white_space_are_told(gather: Collected, tmp_path: Path, sound: int, message: str) -> None:
+    """Guards against a generic complaint about a part that is empty, where the reason is in the row."""
+    rows = [{"question": f"Why {i}?", "chosen": "Yes.", "rejected": "Yes. \n" if i >= sound else "No."} for i in range(sound + 2)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=message) as caught:
+        gather(tmp_path / "pairs.jsonl", kind="preferences")
+    place = f"({tmp_path / 'pairs.jsonl'}:{sound + 1})"
+    assert f"2 whose answers differ in white space only {place}" in str(caught.value.found)
+    assert "let answers differ in more than white space" in str(caught.value.fix) and "chunk_chars" not in str(caught.value.fix)

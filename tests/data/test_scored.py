@@ -117,7 +117,10 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     found = segments(rows, tmp_path)
     ratings = np.array([[1.0], [2.0], [np.nan], [4.0]], np.float32)
     made = ScoredFamilies(found, 16, ratings=ratings)
-    assert made.report == {"ratings": 4, "left out, too long": 1, "left out, without a score": 1}
+    assert made.report == {
+        "ratings": 4, "left out, too long": 1, "left out, without a supervised token": 0,
+        "left out, without a score": 1,
+    }  # fmt: skip
     assert [made[i].endings[0].whole["ratings"] for i in range(len(made))] == [[1.0], [4.0]]
     for policy in ("left", "right"):
         cut = ScoredFamilies(found, 16, policy, ratings=ratings)

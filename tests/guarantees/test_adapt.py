@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.guarantees import tiny
 from tutelage import api
-from tutelage.errors import UserError
+from tutelage.errors import ConfigError, UserError
 from tutelage.files import read_json
 from tutelage.models.load import load
 from tutelage.records import Document
@@ -135,6 +135,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "measure_machine", lambda: tiny.MACHINE)
 
 
+NO_TOKENS: dict[str, Any] = {"vocab_add": 0, "warm_steps": 100}  # the steps as they are when left out
+
+
 def adapt(runs: Path, **change: Any) -> Any:
     given = {**settings(), "sequence_length": tiny.ROW, "batch_tokens": 4 * tiny.ROW, "threads": 1, "device": "cpu", **change}
     given.pop("stage")
@@ -143,7 +146,7 @@ def adapt(runs: Path, **change: Any) -> Any:
 
 def test_without_general_text_it_says_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Forgetting that nobody measures and nobody is told of."""
-    made = adapt(tmp_path, general=None, vocab_add=0, steps=1)
+    made = adapt(tmp_path, general=None, replay_share=0.2, steps=1, **NO_TOKENS)
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: no general text" in said and "not measured" in said
     assert list(made.facts["change"]) == ["field"] and "replayed" not in made.facts
@@ -151,8 +154,32 @@ def test_without_general_text_it_says_what_is_lost(tmp_path: Path, capsys: pytes
 
 def test_share_of_nothing_measures_only(tmp_path: Path) -> None:
     """A share of 0 that is an error of the mixture, or that replays all the same."""
-    made = adapt(tmp_path, replay_share=0.0, vocab_add=0, steps=1)
+    made = adapt(tmp_path, replay_share=0.0, steps=1, **NO_TOKENS)
     assert list(made.facts["change"]) == ["field", "general"] and "replayed" not in made.facts
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"rows": "ends"}, "rows"), ({"warm_steps": 7}, "warm_steps"), ({"general": None, "replay_share": 0.5}, "replay_share")],
+)
+def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+    """Guards against new tokens that were asked for in part, and a replay of nothing."""
+    with pytest.raises(ConfigError, match="changes nothing here, with") as caught:
+        adapt(tmp_path, **{**NO_TOKENS, **change})
+    assert caught.value.field == field
+
+
+def test_new_tokens_may_be_begun_only(tmp_path: Path) -> None:
+    """Guards against training settings that `adapt` hands to a stage which has no use for them, and against those that are taken
+    and ignored: `vocabulary --train false --steps 33`."""
+    made = adapt(tmp_path, warm_steps=0, steps=1, optimizer={"lr": 1e-3})
+    assert made.facts["tokens_added"] > 0
+    how: dict[str, Any] = {"model": str(tiny.checkpoint()), "data": str(field()), "add": 8, "train": False, "threads": 1}
+    for name, value in {"steps": 33, "dtype": "bfloat16", "schedule": {"warmup": 0.5}}.items():
+        with pytest.raises(ConfigError, match="changes nothing here, with train=false") as caught:
+            api.vocabulary(**how, **{name: value}, runs=tmp_path)
+        assert caught.value.field == name
+    assert api.vocabulary(**how, runs=tmp_path).facts["tokens_added"] == 8
 
 
 def test_what_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
@@ -191,4 +218,4 @@ def test_new_tokens_for_another_kind_of_tokenizer_are_refused(tmp_path: Path) ->
     save(tiny.model(eos_token_id=1), tmp_path / "model", tmp_path / "words")
     with pytest.raises(UserError, match=r"byte-level BPE alone(.|\n)*Unigram(.|\n)*vocab_add=0"):
         adapt(tmp_path / "runs", model=tmp_path / "model")
-    assert "field" in adapt(tmp_path / "runs", model=tmp_path / "model", vocab_add=0, steps=1).facts["change"]
+    assert "field" in adapt(tmp_path / "runs", model=tmp_path / "model", steps=1, **NO_TOKENS).facts["change"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.guarantees import answers, tiny
 from tests.pipeline import tutelage
+from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError, RewardError
 from tutelage.files import read_json
 from tutelage.models.load import load
@@ -158,6 +159,21 @@ def test_resumed_on_two_ranks_within_an_iteration(tmp_path: Path) -> None:
     assert tiny.furthest(*weights) == 0
 
 
+@pytest.mark.parametrize(("first", "then"), [(4, 2), (2, 4)])
+def test_a_run_goes_on_with_other_probes(tmp_path: Path, first: int, then: int) -> None:
+    """Guards against a crash after the last step, where as many answers before as after were taken for granted."""
+    killed = answers.start("grpo", tmp_path, die={"at": "update", "count": 4}, probes=first)
+    assert killed.wait() == -signal.SIGKILL, killed.said
+    last = answers.start("grpo", tmp_path, probes=then)
+    assert last.wait() == 0 and "resuming after step" in last.said, last.said
+    run = answers.folder("grpo", tmp_path)
+    kept = [[r.reward for r in read_rollouts(run / "probes" / f"step_{n:06d}.jsonl")] for n in (0, 6)]
+    assert [len(k) for k in kept] == [first, then] and "the first 2 of them are compared" in last.said
+    gain = read_json(run / "run.json")["held_out_gain"]
+    assert gain["n"] == 2
+    assert gain["value"] == pytest.approx(sum(b - a for a, b in zip(*kept, strict=False)) / 2)  # type: ignore[operator]
+
+
 def test_minibatches_without_a_group_are_steps(tmp_path: Path) -> None:
     """Guards against a crash where `silent=skip` leaves fewer groups than minibatches."""
     rewards = {"letters": {"kind": "regex", "pattern": "(?s).*e.*"}}
@@ -175,6 +191,22 @@ def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[s
     with pytest.raises(ConfigError) as caught:
         answers.run("grpo", tmp_path, **change)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "expected"),
+    [("grpo", {"value_clip": 0.1}, "clip_low, clip_high, delta, kl, kl_estimator, entropy, temperature"),
+     ("cispo", {"delta": 3.0}, "clip_low, clip_high, kl, kl_estimator, entropy, temperature"),
+     ("reinforce", {"clip_low": 0.1}, "kl, kl_estimator, entropy, temperature")],
+)  # fmt: skip
+def test_settings_are_called_as_the_stage_calls_them(
+    tmp_path: Path, method: str, change: dict[str, object], expected: str
+) -> None:
+    """Guards against an error that tells a user to set `kl_weight`, which no command knows."""
+    with pytest.raises(ConfigError) as caught:
+        answers.run("grpo", tmp_path, method=method, **change)
+    assert [caught.value.field] == list(change) and caught.value.expected == f"one of: {expected}"
+    assert set(expected.split(", ")) <= set(Rl.model_fields)
 
 
 def test_a_reward_of_the_prompt_is_refused_where_groups_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

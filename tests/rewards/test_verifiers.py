@@ -13,9 +13,10 @@ import pytest
 from tests.rewards.rollouts import rollout, rubric
 from tutelage.config.rewards import Maths, terms_of
 from tutelage.errors import ConfigError, MissingExtra, RewardError
-from tutelage.records import Rollout
+from tutelage.records import Message, Prompt, Rollout
 from tutelage.rewards import maths
 from tutelage.rewards.build import build
+from tutelage.rewards.check import judge_texts
 from tutelage.rewards.plain import Length
 from tutelage.rewards.rubric import Rubric
 
@@ -276,3 +277,16 @@ def test_what_a_stage_has_not_wired_is_named() -> None:
     assert isinstance(terms_of({"maths": 2})["maths"], Maths)
     scored = build(terms_of({"model": {"centre": 1.0, "scale": 2.0}}), score_texts=lambda texts: [len(ids) for ids in texts])
     assert scored.judge([rollout("a b c")])[0].reward == (2 + 3 - 1.0) / 2
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [({"exact": 1}, "no expected answer"), ({"numeric": 1}, "no expected answer"), ({"json_schema": 1}, "no JSON schema")],
+)
+def test_a_prompt_is_named_by_its_place(rewards: dict[str, Any], words: str) -> None:
+    """Guards against a hash where the file and the line of the prompt are known."""
+    prompt = Prompt.make([Message(role="user", content="2+2?")], source="sums/asked#2.jsonl#17")
+    with rubric(rewards) as judge, pytest.raises(RewardError, match=words) as caught:
+        judge_texts(judge, [(prompt, "4")])
+    assert (caught.value.file, caught.value.line) == ("sums/asked#2.jsonl", 17)
+    assert str(caught.value).startswith("sums/asked#2.jsonl:17: reward `") and prompt.id not in caught.value.message

@@ -11,6 +11,7 @@ import pytest
 from tests.pipeline import World, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.errors import ConfigError, DataError
+from tutelage.rundir import RunDir
 
 QUICK = {"steps": 2, "batch": 4, "threads": 1, "kernels": False, "micro_tokens": 200}
 
@@ -92,3 +93,42 @@ def test_pairs_without_a_difference_after_a_cut_are_left_out(world: World, tmp_p
     assert run.facts["answers"] == run.facts["packing"]["pairs"] - run.facts["packing"]["left out, the same tokens on both sides"]
     with pytest.raises(DataError, match="no pair is left"):
         api.prefer(data=api.data(sources=[tmp_path / "same.jsonl"], **read), **how)
+
+
+LONG = "yes " * 60
+SETTINGS: dict[str, Any] = {"max_length": 40, "threads": 1, "steps": 2, "batch": 4}
+
+
+def long_ones(folder: Path, kind: str, of: str) -> RunDir:
+    """20 short rows to learn from, and 4 held-out ones; those of the part `of` are too long."""
+    files = []
+    for part, count in (("train", 20), ("validation", 4)):
+        more = LONG if part == of else ""
+        rows = [{"question": f"{part[:3]} {i}?", "chosen": f"{more}good {i}", "rejected": f"{more}bad {i}"} for i in range(count)]
+        if kind == "ratings":
+            rows = [{"question": r["question"], "answer": r["chosen"], "label": i % 2} for i, r in enumerate(rows)]  # type: ignore[dict-item]
+        files.append(folder / f"{part}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return api.data(kind=kind, sources=[files[0]], validation_sources=[files[1]], min_chars=1, dedup="exact", runs=folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "more", "message"),
+    [("prefer", "preferences", {}, "no pair is left"), ("prefer", "ratings", {"method": "kto"}, "KTO needs two ratings"),
+     ("reward", "preferences", {}, "no pair is left"), ("reward", "ratings", {}, "no rating is left")],
+)  # fmt: skip
+def test_held_out_rows_that_are_too_long_stop_nothing(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, kind: str, more: dict[str, Any], message: str  # noqa: F811
+) -> None:  # fmt: skip
+    """Guards against a sound training that ends with "no pair is left to learn from", and against counts of what never was."""
+    how: dict[str, Any] = {"model": world.made["chat"], "runs": tmp_path, **SETTINGS, **more}
+    made = getattr(api, stage)(data=long_ones(tmp_path, kind, "validation"), **how)
+    said = " ".join(capsys.readouterr().err.split())
+    noun = "pairs" if kind == "preferences" else "ratings"
+    assert f"validation: nothing of it can be read, so nothing is measured on it (4 {noun}, 4 left out, too long;" in said
+    assert "raise max_length (40), set too_long=left, or give shorter texts" in said
+    assert made.facts["steps"] == 2 and "validation_loss" not in made.facts
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match=message) as caught:
+        getattr(api, stage)(data=long_ones(tmp_path / "other", kind, "train"), **how)
+    assert caught.value.found == f"20 {noun}, 20 left out, too long" and "at most 40 tokens" in str(caught.value.expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.guarantees.tiny import records_folder
 from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.errors import DataError
-from tutelage.records import Rollout, read_records
+from tutelage.records import Message, Prompt, Rollout, read_records
 from tutelage.rollout.sampler import Sampler
 from tutelage.rundir import RunDir
 from tutelage.stages import sample as stage
@@ -40,10 +41,55 @@ def test_from_prompts_to_a_trained_model(world: World, tmp_path: Path) -> None: 
     learnt = api.sft(runs=tmp_path, model=world.made["chat"], data=chosen, **TRAIN)
     preferred = api.prefer(runs=tmp_path, model=world.made["chat"], data=pairs, steps=1, batch=2, threads=1)
     assert (learnt.path / "model").is_dir() and (preferred.path / "model").is_dir()
-    with pytest.raises(DataError, match="nothing is good enough"):
+    with pytest.raises(DataError, match="no answer is good enough"):
         api.select(runs=tmp_path, answers=ended, data=world.made["chats"], threshold=1e9)
     with pytest.raises(DataError, match="other prompts"):
         api.select(runs=tmp_path, answers=made, data=other(world, tmp_path))
+
+
+def test_nobody_is_asked_nothing(world: World, tmp_path: Path) -> None:  # noqa: F811
+    """Guards against a run that ends well with 0 answers to 0 prompts, and against a model that is loaded for that."""
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Why {i}?"}) + "\n" for i in range(4)))
+    data = api.data(runs=tmp_path, kind="prompts", sources=[str(file)], validation_share=0)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="no prompts in the validation part") as caught:
+        api.sample(runs=tmp_path, model=tmp_path / "model", data=data, rewards=LETTERS, part="validation")
+    assert caught.value.file == data.path / "records" / "validation.jsonl" and "part=train" in str(caught.value.fix)
+
+
+def judged(number: int, reward: float, reason: str = "stop") -> Rollout:
+    prompt = Prompt.make([Message(role="user", content="Why?")], source="t")
+    return Rollout(
+        id=f"0/{prompt.id}/{number}", prompt=prompt.id, step=0, sample=number, version=0, prompt_ids=(1,), ids=(2,), mask=(1,),
+        logprobs=(0.0,), text=f"{number}", finish_reason=reason, messages=(Message(role="assistant", content=f"{number}"),),
+        reward=reward,
+    )  # fmt: skip
+
+
+CUT = [judged(0, 1.0, "length"), judged(1, 0.0, "length")]
+ALIKE, APART = [judged(0, 1.0), judged(1, 1.0)], [judged(0, 0.0), judged(1, 0.5)]
+NOTHING: list[tuple[list[Rollout], dict[str, Any], str, str]] = [  # answers, settings, message, words
+    ([], {}, "no answers to choose from", "tutelage sample"),
+    (CUT, {"threshold": -1.0}, "no answer came to its end", "max_tokens"),
+    (CUT, {"make": "preferences"}, "no answer came to its end", "max_tokens"),
+    (APART, {}, "no answer is good enough", "at most 0.5, the best reward of 2 whole answers"),
+    (ALIKE, {"make": "preferences"}, "all worth the same", "higher temperature"),
+    (APART, {"make": "preferences", "margin": 0.75}, "far enough apart", "at most 0.5, the largest difference"),
+]
+
+
+@pytest.mark.parametrize(("answers", "settings", "message", "words"), NOTHING)
+def test_what_would_help_is_said(
+    tmp_path: Path, answers: list[Rollout], settings: dict[str, Any], message: str, words: str
+) -> None:
+    """Guards against "lower it" where no threshold lets an answer in."""
+    made = records_folder(tmp_path / "answers", answers or CUT, 0 if answers else 2)
+    prompt = Prompt.make([Message(role="user", content="Why?")], source="t")
+    with pytest.raises(DataError, match=message) as caught:
+        api.select(runs=tmp_path, answers=made, data=records_folder(tmp_path / "asked", [prompt], 0), **settings)
+    assert words in str(caught.value) and caught.value.fix and (caught.value.field == "margin") == ("margin" in settings)
 
 
 def other(world: World, runs: Path) -> RunDir:  # noqa: F811

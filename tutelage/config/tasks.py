@@ -10,6 +10,7 @@ from tutelage.config.base import artifact, setting
 from tutelage.config.train import Count, Derived, Positive, Schedule, Tune
 
 TEXT_LENGTH = 256  # tokens of a text to classify where nothing else is said: cost grows with it, labels seldom hang on the end
+SOURCE_LENGTH, TARGET_LENGTH = 512, 128  # tokens of a source and a target where nothing else is said
 SMALL_ENCODER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 SMALL_T5 = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 
@@ -52,7 +53,10 @@ class Translate(Tune):
     batch: Count = setting(32, "pairs in a global batch")
     epochs: Positive = setting(3.0, "passes over the data, where steps are not given")
     max_length: Count | Derived = setting("derived", "tokens of a source; derived: what the model reads, at most 512")
-    max_target: Count = setting(128, "tokens of a target; pairs with a longer one are left out, and counted")
+    max_target: Count | Derived = setting(
+        "derived",
+        "tokens of a target; pairs with a longer one are left out, and counted; derived: what the model writes, at most 128",
+    )
     too_long: Literal["right", "drop"] = setting("right", "a source that is longer: its end is cut, or the pair is left out")
     layout: Literal["pairs"] = setting(  # type: ignore[assignment]
         "pairs", "a pair is a row of sources and a row of targets", identity=False

@@ -44,6 +44,11 @@ KINDS = {
     "prompts": "Prompt",
     "examples": "Example",
 }
+IN_WORDS = {  # reasons that do not explain themselves
+    "no_difference": "whose answers differ in white space only",
+    "prompt_in_train": "whose prompt is in the training part too",
+    "found_in_train": "whose text is in the training part too",
+}
 NEAR_THRESHOLD = 0.8  # Jaccard similarity of word 5-grams
 CONTAINED = 0.5  # a held-out document with more of its 5-grams than this in the training text is no test
 Judged = Document | Conversation | Preference | Rating | Prompt | Example
@@ -202,8 +207,8 @@ class _Collection:
         if self.dedup == "near":
             self._drop_near()
         if not any(self.spool.alive):
-            raise DataError("nothing is left after filtering", found=_counted(self.report),
-                            fix="look at the reasons: lower min_chars, or give more text")  # fmt: skip
+            fix = self._mend() or "look at the reasons: lower min_chars, or give more text"
+            raise DataError("nothing is left after filtering", found=_counted(self.report), fix=fix)
         if self.share > 0 and not explicit:
             self._hold_out_one()
         if self.dedup != "none":
@@ -211,9 +216,14 @@ class _Collection:
         for held_out, name in ((False, "training"), (True, "validation")):
             wanted = explicit or self.share > 0 if held_out else True
             if wanted and not any(a and h == held_out for a, h in zip(self.spool.alive, self.spool.held_out, strict=True)):
-                fix = "cut long texts (chunk_chars=4000), give more data, or set validation_share=0"
+                fixes = ["cut long texts (chunk_chars=4000)" if self.documents else self._mend(), "give more data"]
+                fix = ", ".join(f for f in fixes if f) + (", or set validation_share=0" if held_out and not explicit else "")
                 found = f"{sum(self.spool.alive)} records; {_counted(self.report)}"
                 raise DataError(f"nothing is left for the {name} part", found=found, fix=fix)
+
+    def _mend(self) -> str:
+        """What would keep rows that were left out because their answers do not differ."""
+        return "let answers differ in more than white space" if self.report.reasons["no_difference"] else ""
 
     def _strip(self, unwanted: frozenset[str]) -> None:
         """Takes boilerplate lines out of every document; a changed document passes the filters again."""
@@ -377,4 +387,6 @@ def _family_of(row: dict[str, Any]) -> str:
 
 
 def _counted(report: Rejections) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in report.reasons.most_common(6)) or "no rejected rows"
+    """What was left out and why, with the place of the first of each."""
+    said = [f"{n} {IN_WORDS.get(why, why)} ({report.first[why]})" for why, n in report.reasons.most_common(6)]
+    return ", ".join(said) or "no rejected rows"

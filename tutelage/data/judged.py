@@ -11,8 +11,9 @@
 | | prompt, completions [steps], labels [one a step] | completion |
 | prompt | messages; or prompt; or question; with answer where there is one | chat; completion; chat |
 
-`margin`, or score_chosen and score_rejected, say by how much the chosen answer is better. A row that cannot be trusted is a
-`DataError` with file, line and field; nothing is guessed.
+`margin`, or score_chosen and score_rejected, say by how much the chosen answer is better. Numbers and labels may be text, as all
+of CSV is; an empty text says nothing. A row that cannot be trusted is a `DataError` with file, line and field; nothing is
+guessed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from tutelage.records import Message, Preference, Prompt, Rating
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 VERDICTS = ("label", "kto_tag", "score", "rating", "scores")
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+LABELS = {"true": 1.0, "yes": 1.0, "1": 1.0, "false": 0.0, "no": 0.0, "0": 0.0}
+SKIP = "fill it in, or leave such rows out with on_error=skip"
 ANSWERS = ("answer", "solution", "ground_truth", "completion", "canonical_solution")
 
 
@@ -66,7 +70,7 @@ def _preference(row: Row, source: str) -> Preference:
                 f"the {key} answer is missing" if row[key] is None else f"the {key} answer is no text", field=key,
                 found="null" if row[key] is None else row[key],
                 expected="a string" if isinstance(row[other], str) else "a string, or a list of {role, content}",
-                fix="fill it in, or leave such rows out with on_error=skip",
+                fix=SKIP,
             )  # fmt: skip
         turns = _turns(row[key], key, style)
         _follows(before, turns, _asked_in(row), f"{key}[0]" if isinstance(row[key], list) else key)
@@ -175,7 +179,7 @@ def transcript(text: str, field: str) -> list[Message]:
 
 
 def _rating(row: Row, source: str) -> Rating:
-    if isinstance(row.get("completions"), list):
+    if isinstance(_parsed(row.get("completions")), list):
         return _steps(row, source)
     scores = _scores(row)
     if isinstance(row.get("messages"), list) and "completion" not in row:
@@ -193,21 +197,31 @@ def _rating(row: Row, source: str) -> Rating:
 
 
 def _scores(row: Row) -> dict[str, float]:
+    """By aspect. A verdict that is null or an empty text is none."""
+    given = {key: row[key] for key in VERDICTS if _said(row.get(key))}
     for key in ("label", "kto_tag"):
-        if key in row:
-            if row[key] not in (0, 1):
-                raise DataError("a label is true or false", field=key, found=row[key], expected="true (desirable) or false")
-            return {"desirable": float(row[key])}
-    if isinstance(row.get("scores"), Mapping) and row["scores"]:
-        return {str(k): _number(v, f"scores.{k}") for k, v in row["scores"].items()}
+        if key in given:
+            return {"desirable": _label(given[key], key)}
+    scores = _parsed(given.get("scores"))
+    if scores and not isinstance(scores, Mapping):
+        raise DataError(
+            "scores are numbers by aspect", field="scores", found=scores, expected="{aspect: number}",
+            fix="give one number as `score`, or an object of several, in CSV as JSON",
+        )  # fmt: skip
+    if scores:
+        return {str(k): _number(v, f"scores.{k}") for k, v in scores.items()}
     for key in ("score", "rating"):
-        if key in row:
-            return {"score": _number(row[key], key)}
-    raise DataError("a rating says nothing of its answer", found=", ".join(row), expected=f"one of: {', '.join(VERDICTS)}")
+        if key in given:
+            return {"score": _number(given[key], key)}
+    empty = next((key for key in VERDICTS if key in row), None)
+    raise DataError(
+        "a rating says nothing of its answer", field=empty, found=f"keys {', '.join(row)}" if empty is None else "nothing",
+        expected=f"one of: {', '.join(VERDICTS)}", fix=f"map the name of your field: fields={{label: YOUR_KEY}}; or {SKIP}",
+    )  # fmt: skip
 
 
 def _steps(row: Row, source: str) -> Rating:
-    steps, labels = row["completions"], row.get("labels")
+    steps, labels = _parsed(row["completions"]), _parsed(row.get("labels"))
     if not isinstance(labels, list) or len(labels) != len(steps) or not steps:
         raise DataError("each step needs a label", field="labels", found=labels, expected=f"a list of {len(steps)}")
     texts = [text_content(step, f"completions[{i}]") for i, step in enumerate(steps)]
@@ -216,7 +230,7 @@ def _steps(row: Row, source: str) -> Rating:
     joined = [text if i == 0 or text.startswith(("\n", " ")) else f"\n{text}" for i, text in enumerate(texts)]
     return Rating.make(
         before, [formats.turn("assistant", "".join(joined), "completions")], source=source, steps=tuple(joined),
-        step_scores=tuple(_number(label, f"labels[{i}]") for i, label in enumerate(labels)),
+        step_scores=tuple(_number(_word(label), f"labels[{i}]") for i, label in enumerate(labels)),
         style="chat" if isinstance(prompt, list) else "completion", licence=_licence(row), meta=_meta(row),
     )  # fmt: skip
 
@@ -249,19 +263,55 @@ def _prompt(row: Row, source: str) -> Prompt:
 
 
 def _margin(row: Row) -> float | None:
-    if row.get("margin") is not None:
+    if _said(row.get("margin")):
         return _number(row["margin"], "margin")
     keys = ("score_chosen", "score_rejected")
-    if all(row.get(key) is not None for key in keys):
+    if all(_said(row.get(key)) for key in keys):
         better, worse = (_number(row[key], key) for key in keys)
         return better - worse
     return None
 
 
+def _said(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+def _parsed(value: Any) -> Any:
+    """A list or an object, or the JSON of one, as CSV has it."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _word(value: Any) -> Any:
+    """A number or a truth value, where text says one."""
+    return LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return float(value)
-    raise DataError("not a number", field=field, found=value, expected="a finite number")
+    read = float(value) if isinstance(value, str) and NUMBER.fullmatch(value.strip()) else value
+    if isinstance(read, bool | int | float) and math.isfinite(read):
+        return float(read)
+    raise DataError(
+        "not a number",
+        field=field,
+        found="null" if value is None else value,
+        expected="a finite number",
+        fix="write it in figures, or leave such rows out with on_error=skip",
+    )
+
+
+def _label(value: Any, field: str) -> float:
+    read = _word(value)
+    if isinstance(read, bool | int | float) and read in (0, 1):
+        return float(read)
+    raise DataError(
+        "a label is true or false", field=field, found=value, expected="true (desirable) or false; as text also yes, no, 1 or 0",
+        fix="write one of these, or leave such rows out with on_error=skip",
+    )  # fmt: skip
 
 
 def _licence(row: Row) -> str | None:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.families import Ending, Family, Layout
+from tutelage.data.left_out import ALIKE, TOO_LONG, UNTRAINED, cut, nothing_left
 from tutelage.data.tokens import Segments
-from tutelage.errors import DataError
 
 
 class PairFamilies:
@@ -22,7 +22,7 @@ class PairFamilies:
     Pairs whose texts are longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt
     (`left`) or the end of their answers (`right`); those whose prompt alone is too long are left out, and so are those whose
     answers are the same tokens. `report` counts them.
-    Raises `DataError` where nothing is left.
+    Raises `NothingLeft` where there is none.
     """
 
     def __init__(self, segments: Segments, max_length: int, too_long: str = "drop") -> None:
@@ -41,16 +41,14 @@ class PairFamilies:
         self.kept = np.flatnonzero(differ)
         self.report = {
             "pairs": len(lengths),
-            "left out, too long": int((~fits).sum()),
-            f"cut at the {too_long}": int((fits & ~whole).sum()) if too_long != "drop" else 0,
-            "left out, without a supervised token": int((fits & ~trained).sum()),
-            "left out, the same tokens on both sides": int((fits & trained & ~differ).sum()),
+            TOO_LONG: int((~fits).sum()),
+            **cut(too_long, (fits & ~whole).sum()),
+            UNTRAINED: int((fits & ~trained).sum()),
+            ALIKE: int((fits & trained & ~differ).sum()),
         }
         if not len(self.kept):
-            raise DataError(
-                "no pair is left to learn from", file=segments.folder, found=str(self.report),
-                fix=f"raise max_length ({max_length}), or set too_long=left",
-            )  # fmt: skip
+            needed = lengths.max(1) if too_long == "drop" else prompts - starts + 1
+            raise nothing_left("no pair is left", self.report, segments.folder, max_length, too_long, needed)
         self._whole: dict[str, npt.NDArray[np.float32]] = {}
         self._prompts, self._starts, self._sizes = (x[self.kept] for x in (self._prompts, self._starts, self._sizes))
 

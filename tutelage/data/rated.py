@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.families import Ending, Family, Layout
+from tutelage.data.left_out import TOO_LONG, UNTRAINED, cut, nothing_left
 from tutelage.data.tokens import Segments
 from tutelage.errors import DataError
 
@@ -29,7 +30,7 @@ class RatedFamilies:
     [families, 2] (`reference`).
 
     Texts longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt (`left`) or the end of
-    their answer (`right`); answers of other prompts are cut at their end. `report` counts all of it. Raises `DataError` where
+    their answer (`right`); answers of other prompts are cut at their end. `report` counts all of it. Raises `NothingLeft` where
     fewer than two ratings are left.
     """
 
@@ -42,10 +43,14 @@ class RatedFamilies:
         starts = np.clip(lengths - max_length, 0, cuts - 1) if too_long == "left" else np.zeros_like(cuts)
         fits = lengths <= max_length if too_long == "drop" else cuts - starts < max_length
         self.kept = np.flatnonzero(fits & trained)
+        self.report = {
+            "ratings": len(segments), TOO_LONG: int((~fits).sum()), UNTRAINED: int((fits & ~trained).sum()),
+            **cut(too_long, (lengths[self.kept] > max_length).sum()),
+        }  # fmt: skip
         if len(self.kept) < 2:
-            raise DataError(
-                "KTO needs two ratings at least", file=segments.folder, found=len(self.kept),
-                fix=f"give more ratings, raise max_length ({max_length}), or set too_long=left",
+            needed = lengths if too_long == "drop" else cuts - starts + 1
+            raise nothing_left(
+                "KTO needs two ratings at least", self.report, segments.folder, max_length, too_long, needed
             )  # fmt: skip
         self.desirable = desirable[self.kept].astype(bool)
         self._whole: dict[str, npt.NDArray[np.float32]] = {}
@@ -54,11 +59,7 @@ class RatedFamilies:
         self.shift, met = rotation(np.array([seen.setdefault(self._prompt(i).tobytes(), i) for i in range(len(self.kept))]))
         answers, room = lengths[self.kept] - self._cuts, max_length - (self._cuts - self._starts)
         self._sizes = np.minimum(np.stack([answers, np.roll(answers, self.shift)], 1), room[:, None])  # of both endings
-        self.report = {
-            "ratings": len(segments),
-            "left out, too long": int((~fits).sum()),
-            "left out, without a supervised token": int((fits & ~trained).sum()),
-            f"cut at the {too_long}": int((lengths[self.kept] > max_length).sum()),
+        self.report |= {
             "answers of other prompts, cut at their end": int((self._sizes[:, 1] < np.roll(answers, self.shift)).sum()),
             "answers of other prompts that are to the same one": met,
         }

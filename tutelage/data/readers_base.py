@@ -72,6 +72,7 @@ class Rejections:
     on_error: str = "stop"  # stop | skip
     max_share: float = 0.05
     reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # by reason, the place of the first that was left out for it
     unknown_suffixes: Counter[str] = field(default_factory=Counter)  # of files in folders that no reader knows
     seen: int = 0  # rows and documents offered by the readers
     errors: int = 0  # of them not readable
@@ -85,6 +86,7 @@ class Rejections:
 
     def add(self, reason: str, *, source: str, file: str | None = None, line: int | None = None, excerpt: str = "") -> None:
         self.reasons[reason] += 1
+        self.first.setdefault(reason, source if file is None else f"{file}:{line}" if line else file)
         if self._file is not None:
             row = {"reason": reason, "source": source, "file": file, "line": line, "excerpt": excerpt[:EXCERPT_CHARS]}
             self._file.write(json.dumps(row, ensure_ascii=True) + "\n")

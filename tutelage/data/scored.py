@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.families import Ending, Family, Layout
+from tutelage.data.left_out import TOO_LONG, UNSCORED, UNTRAINED, cut, nothing_left
 from tutelage.data.tokens import Segments
 from tutelage.errors import DataError
 
@@ -27,7 +28,7 @@ class ScoredFamilies:
 
     Texts longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt (`left`) or the end of
     their answer (`right`). An answer ends with its last supervised token: what a template writes behind it nobody judged, and no
-    model writes. `report` counts what was left out. Raises `DataError` where nothing is left.
+    model writes. `report` counts what was left out. Raises `NothingLeft` where there is none.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class ScoredFamilies:
         self.segments, self.ratings, self.steps = segments, ratings, steps
         spans = np.array([_span(segments.mask(i)) for i in range(len(segments))], np.int64).reshape(-1, 2)
         cuts, stops = spans[:, 0], spans[:, 1]
-        fits = stops <= max_length
+        fits, trained = stops <= max_length, stops > cuts
         starts = np.clip(stops - max_length, 0, cuts - 1) if too_long == "left" else np.zeros_like(cuts)
         self._cuts, self._starts, self._stops = cuts, starts, np.minimum(stops, starts + max_length)
         kept = (fits | (too_long != "drop")) & (self._stops > cuts)
@@ -46,14 +47,14 @@ class ScoredFamilies:
         self.answers = np.flatnonzero(kept & judged)
         self.report = {
             "ratings": len(segments),
-            "left out, too long" if too_long == "drop" else f"cut at the {too_long}": int((~fits).sum()),
-            "left out, without a score": int((kept & ~judged).sum()),
+            TOO_LONG: int((trained & ~kept).sum()),
+            **cut(too_long, (~fits & kept).sum()),
+            UNTRAINED: int((~trained).sum()),
+            UNSCORED: int((kept & ~judged).sum()),
         }
         if not len(self.answers):
-            raise DataError(
-                "no rating is left to learn from", file=segments.folder, found=str(self.report),
-                fix=f"raise max_length ({max_length}), or set too_long=left",
-            )  # fmt: skip
+            needed = stops if too_long == "drop" else cuts - starts + 1
+            raise nothing_left("no rating is left", self.report, segments.folder, max_length, too_long, needed)
         self.members = self._grouped()
 
     def _judged(self, i: int) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tutelage.data.families import Ending, Family, Layout
+from tutelage.data.left_out import NothingLeft
 from tutelage.errors import DataError
 from tutelage.records import Conversation
 from tutelage.tokenizer.load import TokenizerFolder
@@ -68,11 +69,12 @@ class PairedTexts:
         self.report = Counter(pairs=len(records))
         self.records: list[Conversation] = []
         self.families: list[Family] = []
-        seen = hashlib.sha256()
+        seen, lengths = hashlib.sha256(), []
         for record in records:
             source, target = pair_of(record)
             ids, over = encode.source(source, max_source)
             made, mask = encode.target(target)
+            lengths.append(len(made))
             if over and not cut:
                 self.report["source too long, left out"] += 1
                 continue
@@ -84,8 +86,13 @@ class PairedTexts:
             self.families.append(Family(record.id, np.array(ids), (Ending(np.array(made), np.array(mask, np.uint8)),)))
             seen.update(f"{record.id} {ids} {made}\n".encode())
         if not self.families:
-            raise DataError("no pair is short enough", found=f"{len(records)} pairs", expected=f"{max_target} tokens of a target",
-                            fix="raise max_length and max_target")  # fmt: skip
+            why = [f"{count:,} {what}" for what, count in self.report.items() if count]
+            fixes = ["raise max_target"] * bool(self.report["target too long, left out"])
+            fixes += ["raise max_length, or set too_long=right"] * bool(self.report["source too long, left out"])
+            raise NothingLeft(
+                "no pair is short enough", found=", ".join(why), fix="; ".join([*fixes, "or give shorter texts"]),
+                expected=f"at most {max_source} tokens of a source and {max_target} of a target; the shortest has {min(lengths)}",
+            )  # fmt: skip
         self.digest = seen.hexdigest()
 
     def __len__(self) -> int:

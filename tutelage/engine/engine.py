@@ -37,7 +37,7 @@ from tutelage.engine.text import Vocabulary
 from tutelage.errors import ConfigError
 from tutelage.models.interface import KVCache
 from tutelage.models.lora import Lora, applied, read_lora
-from tutelage.models.virtual import room
+from tutelage.models.virtual import room, rooms
 
 
 class Engine:
@@ -63,6 +63,8 @@ class Engine:
     ) -> None:  # fmt: skip
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
+        self.encodes: bool = getattr(model, "is_encoder_decoder", False)
+        self.rooms = tuple(min(self.context_length, r) for r in rooms(model)) if self.encodes else (self.context_length,) * 2
         self.device = next(model.parameters()).device
         with torch.inference_mode(), evaluating(model):
             cache = make_cache(model, slots, self.context_length, cache_bytes)
@@ -82,7 +84,6 @@ class Engine:
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens of prompts, and those of them that the cache had
         self.cache = cache
         self.vocab_size: int = model.config.vocab_size
-        self.encodes: bool = getattr(model, "is_encoder_decoder", False)
         self.codec = Codec(renderer, self.vocab_size, model.ends if self.encodes else (), sources=self.encodes)
         self._submitted = count()
 
@@ -155,9 +156,9 @@ class Engine:
         ids, source = [int(t) for t in prompt_ids], None
         check_tokens(ids, self.vocab_size)
         if self.encodes:
-            check_length(ids, self.context_length)
+            check_length(ids, self.rooms[0])
             ids, source = list(self.model.start), ids
-        limit = answer_limit(ids, sampling, self.context_length)
+        limit = answer_limit(ids, sampling, self.rooms[1])
         stream = self.codec.stream(sampling)
         number = next(self._submitted)
         seed = sampling.seed if sampling.seed is not None else (self.seed << 32) + number
@@ -357,8 +358,8 @@ class Engine:
             decoded = [*self.model.start, *target]
             check_tokens(prompt, self.vocab_size)
             check_tokens(decoded, self.vocab_size)
-            check_length(prompt, self.context_length)
-            check_length(decoded, self.context_length)
+            check_length(prompt, self.rooms[0])
+            check_length(decoded, self.rooms[1])
         with evaluating(self.model), torch.inference_mode():
             return score_targets(self.model, pairs)
 
@@ -380,7 +381,9 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def _context(model: Any, wanted: int | None) -> int:
-    own = room(model) if getattr(model.config, "max_position_embeddings", None) is not None else None
+    own = None
+    if getattr(model.config, "max_position_embeddings", None) is not None:
+        own = max(rooms(model)) if getattr(model, "is_encoder_decoder", False) else room(model)
     if wanted is None and own is None:
         raise ConfigError("the model does not say how long its context is", field="max_length", fix="set max_length")
     if wanted is not None and (wanted < 2 or (own is not None and wanted > own)):

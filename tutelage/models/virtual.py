@@ -62,6 +62,15 @@ def room(model: Any) -> int:
     return int(model.config.max_position_embeddings) - (0 if tokens is None else len(tokens))
 
 
+def rooms(model: Any) -> tuple[int, int]:
+    """Tokens that a source and a target of an encoder-decoder may have: a prompt stands before its sources, a prefix before its
+    targets."""
+    context, tokens = int(model.config.max_position_embeddings), getattr(model, "virtual", None)
+    if tokens is None:
+        return context, context
+    return (context, room(model)) if tokens.is_prefix else (room(model), context)
+
+
 def with_virtual(batch: Batch, count: int) -> Batch:
     """The batch as one row [1, P + N], the virtual tokens first and each text behind them: a tree. Padding stays in the row, as
     tokens of no text."""

@@ -127,9 +127,10 @@ def method(name: str) -> Method:
     return TABLE[name]
 
 
-def objective(name: str, **settings: Any) -> Objective:
-    """A method with its settings; those that are None keep the method's defaults. Raises `ConfigError` for one that it does not
-    have."""
+def objective(name: str, called: Mapping[str, str] | None = None, /, **settings: Any) -> Objective:
+    """A method with its settings; those that are None keep the method's defaults. `called`: what a stage calls them, where that
+    is another name. Raises `ConfigError` for one that the method does not have; of those that it has, the error names what the
+    stage can give."""
     row = method(name)
     function = _function(row.function)
     known = [
@@ -138,11 +139,13 @@ def objective(name: str, **settings: Any) -> Objective:
     given = {key: value for key, value in settings.items() if value is not None}
     for key in given:
         if key not in known:
-            near = nearest(key, known)
+            names = called or {}
+            own, offered = names.get(key, key), [names.get(k, k) for k in known if k in settings or not called]
+            near = None if called else nearest(own, offered)
             raise ConfigError(
-                f"`{key}` means nothing to {name}", field=key, found=given[key],
-                expected=f"one of: {', '.join(known)}" if known else "no settings",
-                fix=f"did you mean `{near}`?" if near else None,
+                f"`{own}` means nothing to {name}", field=own, found=given[key],
+                expected=f"one of: {', '.join(offered)}" if offered else "no settings",
+                fix=f"did you mean `{near}`?" if near else f"leave {own} out",
             )  # fmt: skip
     return Objective(name, function, {**row.defaults, **given, **row.fixed}, _function(row.prepare) if row.prepare else None)
 

@@ -71,7 +71,7 @@ def judge_texts(rubric: Rubric, pairs: Iterable[tuple[Prompt, str]]) -> tuple[li
     rollouts = [
         Rollout(
             id=f"0/{prompt.id}/{i}", prompt=prompt.id, step=0, sample=i, version=0, prompt_ids=(), ids=(), mask=(), logprobs=(),
-            text=text, finish_reason="stop", answer=prompt.answer, meta=prompt.meta,
+            text=text, finish_reason="stop", source=prompt.source, answer=prompt.answer, meta=prompt.meta,
         )
         for i, (prompt, text) in enumerate(pairs)
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement, verify
 from tutelage.rewards.schema import check_schema
-from tutelage.rewards.texts import told
+from tutelage.rewards.texts import place, told
 
 
 class JsonSchema:
@@ -34,9 +34,7 @@ class JsonSchema:
                 schema = json.loads(schema) if isinstance(schema, str) else schema
                 check_schema(schema, "meta.schema")
             except (ValueError, ConfigError) as error:
-                raise RewardError(
-                    f"the schema of rollout {rollout.id} can't be checked: {error}", found=rollout.prompt
-                ) from error
+                raise RewardError(f"the schema of rollout {rollout.id} can't be checked: {error}", **place(rollout)) from error
         return {"schema": schema, "text": text}
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
 from tutelage.rewards.endpoint import Endpoint
+from tutelage.rewards.texts import place
 
 if TYPE_CHECKING:
     from tutelage.engine.tools import Generate
@@ -58,7 +59,7 @@ class Judge:
             prompt = self._asked(rollout) if self._asked else rollout.meta.get("prompt")
             if prompt is None:
                 raise RewardError(
-                    f"the judge can't be shown the prompt of rollout {rollout.id}", field="meta.prompt", found=rollout.prompt,
+                    f"the judge can't be shown the prompt of rollout {rollout.id}", **place(rollout), field="meta.prompt",
                     fix="leave {prompt} out of the judge's question, or put the text in the prompt's row as `prompt`",
                 )  # fmt: skip
             known["prompt"] = str(prompt)

@@ -13,7 +13,7 @@ from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
 from tutelage.rewards.numbers import last_number
-from tutelage.rewards.texts import expected, inside
+from tutelage.rewards.texts import expected, inside, place
 
 LAST_CHARS = 20_000  # of a text, in which its number is looked for
 BLOCK = 4096  # characters that are normalised at a time
@@ -139,7 +139,8 @@ def _breaks(punctuation: bool) -> re.Pattern[str]:
 
 def no_number(rollout: Rollout) -> RewardError:
     return RewardError(
-        f"the expected answer of rollout {rollout.id} holds no number", found=rollout.answer, expected="such as 42 or #### 42",
+        f"the expected answer of rollout {rollout.id} holds no number", **place(rollout), found=rollout.answer,
+        expected="such as 42 or #### 42",
         fix="mend the prompt's answer, or compare as text with `exact`",
     )  # fmt: skip
 

@@ -50,8 +50,9 @@ class Rubric:
             found = reward(rollouts)
         except RewardError as error:
             raise RewardError(
-                f"reward `{name}`: {error.message}", field=error.field, found=error.found, expected=error.expected, fix=error.fix
-            ) from error
+                f"reward `{name}`: {error.message}", file=error.file, line=error.line, field=error.field, found=error.found,
+                expected=error.expected, fix=error.fix,
+            ) from error  # fmt: skip
         except UserError:
             raise
         except Exception as error:

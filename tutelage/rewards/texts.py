@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
 
@@ -15,11 +17,19 @@ def inside(text: str, tag: str | None) -> str | None:
     return text[start + len(tag) + 2 : end].strip() if start >= 0 else None
 
 
+def place(rollout: Rollout) -> dict[str, Any]:
+    """Where the rollout's prompt was read: `file` and `line` of an error about it."""
+    file, _, line = (rollout.source or "").rpartition("#")
+    if file and line.isdigit():
+        return {"file": file, "line": int(line)}
+    return {"file": rollout.source}
+
+
 def expected(rollout: Rollout) -> str:
     """The expected answer. Raises `RewardError` where the prompt has none."""
     if rollout.answer is None:
         raise RewardError(
-            f"the prompt of rollout {rollout.id} has no expected answer", field="answer", found=rollout.prompt,
+            "this prompt has no expected answer", **place(rollout), field="answer", found=f"none, for rollout {rollout.id}",
             fix="give each prompt an `answer`, or use rewards that need none",
         )  # fmt: skip
     return rollout.answer
@@ -29,7 +39,7 @@ def told(rollout: Rollout, key: str, what: str) -> object:
     """A fact of the rollout's prompt. Raises `RewardError` where it is missing."""
     if key not in rollout.meta:
         raise RewardError(
-            f"the prompt of rollout {rollout.id} has no {what}", field=f"meta.{key}", found=rollout.prompt,
+            f"this prompt has no {what}", **place(rollout), field=f"meta.{key}", found=f"none, for rollout {rollout.id}",
             expected=f"one of its facts to be `{key}`", fix="put it in the prompts' rows, or in the reward's own settings",
         )  # fmt: skip
     return rollout.meta[key]

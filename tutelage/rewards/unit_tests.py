@@ -9,7 +9,7 @@ from tutelage.config import rewards as config
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
-from tutelage.rewards.texts import told
+from tutelage.rewards.texts import place, told
 from tutelage.sandbox.limits import Limits, Outcome
 from tutelage.sandbox.sandbox import Sandbox
 
@@ -68,7 +68,7 @@ def tests_of(rollout: Rollout) -> list[str]:
     out = [tests] if isinstance(tests, str) else tests
     if not isinstance(out, list) or not out or not all(isinstance(test, str) and test.strip() for test in out):
         raise RewardError(
-            f"the tests of rollout {rollout.id} are no texts", field="meta.tests", found=tests,
+            f"the tests of rollout {rollout.id} are no texts", **place(rollout), field="meta.tests", found=tests,
             expected='Python, or a list of it: ["assert f(2) == 4"]', fix="mend the prompt's row",
         )  # fmt: skip
     return out

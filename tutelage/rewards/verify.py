@@ -10,7 +10,7 @@ from tutelage import log
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
-from tutelage.rewards.texts import inside
+from tutelage.rewards.texts import inside, place
 from tutelage.rewards.worker import Answer, Workers
 
 MAX_CHARS = 200_000  # of a text that is parsed whole
@@ -50,5 +50,7 @@ def _judgement(answer: Answer, rollout: Rollout, expected: str) -> Judgement:
         log.say(answer.trace.rstrip())
         raise RewardError(f"a verifier failed on rollout {rollout.id}: {answer.error}", found=rollout.text)
     if "unreadable" in answer.value:
-        raise RewardError(f"rollout {rollout.id}: {expected}", found=answer.value["unreadable"], fix="mend the prompt's row")
+        raise RewardError(
+            f"rollout {rollout.id}: {expected}", **place(rollout), found=answer.value["unreadable"], fix="mend the prompt's row"
+        )
     return Judgement(**answer.value)

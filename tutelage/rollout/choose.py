@@ -25,8 +25,8 @@ def conversations(
 
     Answers that were cut are not to be imitated, whatever they are worth. What was left out is added to `counts`.
     """
-    whole = _whole(group, counts)
-    good = [r for r in whole if _reward(r) >= threshold]
+    ended = _counted(group, counts)
+    good = [r for r in ended if _reward(r) >= threshold]
     counts["prompts"] += 1
     counts["prompts without a good answer"] += not good
     counts["good answers"] += len(good)
@@ -47,9 +47,9 @@ def conversations(
 
 def preferences(prompt: Prompt, group: Sequence[Rollout], margin: float, counts: Counter[str]) -> list[Preference]:
     """The best answer beside the worst, where the first is worth more by at least `margin`."""
-    whole = _whole(group, counts)
+    ended = _counted(group, counts)
     counts["prompts"] += 1
-    ranked = sorted(whole, key=lambda r: -_reward(r))
+    ranked = sorted(ended, key=lambda r: -_reward(r))
     if not ranked or ranked[0].text == ranked[-1].text or _reward(ranked[0]) - _reward(ranked[-1]) < max(margin, 1e-9):
         counts["prompts whose answers are worth the same"] += 1
         return []
@@ -71,11 +71,16 @@ def grouped(rollouts: Iterable[Rollout]) -> dict[str, list[Rollout]]:
     return out
 
 
-def _whole(group: Sequence[Rollout], counts: Counter[str]) -> list[Rollout]:
-    whole = [r for r in group if r.finish_reason != "length" and r.reward is not None]
+def whole(group: Sequence[Rollout]) -> list[Rollout]:
+    """The answers that came to their end, and were judged."""
+    return [r for r in group if r.finish_reason != "length" and r.reward is not None]
+
+
+def _counted(group: Sequence[Rollout], counts: Counter[str]) -> list[Rollout]:
+    found = whole(group)
     counts["answers"] += len(group)
-    counts["answers cut or not judged"] += len(group) - len(whole)
-    return whole
+    counts["answers cut or not judged"] += len(group) - len(found)
+    return found
 
 
 def _reward(rollout: Rollout) -> float:

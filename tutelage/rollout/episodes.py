@@ -136,5 +136,5 @@ class Episodes:
         return Rollout(
             id=f"{step}/{e.prompt.id}/{e.sample}", prompt=e.prompt.id, step=step, sample=e.sample, version=version,
             prompt_ids=tuple(e.prompt_ids), ids=tuple(e.ids), mask=tuple(e.mask), logprobs=tuple(e.logprobs), text=text,
-            finish_reason=e.reason, messages=tuple(e.messages), answer=e.prompt.answer, meta=meta,
+            finish_reason=e.reason, source=e.prompt.source, messages=tuple(e.messages), answer=e.prompt.answer, meta=meta,
         )  # fmt: skip

@@ -68,7 +68,8 @@ class Sampler:
             id=f"{step}/{name}/{made.index}", prompt=prompt.id, step=step, sample=made.index, version=version,
             prompt_ids=tuple(made.prompt), ids=tuple(made.ids), mask=(1,) * len(made.ids),
             logprobs=tuple(s.logprob for s in made.scores), text=made.text, finish_reason=made.finish_reason,
-            messages=(Message(role="assistant", content=made.text),), answer=prompt.answer, meta=dict(prompt.meta),
+            messages=(Message(role="assistant", content=made.text),), answer=prompt.answer, source=prompt.source,
+            meta=dict(prompt.meta),
         )  # fmt: skip
 
 

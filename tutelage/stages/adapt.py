@@ -23,8 +23,9 @@ from tutelage.models.load import load
 from tutelage.records import Document
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, training
+from tutelage.stages.idle import refuse_idle
 from tutelage.stages.training import Numbers
-from tutelage.stages.vocabulary import check_documents
+from tutelage.stages.vocabulary import WITHOUT, check_documents
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Hook
@@ -33,6 +34,13 @@ OWN = ("model", "data", "steps", "tokens", "epochs", "schedule", "patience", "ex
 
 
 def run(config: Adapt, run: RunDir) -> dict[str, Any]:
+    refuse_idle(
+        config,
+        {
+            "vocab_add=0": () if config.vocab_add else ("rows", "warm_steps"),
+            "no general text": () if config.general else ("replay_share",),
+        },
+    )
     texts = held_out(config, run)
     parent = extension.parent_of(config, run)
     device = fitting.choose_device(config)
@@ -88,8 +96,7 @@ def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]
         return run.input("model"), run.input("model"), {}
     assert run.nested is not None
     shared = {k: v for k, v in config.model_dump().items() if k in Vocabulary.model_fields and k not in OWN}
-    if config.warm_steps:
-        shared["steps"] = config.warm_steps
+    shared = {**shared, "steps": config.warm_steps} if config.warm_steps else {k: shared[k] for k in WITHOUT if k in shared}
     made = run.nested(
         "vocabulary",
         {**shared, "model": str(run.input("model")), "data": str(run.input("data")), "add": config.vocab_add,

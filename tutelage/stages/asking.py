@@ -36,6 +36,17 @@ def read_prompts(run: RunDir, part: str) -> list[Prompt]:
     return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]
 
 
+def prompts_of(run: RunDir, part: str, fix: str) -> list[Prompt]:
+    """Those of one part. Raises `DataError` where there are none."""
+    found = read_prompts(run, part)
+    if not found:
+        raise DataError(
+            f"there are no prompts in the {part} part", file=run.input("data") / f"{part}.jsonl", found="0 prompts",
+            expected="one or more to ask", fix=fix,
+        )  # fmt: skip
+    return found
+
+
 def engine_for(model: Any, renderer: Renderer, max_length: int, slots: int = SLOTS) -> Engine:
     """An engine that gives the same bits in any company where it can, so that a resumed run is the run that was not killed."""
     return Engine(model, renderer, slots=slots, max_length=max_length, batch_invariant=invariant(model))

@@ -22,6 +22,7 @@ from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, on_policy, training
 from tutelage.stages.fitting import Work
+from tutelage.stages.idle import refuse_idle
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -51,15 +52,14 @@ def run(config: Distil, run: RunDir) -> dict[str, Any]:
 
 
 def check(config: Distil) -> None:
-    """Raises `ConfigError` for a setting that has no effect on the policy."""
-    other = ("rollouts",) if config.policy == "off" else OFF_POLICY
-    for name in other:
-        if name in config.model_fields_set and getattr(config, name) != type(config).model_fields[name].default:
-            raise ConfigError(f"`{name}` means nothing to policy={config.policy}", field=name, found=getattr(config, name),
-                              fix="leave it out")  # fmt: skip
-    if config.rest is not None and not config.top_k:
-        raise ConfigError("`rest` means nothing where the whole vocabulary is known", field="rest", found=config.rest,
-                          fix="set top_k, or leave out rest")  # fmt: skip
+    """Raises `ConfigError` for a setting that would change nothing."""
+    refuse_idle(
+        config,
+        {
+            f"policy={config.policy}": ("rollouts",) if config.policy == "off" else OFF_POLICY,
+            "top_k=0": ("rest",) * (not config.top_k),
+        },
+    )
 
 
 def method(config: Distil) -> Objective:

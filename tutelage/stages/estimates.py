@@ -13,7 +13,7 @@ from typing import Any
 
 from tutelage.bases import whole_of
 from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
-from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, TEXT_LENGTH, Classify, Translate
+from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
 from tutelage.errors import ArtifactError, ConfigError
@@ -265,7 +265,8 @@ def translate(planned: Planned) -> Estimate:
     config = planned.config
     assert isinstance(config, Translate)
     raw = shape_of(planned) if config.model else {"model_type": "t5", **SMALL_T5, **NEW_WORDS, **config.architecture}
-    return _texts(planned, raw, 512 + config.max_target, 1)
+    target = TARGET_LENGTH if config.max_target == "derived" else config.max_target
+    return _texts(planned, raw, SOURCE_LENGTH + target, 1)
 
 
 def _texts(planned: Planned, raw: Mapping[str, Any], most: int, times: int) -> Estimate:

@@ -47,7 +47,8 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     check_vocabulary(model.config, words.vocab_size, start)
     layout = tuning.layout_for(config, model)
     length = tuning.max_length(config, model)
-    train, held_out = (families_of(config, run, model, part, length) for part in ("train", "validation"))
+    train = families_of(config, run, model, "train", length)
+    held_out = tuning.held_out(lambda: families_of(config, run, model, "validation", length))
     assert train is not None
     steps = tuning.steps_of(config, config.epochs, len(train))
     if method(config.method).reference:

@@ -39,7 +39,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     check_vocabulary(scorer.config, words.vocab_size, start)
     length = tuning.max_length(config, scorer)
     layout = tuning.layout_for(config, scorer)
-    train, held_out = data.families("train", length), data.families("validation", length)
+    train, held_out = data.families("train", length), tuning.held_out(lambda: data.families("validation", length))
     assert train is not None
     steps = tuning.steps_of(config, config.epochs, len(train))
     source = FamilySource(

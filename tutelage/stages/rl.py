@@ -22,6 +22,7 @@ from tutelage.stages.rollouts import Kit
 from tutelage.tokenizer.load import TokenizerFolder
 
 RATE_AT_7B = 1e-6
+CALLED = {"kl_weight": "kl", "kl": "kl_estimator", "entropy_weight": "entropy"}  # settings that an objective has other names for
 
 
 def run(config: Rl, run: RunDir) -> dict[str, Any]:
@@ -82,13 +83,17 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
 
 
 def gain(probe: Probe | None) -> dict[str, Any]:
-    """Rewards of held-out prompts before and after, with intervals."""
-    if probe is None or len(probe.rewards) < 2:
+    """Rewards of held-out prompts before and after, with intervals: of those that were asked both times. A run may go on with
+    another number of probes."""
+    if probe is None or not (before := probe.rewards.get("before")):
         return {}
-    before, after = probe.rewards["before"], probe.rewards["after"]
-    found = {"before": mean(before), "after": mean(after), "gain": paired_difference(after, before)}
+    after = probe.rewards["after"]
+    both = min(len(before), len(after))  # the first of the held-out prompts, always in their order
+    if len(before) != len(after):
+        log.say(f"probes: {len(before)} at the start and {len(after)} at the end; the first {both} of them are compared")
+    found = {"before": mean(before[:both]), "after": mean(after[:both]), "gain": paired_difference(after[:both], before[:both])}
     said = "  ".join(f"{name} {e.said()}" for name, e in found.items())
-    log.say(f"held-out reward, {len(after)} greedy answers: {said}")
+    log.say(f"held-out reward, {both} greedy answers: {said}")
     return {f"held_out_{name}": e.to_json() for name, e in found.items()}
 
 
@@ -97,7 +102,7 @@ def chosen_method(config: Rl) -> Objective:
     names = [name for name, row in TABLE.items() if row.data == "rollouts"]
     tuning.check_method(config.method, names)
     return objective(
-        config.method, clip_low=config.clip_low, clip_high=config.clip_high,
+        config.method, CALLED, clip_low=config.clip_low, clip_high=config.clip_high,
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
         kl=config.kl_estimator if config.kl_in == "loss" else None, delta=config.delta, value_clip=config.value_clip,
         entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,

@@ -34,6 +34,7 @@ from tutelage.rollout.weights import CREDIT
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 from tutelage.stages.asking import keys_and_values, published, sampler_for
+from tutelage.stages.idle import refuse_idle
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
@@ -195,21 +196,17 @@ def check(config: Rl) -> None:
         )
     if config.shard == "full":
         raise ConfigError("answers can't be made by a model in shards yet", field="shard", found="full", expected="none")
-    given = type(config).model_fields
     ppo, several = config.method == "ppo", bool(config.tools or config.environment)
     idle = {
-        "reference": config.kl == 0, "kl_in": config.kl == 0, "penalty": config.truncated != "penalise",
-        "correction_cap": config.correction == "none",
-        "correction_level": config.correction == "none", "kl_estimator": config.kl == 0,
-        "max_rounds": not several, "environment_seconds": config.environment is None, "value": not ppo, "gamma": not ppo,
-        "lam": not ppo, "value_weight": not ppo, "patience": True,
-    }  # fmt: skip
-    for name, without in idle.items():
-        if without and getattr(config, name) != given[name].default:
-            raise ConfigError(
-                "this setting changes nothing here", field=name, found=getattr(config, name),
-                expected=f"{given[name].default}, as it is when left out", fix=f"leave {name} out, or set what it goes with",
-            )  # fmt: skip
+        "kl=0": ("reference", "kl_in", "kl_estimator") if config.kl == 0 else (),
+        f"truncated={config.truncated}": ("penalty",) if config.truncated != "penalise" else (),
+        "correction=none": ("correction_cap", "correction_level") if config.correction == "none" else (),
+        "no tools and no environment": () if several else ("max_rounds",),
+        "no environment": () if config.environment else ("environment_seconds",),
+        f"method={config.method}": () if ppo else ("value", "gamma", "lam", "value_weight"),
+        "": ("patience",),
+    }
+    refuse_idle(config, idle)
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:

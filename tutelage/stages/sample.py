@@ -19,19 +19,21 @@ from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.source import Judging, read_rollouts
 from tutelage.rundir import RunDir
 from tutelage.stages import fitting
-from tutelage.stages.asking import read_prompts, reward_model_of, rubric_of, sampler_for, with_room
+from tutelage.stages.asking import prompts_of, reward_model_of, rubric_of, sampler_for, with_room
 from tutelage.tokenizer.load import TokenizerFolder
 
 TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
 
 
 def run(config: Sample, run: RunDir) -> dict[str, Any]:
+    other = "train" if config.part == "validation" else "validation"
+    asked = prompts_of(run, config.part, f"set part={other}, or make data with a {config.part} part (validation_share)")
     device = fitting.choose_device(config)
     model: Any = load(run.input("model"), device=device)
     words = TokenizerFolder.open(run.input("model"))
     length = min(room(model), 2048)
     sampler = sampler_for(model, Renderer(words), length, config.max_tokens, config.temperature)
-    prompts = with_room(sampler, read_prompts(run, config.part), config.part)
+    prompts = with_room(sampler, asked, config.part)
     prompts = prompts[: config.max_prompts or None]
     with rubric_of(config, words, reward_model_of(config, run, device)) as rubric:
         files = answer(config, run.folder("rollouts"), sampler, rubric, prompts)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tutelage import log
-from tutelage.config.tasks import SMALL_T5, Translate
+from tutelage.config.tasks import SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, Translate
 from tutelage.data.family_source import FamilySource
 from tutelage.data.translations import Marks, PairedTexts, PairEncoder, pair_of
 from tutelage.engine import Engine, Sampling
@@ -23,7 +23,7 @@ from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
 from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
-from tutelage.models.virtual import room
+from tutelage.models.virtual import rooms
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
@@ -45,14 +45,14 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     device = choose_device(config)
     model, tokenizer = start_of(config, run, device)
     words = TokenizerFolder.open(tokenizer)
-    length = min(512, source_room(model, words)) if config.max_length == "derived" else config.max_length
+    length, most = lengths(config, model, words)
     encode = PairEncoder(words, Marks(model.start, model.ends or words.stop_ids))
-    families = PairedTexts(train, encode, length, config.max_target, cut=config.too_long == "right")
+    families = PairedTexts(train, encode, length, most, cut=config.too_long == "right")
     say_report(families)
     source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
                           seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
-    kept = PairedTexts(held, encode, length, config.max_target, cut=config.too_long == "right") if held else None
+    kept = tuning.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
     steps = math.ceil(config.epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
     tokens = float(families.sizes("pairs").mean())
     rates = rates_of(config, model)
@@ -61,14 +61,14 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     work = Work(
         parts={"policy": model}, source=source, objective=objective("next_token"), steps=max(1, steps), rates=rates,
         shape=classifying.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
-        tokens=tokens * source.per_step * steps, numbers={"max_length": length, "lr": rates.lr, "batch": source.per_step},
+        tokens=tokens * source.per_step * steps,
+        numbers={"max_length": length, "max_target": most, "lr": rates.lr, "batch": source.per_step},
         write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
     )  # fmt: skip
     facts = fit(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
     if kept is None or log.rank() != 0:
         return facts
-    most = config.max_questions or len(kept)
-    return facts | compare(model, words, kept, most, config.max_target, run.folder("scores"))
+    return facts | compare(model, words, kept, config.max_questions or len(kept), most, run.folder("scores"))
 
 
 def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2Seq, Path]:
@@ -96,9 +96,27 @@ def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2
     return found, run.input("model")
 
 
-def source_room(model: Seq2Seq, words: TokenizerFolder) -> int:
-    """Tokens that a source may have: T5's positions have no end, other models' do."""
-    return min(room(model), words.max_length or 1 << 20)
+def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[int, int]:
+    """Tokens that a source and a target may have: T5's positions have no end, other models' do. Raises `ConfigError` for more
+    than the model has room for."""
+    found = []
+    for name, own, usual in zip(("max_length", "max_target"), rooms(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True):
+        asked = getattr(config, name)
+        if asked == "derived":
+            told = words.max_length or own if name == "max_length" else own
+            found.append(min(usual, own, told))
+            if found[-1] < usual:
+                log.say(f"{name}: {found[-1]}, as many tokens as the model has room for")
+            continue
+        if asked > own:
+            virtual = model.config.max_position_embeddings - own
+            raise ConfigError(
+                "longer than the model's context", field=name, found=asked,
+                expected=f"at most {own}{f', behind {virtual} virtual tokens' if virtual else ''}",
+                fix=f"lower {name}, or leave it out",
+            )  # fmt: skip
+        found.append(asked)
+    return found[0], found[1]
 
 
 def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
@@ -114,14 +132,14 @@ def say_report(families: PairedTexts) -> None:
 
 
 def compare(
-    model: Seq2Seq, words: TokenizerFolder, kept: PairedTexts, most: int, max_tokens: int, folder: Path
+    model: Seq2Seq, words: TokenizerFolder, kept: PairedTexts, most: int, max_target: int, folder: Path
 ) -> dict[str, Any]:
-    """Translates held-out sources greedily, writes what came out, and says how much of it is right."""
+    """Translates held-out sources greedily, writes what came out, and says how much of it is right. `max_target` counts what the
+    model begins a target with, too."""
     asked: Sequence[Conversation] = kept.records[:most]
     prompts = [family.prompt.tolist() for family in kept.families[:most]]
-    longest = max(max_tokens + len(model.start), *(len(p) + 1 for p in prompts))
-    engine = Engine(model.eval(), None, slots=16, max_length=longest)
-    done = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0.0, stop_ids=words.stop_ids))
+    engine = Engine(model.eval(), None, slots=16, max_length=max(max_target, *map(len, prompts)))
+    done = engine.generate(prompts, Sampling(max_tokens=max_target - len(model.start), temperature=0.0, stop_ids=words.stop_ids))
     rows: list[dict[str, Any]] = []
     for record, found in zip(asked, done, strict=True):
         source, target = (text.strip() for text in pair_of(record))

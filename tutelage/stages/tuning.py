@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tutelage.config.base import nearest
 from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
+from tutelage.data.left_out import NothingLeft
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.models.adapters import wear_scorer, with_heads, worn_adapter
@@ -77,6 +78,7 @@ def check_whole(config: Tune) -> None:
         )  # fmt: skip
 
 
+F = TypeVar("F")
 ALSO_CALLED = {"sigmoid": "dpo", "bradley_terry": "reward"}
 
 
@@ -108,6 +110,19 @@ def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
             fix=fix + other,
         )  # fmt: skip
     return found
+
+
+def held_out(read: Callable[[], F]) -> F | None:
+    """What `read` makes of the validation part; None where nothing of it can be read, which is said."""
+    try:
+        return read()
+    except NothingLeft as error:
+        numbers = "; ".join(text for text in (str(error.found), error.expected) if text)
+        log.say(
+            f"validation: nothing of it can be read, so nothing is measured on it ({numbers}); to measure: {error.fix}",
+            style="yellow",
+        )
+        return None
 
 
 def rates(config: Loop, parameters: int, at_7b: float) -> Rates:

@@ -15,14 +15,18 @@ from tutelage.models.extend import tables
 from tutelage.models.load import load
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, training
+from tutelage.stages.idle import refuse_idle
 from tutelage.stages.tokenizer import texts
 from tutelage.tokenizer.extend import extend as extend_tokenizer
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.measure import measure
 from tutelage.train.rows import OnlyRows
 
+WITHOUT = ("model", "data", "add", "rows", "train", "adapter", "shard", "device", "threads", "kernels")  # that need no training
+
 
 def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
+    refuse_idle(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
     check_documents(run.input("data"), "data")
     fitting.no_adapter(config, "the new rows of the tables are what is trained")
     parent = extension.parent_of(config, run)
