@@ -141,8 +141,8 @@ def stage_command(name: str) -> Any:
 
 
 def file_command(name: str) -> Any:
-    """`tutelage generate MODEL INPUT --output FILE`, `tutelage label MODEL --input FILE --output FILE`: with an option for every
-    other setting of its section."""
+    """`tutelage generate MODEL INPUT --output FILE`, and `label` likewise, with an option for every other setting of its
+    section."""
     from importlib import import_module
 
     from tutelage.config.base import build
@@ -158,11 +158,9 @@ def file_command(name: str) -> Any:
         show_config(config) if dry_run else print(config.output)
 
     fields = dict(section.model_fields)
-    arguments = ("model", "input") if name == "generate" else ("model",)
-    places = [parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in arguments]
-    for key in [key for key in ("input", "output") if key in fields]:
-        shown = typer.Option(f"--{key}", f"-{key[0]}", help=fields.pop(key).description, metavar="FILE")
-        places.append(parameter(key, Annotated[str, shown]))
+    places = [parameter(key, Annotated[str, typer.Argument(help=fields.pop(key).description)]) for key in ("model", "input")]
+    output = typer.Option("--output", "-o", help=fields.pop("output").description, metavar="FILE")
+    places.append(parameter("output", Annotated[str, output]))
     return _with_options(command, [*places, *(option(key, field) for key, field in fields.items()), *_this_run()])
 
 

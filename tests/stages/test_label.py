@@ -63,7 +63,7 @@ def test_every_classifier_labels_a_file(trained: dict[str, Path], tmp_path: Path
     made = [{"id": f"r{i}", "text": row["text"], "other": 1} for i, row in enumerate(rows("class"))]
     made = made * 7 + [{"text": "short"}]  # more than are read at a time
     source, output = write(tmp_path / "in.jsonl", made), tmp_path / "out" / "labels.jsonl"
-    said = tutelage(capsys, "label", trained[kind], "--input", source, "--output", output)
+    said = tutelage(capsys, "label", trained[kind], source, "--output", output)
     assert said.code == 0 and said.out == f"{output}\n" and f"{len(made):,} rows in" in said.err, said.err
     found = read(output)
     folder = next(trained[kind] / n for n in ("model", "adapter") if (trained[kind] / n).is_dir())
@@ -110,7 +110,7 @@ def test_texts_that_are_cut_are_counted(trained: dict[str, Path], tmp_path: Path
     source = write(tmp_path / "in.jsonl", [{"text": "red " * 60 + "blue"}, {"text": "red"}])
     out = tmp_path / "out.jsonl"
     for side in ("right", "left"):
-        said = tutelage(capsys, "label", trained["class"], "-i", source, "-o", out, "--too-long", side, "--force")
+        said = tutelage(capsys, "label", trained["class"], source, "-o", out, "--too-long", side, "--force")
         assert f"1 of 2 texts were cut at the {side}, to 32 tokens" in said.err and len(read(out)[0]["text"]) == 244
         row = Classifier(trained["class"] / "model", too_long=side).predict(["red " * 60 + "blue"])  # type: ignore[arg-type]
         assert list(read(out)[0]["probabilities"].values()) == pytest.approx(row.probabilities[0].tolist(), abs=1e-5)
@@ -133,7 +133,7 @@ def test_rows_without_a_text_are_named_and_nothing_is_written(
 ) -> None:
     """Half of an output; a row that is left out without a word; an error that does not say where."""
     source = write(tmp_path / name, lines)
-    done = tutelage(capsys, "label", trained["class"], "--input", source, "--output", tmp_path / "out.jsonl")
+    done = tutelage(capsys, "label", trained["class"], source, "--output", tmp_path / "out.jsonl")
     assert done.code == 2 and place in done.err and said in done.err, done.err
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -157,7 +157,7 @@ def test_what_is_no_classifier_or_in_the_way_is_refused(
     with pytest.raises(ArtifactError, match="scores, it does not classify"):
         api.label(model=tmp_path / "score", input=source, output=out, force=True)
     assert out.read_text() == "mine\n"
-    said = tutelage(capsys, "label", trained["class"], "-i", source, "-o", tmp_path / "new.jsonl", "--dry-run")
+    said = tutelage(capsys, "label", trained["class"], source, "-o", tmp_path / "new.jsonl", "--dry-run")
     assert said.code == 0 and "1 rows" in said.err and "too_long: right" in said.out and not (tmp_path / "new.jsonl").exists()
     said = tutelage(capsys, "generate", trained["class"], source, "--output", tmp_path / "new.jsonl")
     assert said.code == 2 and "a classifier is used with `tutelage label`" in " ".join(said.err.split())
