@@ -189,6 +189,8 @@ def test_dry_run_finds_what_would_fail(world: World, capsys: Capture) -> None:  
         ([], "`tokenizer` or `model` is required"),
         (["--tokenizer", world.made["words"], "--model", world.made["chat"]], "exclude each other"),
         (["--tokenizer", world.made["words"], "--size", "big"], "not a model size"),
+        (["--model", world.made["chat"], "--size", "20k"], "a trained model has its own shape"),
+        (["--model", world.made["chat"], "--architecture", '{"hidden_size": 8}'], "a trained model has its own shape"),
     ):
         said = tutelage(capsys, "pretrain", "--data", world.made["corpus"], *line, "--dry-run")
         assert said.code == 2 and says in said.err

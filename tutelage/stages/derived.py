@@ -53,6 +53,13 @@ def check_start(config: Train) -> None:
             expected="a tokenizer folder to train from scratch, or a model folder to go on from, not both",
             fix="a tokenizer comes from `tutelage tokenizer --data RECORDS`, or from any Hugging Face folder",
         )
+    if isinstance(config, Pretrain) and config.model is not None:
+        for name in ("size", "architecture"):
+            if (given := getattr(config, name)) != Pretrain.model_fields[name].default:
+                raise ConfigError(
+                    "a trained model has its own shape", field=name, found=given, expected="`tokenizer`, for a new model",
+                    fix=f"leave {name} out to go on from {config.model}",
+                )  # fmt: skip
 
 
 def tuning_rates(config: Loop, at_7b: float, parameters: int) -> dict[str, tuple[float, str]]:
