@@ -93,6 +93,25 @@ def test_a_sandbox_that_can_not_be_built_is_refused(monkeypatch: pytest.MonkeyPa
         none.run("print(1)")
 
 
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="NOT CHECKED: bwrap is not installed (apt install bubblewrap)")
+@pytest.mark.parametrize("more", [("landlock",), ()], ids=["landlock", "bare"])
+def test_bwrap_puts_up_the_same_walls(monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]) -> None:
+    """Guards the other way: root who stays root inside, what only our own namespaces hide. All acts are tried at its start."""
+    if more and not landlock.version():
+        pytest.skip("NOT CHECKED: no landlock in this kernel")
+    monkeypatch.setattr(module, "choose", lambda: [("bwrap", *more, "seccomp")])
+    with Sandbox() as walled:
+        done = walled.run("import os\nprint(sum(range(10)), os.getuid() != 0)")
+        assert (done.reason, done.stdout) == ("done", "45 True\n"), done
+        for code, reason in (
+            ("import socket; socket.create_connection(('127.0.0.1', 22))", "error"),
+            ("open('/etc/passwd').read()", "error"),
+            ("import os\nwhile True: os.fork()", "error"),
+            ("x = [0] * 10**9", "memory"),
+        ):
+            assert walled.run(code).reason == reason, code
+
+
 @pytest.mark.parametrize(
     ("code", "reasons"),
     [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.sandbox.root import DEVICES, FOLDER, hidden, library
+from tutelage.sandbox.root import DEVICES, FOLDER, INSIDE, hidden, library
 
 REQUEST = 4  # the descriptor from which the program's side reads what it is to become
 _CODE = "import sys; sys.path.insert(0, '/code'); from tutelage.sandbox.bubblewrap import main; main()"
@@ -19,6 +19,7 @@ def command(disk: int, walls: Sequence[str]) -> list[str]:
     """What `bwrap` is called with."""
     python = os.path.realpath(sys.executable)
     out = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    out += ["--unshare-user", "--uid", str(INSIDE), "--gid", str(INSIDE)]  # of root, too, which it would leave as it is
     out += ["--setenv", "PYTHONHASHSEED", "0"]
     for path in library():
         out += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
