@@ -93,7 +93,7 @@ def test_two_ranks_are_one(two_ranks: list[dict[str, Any]], name: str) -> None:
         assert rank[name]["norm"] == pytest.approx(alone["norm"], rel=1e-3, abs=1e-6)
         for found, expected in zip(rank[name]["terms"], alone["terms"], strict=True):
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    one, other = (steps_of(name, rank)["loss"][0] for rank in (0, 1))
+    one, other = (steps_of(name, rank)["norm"][0] for rank in (0, 1))
     assert one != pytest.approx(other, rel=1e-3), "both ranks have the same share: nothing would be seen"
 
 
