@@ -42,7 +42,8 @@ def pairs() -> list[Family]:
 
 
 def of_families(made: list[Family], layout: Any) -> GlobalBatch:
-    halves = [made[: len(made) // 2], made[len(made) // 2 :]]
+    cut = max(1, len(made) // 3)  # shares of unequal size: a mean of their means is another number
+    halves = [made[:cut], made[cut:]]
     unit = {name: float(len(made)) for name in ("pairs", "examples", "desirable", "undesirable")}
     unit["answers"] = 2.0 * len(made)
     return family_batch(halves, count(made, layout) | unit, layout)
