@@ -33,6 +33,18 @@ def tune(world: World, runs: Path, adapter: dict[str, Any], **more: Any) -> RunD
     return api.sft(runs=runs, adapter=adapter, **settings)  # type: ignore[no-any-return]
 
 
+def preferences(folder: Path, **settings: Any) -> RunDir:
+    """24 questions with a better answer and a worse one."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Where is cat {i}?"}],
+         "chosen": [{"role": "assistant", "content": f"By door {i}."}],
+         "rejected": [{"role": "assistant", "content": f"The hill {i}!"}]}
+        for i in range(24)
+    ]  # fmt: skip
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return api.data(kind="preferences", sources=[folder / "pairs.jsonl"], min_chars=0, runs=folder, **settings)  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
     model: Any = load(folder)
@@ -150,14 +162,7 @@ def test_an_adapter_needs_a_base(world: World, tmp_path: Path) -> None:  # noqa:
 
 def test_a_preference_run_takes_the_base_as_its_reference(world: World, tmp_path: Path) -> None:  # noqa: F811
     """A reference with the adapter in it, a second model in memory, a run that writes the whole model."""
-    rows = [
-        {"prompt": [{"role": "user", "content": f"Where is cat {i}?"}],
-         "chosen": [{"role": "assistant", "content": f"By door {i}."}],
-         "rejected": [{"role": "assistant", "content": f"The hill {i}!"}]}
-        for i in range(24)
-    ]  # fmt: skip
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = api.data(kind="preferences", sources=[tmp_path / "pairs.jsonl"], min_chars=0, runs=tmp_path)
+    data = preferences(tmp_path)
     same = {"data": data, "model": world.made["chat"], "batch": 4, "steps": 2, "threads": 1, "runs": tmp_path, "max_length": 108}
     kinds = {kind: api.prefer(adapter={"kind": kind}, **same) for kind in ("none", "lora", "prompt")}
     found = {kind: sorted(run.path.glob("reference/*/logprobs.npy")) for kind, run in kinds.items()}
@@ -209,14 +214,7 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
 
 def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) -> None:  # noqa: F811
     """A stage that trains everything, or writes the base, although an adapter was asked for; one that takes it and ignores it."""
-    pairs = [
-        {"prompt": [{"role": "user", "content": f"Where is cat {i}?"}],
-         "chosen": [{"role": "assistant", "content": f"By door {i}."}],
-         "rejected": [{"role": "assistant", "content": f"The hill {i}!"}]}
-        for i in range(24)
-    ]  # fmt: skip
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    data = api.data(kind="preferences", sources=[tmp_path / "pairs.jsonl"], min_chars=0, runs=tmp_path)
+    data = preferences(tmp_path)
     same: dict[str, Any] = {"model": world.made["chat"], "adapter": {"kind": "lora", "rank": 2}, "runs": tmp_path, "threads": 1}
     rows = {"steps": 2, "sequence_length": 128, "batch_tokens": 512, "evaluate_rows": 2}
     reward = api.reward(data=data, batch=4, steps=2, max_length=128, **same)
@@ -236,14 +234,7 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_reward_model_behind_virtual_tokens(world: World, tmp_path: Path, kind: str, capsys: Capture) -> None:  # noqa: F811
     """One that is trained and can't be asked, or trained on; a value function without the adapter of its policy."""
-    pairs = [
-        {"prompt": [{"role": "user", "content": f"Where is cat {i}?"}],
-         "chosen": [{"role": "assistant", "content": f"By door {i}."}],
-         "rejected": [{"role": "assistant", "content": f"The hill {i}!"}]}
-        for i in range(24)
-    ]  # fmt: skip
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    data = api.data(kind="preferences", sources=[tmp_path / "pairs.jsonl"], min_chars=0, validation_share=0.3, runs=tmp_path)
+    data = preferences(tmp_path, validation_share=0.3)
     adapter = {"kind": kind, "tokens": 4}
     how: dict[str, Any] = {"adapter": adapter, "runs": tmp_path, "threads": 1, "max_length": 96}
     trained = {"data": data, "batch": 4, "steps": 12, "optimizer": {"lr": 0.02, "embedding_lr": 0.02}}
