@@ -217,6 +217,8 @@ def make_hooks(config: Loop, job: Job, run: RunDir, work: Work) -> dict[str, Hoo
         out["validate"] = validate
         if config.patience:
             out["early_stop"] = hooks.EarlyStop(validate, config.patience, run.folder("best"))
+    elif config.patience:
+        log.say("patience: nothing is held out, so all steps are trained", style="yellow")
     out |= work.hooks(job)
     out["tensorboard"] = hooks.TensorBoard(validate)
     return out
