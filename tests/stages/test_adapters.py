@@ -231,6 +231,22 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
         api.vocabulary(data=world.made["corpus"], add=4, **same, **rows)
 
 
+def test_heads_beside_virtual_tokens_have_a_rate_of_their_own(capsys: Capture) -> None:
+    """A head that is trained 1,500 times too fast, as virtual tokens want to be."""
+    from tutelage.config.stages import Reward
+    from tutelage.stages import tuning
+
+    plain = tuning.rates(build(Reward, {"model": "a", "data": "b"}), 10**6, 1e-6, heads=True)
+    for kind, same in (("prompt", False), ("prefix", False), ("ia3", False), ("lora", True)):
+        config = build(Reward, {"model": "a", "data": "b", "adapter": {"kind": kind}})
+        found = tuning.rates(config, 10**6, 1e-6, heads=True)
+        assert (found.embedding_lr == found.matrix_lr == found.lr) == same
+        assert same or (found.embedding_lr == plain.embedding_lr and found.lr != plain.lr)
+        alone = tuning.rates(config, 10**6, 1e-6)
+        assert alone.embedding_lr == alone.lr == found.lr, "nothing else is trained: one rate is said"
+    assert "set optimizer.lr" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_reward_model_behind_virtual_tokens(world: World, tmp_path: Path, kind: str, capsys: Capture) -> None:  # noqa: F811
     """One that is trained and can't be asked, or trained on; a value function without the adapter of its policy."""

@@ -291,3 +291,13 @@ def test_the_encoder_of_a_wheel(tmp_path: Path) -> None:
     records = data(tmp_path, "class", validation_share=0.5)
     made = api.classify(runs=tmp_path / "runs", data=records, encoder=folder, max_length=24, batch=8, epochs=3)
     assert made.facts["accuracy"] > 0.9
+
+
+def test_the_plan_counts_attention_that_is_kept(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """A plan of a third of what an encoder with dropout takes: its attention is held by the square of a text's length."""
+    records = data(tmp_path, "class")
+    for dropout, said in ((0.1, True), (0.0, False)):
+        shape = {**TINY, "attention_probs_dropout_prob": dropout, "num_attention_heads": 4, "num_hidden_layers": 2}
+        classify(tmp_path, world, records, architecture=shape, steps=1, max_length=512, batch=8)
+        plan = next(line for line in capsys.readouterr().err.replace("\n", " ").split("step 0")[:1])
+        assert (" attention" in plan.split("memory:")[1]) == said

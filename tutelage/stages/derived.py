@@ -62,12 +62,18 @@ def check_start(config: Train) -> None:
                 )  # fmt: skip
 
 
-def tuning_rates(config: Loop, at_7b: float, parameters: int) -> dict[str, tuple[float, str]]:
+HEADS_APART = ("ia3", "prompt", "prefix")  # adapters whose rate is far above what a head that is trained beside them stands
+
+
+def tuning_rates(config: Loop, at_7b: float, parameters: int, heads: bool = False) -> dict[str, tuple[float, str]]:
     """The rates by their settings, each with its reason, from one that is good for all weights of 7B. Tables that are trained
-    beside an adapter take the rate of a trained model."""
-    found = tuning_rate(config.adapter.kind, at_7b, parameters)
-    tables = tuning_rate("none", at_7b, parameters) if config.adapter.embeddings else found
-    return {"lr": found, "matrix_lr": found, "embedding_lr": tables}
+    beside an adapter take the rate of a trained model; so do score `heads` beside virtual tokens and factors."""
+    found, whole = (tuning_rate(kind, at_7b, parameters) for kind in (config.adapter.kind, "none"))
+    apart = heads and config.adapter.kind in HEADS_APART
+    return {
+        "lr": found, "matrix_lr": whole if apart else found,
+        "embedding_lr": whole if apart or config.adapter.embeddings else found,
+    }  # fmt: skip
 
 
 def tuning_rate(kind: str, at_7b: float, parameters: int) -> tuple[float, str]:

@@ -47,7 +47,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
         rank=log.rank(), world=distributed.world(),
     )  # fmt: skip
     log.say("\n".join(source.describe()))
-    rates = tuning.rates(config, tuning.size_of(scorer), RATE_AT_7B)
+    rates = tuning.rates(config, tuning.size_of(scorer), RATE_AT_7B, heads=True)
     validation = None
     if held_out is not None:
         validation = FamilySource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)

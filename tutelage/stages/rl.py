@@ -56,7 +56,7 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
     if steps == "derived":
         steps = max(1, round(config.epochs * len(prompts) / plan.prompts)) * plan.steps
     log.say("\n".join([*source.describe(), f"{steps:,} steps"]))
-    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B)
+    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B, heads=config.method == "ppo")
     every = config.evaluate_every or max(1, steps // 5)
     asked = held_out[: config.probes]
     probe = Probe(asked, kit.sampler, kit.rubric, every, run.folder("probes")) if asked else None

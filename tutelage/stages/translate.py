@@ -122,7 +122,7 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
 def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
     if config.model is None:
         return classifying.rates(config, NEW_RATE, "a small model from scratch")
-    return classifying.rates(config, *classifying.scaled(config, model, TUNE_RATE, TUNE_AT))
+    return classifying.rates(config, *classifying.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))
 
 
 def say_report(families: PairedTexts) -> None:

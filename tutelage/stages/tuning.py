@@ -125,9 +125,10 @@ def held_out(read: Callable[[], F]) -> F | None:
         return None
 
 
-def rates(config: Loop, parameters: int, at_7b: float) -> Rates:
-    """The settings' rates; those left to derive from the model's size, said with their reason."""
-    found = tuning_rates(config, at_7b, parameters)
+def rates(config: Loop, parameters: int, at_7b: float, heads: bool = False) -> Rates:
+    """The settings' rates; those left to derive from the model's size, said with their reason. `heads`: score heads are trained,
+    too."""
+    found = tuning_rates(config, at_7b, parameters, heads)
     open_rates = [name for name in found if getattr(config.optimizer, name) == "derived"]
     for rate, reason in dict.fromkeys(found[name] for name in open_rates):
         log.say(f"learning rate {rate:g}: {reason}; set optimizer.lr to change it")

@@ -21,12 +21,17 @@ class Rates:
     embedding_lr: float  # token and position tables, output heads
 
 
+TABLES_AND_HEADS = (
+    "embed", "lm_head", "score.", "classifier.", "pooler.dense.bias", "shared.", "attention_bias", "wte", "wpe",
+)  # fmt: skip
+
+
 def kind(name: str, p: nn.Parameter) -> str:
     """matrix | embedding | vector, from the parameter's name and shape. What an adapter adds counts as vectors: no decay, and no
     orthogonal steps, since what its factors do they do together."""
     if ".change." in name or name.endswith("virtual.values"):
         return "vector"
-    if any(part in name for part in ("embed", "lm_head", "score.", "classifier.", "shared.", "attention_bias", "wte", "wpe")):
+    if any(part in name for part in TABLES_AND_HEADS):
         return "embedding"
     return "matrix" if p.ndim == 2 else "vector"
 
