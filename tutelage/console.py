@@ -120,6 +120,15 @@ def spent(path: Path, row: dict[str, Any]) -> float:
 
 def headline(row: dict[str, Any]) -> str:
     """The one number that matters of a run."""
+    from tutelage.evaluate.intervals import said
+
+    gain = row.get("held_out_gain")
+    if isinstance(gain, dict):  # of rewards
+        before, after = (row[f"held_out_{when}"]["value"] for when in ("before", "after"))
+        return f"held-out reward {before:.3f} to {after:.3f}, gain {said(gain)}"
+    found = row.get("held_out")
+    if isinstance(found, dict) and isinstance(found.get("accuracy"), dict):  # of a reward model
+        return f"held-out accuracy {said(found['accuracy'])}"
     for key, text in (
         ("bits_per_byte", "{:.3f} bits per byte"),
         ("validation_loss", "validation loss {:.3f}"),

@@ -15,7 +15,7 @@ from tutelage.errors import ArtifactError
 from tutelage.evaluate.report import duration, scientific, size, write_report
 from tutelage.evaluate.report_charts import smoothed
 from tutelage.evaluate.report_data import read_story
-from tutelage.files import write_json
+from tutelage.files import read_json, write_json
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -187,6 +187,22 @@ def test_one_document_has_no_interval(finished: Path, tmp_path: Path) -> None:
     write_report(finished, tmp_path / "r.html", [tmp_path])
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "one unit: no interval" in text and "1.400 to 1.400" not in text
+
+
+def test_the_gain_by_rewards_is_on_the_page(finished: Path, tmp_path: Path) -> None:
+    """A gain that only the terminal showed."""
+    row = read_json(finished / "run.json")
+    ends = {
+        "held_out_before": (0.155, 0.104, 0.206),
+        "held_out_after": (0.255, 0.194, 0.316),
+        "held_out_gain": (0.1, 0.032, 0.168),
+    }
+    told = {key: {"value": v, "low": low, "high": high, "n": 200, "method": "t"} for key, (v, low, high) in ends.items()}
+    write_json(finished / "run.json", row | told)
+    write_report(finished, tmp_path / "r.html")
+    write_json(finished / "run.json", row)
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(shown in text for shown in ("What was gained by rewards", "0.155", "0.255", "+0.100", "+0.032 to +0.168"))
 
 
 def test_lineage_is_parents_first_and_each_once(finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,16 @@ def test_what_means_nothing_is_refused(
         capsys, "reward", "--model", tiny.checkpoint(), "--data", records, "--runs", tmp_path, "--kernels", "false", *options
     )
     assert done.code == 2 and about in done.err, done.err
+
+
+def test_plain_texts_for_a_chat_model_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reward model of plain texts that is asked in chats: right in its own held-out part, and wrong wherever it is used."""
+    rows = [{"prompt": f"{i}?", "chosen": f"cat dog {i}", "rejected": f"mat hat {i}"} for i in range(60)]
+    for key, told in (("prompt", True), ("question", False)):
+        lines = [json.dumps({key: row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}) for row in rows]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+        data = api.data(sources=[tmp_path / "pairs.jsonl"], kind="preferences", min_chars=0, validation_share=0.2, runs=tmp_path)
+        capsys.readouterr()
+        api.reward(model=str(tiny.checkpoint()), data=data, runs=tmp_path, **{**HOW, "steps": 1, "batch": 4})
+        said = capsys.readouterr().err
+        assert ("these are plain texts" in said) == told and "tokens supervised" in said

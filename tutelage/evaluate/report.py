@@ -61,6 +61,7 @@ def context(story: Story) -> dict[str, Any]:
         "definitions": (story.scores or {}).get("definitions") or {},
         "gallery": story.gallery or {},
         "changes": [(n.name, n.facts["change"]) for n in story.chain if isinstance(n.facts.get("change"), dict)],
+        "gains": [(n.name, n.facts) for n in story.chain if isinstance(n.facts.get("held_out_gain"), dict)],
         "growth": growth[1],
         "growth_of": growth[0],
         "training": training,

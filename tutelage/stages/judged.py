@@ -22,6 +22,7 @@ from tutelage.models.scorer import Scorer
 from tutelage.objectives.answers import answers_of, own_places
 from tutelage.objectives.reward import log_odds
 from tutelage.rundir import RunDir
+from tutelage.stages import tuning
 from tutelage.tokenizer.load import TokenizerFolder
 
 Families = PairFamilies | ScoredFamilies
@@ -45,6 +46,8 @@ class Judged:
         segments = Segments.open(self.tokens / split, vocabulary=self.words.vocab_size)
         if split == "validation" and not len(segments):
             return None
+        if split == "train":
+            tuning.show_first(segments, self.words, self.records)
         found = self._families(segments, self.records / f"{split}.jsonl", length)
         if split == "train" and isinstance(found, ScoredFamilies) and not found.varies:
             raise DataError(

@@ -89,6 +89,8 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
     tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(run.input("model"))})
     segments = Segments.open(tokens.path / "tokens" / part, vocabulary=model.config.vocab_size)
     rated = segments.record == "Rating"
+    if part == "train":
+        tuning.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"))
     if part == "validation" and len(segments) < 2 + 2 * rated:
         log.say(f"validation: {len(segments)} answers are too few to measure anything on")
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from tutelage.config.train import Loop, Tune
 from tutelage.data.families import assemble, bins
 from tutelage.data.family_source import Families
 from tutelage.data.left_out import NothingLeft
+from tutelage.data.render import Rendered, coloured_sample
+from tutelage.data.tokens import Segments
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.models.adapters import wear_scorer, with_heads, worn_adapter
@@ -90,6 +93,20 @@ def check_method(name: str, names: Sequence[str], what: str = "is of this stage"
         raise ConfigError(
             f"no such method {what}{known}", field="method", found=name, expected=", ".join(names),
             fix=f"did you mean `{near}`?" if near in names else None,
+        )  # fmt: skip
+
+
+def show_first(segments: Segments, words: TokenizerFolder, records: Path) -> None:
+    """What is taught by the first answer, supervised tokens green (promise 1); and where texts are plain though the model has a
+    chat template, that they are: a reward of such texts says little of a chat's."""
+    ids, mask = segments.ids(0), segments.mask(0)
+    log.console.print(coloured_sample(Rendered(ids, mask, "", ()), words))
+    with (records / "train.jsonl").open(encoding="utf-8") as f:
+        first = json.loads(f.readline())
+    if first.get("style") == "completion" and words.template is not None:
+        log.say(
+            "these are plain texts, without the chat template that the model has; where it is asked in chats, give the rows as "
+            "messages, or name their field question in place of prompt", style="yellow",
         )  # fmt: skip
 
 
