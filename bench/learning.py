@@ -1,6 +1,6 @@
 """Does it learn? Preferences with a known rule: DPO and PPO against the model that they start from, over several seeds.
 
-    python bench/learning.py --model quickstart/chat --runs RUNS [--seeds 3] [--methods dpo,ppo]
+    python bench/learning.py --model quickstart/chat --runs RUNS [--seeds 3] [--methods dpo,ppo] [--answered N] [--questions N]
 
 The rule prefers answers of six tokens. The start's own answers to training questions are judged by it: pairs for DPO, a reward
 for PPO. Then both models answer held-out questions, sampled, with the same noise: a win is an answer that the rule puts above the
@@ -30,7 +30,7 @@ def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
             kl=0.02, kl_in="reward", optimizer=RATES, seed=seed, runs=args.runs, probes=0,
         )  # fmt: skip
     answers = api.sample(
-        model=args.model, data=data, rewards=RULE, samples=6, max_tokens=48, max_prompts=600, seed=seed, runs=args.runs
+        model=args.model, data=data, rewards=RULE, samples=6, max_tokens=48, max_prompts=args.answered, seed=seed, runs=args.runs
     )
     pairs = api.select(answers=answers, data=data, make="preferences", seed=seed, runs=args.runs)
     return api.prefer(
@@ -38,7 +38,7 @@ def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
     )
 
 
-def compare(start: Path, trained: Path, data: Any, seed: int) -> dict[str, Any]:
+def compare(start: Path, trained: Path, data: Any, seed: int, questions: int) -> dict[str, Any]:
     """Both models' answers to the held-out questions, judged by the rule."""
     from tutelage.config.rewards import terms_of
     from tutelage.data.render import Renderer
@@ -49,7 +49,7 @@ def compare(start: Path, trained: Path, data: Any, seed: int) -> dict[str, Any]:
     from tutelage.rewards.build import build
     from tutelage.rollout.sampler import Sampler
 
-    prompts = list(read_records(data.path / "records" / "validation.jsonl", Prompt))[:300]
+    prompts = list(read_records(data.path / "records" / "validation.jsonl", Prompt))[:questions]
     engines = [Engine(load(folder), Renderer(folder), slots=64) for folder in (start, trained)]
     rubric = build(terms_of(RULE))
     samplers = [Sampler(engine, Sampling(48)) for engine in engines]
@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="of PPO")
+    parser.add_argument("--answered", type=int, default=600, help="training questions whose answers make DPO's pairs")
+    parser.add_argument("--questions", type=int, default=300, help="held out, at most")
     parser.add_argument("--methods", default="dpo,ppo")
     args = parser.parse_args()
     from tutelage import api
@@ -85,7 +87,7 @@ def main() -> None:
         for seed in range(args.seeds):
             run = train(method, args, data, seed)
             row = {"job": "learning", "method": method, "seed": seed, "seconds": run.facts["train_seconds"]}
-            print(json.dumps(row | compare(start, run.path / "model", data, seed)), flush=True)
+            print(json.dumps(row | compare(start, run.path / "model", data, seed, args.questions)), flush=True)
 
 
 if __name__ == "__main__":
