@@ -35,7 +35,7 @@ def one(args: argparse.Namespace) -> None:
     from tutelage import api
 
     way, rate, seed = args.one.split(":")
-    data = api.data(kind="conversations", sources=args.data, dedup="exact", min_chars=1, runs=args.runs)
+    data = api.data(kind="conversations", sources=args.data, dedup="exact", runs=args.runs)
     amount = {"epochs": args.epochs} if args.epochs else {"steps": args.steps}
     rates = {name: float(rate) for name in ("lr", "matrix_lr", "embedding_lr")}
     if way.endswith("+") and args.table_rate:

@@ -34,7 +34,15 @@ def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
     )
     pairs = api.select(answers=answers, data=data, make="preferences", seed=seed, runs=args.runs)
     return api.prefer(
-        model=args.model, data=pairs, method=method, beta=0.1, batch=16, epochs=8, optimizer=RATES, seed=seed, runs=args.runs
+        model=args.model,
+        data=pairs,
+        method=method,
+        beta=args.beta,
+        batch=16,
+        epochs=args.epochs,
+        optimizer=RATES,
+        seed=seed,
+        runs=args.runs,
     )
 
 
@@ -75,6 +83,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="of PPO")
     parser.add_argument("--answered", type=int, default=600, help="training questions whose answers make DPO's pairs")
+    parser.add_argument("--epochs", type=float, default=8, help="of DPO")
+    parser.add_argument("--beta", type=float, default=0.1, help="of DPO")
     parser.add_argument("--questions", type=int, default=300, help="held out, at most")
     parser.add_argument("--methods", default="dpo,ppo")
     args = parser.parse_args()

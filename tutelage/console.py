@@ -126,6 +126,11 @@ def headline(row: dict[str, Any]) -> str:
     if isinstance(gain, dict):  # of rewards
         before, after = (row[f"held_out_{when}"]["value"] for when in ("before", "after"))
         return f"held-out reward {before:.3f} to {after:.3f}, gain {said(gain)}"
+    gains = (row.get("gains") or {}).get("questions")
+    if gains:  # of an evaluation beside an earlier one
+        from tutelage.evaluate.gains import verdict
+
+        return verdict(gains[-1])
     found = row.get("held_out")
     if isinstance(found, dict) and isinstance(found.get("accuracy"), dict):  # of a reward model
         return f"held-out accuracy {said(found['accuracy'])}"

@@ -292,6 +292,13 @@ def dump_line(record: Record) -> str:
     return json.dumps(to_json(record), ensure_ascii=False)
 
 
+def spread(records: list[Any], limit: int) -> list[Any]:
+    """`limit` records evenly spread over the list; all where limit is 0."""
+    if not limit or len(records) <= limit:
+        return records
+    return [records[i * len(records) // limit] for i in range(limit)]
+
+
 def read_records(path: Path, kind: type[R]) -> Iterator[R]:
     """Records of a JSONL file that a stage wrote."""
     with path.open(encoding="utf-8") as f:

@@ -42,7 +42,7 @@ def preferences(folder: Path, **settings: Any) -> RunDir:
         for i in range(24)
     ]  # fmt: skip
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return api.data(kind="preferences", sources=[folder / "pairs.jsonl"], min_chars=0, runs=folder, **settings)  # type: ignore[no-any-return]
+    return api.data(kind="preferences", sources=[folder / "pairs.jsonl"], runs=folder, **settings)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def test_pairs_without_a_difference_after_a_cut_are_left_out(world: World, tmp_p
     for name, some in (("all", rows), ("same", rows[:8])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     how: dict[str, Any] = {"model": world.made["chat"], "runs": tmp_path / "runs", "max_length": 30, "too_long": "right", **QUICK}
-    read: dict[str, Any] = {"kind": "preferences", "validation_share": 0.0, "min_chars": 1, "runs": tmp_path / "made"}
+    read: dict[str, Any] = {"kind": "preferences", "validation_share": 0.0, "runs": tmp_path / "made"}
     run = api.prefer(data=api.data(sources=[tmp_path / "all.jsonl"], **read), **how)
     assert run.facts["packing"]["left out, the same tokens on both sides"] > 0
     assert run.facts["answers"] == run.facts["packing"]["pairs"] - run.facts["packing"]["left out, the same tokens on both sides"]
@@ -109,7 +109,7 @@ def long_ones(folder: Path, kind: str, of: str) -> RunDir:
             rows = [{"question": r["question"], "answer": r["chosen"], "label": i % 2} for i, r in enumerate(rows)]  # type: ignore[dict-item]
         files.append(folder / f"{part}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return api.data(kind=kind, sources=[files[0]], validation_sources=[files[1]], min_chars=1, dedup="exact", runs=folder)
+    return api.data(kind=kind, sources=[files[0]], validation_sources=[files[1]], dedup="exact", runs=folder)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_plain_texts_for_a_chat_model_are_told(tmp_path: Path, capsys: pytest.Ca
     for key, told in (("prompt", True), ("question", False)):
         lines = [json.dumps({key: row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}) for row in rows]
         (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-        data = api.data(sources=[tmp_path / "pairs.jsonl"], kind="preferences", min_chars=0, validation_share=0.2, runs=tmp_path)
+        data = api.data(sources=[tmp_path / "pairs.jsonl"], kind="preferences", validation_share=0.2, runs=tmp_path)
         capsys.readouterr()
         api.reward(model=str(tiny.checkpoint()), data=data, runs=tmp_path, **{**HOW, "steps": 1, "batch": 4})
         said = capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_what_would_help_is_said(
 def other(world: World, runs: Path) -> RunDir:  # noqa: F811
     file = runs / "others.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Other {i}?", "completion": "Yes."}) + "\n" for i in range(4)))
-    return api.data(runs=runs, kind="conversations", sources=[str(file)], min_chars=1)
+    return api.data(runs=runs, kind="conversations", sources=[str(file)])
 
 
 def test_an_interrupted_run_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -225,6 +225,9 @@ class Evaluate(Section):
     model: str = artifact("the model", kind="model")
     documents: str | None = artifact("records whose validation part gives bits per byte", kind="records", default=None)
     questions: str | None = artifact("conversations whose validation part is asked", kind="records", default=None)
+    before: str | None = artifact(
+        "an evaluation of the model as it was, on the same records: what was gained since, in pairs", kind="scores", default=None
+    )
     yardsticks: bool = setting(True, "also xz and Kneser-Ney n-grams, given the same training text")
     stride: Share = setting(0.5, "share of the context kept when a long document is read in windows")
     max_documents: int = setting(0, "documents used; 0: all", ge=0)

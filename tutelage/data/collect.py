@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from tutelage import log
 from tutelage.data import card, dedup, filters, split
 from tutelage.data import readers as reading
 from tutelage.data.readers import ReadOptions, Rejections, Row, source_digest
@@ -100,6 +101,8 @@ def collect(
             work.take(str(source), None if not held_out_sources else False)
         for source in held_out_sources:
             work.take(str(source), True)
+        if work.own_split and validation_share > 0:
+            log.say(f"{work.own_split:,} records come with a split of their own, which stands; validation_share is for others")
         report.check()
         work.select(explicit=bool(held_out_sources))
         facts = work.write(out)
@@ -119,7 +122,7 @@ class _Collection:
         self.share, self.seed, self.dedup = share, options.seed, method
         self.seen: set[int] = set()
         self.shared_lines = filters.LineCounter()
-        self.boilerplate_lines = 0
+        self.boilerplate_lines = self.own_split = 0
         self.documents = options.kind == "documents"
         split.check_share(share)
 
@@ -139,6 +142,7 @@ class _Collection:
             row, out = to_json(record), held_out
             if out is None or (not out and "split" in record.meta):
                 out = split.side(_family_of(row), record.meta, self.share, self.seed) == split.VALIDATION
+                self.own_split += record.meta.get("split") in (split.TRAIN, split.VALIDATION)
             self.spool.append(row, held_out=out)
         if not found:
             raise DataError("this source gave nothing to learn from", file=source,

@@ -16,10 +16,9 @@ from rich.table import Table
 from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import bits
 from tutelage.evaluate.bits import DocumentSums
-from tutelage.evaluate.intervals import ratio, relative_saving
-from tutelage.evaluate.suite import number, spread
+from tutelage.evaluate.intervals import number, ratio, relative_saving
 from tutelage.models.virtual import room
-from tutelage.records import Document, read_records
+from tutelage.records import Document, read_records, spread
 from tutelage.tokenizer.load import TokenizerFolder
 
 WINDOW = 2048  # tokens read at once, at most

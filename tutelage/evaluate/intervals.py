@@ -53,6 +53,11 @@ def said(row: Mapping[str, Any], form: str = ".3f") -> str:
     return f"{row['value']:{form}} ({' to '.join(format(end, form) for end in ends) if known else row['method']})"
 
 
+def number(estimate: Estimate, unit: str, definition: str) -> dict[str, Any]:
+    """How a number stands in scores.json."""
+    return {**estimate.to_json(), "unit": unit, "definition": definition}
+
+
 def mean(values: ArrayLike, level: float = 0.95) -> Estimate:
     """Mean of independent values with Student's t interval; without one where there are fewer than `LEAST_VALUES`, or all are
     the same, since nothing then says how far others would lie. Raises `ValueError` for no values."""

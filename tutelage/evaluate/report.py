@@ -62,6 +62,7 @@ def context(story: Story) -> dict[str, Any]:
         "gallery": story.gallery or {},
         "changes": [(n.name, n.facts["change"]) for n in story.chain if isinstance(n.facts.get("change"), dict)],
         "gains": [(n.name, n.facts) for n in story.chain if isinstance(n.facts.get("held_out_gain"), dict)],
+        "answered": [(name, g) for name, g in story.gains if g.get("questions")],
         "growth": growth[1],
         "growth_of": growth[0],
         "training": training,

@@ -67,6 +67,9 @@ class Story:
     chain: list[Node]
     scores: dict[str, Any] | None = None
     gallery: dict[str, Any] | None = None
+    gains: list[tuple[str, dict[str, Any]]] = field(
+        default_factory=list
+    )  # model, what an evaluation says was gained since another
     left_out: list[tuple[str, str]] = field(default_factory=list)  # section, reason
 
     def training(self) -> list[Node]:
@@ -83,7 +86,7 @@ def read_story(run: Path, scores: Sequence[Path] = ()) -> Story:
     chain: list[Node] = []
     _walk(run.resolve(), chain, set(), left_out)
     story = Story(chain[-1], chain, left_out=left_out)
-    found = _find_scores(story)
+    found, story.gains = _find_scores(story), _find_gains(story)
     folders = list(scores) or ([found] if found else [])
     if not folders:
         left_out.append(("Scores", "no finished evaluation of this run was found: `tutelage evaluate` makes one"))
@@ -132,12 +135,30 @@ def _find_scores(story: Story) -> Path | None:
     candidates = sorted(story.run.path.parent.glob("*/scores/scores.json"), key=lambda p: p.stat().st_mtime)
     best: tuple[int, Path] | None = None
     for file in candidates:
-        facts = _quiet_json(file.parent.parent / "run.json") or {}
-        for parent in facts.get("parents") or []:
-            target = Path(os.path.normpath(file.parent.parent / str(parent.get("path", ""))))
-            if parent.get("kind") == "model" and target in paths and (best is None or paths.index(target) >= best[0]):
-                best = (paths.index(target), file.parent)
+        target = _measured(file)
+        if target in paths and (best is None or paths.index(target) >= best[0]):
+            best = (paths.index(target), file.parent)
     return best[1] if best else None
+
+
+def _measured(scores: Path) -> Path | None:
+    """The run whose model an evaluation is of."""
+    facts = _quiet_json(scores.parent.parent / "run.json") or {}
+    models = [p for p in facts.get("parents") or [] if p.get("kind") == "model"]
+    return Path(os.path.normpath(scores.parent.parent / str(models[0].get("path", "")))) if models else None
+
+
+def _find_gains(story: Story) -> list[tuple[str, dict[str, Any]]]:
+    """(model, gains) of the evaluations beside the run that measured a model of its chain and name one from before, of each model
+    and task the newest, in the chain's order."""
+    places = {node.path: i for i, node in enumerate(story.chain)}
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for file in sorted(story.run.path.parent.glob("*/scores/scores.json"), key=lambda p: p.stat().st_mtime):
+        target = _measured(file)
+        row = (_quiet_json(file) or {}).get("gains")
+        if target in places and isinstance(row, dict):
+            found[places[target], str(row.get("model"))] = row
+    return [(story.chain[place].name, row) for (place, _), row in sorted(found.items(), key=lambda item: item[0])]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from tutelage import log
 from tutelage.errors import DataError
-from tutelage.evaluate import bits, gallery, questions
-from tutelage.evaluate.intervals import Estimate, relative_saving
+from tutelage.evaluate import bits, change, gains, gallery, questions
+from tutelage.evaluate.intervals import Estimate, number, relative_saving
 from tutelage.evaluate.yardsticks import Yardstick, measure
 from tutelage.files import whole_file, write_json
-from tutelage.records import Conversation, Document, read_records
+from tutelage.records import Conversation, Document, read_records, spread
 
 DEFINITIONS = {
     "bits_per_byte": "bits for the held-out documents, their ends included, divided by the UTF-8 bytes of their text",
@@ -66,11 +66,13 @@ def evaluate(
     chance: Mapping[str, float] | None = None,
     batch_tokens: int = 8192,
     seed: int = 0,
+    before: Path | None = None,
 ) -> dict[str, Any]:
     """Measures, writes `out`, prints the table, and returns what scores.json holds.
 
     `documents` and `conversations` are records folders (train.jsonl, validation.jsonl); the yardsticks learn from
-    the train part. `stride` is the share of the context that a window keeps. Raises `DataError` with nothing to measure.
+    the train part. `stride` is the share of the context that a window keeps. `before` is the folder of an earlier evaluation, to
+    say what changed since. Raises `DataError` with nothing to measure.
     """
     if documents is None and conversations is None:
         raise DataError("nothing to measure", expected="documents, questions, or both", fix="set documents or questions")
@@ -81,12 +83,21 @@ def evaluate(
         held_out = spread(list(read_records(documents / "validation.jsonl", Document)), max_documents)
         if not held_out:
             raise DataError("no held-out document", file=documents / "validation.jsonl", fix="use a larger validation_share")
+    asked: list[Conversation] = []
+    if conversations is not None and subject.generate is not None and subject.prompt is not None:
+        asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
+        if not asked:
+            raise DataError("no held-out question", file=conversations / "validation.jsonl", fix="use a larger validation_share")
+    earlier = None if before is None else gains.Earlier.read(before)
+    if earlier is not None:
+        earlier.check([c.id for c in asked], [d.id for d in held_out])
+    if documents is not None:
         result["documents"] = _documents(subject, documents, held_out, yardsticks, stride, batch_tokens, seed)
         log.console.print(documents_table(result["documents"]))
         log.say(result["documents"]["verdict"]["text"])
     predictions: list[questions.Prediction] = []
-    if conversations is not None and subject.generate is not None and subject.prompt is not None:
-        asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
+    if asked:
+        assert subject.generate is not None and subject.prompt is not None
         predictions = questions.ask(asked, subject.prompt, subject.generate, context=subject.context, max_tokens=max_tokens)
         tasks = [_task(t) for t in questions.scores(predictions, chance)]
         too_long = sum(p.too_long is not None for p in predictions)
@@ -94,15 +105,24 @@ def evaluate(
         log.console.print(questions_table(result["questions"]))
         if too_long:
             log.say(f"{too_long} of {len(predictions)} questions are longer than the context: not asked, counted as wrong")
+    if earlier is not None:
+        result["gains"] = _gains(earlier, result, predictions, seed)
     shown = _gallery(subject, [d.text for d in held_out], predictions, seed)
     result["seconds"] = round(time.monotonic() - started, 2)
     _write(out, result, predictions, shown)
     return result
 
 
-def number(estimate: Estimate, unit: str, definition: str) -> dict[str, Any]:
-    """How a number stands in scores.json."""
-    return {**estimate.to_json(), "unit": unit, "definition": definition}
+def _gains(earlier: gains.Earlier, result: dict[str, Any], predictions: list[questions.Prediction], seed: int) -> dict[str, Any]:
+    judged_by = {row["task"]: row["judged_by"] for row in result.get("questions", {}).get("tasks", [])}
+    documents = change.to_sums(result["documents"]["per_document"]) if "documents" in result else None
+    found = earlier.gains(predictions, judged_by, documents, seed)
+    if "questions" in found:
+        log.console.print(gains.table(found["questions"], found["model"]))
+        log.say(gains.verdict(found["questions"][-1]))
+    if "documents" in found:
+        log.say(change.verdict(f"against {found['model']}", found["documents"]))
+    return found
 
 
 def _documents(
@@ -201,13 +221,6 @@ def _write(out: Path, result: dict[str, Any], predictions: Sequence[questions.Pr
             f.write(json.dumps(p.to_json(), ensure_ascii=False) + "\n")
     write_json(out / "gallery.json", shown)
     write_json(out / "scores.json", result)  # last: its presence says that the others are there
-
-
-def spread(records: list[Any], limit: int) -> list[Any]:
-    """`limit` records evenly spread over the list; all where limit is 0."""
-    if not limit or len(records) <= limit:
-        return records
-    return [records[i * len(records) // limit] for i in range(limit)]
 
 
 def documents_table(documents: dict[str, Any]) -> Table:

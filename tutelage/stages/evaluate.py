@@ -40,6 +40,7 @@ def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
             max_tokens=config.max_tokens,
             chance=CHANCE,
             seed=config.seed,
+            before=run.input("before") if config.before else None,
         )
     facts: dict[str, Any] = {}
     if "documents" in result:
@@ -47,6 +48,8 @@ def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
         facts["verdict"] = result["documents"]["verdict"]["text"]
     if "questions" in result:
         facts["correct"] = {row["task"]: row["correct"]["value"] for row in result["questions"]["tasks"]}
+    if "gains" in result:
+        facts["gains"] = result["gains"]
     return facts
 
 
