@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="of PPO")
-    parser.add_argument("--answered", type=int, default=600, help="training questions whose answers make DPO's pairs")
-    parser.add_argument("--epochs", type=float, default=8, help="of DPO")
+    parser.add_argument("--answered", type=int, default=1500, help="training questions whose answers make DPO's pairs")
+    parser.add_argument("--epochs", type=float, default=3, help="of DPO")
     parser.add_argument("--beta", type=float, default=0.1, help="of DPO")
-    parser.add_argument("--questions", type=int, default=300, help="held out, at most")
+    parser.add_argument("--questions", type=int, default=610, help="held out, at most")
     parser.add_argument("--methods", default="dpo,ppo")
     args = parser.parse_args()
     from tutelage import api

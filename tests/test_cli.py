@@ -205,9 +205,9 @@ def test_errors_speak_of_settings_as_they_are_typed(tmp_path: Path, capsys: Capt
     file.write_text('{"text": "one"}\n{\n')
     recipe = {"name": "r", "stages": {"corpus": {"stage": "data", "sources": [str(file)]}}}
     runs = ["--runs", tmp_path / "runs"]
-    assert "or --on-error skip to leave" in tutelage(capsys, "data", "--sources", file, *runs).err
-    assert "or on_error: skip to leave" in tutelage(capsys, "run", write_recipe(tmp_path / "r.yaml", recipe), *runs).err
-    with pytest.raises(DataError, match="or on_error=skip to leave"):
+    assert "out with --on-error skip" in tutelage(capsys, "data", "--sources", file, *runs).err
+    assert "out with on_error: skip" in tutelage(capsys, "run", write_recipe(tmp_path / "r.yaml", recipe), *runs).err
+    with pytest.raises(DataError, match="out with on_error=skip"):
         api.data(sources=[file], runs=tmp_path / "runs")
     file.write_text('{"a": "one", "b": "two"}\n')
     said = tutelage(capsys, "data", "--kind", "conversations", "--sources", file, *runs)

@@ -15,6 +15,7 @@ TutelageError
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Self
 
 
 class TutelageError(Exception):
@@ -45,6 +46,17 @@ class UserError(TutelageError):
         self.message, self.file, self.line, self.field = message, file, line, field
         self.found, self.expected, self.fix = found, expected, fix
         super().__init__(self.render())
+
+    def but(self, **changes: Any) -> Self:
+        """The same error with some of its fields changed.
+
+        Example:
+            raise error.but(field=f"rewards.{error.field}") from error
+        """
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__ | changes)
+        other.args = (other.render(),)
+        return other
 
     def render(self) -> str:
         where = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "

@@ -36,6 +36,7 @@ class Kind:
     makes: str = ""  # kind of the artifact
     ranks: bool = False  # every rank of `torchrun` takes part
     outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
+    check: str | None = None  # "module:function" (config): raises where the settings alone are wrong
 
     def config(self) -> type[Section]:
         found: type[Section] = getattr(importlib.import_module("tutelage.config.stages"), self.section)
@@ -99,6 +100,7 @@ class Runner:
         self.table, self.root, self.recipe, self.force = table, root, recipe, force
         self.finished: dict[str, RunDir] = {}
         self.planned: dict[str, Planned] = {}
+        self.checked: set[str] = set()
 
     def plan(self, name: str, kind: str, config: Section, extend: Mapping[str, Any] | None = None) -> Planned:
         """Resolves inputs (a path, `recipe/stage`, or `$stage` of this recipe) and, where all are there, the run directory.
@@ -129,7 +131,15 @@ class Runner:
             digest = self.digest(kind, config, planned.inputs)
             path = self.root / self.recipe / f"{name}-{digest[:12]}"
             planned.run = RunDir(path, kind, digest, planned.inputs, getattr(config, "seed", 0))
+        self._check(planned)
         return planned
+
+    def _check(self, planned: Planned) -> None:
+        """Once for each stage, and not for what is there already."""
+        check = self.table[planned.kind].check
+        if check is not None and planned.name not in self.checked and (planned.status != "hit" or self.force):
+            _function(check)(planned.config)
+            self.checked.add(planned.name)
 
     def _child(self, name: str, kind: str, config: Section, extend: Mapping[str, Any]) -> Section:
         """The settings of a child of the finished run of `config`."""
@@ -209,8 +219,12 @@ class Recipe:
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what `--extend` asks of its finished run
 
     def plan(self, name: str, runner: Runner) -> Planned:
+        """Raises what the settings of this stage alone are wrong in, with its name."""
         kind, config = self.stages[name]
-        return runner.plan(name, kind, config, self.extensions.get(name))
+        try:
+            return runner.plan(name, kind, config, self.extensions.get(name))
+        except ConfigError as error:
+            raise error.but(field=f"{name}.{error.field}" if error.field else name) from error
 
 
 TOP = ("name", "about", "scales", "stages")
@@ -358,7 +372,10 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
 
 
 def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
-    """Runs every stage in order; stages that are there already are hits."""
+    """Runs every stage in order; stages that are there already are hits. All are planned first: what is wrong by the settings
+    of the last one is said before the first one runs."""
+    for name in recipe.stages:
+        recipe.plan(name, runner)
     for name in recipe.stages:
         runner.run(recipe.plan(name, runner))
     return runner.finished

@@ -14,7 +14,7 @@ from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Message, Prompt
 from tutelage.rollout.environments import Environments
-from tutelage.stages.rollouts import check
+from tutelage.stages.checks import rl as check
 from tutelage.stages.sources import code
 
 GAMES = Path(__file__).parent / "games.py"

@@ -194,7 +194,7 @@ def test_a_classifier_behind_virtual_tokens(world: World, tmp_path: Path, start:
 
 
 def test_an_adapter_needs_a_trained_base(world: World, tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(ConfigError, match="needs a trained base"):
+    with pytest.raises(ConfigError, match="there is no trained base"):
         classify(tmp_path, world, data(tmp_path, "class"), adapter={"kind": "lora"})
 
 

@@ -106,9 +106,7 @@ def to_conversation(
         parsed = parse(row)
         check_order(parsed.messages)
     except DataError as error:
-        raise DataError(
-            error.message, file=file, line=line, field=error.field, found=error.found, expected=error.expected, fix=error.fix
-        ) from error
+        raise error.but(file=file, line=line) from error
     where = source or (f"{file}#{line}" if file is not None else "memory")
     licence = row.get("licence") or row.get("license")
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}

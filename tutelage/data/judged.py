@@ -34,7 +34,6 @@ TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 VERDICTS = ("label", "kto_tag", "score", "rating", "scores")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 LABELS = {"true": 1.0, "yes": 1.0, "1": 1.0, "false": 0.0, "no": 0.0, "0": 0.0}
-SKIP = "fill it in, or leave such rows out with on_error=skip"
 ANSWERS = ("answer", "solution", "ground_truth", "completion", "canonical_solution")
 
 
@@ -50,9 +49,7 @@ def read(kind: str, row: Row, *, file: str | Path | None, line: int | None, sour
         row = {k: v for k, v in row.items() if k not in set((fields or {}).values())} | renamed
         return READERS[kind](row, source)
     except DataError as error:
-        raise DataError(
-            error.message, file=file, line=line, field=error.field, found=error.found, expected=error.expected, fix=error.fix
-        ) from error
+        raise error.but(file=file, line=line) from error
 
 
 def _preference(row: Row, source: str) -> Preference:
@@ -70,7 +67,7 @@ def _preference(row: Row, source: str) -> Preference:
                 f"the {key} answer is missing" if row[key] is None else f"the {key} answer is no text", field=key,
                 found="null" if row[key] is None else row[key],
                 expected="a string" if isinstance(row[other], str) else "a string, or a list of {role, content}",
-                fix=SKIP,
+                fix="fill it in",
             )  # fmt: skip
         turns = _turns(row[key], key, style)
         _follows(before, turns, _asked_in(row), f"{key}[0]" if isinstance(row[key], list) else key)
@@ -80,7 +77,7 @@ def _preference(row: Row, source: str) -> Preference:
     if prompts[0] != prompts[1]:
         raise DataError(
             "the two answers are not to the same prompt", field="rejected", found=_short(prompts[1]), expected=_short(prompts[0]),
-            fix="give rows whose conversations differ in the last answer only, or leave them out with on_error=skip",
+            fix="give rows whose conversations differ in the last answer only",
         )  # fmt: skip
     if answers[0] == answers[1]:
         raise DataError(
@@ -216,7 +213,7 @@ def _scores(row: Row) -> dict[str, float]:
     empty = next((key for key in VERDICTS if key in row), None)
     raise DataError(
         "a rating says nothing of its answer", field=empty, found=f"keys {', '.join(row)}" if empty is None else "nothing",
-        expected=f"one of: {', '.join(VERDICTS)}", fix=f"map the name of your field: fields={{label: YOUR_KEY}}; or {SKIP}",
+        expected=f"one of: {', '.join(VERDICTS)}", fix="map the name of your field: fields={label: YOUR_KEY}",
     )  # fmt: skip
 
 
@@ -300,7 +297,7 @@ def _number(value: Any, field: str) -> float:
         field=field,
         found="null" if value is None else value,
         expected="a finite number",
-        fix="write it in figures, or leave such rows out with on_error=skip",
+        fix="write it in figures",
     )
 
 
@@ -310,7 +307,7 @@ def _label(value: Any, field: str) -> float:
         return float(read)
     raise DataError(
         "a label is true or false", field=field, found=value, expected="true (desirable) or false; as text also yes, no, 1 or 0",
-        fix="write one of these, or leave such rows out with on_error=skip",
+        fix="write one of these",
     )  # fmt: skip
 
 

@@ -35,9 +35,7 @@ def read(row: Row, *, file: str | Path | None, line: int | None, source: str, fi
     try:
         return _example(_renamed(row, fields or {}), source)
     except DataError as error:
-        raise DataError(
-            error.message, file=file, line=line, field=error.field, found=error.found, expected=error.expected, fix=error.fix
-        ) from error
+        raise error.but(file=file, line=line) from error
 
 
 def texts_of(row: Row, fields: Mapping[str, str]) -> tuple[str, str | None]:

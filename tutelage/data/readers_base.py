@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from tutelage.errors import ConfigError, DataError
 
+SKIP = "or leave such rows out with on_error=skip"
+
 SPLITS = ("none", "blank_lines", "form_feed", "lines")
 BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 EXCERPT_CHARS = 200
@@ -94,7 +96,7 @@ class Rejections:
     def broken(self, error: DataError, *, source: str, excerpt: str = "") -> None:
         """Raises `error` under `on_error="stop"`; otherwise records it, and raises once too many rows are broken."""
         if self.on_error == "stop":
-            raise error
+            raise error if error.fix and "on_error" in error.fix else error.but(fix=f"{error.fix or 'mend the row'}, {SKIP}")
         self.errors += 1
         self.add(f"unreadable: {error.message}", source=source, file=str(error.file), line=error.line, excerpt=excerpt)
         if self.seen >= 1000:

@@ -107,7 +107,7 @@ def _json_object(text: str, path: Path, number: int) -> dict[str, Any]:
         at = getattr(error, "colno", None)
         place = f" at column {at}" if at else ""
         detail = getattr(error, "msg", str(error))
-        fix = "one JSON object a line, in double quotes; or on_error=skip to leave such lines out"
+        fix = "one JSON object a line, in double quotes"
         raise DataError(f"not valid JSON: {detail}{place}", file=path, line=number, found=text.strip(), fix=fix) from error
     if not isinstance(value, dict):
         raise DataError("a row must be a JSON object", file=path, line=number, found=text.strip(), expected='{"field": …}')
@@ -213,7 +213,7 @@ def _item(
         error = DataError(
             message, file=path, line=number, field=options.text_field, found=text,
             expected=f"one of the row's text fields: {names}",
-            fix="set text_field to one of them" if text is None else "leave the row out (on_error=skip), or mend it",
+            fix="set text_field to one of them" if text is None else "mend the row",
         )  # fmt: skip
         report.broken(error, source=source, excerpt=str(fields))
         return

@@ -144,10 +144,7 @@ def steps_of(
             try:
                 ends = step_ends(segments.ids(i)[learned], row["steps"], decode)
             except DataError as error:
-                raise DataError(
-                    error.message, file=file, line=i + 1, field=error.field, found=error.found, expected=error.expected,
-                    fix=error.fix,
-                ) from error  # fmt: skip
+                raise error.but(file=file, line=i + 1) from error
             stream[learned[ends]] = row["step_scores"]
         out.append(stream)
     return out

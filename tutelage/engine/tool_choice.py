@@ -152,7 +152,7 @@ def _rule(function: Mapping[str, Any], style: CallStyle, number: int) -> str:
         arguments = json_text({"type": "object", **(function.get("parameters") or {})})
     except ConfigError as error:
         field = f"tools[{number}].function.parameters {error.field}"
-        raise ConfigError(error.message, field=field, found=error.found, expected=error.expected, fix=error.fix) from error
+        raise error.but(field=field) from error
     name = json.dumps(function["name"], ensure_ascii=False)
     head = json.dumps(f'{{"name": {name}, "{style.key}": ', ensure_ascii=False)
     tail = '", \\"id\\": \\"" /[a-zA-Z0-9]{9}/ "\\"}"' if style.listed else '"}"'

@@ -49,10 +49,7 @@ def build(terms: Mapping[str, config.Term], **wired: Any) -> Rubric:
             try:
                 reward = make(settings, **{p.name: wired[p.name] for p in takes if p.name in wired})
             except ConfigError as error:  # a term knows its settings, not the name that it has in the recipe
-                raise ConfigError(
-                    error.message, field=f"rewards.{name}.{error.field}" if error.field else f"rewards.{name}", found=error.found,
-                    expected=error.expected, fix=error.fix,
-                ) from error  # fmt: skip
+                raise error.but(field=f"rewards.{name}.{error.field}" if error.field else f"rewards.{name}") from error
             made[name] = (reward, settings.weight)
     except BaseException:
         Rubric(made).close()

@@ -37,6 +37,11 @@ CREDIT: dict[str, Credit] = {
 }
 
 
+def compares_groups(method: str) -> bool:
+    """Whether an answer's advantage is over the others to its prompt."""
+    return method in CREDIT and CREDIT[method].baseline != "none"
+
+
 def weights(normaliser: Normaliser, lengths: npt.ArrayLike, max_tokens: int) -> npt.NDArray[np.float64]:
     """[S]: the weight of each token of an answer, from the answers' supervised tokens.
 

@@ -12,6 +12,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:data",
         makes="records",
         outside="tutelage.stages.sources:digest",
+        check="tutelage.stages.checks:data",
     ),
     "tokenizer": Kind(
         "Tokenizer",
@@ -34,6 +35,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:training",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:pretrain",
     ),
     "sft": Kind(
         "Sft",
@@ -58,6 +60,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:sample",
         makes="records",
         outside="tutelage.stages.sources:code",
+        check="tutelage.stages.checks:sample",
     ),
     "select": Kind(
         "Select",
@@ -65,6 +68,7 @@ STAGES: dict[str, Kind] = {
         "choose good answers, or the best and the worst, to train on",
         "tutelage.stages.estimates:select",
         makes="records",
+        check="tutelage.stages.checks:select",
     ),
     "distil": Kind(
         "Distil",
@@ -73,6 +77,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:distil",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:distil",
     ),
     "vocabulary": Kind(
         "Vocabulary",
@@ -81,6 +86,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:vocabulary",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:vocabulary",
     ),
     "adapt": Kind(
         "Adapt",
@@ -89,6 +95,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:adapt",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:adapt",
     ),
     "prefer": Kind(
         "Prefer",
@@ -97,6 +104,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:tuning",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:prefer",
     ),
     "rl": Kind(
         "Rl",
@@ -106,6 +114,7 @@ STAGES: dict[str, Kind] = {
         makes="model",
         ranks=True,
         outside="tutelage.stages.sources:code",
+        check="tutelage.stages.checks:rl",
     ),
     "merge": Kind(
         "Merge",
@@ -121,6 +130,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:classify",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:classify",
     ),
     "translate": Kind(
         "Translate",
@@ -129,6 +139,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:translate",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:translate",
     ),
     "evaluate": Kind(
         "Evaluate",

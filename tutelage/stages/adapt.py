@@ -23,9 +23,9 @@ from tutelage.models.load import load
 from tutelage.records import Document
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, training
-from tutelage.stages.idle import refuse_idle
+from tutelage.stages.checks import WITHOUT
 from tutelage.stages.training import Numbers
-from tutelage.stages.vocabulary import WITHOUT, check_documents
+from tutelage.stages.vocabulary import check_documents
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Hook
@@ -34,13 +34,6 @@ OWN = ("model", "data", "steps", "tokens", "epochs", "schedule", "patience", "ex
 
 
 def run(config: Adapt, run: RunDir) -> dict[str, Any]:
-    refuse_idle(
-        config,
-        {
-            "vocab_add=0": () if config.vocab_add else ("rows", "warm_steps"),
-            "no general text": () if config.general else ("replay_share",),
-        },
-    )
     texts = held_out(config, run)
     parent = extension.parent_of(config, run)
     device = fitting.choose_device(config)
@@ -112,8 +105,14 @@ def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, number
     shares = {"field": 1 - config.replay_share, "general": config.replay_share}
     mix = MixSource({name: (source, shares[name]) for name, source in sources.items()}, seed=run.seed)
     log.say(mix.describe()[0])
-    for name, row in drawn(mix, numbers.steps).items():
+    rows = drawn(mix, numbers.steps)
+    for name, row in rows.items():
         log.say(f"  {name}: {row['rows']:,} rows, {row['epochs']:.2f} epochs")
+    if not rows["general"]["rows"]:
+        log.say(
+            f"warning: so few rows are read that a replay_share of {config.replay_share:g} comes to none: nothing holds back "
+            "forgetting; train longer, or raise it", style="yellow",
+        )  # fmt: skip
     return mix
 
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 
 from tutelage import log
-from tutelage.config.rewards import RewardModel, terms_of
+from tutelage.config.rewards import terms_of
 from tutelage.config.stages import Rl, Sample
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import DataError
 from tutelage.models.adapters import follow, worn
 from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.scorer import Scorer, load_scorer, score_answers
@@ -98,15 +98,11 @@ def with_room(sampler: Room, prompts: Sequence[Prompt], part: str) -> list[Promp
 
 
 def reward_model_of(config: Rl | Sample, run: RunDir, device: torch.device) -> Scorer | None:
-    """Raises `ConfigError` for one that is asked for and not given, and for one that nothing asks."""
-    if any(isinstance(term, RewardModel) for term in terms_of(config.rewards).values()):
-        if config.reward_model is None:
-            raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
-        tuning.check_tokens(run, "reward_model")
-        return load_scorer(run.input("reward_model"), device=device)
-    if config.reward_model is not None:
-        raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
-    return None
+    """What a reward of the kind `model` asks, where there is one."""
+    if config.reward_model is None:
+        return None
+    tuning.check_tokens(run, "reward_model")
+    return load_scorer(run.input("reward_model"), device=device)
 
 
 def rubric_of(config: Rl | Sample, words: TokenizerFolder, scorer: Scorer | None) -> Rubric:

@@ -17,13 +17,12 @@ from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, wr
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying, tuning
+from tutelage.stages import classifying
 from tutelage.stages.classifying import Start
 from tutelage.stages.fitting import choose_device
 
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
-    tuning.check_whole(config)
     train, held = read(run.input("data"))
     labels = weighted(config, labels_of(train, held))
     log.say(

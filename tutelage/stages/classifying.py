@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, processors
 
 from tutelage import log
-from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify, Translate
+from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
 from tutelage.config.train import Tune
 from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.family_source import FamilySource
@@ -53,22 +53,8 @@ class Start:
 
     @classmethod
     def of(cls, config: Classify, run: RunDir, labels: Labels, device: torch.device) -> Start:
-        """Raises `ConfigError` unless there is exactly one of `encoder`, `model` and `tokenizer`."""
-        given = [name for name in ("encoder", "model", "tokenizer") if getattr(config, name) is not None]
-        if len(given) != 1:
-            raise ConfigError(
-                "a classifier starts from one model, or from a tokenizer and nothing else", field="encoder",
-                found=", ".join(given) or None, expected="`encoder`: a folder of the BERT family; `model`: a decoder; or "
-                "`tokenizer`: a small encoder from scratch",
-            )  # fmt: skip
-        no_architecture(config)
-        if config.tokenizer and config.adapter.kind != "none":
-            raise ConfigError(
-                "an adapter needs a trained base",
-                field="adapter.kind",
-                found=config.adapter.kind,
-                expected="`encoder` or `model`",
-            )
+        """Raises `ConfigError` for what the labels or the model do not allow."""
+        given = [name for name in ("encoder", "model", "tokenizer") if getattr(config, name)]
         if config.model and labels.task == "tag":
             raise ConfigError("a decoder does not see what comes after a word", field="model", expected="`encoder`, to tag words")
         folder = marked(run) if config.tokenizer else run.input(given[0])
@@ -111,15 +97,6 @@ class Start:
 
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.words, self.max_length, self.config.too_long)
-
-
-def no_architecture(config: Classify | Translate) -> None:
-    """Raises `ConfigError` for an architecture beside a model that has its own."""
-    if config.architecture and config.tokenizer is None:
-        raise ConfigError(
-            "a trained model has its own architecture", field="architecture", found=config.architecture,
-            expected="`tokenizer`, and nothing to start from: for a model from scratch", fix="leave architecture out",
-        )  # fmt: skip
 
 
 def marked(run: RunDir, begins: bool = True) -> Path:

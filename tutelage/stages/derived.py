@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage import log
 from tutelage.bases import whole_of
-from tutelage.config.stages import Adapt, Pretrain, Vocabulary
+from tutelage.config.stages import Adapt, Vocabulary
 from tutelage.config.train import Loop, Train, warmup_steps
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
@@ -37,29 +37,6 @@ def _given(value: object) -> Any:
 def ranks_sharing(config: Loop) -> int:
     """How many ranks share one copy of weights, gradients and optimizer state."""
     return int(os.environ.get("WORLD_SIZE", "1")) if config.shard == "full" else 1
-
-
-def check_start(config: Train) -> None:
-    """Raises `ConfigError` unless a pretraining has exactly one of `tokenizer` and `model`, and with an adapter `model`."""
-    if isinstance(config, Pretrain) and config.model is None and config.adapter.kind != "none":
-        raise ConfigError(
-            "an adapter needs a trained base", field="adapter.kind", found=config.adapter.kind, expected="`model` to put it on",
-            fix="set model, or train a new model first without an adapter",
-        )  # fmt: skip
-    if isinstance(config, Pretrain) and (config.model is None) == (config.tokenizer is None):
-        raise ConfigError(
-            "`tokenizer` and `model` exclude each other" if config.model else "`tokenizer` or `model` is required",
-            field="tokenizer",
-            expected="a tokenizer folder to train from scratch, or a model folder to go on from, not both",
-            fix="a tokenizer comes from `tutelage tokenizer --data RECORDS`, or from any Hugging Face folder",
-        )
-    if isinstance(config, Pretrain) and config.model is not None:
-        for name in ("size", "architecture"):
-            if (given := getattr(config, name)) != Pretrain.model_fields[name].default:
-                raise ConfigError(
-                    "a trained model has its own shape", field=name, found=given, expected="`tokenizer`, for a new model",
-                    fix=f"leave {name} out to go on from {config.model}",
-                )  # fmt: skip
 
 
 HEADS_APART = ("ia3", "prompt", "prefix")  # adapters whose rate is far above what a head that is trained beside them stands

@@ -22,19 +22,13 @@ from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, on_policy, training
 from tutelage.stages.fitting import Work
-from tutelage.stages.idle import refuse_idle
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
 METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
-OFF_POLICY = (  # settings that are about given texts
-    "extends", "tokens", "sequence_length", "batch_tokens", "micro_rows", "packing", "too_long", "evaluate_rows",
-    "evaluate_every", "sample_every", "patience", "cross_entropy", "top_k", "rest",
-)  # fmt: skip
 
 
 def run(config: Distil, run: RunDir) -> dict[str, Any]:
-    check(config)
     device = fitting.choose_device(config)
     tokenizer = run.input("model")
     model = fitting.load_start(tokenizer, config, device, run.seed)
@@ -49,17 +43,6 @@ def run(config: Distil, run: RunDir) -> dict[str, Any]:
     work = replace(work, objective=method(config), per_byte=0.0)
     work = taught(work, config, run, teacher, segments, device) if config.top_k else beside(work, teacher)
     return fitting.fit(config, run, work, device, parent)
-
-
-def check(config: Distil) -> None:
-    """Raises `ConfigError` for a setting that would change nothing."""
-    refuse_idle(
-        config,
-        {
-            f"policy={config.policy}": ("rollouts",) if config.policy == "off" else OFF_POLICY,
-            "top_k=0": ("rest",) * (not config.top_k),
-        },
-    )
 
 
 def method(config: Distil) -> Objective:

@@ -29,7 +29,7 @@ from tutelage.plan.time import NOTHING, Span
 from tutelage.recipe import Estimate, Planned, Unknown
 from tutelage.stages import amounts
 from tutelage.stages.amounts import Records, records_of
-from tutelage.stages.derived import before, check_context, check_start, derive_all, micro_rows, new_tokens, ranks_sharing
+from tutelage.stages.derived import before, check_context, derive_all, micro_rows, new_tokens, ranks_sharing
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -275,6 +275,11 @@ def _texts(planned: Planned, raw: Mapping[str, Any], most: int, times: int) -> E
     assert isinstance(config, Classify | Translate)
     records = records_of(planned, "data")
     shape = Shape.of(raw)
+    if config.max_length != "derived" and config.max_length > raw.get("max_position_embeddings", config.max_length):
+        raise ConfigError(
+            "longer than the model reads", field="max_length", found=config.max_length,
+            expected=f"{raw['max_position_embeddings']} or less",
+        )  # fmt: skip
     length = min(most if config.max_length == "derived" else config.max_length, shape.context)
     texts = records.train_bytes / parts.bytes_per_token(shape.vocab) + records.train * 3
     read = Span(min(texts.low, records.train.low * length), min(texts.high, records.train.high * length))
@@ -328,7 +333,6 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
     config, waits = planned.config, planned.waits_for
     if not isinstance(config, Train):
         raise Unknown(f"known after {planned.name}")
-    check_start(config)
     parent = _parent(planned)
     if "model" in planned.inputs and not new_tokens(config):
         start = planned.inputs["model"].path

@@ -169,12 +169,6 @@ def result_of(config: Loop, run: RunDir) -> Path:
     return run.folder("model" if config.adapter.kind == "none" else "adapter")
 
 
-def no_adapter(config: Loop, why: str) -> None:
-    """Raises `ConfigError` for an adapter in a stage that has no use for one."""
-    if config.adapter.kind != "none":
-        raise ConfigError(f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none")
-
-
 def compile_model(model: nn.Module, config: Loop, device: torch.device) -> None:
     """Compiles in place where it pays, and says why not where it does not."""
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):

@@ -88,10 +88,7 @@ def placed(archive: Archive, entry: Entry) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(
-            error.message, file=archive.path, line=entry.line, field=error.field, found=error.found, expected=error.expected,
-            fix=error.fix or "mend the row, or leave it out",
-        ) from None  # fmt: skip
+        raise error.but(file=archive.path, line=entry.line, fix=error.fix or "mend the row, or leave it out") from None
 
 
 def _label(classifier: Classifier, archive: Archive, config: Label, f: Any, meter: Meter) -> tuple[int, Counter[str]]:

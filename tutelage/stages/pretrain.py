@@ -15,7 +15,6 @@ from tutelage.tokenizer.load import TokenizerFolder
 
 
 def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
-    derived.check_start(config)
     parent = extension.parent_of(config, run)
     tokenizer = run.input("tokenizer" if config.model is None else "model")
     words = TokenizerFolder.open(tokenizer)

@@ -30,11 +30,10 @@ from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.scores import by_token
 from tutelage.rollout.source import Plan, RolloutSource
 from tutelage.rollout.tools import tools_of
-from tutelage.rollout.weights import CREDIT
+from tutelage.rollout.weights import compares_groups
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 from tutelage.stages.asking import keys_and_values, published, sampler_for
-from tutelage.stages.idle import refuse_idle
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
@@ -62,8 +61,6 @@ class Kit:
         cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any,
         scorer: Scorer | None = None,
     ) -> Kit:  # fmt: skip
-        """Raises `ConfigError` for settings that do not go together."""
-        check(config)
         length = tuning.max_length(config, model)
         layout = tuning.layout_for(config, model)
         plan = Plan(
@@ -181,32 +178,6 @@ class Kit:
         )
         ending = Ending(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
         return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
-
-
-def compares_groups(method: str) -> bool:
-    """Whether an answer's advantage is over the others to its prompt."""
-    return method in CREDIT and CREDIT[method].baseline != "none"
-
-
-def check(config: Rl) -> None:
-    """Raises `ConfigError` for settings that do not go together, or that would change nothing."""
-    if compares_groups(config.method) and config.samples < 2:
-        raise ConfigError(
-            "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"
-        )
-    if config.shard == "full":
-        raise ConfigError("answers can't be made by a model in shards yet", field="shard", found="full", expected="none")
-    ppo, several = config.method == "ppo", bool(config.tools or config.environment)
-    idle = {
-        "kl=0": ("reference", "kl_in", "kl_estimator") if config.kl == 0 else (),
-        f"truncated={config.truncated}": ("penalty",) if config.truncated != "penalise" else (),
-        "correction=none": ("correction_cap", "correction_level") if config.correction == "none" else (),
-        "no tools and no environment": () if several else ("max_rounds",),
-        "no environment": () if config.environment else ("environment_seconds",),
-        f"method={config.method}": () if ppo else ("value", "gamma", "lam", "value_weight"),
-        "": ("patience",),
-    }
-    refuse_idle(config, idle)
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:

@@ -17,13 +17,11 @@ from tutelage.rollout.choose import conversations, grouped, preferences, whole
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
 from tutelage.stages.asking import read_prompts
-from tutelage.stages.idle import refuse_idle
 
 TYPES = {"conversations": "Conversation", "preferences": "Preference"}
 
 
 def run(config: Select, run: RunDir) -> dict[str, Any]:
-    refuse_idle(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
     folder = run.input("answers")
     tuning.check_records(folder, ("Rollout",), "make them with `tutelage sample`")
     groups = grouped(read_records(folder / "train.jsonl", Rollout))

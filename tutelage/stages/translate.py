@@ -28,7 +28,7 @@ from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
 from tutelage.stages import classifying, tuning
-from tutelage.stages.fitting import Work, choose_device, fit, load_start, no_adapter, write_model
+from tutelage.stages.fitting import Work, choose_device, fit, load_start, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 from tutelage.train.optim import Rates
@@ -39,7 +39,6 @@ SHOWN = 5  # translations printed
 
 
 def run(config: Translate, run: RunDir) -> dict[str, Any]:
-    tuning.check_whole(config)
     tuning.check_records(run.input("data"), ("Conversation",), "make them with `tutelage data --kind conversations`")
     train, held = (list(read_records(run.input("data") / f"{part}.jsonl", Conversation)) for part in ("train", "validation"))
     device = choose_device(config)
@@ -72,17 +71,9 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
 
 
 def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2Seq, Path]:
-    """The model, with its adapter, and its tokenizer's folder. Raises `ConfigError` unless there is exactly one of `model` and
-    `tokenizer`, and for an adapter without a trained base."""
-    if (config.model is None) == (config.tokenizer is None):
-        raise ConfigError(
-            "a translator starts from a model, or from a tokenizer and nothing else", field="model",
-            found="both" if config.model else None, expected="`model`: an encoder-decoder's folder; or `tokenizer`: a small T5",
-        )  # fmt: skip
-    classifying.no_architecture(config)
+    """The model, with its adapter, and its tokenizer's folder. Raises `ArtifactError` for a model that is no encoder-decoder."""
     torch.manual_seed(config.seed)
     if config.model is None:
-        no_adapter(config, "there is no trained base")
         folder = classifying.marked(run, begins=False)
         words = TokenizerFolder.open(folder)
         assert words.eos_id is not None  # or it could not have been marked

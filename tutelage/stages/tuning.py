@@ -64,21 +64,12 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
         wanted, own = getattr(asked, name), getattr(before.config, name)
         if wanted != own and (name == "kind" or wanted != type(asked).model_fields[name].default):
             raise ConfigError(
-                "the model wears virtual tokens, which can't be merged: they are trained on", field=f"adapter.{name}",
-                found=wanted, expected=f"{own}, as in {folder}", fix="give these settings, or start from the base",
+                f"{folder} wears virtual tokens, which can't be merged: they are trained on, with the adapter as it is there",
+                field=f"adapter.{name}", found=wanted, expected=f"{own}", fix=f"set adapter.{name}={own}, or start from its base",
             )  # fmt: skip
     log.say(f"training on the adapter of {folder} ({before.config.kind})")
     before.base = base_of(folder)
     return with_heads(scorer)
-
-
-def check_whole(config: Tune) -> None:
-    """Raises `ConfigError` where ranks share a model that is asked when it has been trained."""
-    if ranks_sharing(config) > 1:
-        raise ConfigError(
-            "this model is asked after its training, which it can't be in shards", field="shard", found=config.shard,
-            expected="none: every rank holds the model, and reads its share of the batches",
-        )  # fmt: skip
 
 
 F = TypeVar("F")

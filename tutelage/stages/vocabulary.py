@@ -7,7 +7,7 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.stages import Vocabulary
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import DataError
 from tutelage.files import read_json
 from tutelage.models.export import save as save_model
 from tutelage.models.extend import extend as extend_model
@@ -15,27 +15,17 @@ from tutelage.models.extend import tables
 from tutelage.models.load import load
 from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, training
-from tutelage.stages.idle import refuse_idle
 from tutelage.stages.tokenizer import texts
 from tutelage.tokenizer.extend import extend as extend_tokenizer
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.measure import measure
 from tutelage.train.rows import OnlyRows
 
-WITHOUT = ("model", "data", "add", "rows", "train", "adapter", "shard", "device", "threads", "kernels")  # that need no training
-
 
 def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
-    refuse_idle(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
     check_documents(run.input("data"), "data")
-    fitting.no_adapter(config, "the new rows of the tables are what is trained")
     parent = extension.parent_of(config, run)
     device = fitting.choose_device(config)
-    if config.train and derived.ranks_sharing(config) > 1:
-        raise ConfigError(
-            "rows of a table can't be trained alone where ranks share the table", field="shard", found=config.shard,
-            expected="none", fix="run `tutelage vocabulary` with shard=none or train=false, then train its model in shards",
-        )  # fmt: skip
     old, begun = TokenizerFolder.open(run.input("model")), run.folder("begun" if config.train else "model")
     if not begun.exists():
         begin(config, run, begun)

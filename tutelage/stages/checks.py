@@ -1,0 +1,173 @@
+"""What is wrong by the settings alone: every stage of a recipe is asked before the first one runs, so that the seventh does not
+fail hours later. A function a row of the table of stages; each raises `ConfigError`, `MissingExtra` or `SandboxError`.
+
+Without torch, but for the settings of an objective.
+"""
+
+from __future__ import annotations
+
+from tutelage.config.rewards import RewardModel, terms_of
+from tutelage.config.stages import Adapt, Data, Distil, Pretrain, Rl, Sample, Select, Vocabulary
+from tutelage.config.tasks import Classify, Translate
+from tutelage.config.train import Loop, Tune
+from tutelage.errors import ConfigError
+from tutelage.rewards.build import build
+from tutelage.rollout.weights import compares_groups
+from tutelage.stages.derived import ranks_sharing
+from tutelage.stages.idle import refuse_idle
+
+WITHOUT = ("model", "data", "add", "rows", "train", "adapter", "shard", "device", "threads", "kernels")  # of train=false
+OFF_POLICY = (  # settings of a distillation that are about given texts
+    "extends", "tokens", "sequence_length", "batch_tokens", "micro_rows", "packing", "too_long", "evaluate_rows",
+    "evaluate_every", "sample_every", "patience", "cross_entropy", "top_k", "rest",
+)  # fmt: skip
+
+
+def data(config: Data) -> None:
+    idle = ("fields",) if config.kind == "documents" else ("text_field", "split", "chunk_chars", "min_chars")
+    only = () if config.kind == "conversations" else ("format",)
+    refuse_idle(config, {f"kind={config.kind}": (*idle, *only)})
+
+
+def pretrain(config: Pretrain) -> None:
+    """A pretraining has exactly one of `tokenizer` and `model`, and with an adapter `model`."""
+    if config.model is None and config.adapter.kind != "none":
+        raise ConfigError(
+            "an adapter needs a trained base", field="adapter.kind", found=config.adapter.kind, expected="`model` to put it on",
+            fix="set model, or train a new model first without an adapter",
+        )  # fmt: skip
+    if (config.model is None) == (config.tokenizer is None):
+        raise ConfigError(
+            "`tokenizer` and `model` exclude each other" if config.model else "`tokenizer` or `model` is required",
+            field="tokenizer", expected="a tokenizer folder to train from scratch, or a model folder to go on from, not both",
+            fix="a tokenizer comes from `tutelage tokenizer --data RECORDS`, or from any Hugging Face folder",
+        )  # fmt: skip
+    if config.model is not None:
+        for name in ("size", "architecture"):
+            if (given := getattr(config, name)) != Pretrain.model_fields[name].default:
+                raise ConfigError(
+                    "a trained model has its own shape", field=name, found=given, expected="`tokenizer`, for a new model",
+                    fix=f"leave {name} out to go on from {config.model}",
+                )  # fmt: skip
+
+
+def vocabulary(config: Vocabulary) -> None:
+    refuse_idle(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
+    _no_adapter(config, "the new rows of the tables are what is trained")
+    if config.train and ranks_sharing(config) > 1:
+        raise ConfigError(
+            "rows of a table can't be trained alone where ranks share the table", field="shard", found=config.shard,
+            expected="none", fix="run `tutelage vocabulary` with shard=none or train=false, then train its model in shards",
+        )  # fmt: skip
+
+
+def adapt(config: Adapt) -> None:
+    refuse_idle(
+        config,
+        {
+            "vocab_add=0": () if config.vocab_add else ("rows", "warm_steps"),
+            "no general text": () if config.general else ("replay_share",),
+        },
+    )
+
+
+def distil(config: Distil) -> None:
+    refuse_idle(
+        config,
+        {
+            f"policy={config.policy}": ("rollouts",) if config.policy == "off" else OFF_POLICY,
+            "top_k=0": ("rest",) * (not config.top_k),
+        },
+    )
+
+
+def select(config: Select) -> None:
+    refuse_idle(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
+
+
+def prefer(config: Tune) -> None:
+    from tutelage.stages.prefer import chosen_method
+
+    chosen_method(config)  # type: ignore[arg-type]
+
+
+def sample(config: Sample) -> None:
+    rewards(config)
+
+
+def rl(config: Rl) -> None:
+    from tutelage.stages.rl import chosen_method
+
+    chosen_method(config)
+    if compares_groups(config.method) and config.samples < 2:
+        raise ConfigError(
+            "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"
+        )
+    if config.shard == "full":
+        raise ConfigError("answers can't be made by a model in shards yet", field="shard", found="full", expected="none")
+    ppo, several = config.method == "ppo", bool(config.tools or config.environment)
+    idle = {
+        "kl=0": ("reference", "kl_in", "kl_estimator") if config.kl == 0 else (),
+        f"truncated={config.truncated}": ("penalty",) if config.truncated != "penalise" else (),
+        "correction=none": ("correction_cap", "correction_level") if config.correction == "none" else (),
+        "no tools and no environment": () if several else ("max_rounds",),
+        "no environment": () if config.environment else ("environment_seconds",),
+        f"method={config.method}": () if ppo else ("value", "gamma", "lam", "value_weight"),
+        "": ("patience",),
+    }
+    refuse_idle(config, idle)
+    rewards(config)
+
+
+def rewards(config: Rl | Sample) -> None:
+    """Every term is made once: a library that is missing, a function that cannot be imported, walls that do not hold; and a
+    reward model is there where it is asked, and only there."""
+    terms = terms_of(config.rewards)
+    asked = any(isinstance(term, RewardModel) for term in terms.values())
+    if asked and config.reward_model is None:
+        raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
+    if config.reward_model is not None and not asked:
+        raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
+    with build(terms, score_texts=lambda texts: [], asked=lambda rollout: ""):
+        pass
+
+
+def classify(config: Classify) -> None:
+    given = [name for name in ("encoder", "model", "tokenizer") if getattr(config, name)]
+    if len(given) != 1:
+        raise ConfigError(
+            "a classifier starts from one model, or from a tokenizer and nothing else", field="encoder",
+            found=", ".join(given) or None, expected="`encoder`: a folder of the BERT family; `model`: a decoder; or "
+            "`tokenizer`: a small encoder from scratch",
+        )  # fmt: skip
+    _texts(config)
+
+
+def translate(config: Translate) -> None:
+    if (config.model is None) == (config.tokenizer is None):
+        raise ConfigError(
+            "a translator starts from a model, or from a tokenizer and nothing else", field="model",
+            found="both" if config.model else None, expected="`model`: an encoder-decoder's folder; or `tokenizer`: a small T5",
+        )  # fmt: skip
+    _texts(config)
+
+
+def _texts(config: Classify | Translate) -> None:
+    """The model is asked when it has been trained, and one from scratch has a shape of its own and no adapter."""
+    if ranks_sharing(config) > 1:
+        raise ConfigError(
+            "this model is asked after its training, which it can't be in shards", field="shard", found=config.shard,
+            expected="none: every rank holds the model, and reads its share of the batches",
+        )  # fmt: skip
+    if config.architecture and config.tokenizer is None:
+        raise ConfigError(
+            "a trained model has its own architecture", field="architecture", found=config.architecture,
+            expected="`tokenizer`, and nothing to start from: for a model from scratch", fix="leave architecture out",
+        )  # fmt: skip
+    if config.tokenizer:
+        _no_adapter(config, "there is no trained base")
+
+
+def _no_adapter(config: Loop, why: str) -> None:
+    if config.adapter.kind != "none":
+        raise ConfigError(f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none")
