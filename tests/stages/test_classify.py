@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 
 from tests.pipeline import World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
+from tutelage.config.base import build
+from tutelage.config.tasks import Classify
 from tutelage.engine.classifier import Classifier
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json
 from tutelage.records import Example, Span, read_records
+from tutelage.stages.derived import passes
 
 transformers = pytest.importorskip("transformers")
 
@@ -301,3 +304,10 @@ def test_the_plan_counts_attention_that_is_kept(world: World, tmp_path: Path, ca
         classify(tmp_path, world, records, architecture=shape, steps=1, max_length=512, batch=8)
         plan = next(line for line in capsys.readouterr().err.replace("\n", " ").split("step 0")[:1])
         assert (" attention" in plan.split("memory:")[1]) == said
+
+
+@pytest.mark.parametrize(("texts", "expected"), [(40, 10.0), (137, 10.0), (480, 4.0), (5000, 3.0)])
+def test_few_texts_are_read_more_often(texts: int, expected: float) -> None:
+    """Three passes over 137 texts taught an encoder nothing but the commonest class."""
+    assert passes(build(Classify, {"data": "x", "encoder": "e"}), texts) == pytest.approx(expected, abs=0.01)
+    assert passes(build(Classify, {"data": "x", "encoder": "e", "epochs": 2}), texts) == 2

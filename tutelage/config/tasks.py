@@ -27,7 +27,9 @@ class Classify(Tune):
     architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the small shape")
     schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "learning rate over time")
     batch: Count = setting(32, "texts in a global batch")
-    epochs: Positive = setting(3.0, "passes over the data, where steps are not given")
+    epochs: Positive | Derived = setting(
+        "derived", "passes over the data, where steps are not given; derived: 3, more where those are few steps"
+    )
     max_length: Count | Derived = setting("derived", "tokens of a text; derived: what the encoder reads, at most 256")
     too_long: Literal["right", "left", "drop"] = setting(
         "right", "a text that is longer: its right or left end is cut, or it is left out; always counted"
@@ -51,7 +53,9 @@ class Translate(Tune):
     tokenizer: str | None = artifact("for a small T5 from scratch", kind="tokenizer", default=None)
     architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the small shape")
     batch: Count = setting(32, "pairs in a global batch")
-    epochs: Positive = setting(3.0, "passes over the data, where steps are not given")
+    epochs: Positive | Derived = setting(
+        "derived", "passes over the data, where steps are not given; derived: 3, more where those are few steps"
+    )
     max_length: Count | Derived = setting("derived", "tokens of a source; derived: what the model reads, at most 512")
     max_target: Count | Derived = setting(
         "derived",

@@ -27,7 +27,7 @@ from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.objectives import objective
 from tutelage.records import Example
 from tutelage.rundir import RunDir
-from tutelage.stages.derived import ADAPTER_RATES, HEADS_APART
+from tutelage.stages.derived import ADAPTER_RATES, HEADS_APART, passes
 from tutelage.stages.fitting import Work, fit, write_scores
 from tutelage.stages.tuning import size_of, wear_under_head
 from tutelage.tokenizer.load import FILES, TokenizerFolder
@@ -154,7 +154,10 @@ def train(
     for line in source.describe():
         log.say(line)
     held_out = start.families(held) if held else None
-    steps = config.steps if config.steps != "derived" else max(1, math.ceil(config.epochs * len(families) / batch))
+    epochs = passes(config, len(families))
+    steps = config.steps if config.steps != "derived" else max(1, math.ceil(epochs * len(families) / batch))
+    if config.steps == config.epochs == "derived":
+        log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} {unit}")
     peak = rates_of(config, part)
     tokens = int(families.sizes(config.layout).sum())
     name = "token" if start.labels.task == "tag" else "class"

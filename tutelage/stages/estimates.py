@@ -29,7 +29,7 @@ from tutelage.plan.time import NOTHING, Span
 from tutelage.recipe import Estimate, Planned, Unknown
 from tutelage.stages import amounts
 from tutelage.stages.amounts import Records, records_of
-from tutelage.stages.derived import before, check_context, derive_all, micro_rows, new_tokens, ranks_sharing
+from tutelage.stages.derived import before, check_context, derive_all, micro_rows, new_tokens, passes, ranks_sharing
 from tutelage.stages.extension import Parent, parent_of
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -283,11 +283,15 @@ def _texts(planned: Planned, raw: Mapping[str, Any], most: int, times: int) -> E
     length = min(most if config.max_length == "derived" else config.max_length, shape.context)
     texts = records.train_bytes / parts.bytes_per_token(shape.vocab) + records.train * 3
     read = Span(min(texts.low, records.train.low * length), min(texts.high, records.train.high * length))
-    passes = config.epochs if config.steps == "derived" else config.steps * config.batch / max(1.0, records.train.low)
+    least, all_texts = (max(1.0, n) for n in (records.train.low, records.train.high))
+    if config.steps == "derived":  # the more texts, the more is read
+        seen = Span(read.low * passes(config, least), read.high * passes(config, all_texts))
+    else:
+        seen = read * (config.steps * config.batch / least)
     machine = measure()
     device = _device(config.device, machine)
     need = training_memory(raw, 1, config.micro_tokens, config.optimizer.name, config.dtype, config.checkpointing, False)
-    seen = read * (passes * times) * Span(1, 1.4)
+    seen = seen * times * Span(1, 1.4)
     return parts.START_TORCH + parts.train(raw, seen, length, machine.peak_flops(device), device, need)
 
 

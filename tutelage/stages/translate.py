@@ -27,7 +27,7 @@ from tutelage.models.virtual import rooms
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying, tuning
+from tutelage.stages import classifying, derived, tuning
 from tutelage.stages.fitting import Work, choose_device, fit, load_start, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
@@ -52,7 +52,10 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
                           seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
     kept = tuning.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
-    steps = math.ceil(config.epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
+    epochs = derived.passes(config, len(families))
+    steps = math.ceil(epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
+    if config.steps == config.epochs == "derived":
+        log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} pairs")
     tokens = float(families.sizes("pairs").mean())
     rates = rates_of(config, model)
     checked = None if kept is None else FamilySource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
