@@ -131,6 +131,8 @@ def headline(row: dict[str, Any]) -> str:
         from tutelage.evaluate.gains import verdict
 
         return verdict(gains[-1])
+    if row.get("correct"):  # of an evaluation
+        return ", ".join(f"{task} {share:.1%}" for task, share in list(row["correct"].items())[:4]) + " right"
     found = row.get("held_out")
     if isinstance(found, dict) and isinstance(found.get("accuracy"), dict):  # of a reward model
         return f"held-out accuracy {said(found['accuracy'])}"

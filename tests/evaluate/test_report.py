@@ -259,3 +259,17 @@ def test_units() -> None:
     """Numbers for people."""
     assert (duration(3.21), duration(75), duration(7322)) == ("3.2 s", "1 min 15 s", "2 h 02 min")
     assert (size(2_300_000), scientific(1.2e15), scientific(3e-4)) == ("2.3 MB", "1.2 × 10¹⁵", "3.0 × 10⁻⁴")
+
+
+def test_what_an_evaluation_gained_is_on_the_page(finished: Path, tmp_path: Path) -> None:
+    """Gains of preferences that no page showed; and those of a model that the run does not come from."""
+    made = [("sums-eeee", "assistant-dddd", 0.155), ("other-ffff", "stranger-9999", 0.777)]
+    for name, model, after in made:
+        run = make_run(finished.parent, name, "evaluate", [("model", "model", model)])
+        row = {"task": "add", "judged_by": "correct", "before": estimate(0.14, 0.1, 0.2), "after": estimate(after, 0.1, 0.2)}
+        gains = {"model": f"chat-{EVIL}", "questions": [row | {"gain": estimate(after - 0.14, -0.021, 0.052, 200)}]}
+        write_json(run / "scores" / "scores.json", {"gains": gains})
+    write_report(finished, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    shown = ("What was gained on held-out questions", "14.0%", "15.5%", "+1.5%", "-2.1% to +5.2%")
+    assert all(part in text for part in shown) and "77.7%" not in text and EVIL not in text

@@ -86,7 +86,7 @@ def read_story(run: Path, scores: Sequence[Path] = ()) -> Story:
     chain: list[Node] = []
     _walk(run.resolve(), chain, set(), left_out)
     story = Story(chain[-1], chain, left_out=left_out)
-    found, story.gains = _find_scores(story), _find_gains(story)
+    found, story.gains = _find_scores(story), _find_gains(story, scores)
     folders = list(scores) or ([found] if found else [])
     if not folders:
         left_out.append(("Scores", "no finished evaluation of this run was found: `tutelage evaluate` makes one"))
@@ -148,12 +148,16 @@ def _measured(scores: Path) -> Path | None:
     return Path(os.path.normpath(scores.parent.parent / str(models[0].get("path", "")))) if models else None
 
 
-def _find_gains(story: Story) -> list[tuple[str, dict[str, Any]]]:
-    """(model, gains) of the evaluations beside the run that measured a model of its chain and name one from before, of each model
-    and task the newest, in the chain's order."""
+def _find_gains(story: Story, given: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
+    """(model, gains) of the evaluations given or beside the run that measured a model of its chain and name one from before, the
+    newest of each pair of models, in the chain's order."""
     places = {node.path: i for i, node in enumerate(story.chain)}
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    for file in sorted(story.run.path.parent.glob("*/scores/scores.json"), key=lambda p: p.stat().st_mtime):
+    files = [
+        *story.run.path.parent.glob("*/scores/scores.json"),
+        *(f / "scores.json" for f in given if (f / "scores.json").exists()),
+    ]
+    for file in sorted({p.resolve() for p in files}, key=lambda p: p.stat().st_mtime):
         target = _measured(file)
         row = (_quiet_json(file) or {}).get("gains")
         if target in places and isinstance(row, dict):
