@@ -273,3 +273,15 @@ def test_what_an_evaluation_gained_is_on_the_page(finished: Path, tmp_path: Path
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     shown = ("What was gained on held-out questions", "14.0%", "15.5%", "+1.5%", "-2.1% to +5.2%")
     assert all(part in text for part in shown) and "77.7%" not in text and EVIL not in text
+
+
+def test_a_wrong_answer_is_not_marked_right(finished: Path, tmp_path: Path) -> None:
+    """`s u u` for `s u l`, two letters of three, under a green mark where only exact answers count."""
+    scored = next(p.parent for p in finished.parent.glob("*/scores/scores.json"))
+    row = {"task": "t", "prompt": "?", "expected": "s u l", "answer": "s u u", "correct": False, "score": 0.67}
+    write_json(scored / "gallery.json", {"answers": [row], "continuations": []})
+    task = read_json(scored / "scores.json")["questions"]["tasks"][0]
+    for judged_by, mark in (("correct", "✗ wrong"), ("recognisable", "≈ recognisable")):
+        write_json(scored / "scores.json", {"questions": {"tasks": [task | {"task": "t", "judged_by": judged_by}]}})
+        write_report(finished, tmp_path / "r.html", [scored])
+        assert mark in (tmp_path / "r.html").read_text(encoding="utf-8")

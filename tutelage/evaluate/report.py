@@ -51,13 +51,15 @@ def context(story: Story) -> dict[str, Any]:
     model = next((n for n in reversed(story.chain) if n.kind == "model"), None)
     learnt = [story.run, *story.training()]  # its own samples, else those of the first that has any
     growth = next(((n.name, s) for n, s in ((n, data.training_samples(n)) for n in learnt) if len(s) > 1), ("", []))
+    tasks = ((story.scores or {}).get("questions") or {}).get("tasks") or []
     return {
         "title": f"{story.run.path.parent.name} / {story.run.name}",
         "version": __version__,
         "run": story.run,
         "scores": story.scores,
         "documents": _documents(story),
-        "tasks": ((story.scores or {}).get("questions") or {}).get("tasks") or [],
+        "tasks": tasks,
+        "judged_by": {t.get("task"): t.get("judged_by") for t in tasks},
         "definitions": (story.scores or {}).get("definitions") or {},
         "gallery": story.gallery or {},
         "changes": [(n.name, n.facts["change"]) for n in story.chain if isinstance(n.facts.get("change"), dict)],
