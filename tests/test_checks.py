@@ -20,6 +20,7 @@ LAST: list[tuple[dict[str, Any], str, str]] = [
     ({"stage": "rl", "rewards": {"exact": 1}, "method": "dpo"}, "no such method", "last.method"),
     ({"stage": "rl", "rewards": {"model": 1}}, "a reward of the kind `model` needs one", "last.reward_model"),
     ({"stage": "rl", "rewards": {"mine": {"kind": "function", "path": "no:f"}}}, "cannot be imported", "last.rewards.mine.path"),
+    ({"stage": "reward", "method": "reward", "loss": "huber"}, "`loss` means nothing to reward", "last.loss"),
     ({"stage": "prefer", "method": "grpo"}, "a method of another stage", "last.method"),
     ({"stage": "prefer", "method": "simpo", "reference": "$chat"}, "keeps no reference", "last.reference"),
     ({"stage": "distil", "teacher": "$chat", "policy": "on", "top_k": 4}, "changes nothing here, with policy=on", "last.top_k"),

@@ -52,6 +52,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:tuning",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:reward",
     ),
     "sample": Kind(
         "Sample",

@@ -7,7 +7,7 @@ Without torch, but for the settings of an objective.
 from __future__ import annotations
 
 from tutelage.config.rewards import RewardModel, terms_of
-from tutelage.config.stages import Adapt, Data, Distil, Pretrain, Rl, Sample, Select, Vocabulary
+from tutelage.config.stages import Adapt, Data, Distil, Pretrain, Reward, Rl, Sample, Select, Vocabulary
 from tutelage.config.tasks import Classify, Translate
 from tutelage.config.train import Loop, Tune
 from tutelage.errors import ConfigError
@@ -83,6 +83,15 @@ def distil(config: Distil) -> None:
 
 def select(config: Select) -> None:
     refuse_idle(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
+
+
+def reward(config: Reward) -> None:
+    """Where the method is not left to the data."""
+    if config.method is not None:
+        from tutelage.objectives import objective
+        from tutelage.stages.reward import SETTINGS
+
+        objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
 
 
 def prefer(config: Tune) -> None:
