@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.base import Places, Section, artifacts_of, assign, build, identity_of, load_yaml, nearest
+from tutelage.config.base import Places, Section, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
 from tutelage.config.train import Train, extended
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ArtifactError, ConfigError, UserError
 from tutelage.plan.code import code_digest
 from tutelage.plan.time import Span
 from tutelage.rundir import Artifact, RunDir, find
@@ -36,7 +36,7 @@ class Kind:
     makes: str = ""  # kind of the artifact
     ranks: bool = False  # every rank of `torchrun` takes part
     outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
-    check: str | None = None  # "module:function" (config): raises where the settings alone are wrong
+    check: str | None = None  # "module:function" (planned): raises where the settings alone are wrong
 
     def config(self) -> type[Section]:
         found: type[Section] = getattr(importlib.import_module("tutelage.config.stages"), self.section)
@@ -138,7 +138,7 @@ class Runner:
         """Once for each stage, and not for what is there already."""
         check = self.table[planned.kind].check
         if check is not None and planned.name not in self.checked and (planned.status != "hit" or self.force):
-            _function(check)(planned.config)
+            _function(check)(planned)
             self.checked.add(planned.name)
 
     def _child(self, name: str, kind: str, config: Section, extend: Mapping[str, Any]) -> Section:
@@ -217,14 +217,17 @@ class Recipe:
     about: str
     stages: dict[str, tuple[str, Section]]  # name -> (kind, config)
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what `--extend` asks of its finished run
+    places: Places = field(default_factory=Places)
 
     def plan(self, name: str, runner: Runner) -> Planned:
-        """Raises what the settings of this stage alone are wrong in, with its name."""
+        """Raises what the settings of this stage alone are wrong in, with its name and place."""
         kind, config = self.stages[name]
         try:
             return runner.plan(name, kind, config, self.extensions.get(name))
-        except ConfigError as error:
-            raise error.but(field=f"{name}.{error.field}" if error.field else name) from error
+        except UserError as error:
+            if error.file is not None:
+                raise
+            raise located(error, self.places, f"stages.{name}") from error
 
 
 TOP = ("name", "about", "scales", "stages")
@@ -264,7 +267,7 @@ def load_recipe(
     out: dict[str, tuple[str, Section]] = {}
     for name, raw in stages.items():
         out[name] = _stage(name, raw, table, places, out)
-    return Recipe(title, str(values.get("about", "")), out, _extensions(extend, list(out)))
+    return Recipe(title, str(values.get("about", "")), out, _extensions(extend, list(out)), places)
 
 
 def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[str, dict[str, Any]]:

@@ -232,7 +232,8 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
             raise ArtifactError(
                 f"no {kind} there",
                 file=reference,
-                fix=f"give a folder, or a finished run as recipe/stage (`tutelage runs --runs {root}` lists them)",
+                fix=f"give a folder, or a finished run as recipe/stage (`tutelage runs --runs {root}` lists them"
+                + ("; `tutelage run recipes/quickstart.yaml` makes this one)" if reference.startswith("quickstart/") else ")"),
             )
         path = matches[-1]
     if (path / "run.json").exists():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline import World, world  # noqa: F401 (a fixture)
 from tutelage import api
-from tutelage.errors import DataError
+from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import gains
 from tutelage.evaluate.intervals import paired_shares
 from tutelage.evaluate.questions import Prediction
@@ -56,10 +56,25 @@ def test_several_tasks_have_a_row_together(tmp_path: Path) -> None:
 def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
     old = earlier(tmp_path, predictions("xx--"))
     with pytest.raises(DataError, match=r"other questions(.|\n)*3 in both, of 4 then and 3 now(.|\n)*max_questions"):
-        old.check([p.id for p in predictions("xx-")], [])
+        old.check([p.id for p in predictions("xx-")], [], {})
     with pytest.raises(DataError, match="measured nothing that this one measures"):
-        old.check([], ["d1"])
-    old.check([p.id for p in predictions("xx--")], ["d1"])  # documents are measured for the first time
+        old.check([], ["d1"], {})
+    old.check([p.id for p in predictions("xx--")], ["d1"], {})  # documents are measured for the first time
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("predictions.jsonl", None), ("predictions.jsonl", '{"id": "a", "ta'), ("predictions.jsonl", '{"of": "another version"}\n'),
+     ("scores.json", "{}"), ("scores.json", "[]"), ("scores.json", "{")],
+)  # fmt: skip
+def test_what_evaluate_did_not_write_is_refused(name: str, text: str | None, tmp_path: Path) -> None:
+    """A traceback for the scores of a classifier, for a cut line, or for a file of another version."""
+    earlier(tmp_path, predictions("xx"))
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ArtifactError, match="no scores of `tutelage evaluate`"):
+        gains.Earlier.read(tmp_path)
 
 
 def test_the_stage_says_what_was_gained(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
@@ -76,3 +91,6 @@ def test_the_stage_says_what_was_gained(world: World, tmp_path: Path, capsys: py
     assert "gain +0.0%" in said and "no clear change" in said
     with pytest.raises(DataError, match="of 3 then and 2 now"):
         api.evaluate(**(same | {"max_questions": 2, "before": first.path}))
+    for how in ({"max_tokens": 5}, {"stride": 0.25}):
+        with pytest.raises(DataError, match="was measured otherwise"):
+            api.evaluate(**(same | how | {"before": first.path}))

@@ -12,6 +12,7 @@ import pytest
 from tutelage.config.base import build
 from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError, RewardError
+from tutelage.recipe import Planned
 from tutelage.records import Message, Prompt
 from tutelage.rollout.environments import Environments
 from tutelage.stages.checks import rl as check
@@ -96,7 +97,7 @@ def test_the_working_folder_has_environments(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_time_without_an_environment_is_refused() -> None:
     """Guards against a setting that is taken and does nothing."""
     with pytest.raises(ConfigError) as caught:
-        check(build(Rl, {"model": "x", "data": "y", "rewards": {"exact": 1}, "environment_seconds": 5.0}))
+        check(Planned("rl", "rl", build(Rl, {"model": "x", "data": "y", "rewards": {"exact": 1}, "environment_seconds": 5.0})))
     assert caught.value.field == "environment_seconds"
 
 

@@ -173,12 +173,12 @@ def test_steps_are_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "about"),
     [
-        ("preferences", {"method": "process"}, "no such method learns from preferences"),
+        ("preferences", {"method": "process"}, "no method of this name learns from preferences"),
         ("preferences", {"loss": "huber"}, "`loss` means nothing to reward"),
         ("preferences", {"aspects": "animals"}, "`aspects` means nothing"),
         ("ratings", {"centring": "0.1"}, "`centring` means nothing to rating"),
         ("ratings", {"aspects": "beauty"}, "no rating has this aspect"),
-        ("ratings", {"method": "reward"}, "no such method learns from ratings"),
+        ("ratings", {"method": "reward"}, "no method of this name learns from ratings"),
         ("conversations", {}, "other records than this stage reads"),
     ],
 )

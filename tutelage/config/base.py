@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as _PydanticField
 from pydantic.fields import FieldInfo
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, UserError
 
 
 class Section(BaseModel):
@@ -126,6 +126,10 @@ def build(section: type[S], values: Mapping[str, Any], *, places: Places | None 
     """The section of a mapping. Raises `ConfigError` that names the key, its place and the nearest known key."""
     try:
         return section.model_validate(dict(values))
+    except ConfigError as error:  # of fields that do not go together
+        if error.file is not None:
+            raise
+        raise located(error, places or Places(), prefix.rstrip(".")) from None
     except ValidationError as error:
         first = error.errors()[0]
         path = _known_part(section, first)
@@ -154,6 +158,16 @@ def build(section: type[S], values: Mapping[str, Any], *, places: Places | None 
             found=first.get("input"),
             expected=expected,
         ) from None
+
+
+E = TypeVar("E", bound=UserError)
+
+
+def located(error: E, places: Places, prefix: str) -> E:
+    """The error of a section with the section's name before its field, and the place where that, or what it is in, stands."""
+    key = ".".join(filter(None, (prefix, error.field)))
+    parts = key.split(".")
+    return error.but(field=key or None, **places.of(*(".".join(parts[:n]) for n in range(len(parts), 0, -1))))
 
 
 def _known_part(section: type[Section], error: Any) -> list[str]:

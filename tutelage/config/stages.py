@@ -10,7 +10,7 @@ from tutelage.config.base import Section, artifact, setting
 from tutelage.config.rewards import Rewards
 from tutelage.config.tasks import Classify as Classify
 from tutelage.config.tasks import Translate as Translate
-from tutelage.config.train import Count, Derived, Positive, Schedule, Share, Train, Tune
+from tutelage.config.train import DEVICE, Count, Derived, Positive, Schedule, Share, Train, Tune
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -101,7 +101,7 @@ class Merge(Section):
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = setting(
         "stored", "type of the written weights; stored: as in the base's folder"
     )
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
 
 
 class Sample(Section):
@@ -119,7 +119,7 @@ class Sample(Section):
     samples: Count = setting(8, "answers to each prompt")
     max_tokens: Count = setting(64, "longest answer, in tokens")
     temperature: Positive = setting(1.0, "of the answers")
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
     threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
     kernels: bool = setting(True, "our own CPU kernels", identity=False)
     seed: int = setting(0, "of every answer")
@@ -233,7 +233,7 @@ class Evaluate(Section):
     max_documents: int = setting(0, "documents used; 0: all", ge=0)
     max_questions: int = setting(500, "questions asked; 0: all", ge=0)
     max_tokens: Count = setting(64, "longest answer, in tokens")
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
     seed: int = setting(0, "of the bootstrap")
 
 
@@ -276,7 +276,7 @@ class Generate(Section):
     on_error: Literal["stop", "skip"] = setting(
         "stop", "what a row that cannot be answered does; skipped ones get a field `error` and are counted", identity=False
     )
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
 
 
 class Label(Section):
@@ -290,7 +290,7 @@ class Label(Section):
     output: str = setting(..., "JSON lines: id or number of each row, its text, what was said and probabilities", identity=False)
     fields: dict[str, str] = setting({}, "names of your fields, where they are not text and pair: {text: comment, pair: title}")
     too_long: Literal["right", "left"] = setting("right", "the end at which a text is cut that is longer than the model reads")
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
 
 
 class Prefer(Tune):

@@ -15,6 +15,7 @@ Derived = Literal["derived"]
 Share = Annotated[float, Bound(ge=0.0, le=1.0)]
 Positive = Annotated[float, Bound(gt=0.0)]
 Count = Annotated[int, Bound(ge=1)]
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 
 class Optimizer(Section):
@@ -72,7 +73,7 @@ class Loop(Section):
         "none: every rank holds the whole model; full: each holds its rows of weights, gradients and optimizer state",
         identity=False,
     )
-    device: str = setting("auto", "auto, cpu, cuda", identity=False)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
     threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
 
 

@@ -60,7 +60,7 @@ def _example(row: Row, source: str) -> Example:
         return _of_tokens(row, rest)
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str) and "label" not in row:
         text = _text(row["prompt"].strip(), "prompt")
-        return Example.make(text, label=_label(row["completion"].removesuffix(END_MARK).strip(), "completion"), **rest)
+        return Example.make(text, label=_label(row["completion"], "completion"), **rest)
     text, pair = _texts(row)
     if row.get("spans") is not None:
         return Example.make(text, pair=pair, spans=_spans(row["spans"], text), **rest)
@@ -100,8 +100,9 @@ def _label(value: Any, field: str) -> str:
     """The name of a class: a text, or a number or truth value as JSON writes it."""
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
-    if isinstance(value, str) and value.strip():
-        return value.strip()
+    text = value.strip().removesuffix(END_MARK).strip() if isinstance(value, str) else ""
+    if text:
+        return text
     raise DataError("this is no label", field=field, found=value, expected="a text, a number, or true or false",
                     fix="fill it in, or remove the row")  # fmt: skip
 

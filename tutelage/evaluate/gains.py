@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tutelage.errors import DataError
+from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import change
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.evaluate.intervals import accuracy, number, paired_shares, said
@@ -33,17 +33,26 @@ class Earlier:
     model: str
     predictions: list[Prediction]
     documents: DocumentSums | None
+    how: Mapping[str, Any]  # settings that change what is measured
 
     @classmethod
     def read(cls, folder: Path) -> Earlier:
-        found = read_json(folder / "scores.json")
-        with (folder / "predictions.jsonl").open(encoding="utf-8") as f:
-            predictions = [Prediction(**json.loads(line)) for line in f]
-        documents = change.to_sums(found["documents"]["per_document"]) if found.get("documents") else None
-        return cls(folder, found["model"]["name"], predictions, documents)
+        """Raises `ArtifactError` for a folder that `evaluate` did not write."""
+        try:
+            found = read_json(folder / "scores.json")
+            with (folder / "predictions.jsonl").open(encoding="utf-8") as f:
+                predictions = [Prediction(**json.loads(line)) for line in f]
+            documents = change.to_sums(found["documents"]["per_document"]) if found.get("documents") else None
+            return cls(folder, found["model"]["name"], predictions, documents, found.get("how") or {})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                "these are no scores of `tutelage evaluate`", file=folder, field="before", found=repr(error),
+                expected="scores.json and predictions.jsonl, as it writes them", fix="make them: tutelage evaluate --model MODEL",
+            ) from error  # fmt: skip
 
-    def check(self, questions: Sequence[str], documents: Sequence[str]) -> None:
-        """Raises `DataError` where it measured nothing of what is to be measured now, or others: ids, in their order."""
+    def check(self, questions: Sequence[str], documents: Sequence[str], how: Mapping[str, Any]) -> None:
+        """Raises `DataError` where it measured nothing of what is to be measured now, others (ids, in their order), or with other
+        settings: `how`, of what it measured."""
         pairs = {
             "questions": ([p.id for p in self.predictions], list(questions)),
             "documents": (self.documents.names if self.documents else [], list(documents)),
@@ -60,6 +69,12 @@ class Earlier:
                     file=self.folder / "scores.json",
                     found=f"{len(set(then) & set(now)):,} in both, of {len(then):,} then and {len(now):,} now",
                     fix=f"measure both models with the same {what} and the same max_{what}",
+                )  # fmt: skip
+        for name, now in how.items():
+            if self.how.get(name, now) != now:
+                raise DataError(
+                    "the evaluation from before was measured otherwise", file=self.folder / "scores.json", field=name,
+                    found=f"{now}, then {self.how[name]}", fix=f"measure both with the same {name}",
                 )  # fmt: skip
 
     def gains(

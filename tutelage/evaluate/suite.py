@@ -88,9 +88,10 @@ def evaluate(
         asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
         if not asked:
             raise DataError("no held-out question", file=conversations / "validation.jsonl", fix="use a larger validation_share")
+    result["how"] = ({"max_tokens": max_tokens} if asked else {}) | ({"stride": stride} if held_out else {})
     earlier = None if before is None else gains.Earlier.read(before)
     if earlier is not None:
-        earlier.check([c.id for c in asked], [d.id for d in held_out])
+        earlier.check([c.id for c in asked], [d.id for d in held_out], result["how"])
     if documents is not None:
         result["documents"] = _documents(subject, documents, held_out, yardsticks, stride, batch_tokens, seed)
         log.console.print(documents_table(result["documents"]))

@@ -60,7 +60,7 @@ def check_spread(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout], group
         )  # fmt: skip
     raise RewardError(
         f"all {len(verdicts)} rewards are {verdict.reward:g}: there is nothing to learn from. Of this text was said: {said}",
-        found=rollout.text, expected=f"rewards that differ; the expected answer is {rollout.answer!r}",
+        found=rollout.text, expected="rewards that differ" + (f" (right is here {rollout.answer!r})" if rollout.answer else ""),
         fix="see whether the reward reads texts as the model writes them; easier prompts, a higher temperature, or a term "
         "that is not all or nothing give it something to tell apart",
     )  # fmt: skip

@@ -44,6 +44,7 @@ STAGES: dict[str, Kind] = {
         "tutelage.stages.estimates:training",
         makes="model",
         ranks=True,
+        check="tutelage.stages.checks:sft",
     ),
     "reward": Kind(
         "Reward",
@@ -123,6 +124,7 @@ STAGES: dict[str, Kind] = {
         "make an adapter part of its base: a whole model",
         "tutelage.stages.estimates:merge",
         makes="model",
+        check="tutelage.stages.checks:merge",
     ),
     "classify": Kind(
         "Classify",
@@ -148,6 +150,7 @@ STAGES: dict[str, Kind] = {
         "measure a model on held-out text and questions",
         "tutelage.stages.estimates:evaluate",
         makes="scores",
+        check="tutelage.stages.checks:evaluate",
     ),
     "report": Kind(
         "Report",

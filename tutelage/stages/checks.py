@@ -6,12 +6,33 @@ Without torch, but for the settings of an objective.
 
 from __future__ import annotations
 
-from tutelage.config.rewards import RewardModel, terms_of
-from tutelage.config.stages import Adapt, Data, Distil, Pretrain, Reward, Rl, Sample, Select, Vocabulary
+from tutelage.config.rewards import Environment, RewardModel, terms_of
+from tutelage.config.stages import (
+    Adapt,
+    Data,
+    Distil,
+    Evaluate,
+    Merge,
+    Prefer,
+    Pretrain,
+    Reward,
+    Rl,
+    Sample,
+    Select,
+    Sft,
+    Vocabulary,
+)
 from tutelage.config.tasks import Classify, Translate
-from tutelage.config.train import Loop, Tune
-from tutelage.errors import ConfigError
+from tutelage.config.train import Loop
+from tutelage.data.collect import KINDS
+from tutelage.data.templates import style
+from tutelage.errors import ConfigError, DataError
+from tutelage.files import read_json
+from tutelage.objectives import TABLE
+from tutelage.recipe import Planned
 from tutelage.rewards.build import build
+from tutelage.rollout.environments import Environments
+from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import compares_groups
 from tutelage.stages.derived import ranks_sharing
 from tutelage.stages.idle import refuse_idle
@@ -23,14 +44,18 @@ OFF_POLICY = (  # settings of a distillation that are about given texts
 )  # fmt: skip
 
 
-def data(config: Data) -> None:
+def data(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Data)
     idle = ("fields",) if config.kind == "documents" else ("text_field", "split", "chunk_chars", "min_chars")
     only = () if config.kind == "conversations" else ("format",)
     refuse_idle(config, {f"kind={config.kind}": (*idle, *only)})
 
 
-def pretrain(config: Pretrain) -> None:
+def pretrain(planned: Planned) -> None:
     """A pretraining has exactly one of `tokenizer` and `model`, and with an adapter `model`."""
+    config = planned.config
+    assert isinstance(config, Pretrain)
     if config.model is None and config.adapter.kind != "none":
         raise ConfigError(
             "an adapter needs a trained base", field="adapter.kind", found=config.adapter.kind, expected="`model` to put it on",
@@ -50,8 +75,20 @@ def pretrain(config: Pretrain) -> None:
                     fix=f"leave {name} out to go on from {config.model}",
                 )  # fmt: skip
 
+    _reads(planned, "data", "Document", "Conversation")
 
-def vocabulary(config: Vocabulary) -> None:
+
+def sft(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Sft)
+    if config.template is not None:
+        style(config.template)
+    _reads(planned, "data", "Conversation")
+
+
+def vocabulary(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Vocabulary)
     refuse_idle(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
     _no_adapter(config, "the new rows of the tables are what is trained")
     if config.train and ranks_sharing(config) > 1:
@@ -59,9 +96,12 @@ def vocabulary(config: Vocabulary) -> None:
             "rows of a table can't be trained alone where ranks share the table", field="shard", found=config.shard,
             expected="none", fix="run `tutelage vocabulary` with shard=none or train=false, then train its model in shards",
         )  # fmt: skip
+    _reads(planned, "data", "Document")
 
 
-def adapt(config: Adapt) -> None:
+def adapt(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Adapt)
     refuse_idle(
         config,
         {
@@ -69,9 +109,13 @@ def adapt(config: Adapt) -> None:
             "no general text": () if config.general else ("replay_share",),
         },
     )
+    _reads(planned, "data", "Document")
+    _reads(planned, "general", "Document")
 
 
-def distil(config: Distil) -> None:
+def distil(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Distil)
     refuse_idle(
         config,
         {
@@ -81,30 +125,45 @@ def distil(config: Distil) -> None:
     )
 
 
-def select(config: Select) -> None:
+def select(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Select)
     refuse_idle(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
+    _reads(planned, "answers", "Rollout")
+    _reads(planned, "data", "Prompt", "Conversation")
 
 
-def reward(config: Reward) -> None:
+def reward(planned: Planned) -> None:
     """Where the method is not left to the data."""
+    config = planned.config
+    assert isinstance(config, Reward)
     if config.method is not None:
         from tutelage.objectives import objective
         from tutelage.stages.reward import SETTINGS
 
         objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
+    _reads(planned, "data", "Preference", "Rating")
 
 
-def prefer(config: Tune) -> None:
+def prefer(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Prefer)
     from tutelage.stages.prefer import chosen_method
 
-    chosen_method(config)  # type: ignore[arg-type]
+    chosen_method(config)
+    _reads(planned, "data", "Rating" if TABLE[config.method].data == "ratings" else "Preference")
 
 
-def sample(config: Sample) -> None:
-    rewards(config)
+def sample(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Sample)
+    _reads(planned, "data", "Prompt", "Conversation")
+    _rewards(config)
 
 
-def rl(config: Rl) -> None:
+def rl(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Rl)
     from tutelage.stages.rl import chosen_method
 
     chosen_method(config)
@@ -125,10 +184,14 @@ def rl(config: Rl) -> None:
         "": ("patience",),
     }
     refuse_idle(config, idle)
-    rewards(config)
+    _reads(planned, "data", "Prompt", "Conversation")
+    tools_of(config.tools)
+    if config.environment:
+        Environments(config.environment, config.environment_seconds).close()
+    _rewards(config)
 
 
-def rewards(config: Rl | Sample) -> None:
+def _rewards(config: Rl | Sample) -> None:
     """Every term is made once: a library that is missing, a function that cannot be imported, walls that do not hold; and a
     reward model is there where it is asked, and only there."""
     terms = terms_of(config.rewards)
@@ -137,11 +200,22 @@ def rewards(config: Rl | Sample) -> None:
         raise ConfigError("a reward of the kind `model` needs one", field="reward_model", fix="train one: tutelage reward")
     if config.reward_model is not None and not asked:
         raise ConfigError("no reward asks it", field="reward_model", found=config.reward_model, fix="add rewards: {model: 1}")
+    if any(isinstance(term, Environment) for term in terms.values()) and not getattr(config, "environment", None):
+        raise ConfigError(
+            "a reward of the kind `environment` needs one", field="environment", expected="module:Class, with `tutelage rl`"
+        )
+    if not any(term.weight for term in terms.values()):
+        raise ConfigError(
+            "all weights are 0, so every answer would be worth the same", field="rewards", found=config.rewards,
+            expected="a weight for at least one term, such as {exact: 1}",
+        )  # fmt: skip
     with build(terms, score_texts=lambda texts: [], asked=lambda rollout: ""):
         pass
 
 
-def classify(config: Classify) -> None:
+def classify(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Classify)
     given = [name for name in ("encoder", "model", "tokenizer") if getattr(config, name)]
     if len(given) != 1:
         raise ConfigError(
@@ -149,16 +223,44 @@ def classify(config: Classify) -> None:
             found=", ".join(given) or None, expected="`encoder`: a folder of the BERT family; `model`: a decoder; or "
             "`tokenizer`: a small encoder from scratch",
         )  # fmt: skip
+    if config.folds == 1:
+        raise ConfigError("not a number of folds", field="folds", found=1, expected="0, or 2 and more")
+    _reads(planned, "data", "Example")
     _texts(config)
 
 
-def translate(config: Translate) -> None:
+def translate(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Translate)
     if (config.model is None) == (config.tokenizer is None):
         raise ConfigError(
             "a translator starts from a model, or from a tokenizer and nothing else", field="model",
             found="both" if config.model else None, expected="`model`: an encoder-decoder's folder; or `tokenizer`: a small T5",
         )  # fmt: skip
+    _reads(planned, "data", "Conversation")
     _texts(config)
+
+
+def evaluate(planned: Planned) -> None:
+    config = planned.config
+    assert isinstance(config, Evaluate)
+    if config.documents is None and config.questions is None:
+        raise ConfigError(
+            "nothing to measure", field="documents", expected="documents, questions, or both", fix="set documents or questions"
+        )
+    _reads(planned, "documents", "Document")
+    _reads(planned, "questions", "Conversation")
+
+
+def merge(planned: Planned) -> None:
+    """An adapter that is still to be trained is one."""
+    assert isinstance(planned.config, Merge)
+    maker = planned.waits_for.get("adapter")
+    if maker is not None and isinstance(maker.config, Loop) and maker.config.adapter.kind == "none":
+        raise ConfigError(
+            f"`{maker.name}` trains a whole model, not an adapter", field="adapter", found=f"adapter.kind=none in {maker.name}",
+            expected="a stage with adapter.kind=lora, dora or ia3",
+        )  # fmt: skip
 
 
 def _texts(config: Classify | Translate) -> None:
@@ -180,3 +282,24 @@ def _texts(config: Classify | Translate) -> None:
 def _no_adapter(config: Loop, why: str) -> None:
     if config.adapter.kind != "none":
         raise ConfigError(f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none")
+
+
+def _reads(planned: Planned, key: str, *wanted: str) -> None:
+    """Records of the input `key` are of a type that the stage reads, be they there or still to be made. Raises `DataError`."""
+    found = None
+    if (maker := planned.waits_for.get(key)) is not None:
+        if isinstance(maker.config, Data):
+            found = KINDS[maker.config.kind]
+        elif isinstance(maker.config, Select):
+            found = "Preference" if maker.config.make == "preferences" else "Conversation"
+        elif isinstance(maker.config, Sample):
+            found = "Rollout"
+    elif key in planned.inputs:
+        found = str(read_json(planned.inputs[key].path / "schema.json")["type"])
+    if found is not None and found not in wanted:
+        makers = [f"`tutelage data --kind {kind}`" for kind, name in KINDS.items() if name in wanted]
+        raise DataError(
+            "these are other records than this stage reads", field=key, file=planned.inputs[key].path if maker is None else None,
+            found=found if maker is None else f"{found}, which {maker.name} makes", expected=" | ".join(wanted),
+            fix=f"make them with {', or '.join(makers) or '`tutelage sample`'}",
+        )  # fmt: skip

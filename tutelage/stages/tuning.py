@@ -82,7 +82,7 @@ def check_method(name: str, names: Sequence[str], what: str = "is of this stage"
         near = ALSO_CALLED.get(name) or nearest(name, list(names))
         known = " (it is a method of another stage)" if name in TABLE else ""
         raise ConfigError(
-            f"no such method {what}{known}", field="method", found=name, expected=", ".join(names),
+            f"no method of this name {what}{known}", field="method", found=name, expected=", ".join(names),
             fix=f"did you mean `{near}`?" if near in names else None,
         )  # fmt: skip
 
