@@ -5,18 +5,21 @@
 The rule prefers answers of six tokens. The start's own answers to training questions are judged by it: pairs for DPO, a reward
 for PPO. Then both models answer held-out questions, sampled, with the same noise: a win is an answer that the rule puts above the
 start's. Prints a JSON line a run: wins, losses and ties, the win rate of decided questions with Wilson's interval, and the
-divergence KL(policy || start) per answer and per token, estimated on the policy's own answers (k3).
+divergence KL(policy || start) per answer and per token, estimated on the policy's own answers (k3). With `--methods reward` a reward model
+learns another rule, of words, from pairs of real answers, and is asked of held-out ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+WORDS = frozenset(["return", "returns", "returned", "value", "object", "string", "list", "file", "name", "given"])
 RULE = {"short": {"kind": "length", "target": 6}}
 RATES = {"lr": 2e-4, "matrix_lr": 2e-4, "embedding_lr": 2e-4}
 
@@ -76,6 +79,45 @@ def compare(start: Path, trained: Path, data: Any, seed: int, questions: int) ->
     }  # fmt: skip
 
 
+def judged(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """How often a reward model is right whose pairs are real answers, the better one that with the larger share of `WORDS`."""
+    from tutelage import api
+
+    answers = sorted({c.messages[-1].content for c in conversations(args)})
+    rng, rows = random.Random(seed), []
+    while len(rows) < args.pairs:
+        pair = rng.sample(answers, 2)
+        worth = [sum(word.strip(".,:()").lower() in WORDS for word in text.split()) / len(text.split()) for text in pair]
+        if worth[0] != worth[1]:
+            chosen, rejected = pair if worth[0] > worth[1] else pair[::-1]
+            rows.append({"question": f"Say it well ({len(rows)}).", "chosen": chosen, "rejected": rejected})
+    file = args.runs / f"rule_{seed}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = api.data(sources=[str(file)], kind="preferences", dedup="exact", validation_share=0.2, runs=args.runs)
+    run = api.reward(model=args.model, data=data, batch=16, epochs=3, optimizer=RATES, seed=seed, runs=args.runs)
+    found = run.facts["held_out"]
+    ends = {name: {k: round(found[name][k], 3) for k in ("value", "low", "high")} for name in ("accuracy", "longer_wins")}
+    return {
+        "job": "learning",
+        "method": "reward",
+        "seed": seed,
+        "seconds": run.facts["train_seconds"],
+        "pairs": found["pairs"],
+        **ends,
+    }
+
+
+def conversations(args: argparse.Namespace) -> list[Any]:
+    from tutelage import api
+    from tutelage.records import Conversation, read_records
+
+    data = api.data(sources=["python-questions:"], kind="conversations", dedup="exact", runs=args.runs)
+    return [
+        c for c in read_records(data.path / "records" / "train.jsonl", Conversation) if len(c.messages[-1].content.split()) > 4
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -83,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100, help="of PPO")
     parser.add_argument("--answered", type=int, default=1500, help="training questions whose answers make DPO's pairs")
+    parser.add_argument("--pairs", type=int, default=2500, help="of the reward model, a fifth of them held out")
     parser.add_argument("--epochs", type=float, default=3, help="of DPO")
     parser.add_argument("--beta", type=float, default=0.1, help="of DPO")
     parser.add_argument("--questions", type=int, default=610, help="held out, at most")
@@ -95,6 +138,9 @@ def main() -> None:
     start = find(args.model, "model", args.runs).path
     for method in args.methods.split(","):
         for seed in range(args.seeds):
+            if method == "reward":
+                print(json.dumps(judged(args, seed)), flush=True)
+                continue
             run = train(method, args, data, seed)
             row = {"job": "learning", "method": method, "seed": seed, "seconds": run.facts["train_seconds"]}
             print(json.dumps(row | compare(start, run.path / "model", data, seed, args.questions)), flush=True)
