@@ -5,8 +5,8 @@
 The rule prefers answers of six tokens. The start's own answers to training questions are judged by it: pairs for DPO, a reward
 for PPO. Then both models answer held-out questions, sampled, with the same noise: a win is an answer that the rule puts above the
 start's. Prints a JSON line a run: wins, losses and ties, the win rate of decided questions with Wilson's interval, and the
-divergence KL(policy || start) per answer and per token, estimated on the policy's own answers (k3). With `--methods reward` a reward model
-learns another rule, of words, from pairs of real answers, and is asked of held-out ones.
+divergence KL(policy || start) per answer and per token, estimated on the policy's own answers (k3). With `--methods reward`
+a reward model learns another rule, of words, from pairs of real answers, and is asked of held-out ones.
 """
 
 from __future__ import annotations
