@@ -366,19 +366,25 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
     """The plan of all stages: what is there, what will run, and what it is expected to take."""
     out = []
     for name in recipe.stages:
-        planned = recipe.plan(name, runner)
-        if planned.run is not None and planned.run.done and not runner.force:
-            runner.finished[name] = planned.run
+        planned = _plan(recipe, name, runner)
         planned.estimate = runner.estimate(planned)
         out.append(planned)
     return out
+
+
+def _plan(recipe: Recipe, name: str, runner: Runner) -> Planned:
+    """A stage that is there already counts as finished for those behind it."""
+    planned = recipe.plan(name, runner)
+    if planned.run is not None and planned.run.done and not runner.force:
+        runner.finished[name] = planned.run
+    return planned
 
 
 def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
     """Runs every stage in order; stages that are there already are hits. All are planned first: what is wrong by the settings
     of the last one is said before the first one runs."""
     for name in recipe.stages:
-        recipe.plan(name, runner)
+        _plan(recipe, name, runner)
     for name in recipe.stages:
         runner.run(recipe.plan(name, runner))
     return runner.finished

@@ -16,6 +16,15 @@ from typing import Any, TypeVar
 from tutelage.errors import DataError
 
 SCHEMA_VERSION = 1
+KINDS = {
+    "documents": "Document",
+    "conversations": "Conversation",
+    "preferences": "Preference",
+    "ratings": "Rating",
+    "prompts": "Prompt",
+    "examples": "Example",
+}
+"""The type of records of a `kind`."""
 
 
 def content_id(value: object) -> str:

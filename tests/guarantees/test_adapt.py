@@ -189,7 +189,7 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
     no_held_out = tiny.records_folder(tmp_path / "none", tiny.documents(), held_out=0)
     with pytest.raises(UserError, match=r"`general` has no held-out document(.|\n)*validation_share"):
         adapt(tmp_path, general=no_held_out)
-    with pytest.raises(UserError, match=r"needs documents(.|\n)*general(.|\n)*conversations"):
+    with pytest.raises(UserError, match=r"other records than this stage reads(.|\n)*general(.|\n)*Conversation"):
         adapt(tmp_path, general=tiny.records("conversations"))
     bare = tmp_path / "bare"
     bare.mkdir()

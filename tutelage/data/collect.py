@@ -21,6 +21,7 @@ from tutelage.data.spool import Spool
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import write_json
 from tutelage.records import (
+    KINDS,
     SCHEMA_VERSION,
     TURNS,
     Conversation,
@@ -37,14 +38,6 @@ from tutelage.records import (
 __all__ = ["collect", "source_digest"]
 
 FORMAT_NAMES = {"messages": "openai", "prompt_completion": "completion"}  # of the settings -> of data/formats.py
-KINDS = {
-    "documents": "Document",
-    "conversations": "Conversation",
-    "preferences": "Preference",
-    "ratings": "Rating",
-    "prompts": "Prompt",
-    "examples": "Example",
-}
 IN_WORDS = {  # reasons that do not explain themselves
     "no_difference": "whose answers differ in white space only",
     "prompt_in_train": "whose prompt is in the training part too",

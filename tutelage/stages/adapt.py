@@ -25,7 +25,6 @@ from tutelage.rundir import RunDir
 from tutelage.stages import derived, extension, fitting, training
 from tutelage.stages.checks import WITHOUT
 from tutelage.stages.training import Numbers
-from tutelage.stages.vocabulary import check_documents
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Hook
@@ -57,8 +56,6 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
 def held_out(config: Adapt, run: RunDir) -> dict[str, list[Document]]:
     """The documents that are measured before and after, by kind. Warns where there is nothing to measure forgetting with."""
     kinds = {"field": "data", "general": "general"} if config.general else {"field": "data"}
-    for key in kinds.values():
-        check_documents(run.input(key), key)
     if config.general is None:
         log.say(
             "warning: no general text (`general`): nothing is replayed, so the model forgets what these texts do not use, and "

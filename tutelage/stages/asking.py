@@ -23,6 +23,7 @@ from tutelage.rewards.rubric import Rubric
 from tutelage.rollout.sampler import Sampler
 from tutelage.rundir import RunDir
 from tutelage.stages import tuning
+from tutelage.stages.reads import refuse_others, type_of
 from tutelage.tokenizer.load import TokenizerFolder
 
 SLOTS = 64  # answers in the making at a time
@@ -31,7 +32,8 @@ SLOTS = 64  # answers in the making at a time
 def read_prompts(run: RunDir, part: str) -> list[Prompt]:
     """The prompts of one part of the data."""
     records = run.input("data")
-    kind = tuning.check_records(records, ("Prompt", "Conversation"), "read them with `tutelage data --kind prompts`")
+    kind = type_of(records)
+    refuse_others(kind, ("Prompt", "Conversation"), file=records)
     file = records / f"{part}.jsonl"
     return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]
 

@@ -6,6 +6,7 @@ Without torch, but for the settings of an objective.
 
 from __future__ import annotations
 
+from tutelage.config.base import Section
 from tutelage.config.rewards import Environment, RewardModel, terms_of
 from tutelage.config.stages import (
     Adapt,
@@ -24,18 +25,18 @@ from tutelage.config.stages import (
 )
 from tutelage.config.tasks import Classify, Translate
 from tutelage.config.train import Loop
-from tutelage.data.collect import KINDS
 from tutelage.data.templates import style
-from tutelage.errors import ConfigError, DataError
-from tutelage.files import read_json
+from tutelage.errors import ConfigError
 from tutelage.objectives import TABLE
 from tutelage.recipe import Planned
+from tutelage.records import KINDS
 from tutelage.rewards.build import build
 from tutelage.rollout.environments import Environments
 from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import compares_groups
 from tutelage.stages.derived import ranks_sharing
 from tutelage.stages.idle import refuse_idle
+from tutelage.stages.reads import refuse_others, type_of
 
 WITHOUT = ("model", "data", "add", "rows", "train", "adapter", "shard", "device", "threads", "kernels")  # of train=false
 OFF_POLICY = (  # settings of a distillation that are about given texts
@@ -286,20 +287,17 @@ def _no_adapter(config: Loop, why: str) -> None:
 
 def _reads(planned: Planned, key: str, *wanted: str) -> None:
     """Records of the input `key` are of a type that the stage reads, be they there or still to be made. Raises `DataError`."""
-    found = None
-    if (maker := planned.waits_for.get(key)) is not None:
-        if isinstance(maker.config, Data):
-            found = KINDS[maker.config.kind]
-        elif isinstance(maker.config, Select):
-            found = "Preference" if maker.config.make == "preferences" else "Conversation"
-        elif isinstance(maker.config, Sample):
-            found = "Rollout"
-    elif key in planned.inputs:
-        found = str(read_json(planned.inputs[key].path / "schema.json")["type"])
-    if found is not None and found not in wanted:
-        makers = [f"`tutelage data --kind {kind}`" for kind, name in KINDS.items() if name in wanted]
-        raise DataError(
-            "these are other records than this stage reads", field=key, file=planned.inputs[key].path if maker is None else None,
-            found=found if maker is None else f"{found}, which {maker.name} makes", expected=" | ".join(wanted),
-            fix=f"make them with {', or '.join(makers) or '`tutelage sample`'}",
-        )  # fmt: skip
+    maker = planned.waits_for.get(key)
+    if maker is None and key in planned.inputs:
+        refuse_others(type_of(planned.inputs[key].path), wanted, field=key, file=planned.inputs[key].path)
+    elif maker is not None and (made := _made_by(maker.config)):
+        refuse_others(made, wanted, field=key, maker=maker.name)
+
+
+def _made_by(config: Section) -> str | None:
+    """The type of the records that a stage makes."""
+    if isinstance(config, Data):
+        return KINDS[config.kind]
+    if isinstance(config, Select):
+        return "Preference" if config.make == "preferences" else "Conversation"
+    return "Rollout" if isinstance(config, Sample) else None

@@ -14,7 +14,7 @@ from tutelage.data.examples import Labels, labels_of, named
 from tutelage.data.split import position
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, write
-from tutelage.files import read_json, whole_folder, write_json
+from tutelage.files import whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
 from tutelage.stages import classifying
@@ -55,11 +55,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[list[Example], list[Example]]:
-    """Both parts of the records. Raises `DataError` for records of another kind."""
-    kind = read_json(folder / "schema.json")["type"]
-    if kind != "Example":
-        raise DataError("a classifier learns from examples", file=folder, found=kind, expected="Example",
-                        fix="make them with `tutelage data --kind examples`")  # fmt: skip
+    """Both parts of the records."""
     return tuple(list(read_records(folder / f"{part}.jsonl", Example)) for part in ("train", "validation"))  # type: ignore[return-value]
 
 

@@ -39,7 +39,6 @@ Families = PairFamilies | RatedFamilies
 def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     chosen = chosen_method(config)
     kind = method(config.method).data
-    tuning.check_records(run.input("data"), (RECORDS[kind],), f"read them with `tutelage data --kind {kind}`")
     device = fitting.choose_device(config)
     start = run.input("model")
     model = fitting.load_start(start, config, device, run.seed)

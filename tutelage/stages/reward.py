@@ -19,6 +19,7 @@ from tutelage.stages import fitting, tuning
 from tutelage.stages.derived import ranks_sharing
 from tutelage.stages.fitting import Work
 from tutelage.stages.judged import Judged, judged_by
+from tutelage.stages.reads import type_of
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -27,9 +28,7 @@ RATE_AT_7B = 9e-6  # Ouyang et al. 2022, appendix C.2: of a 6B model
 
 
 def run(config: Reward, run: RunDir) -> dict[str, Any]:
-    kind = tuning.check_records(
-        run.input("data"), ("Preference", "Rating"), "read them with `tutelage data --kind preferences` (or ratings)"
-    )
+    kind = type_of(run.input("data"))
     device = fitting.choose_device(config)
     start = run.input("model")
     words = TokenizerFolder.open(start)

@@ -15,7 +15,6 @@ from tutelage.files import whole_folder, write_json
 from tutelage.records import SCHEMA_VERSION, Conversation, Preference, Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.choose import conversations, grouped, preferences, whole
 from tutelage.rundir import RunDir
-from tutelage.stages import tuning
 from tutelage.stages.asking import read_prompts
 
 TYPES = {"conversations": "Conversation", "preferences": "Preference"}
@@ -23,7 +22,6 @@ TYPES = {"conversations": "Conversation", "preferences": "Preference"}
 
 def run(config: Select, run: RunDir) -> dict[str, Any]:
     folder = run.input("answers")
-    tuning.check_records(folder, ("Rollout",), "make them with `tutelage sample`")
     groups = grouped(read_records(folder / "train.jsonl", Rollout))
     if not groups:
         raise DataError(

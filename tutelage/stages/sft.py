@@ -14,14 +14,13 @@ from tutelage.data.templates import style
 from tutelage.files import whole_folder, write_json
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training, tuning
+from tutelage.stages import derived, extension, fitting, training
 from tutelage.stages.unread import warn_of_unread_tokens
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 
 
 def run(config: Sft, run: RunDir) -> dict[str, Any]:
     records = run.input("data")
-    tuning.check_records(records, ("Conversation",), "make conversations with `tutelage data --kind conversations`")
     parent = extension.parent_of(config, run)
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
     device = fitting.choose_device(config)

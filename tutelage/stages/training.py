@@ -22,7 +22,7 @@ from tutelage.objectives import objective
 from tutelage.rundir import RunDir
 from tutelage.stages.extension import Parent, say_rate
 from tutelage.stages.fitting import Work, fit, write_model
-from tutelage.stages.tuning import check_records
+from tutelage.stages.reads import refuse_others, type_of
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Source
@@ -49,7 +49,7 @@ class Numbers:
 def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data") -> tuple[Segments, Segments]:
     """Tokens of the input `data`, made now or found, as (train, validation). Raises `DataError` for records that are no texts to
     write on: of a preference the rejected answer would be learnt too."""
-    check_records(run.input(data), ("Document", "Conversation"), "read texts with `tutelage data`")
+    refuse_others(type_of(run.input(data)), ("Document", "Conversation"), field=data, file=run.input(data))
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(run.input(data)), "tokenizer": str(tokenizer)})
     folder = tokens.path / "tokens"

@@ -39,7 +39,6 @@ SHOWN = 5  # translations printed
 
 
 def run(config: Translate, run: RunDir) -> dict[str, Any]:
-    tuning.check_records(run.input("data"), ("Conversation",), "make them with `tutelage data --kind conversations`")
     train, held = (list(read_records(run.input("data") / f"{part}.jsonl", Conversation)) for part in ("train", "validation"))
     device = choose_device(config)
     model, tokenizer = start_of(config, run, device)

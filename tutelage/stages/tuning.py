@@ -20,7 +20,7 @@ from tutelage.data.family_source import Families
 from tutelage.data.left_out import NothingLeft
 from tutelage.data.render import Rendered, coloured_sample
 from tutelage.data.tokens import Segments
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.models.adapters import wear_scorer, with_heads, worn_adapter
 from tutelage.models.virtual import room
@@ -99,25 +99,6 @@ def show_first(segments: Segments, words: TokenizerFolder, records: Path) -> Non
             "these are plain texts, without the chat template that the model has; where it is asked in chats, give the rows as "
             "messages, or name their field question in place of prompt", style="yellow",
         )  # fmt: skip
-
-
-READERS = {
-    "Document": "tutelage pretrain", "Conversation": "tutelage sft", "Preference": "tutelage prefer, or tutelage reward",
-    "Rating": "tutelage reward, or tutelage prefer --method kto", "Prompt": "tutelage rl", "Example": "tutelage classify",
-}  # fmt: skip
-"""Which stage learns from records of a type."""
-
-
-def check_records(records: Path, wanted: tuple[str, ...], fix: str) -> str:
-    """The type of a records artifact. Raises `DataError` for one that the stage does not read."""
-    found = str(read_json(records / "schema.json")["type"])
-    if found not in wanted:
-        other = f"; what learns from these: {READERS[found]}" if found in READERS else ""
-        raise DataError(
-            "these are other records than this stage reads", file=records, found=found, expected=" | ".join(wanted),
-            fix=fix + other,
-        )  # fmt: skip
-    return found
 
 
 def held_out(read: Callable[[], F]) -> F | None:

@@ -7,8 +7,6 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.stages import Vocabulary
-from tutelage.errors import DataError
-from tutelage.files import read_json
 from tutelage.models.export import save as save_model
 from tutelage.models.extend import extend as extend_model
 from tutelage.models.extend import tables
@@ -23,7 +21,6 @@ from tutelage.train.rows import OnlyRows
 
 
 def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
-    check_documents(run.input("data"), "data")
     parent = extension.parent_of(config, run)
     device = fitting.choose_device(config)
     old, begun = TokenizerFolder.open(run.input("model")), run.folder("begun" if config.train else "model")
@@ -41,15 +38,6 @@ def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
     return out | training.train_model(
         config, run, model, segments, run.folder("words"), numbers, device, parent, beside={"rows": only}
     )
-
-
-def check_documents(records: Path, field: str) -> None:
-    """Raises `DataError` for conversations."""
-    if read_json(records / "schema.json")["type"] != "Document":
-        raise DataError(
-            "adapting to a field needs documents", file=records, field=field, found="conversations",
-            fix="make them with `tutelage data`, or use `tutelage sft`",
-        )  # fmt: skip
 
 
 def begin(config: Vocabulary, run: RunDir, out: Path) -> None:
