@@ -17,8 +17,8 @@ from tutelage.config.stages import Data
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan import code
-from tutelage.recipe import Runner, lineage, load_recipe, plan_recipe
-from tutelage.rundir import RunDir
+from tutelage.recipe import Runner, load_recipe, plan_recipe
+from tutelage.rundir import RunDir, lineage
 from tutelage.stages import STAGES
 
 TEXT = """\

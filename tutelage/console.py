@@ -19,8 +19,8 @@ from tutelage import log
 from tutelage.config.base import Section
 from tutelage.files import read_json
 from tutelage.plan.time import NOTHING
-from tutelage.recipe import Estimate, Planned, Runner, Unknown, lineage
-from tutelage.rundir import RunDir, all_runs, find, held, matching
+from tutelage.recipe import Estimate, Planned, Runner, Unknown
+from tutelage.rundir import RunDir, all_runs, find, held, lineage, matching
 
 
 def show_plan(plan: list[Planned], runner: Runner) -> None:

@@ -388,27 +388,3 @@ def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
     for name in recipe.stages:
         runner.run(recipe.plan(name, runner))
     return runner.finished
-
-
-def lineage(path: Path) -> list[tuple[int, str, Path, dict[str, Any]]]:
-    """The chain behind a run, depth first: (depth, name of the input, run directory, its run.json)."""
-    from tutelage.files import read_json
-
-    def walk(folder: Path, name: str, depth: int) -> Iterator[tuple[int, str, Path, dict[str, Any]]]:
-        if not (folder / "run.json").exists():
-            raise ArtifactError("not a run directory: it has no run.json", file=folder)
-        row = read_json(folder / "run.json")
-        yield depth, name, folder, row
-        for parent in row["parents"]:
-            inner = (folder / parent["path"]).resolve()
-            if (inner / "run.json").exists():
-                yield from walk(inner, parent["name"], depth + 1)
-            else:
-                yield (
-                    depth + 1,
-                    parent["name"],
-                    inner,
-                    {"stage": parent["kind"], "status": "outside", "digest": parent["digest"], "parents": []},
-                )
-
-    return list(walk(path, "run", 0))

@@ -334,3 +334,26 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def lineage(path: Path) -> list[tuple[int, str, Path, dict[str, Any]]]:
+    """The chain behind a run, depth first: (depth, name of the input, run directory, its run.json)."""
+
+    def walk(folder: Path, name: str, depth: int) -> Iterator[tuple[int, str, Path, dict[str, Any]]]:
+        if not (folder / "run.json").exists():
+            raise ArtifactError("not a run directory: it has no run.json", file=folder)
+        row = read_json(folder / "run.json")
+        yield depth, name, folder, row
+        for parent in row["parents"]:
+            inner = (folder / parent["path"]).resolve()
+            if (inner / "run.json").exists():
+                yield from walk(inner, parent["name"], depth + 1)
+            else:
+                yield (
+                    depth + 1,
+                    parent["name"],
+                    inner,
+                    {"stage": parent["kind"], "status": "outside", "digest": parent["digest"], "parents": []},
+                )
+
+    return list(walk(path, "run", 0))

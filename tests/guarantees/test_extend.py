@@ -21,8 +21,7 @@ from tutelage.config.train import Schedule
 from tutelage.errors import ConfigError
 from tutelage.files import read_json, write_json
 from tutelage.plan import machine
-from tutelage.recipe import lineage
-from tutelage.rundir import find
+from tutelage.rundir import find, lineage
 from tutelage.stages import derived, extension, fitting, training
 from tutelage.train.checkpoint import Progress
 from tutelage.train.loop import State, train
