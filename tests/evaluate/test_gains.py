@@ -40,7 +40,7 @@ def test_the_gain_is_that_of_pairs(tmp_path: Path) -> None:
         row["gain"]["value"] == pytest.approx(0.15) and row["gain"]["low"] == pytest.approx(expected.low) and expected.low > 0.05
     )
     assert (row["before"]["value"], row["after"]["value"]) == (0.3, 0.45)
-    assert gains.verdict(row).startswith("add: 30.0% to 45.0% right, gain +15.0% (+")
+    assert gains.verdict(row).startswith("add: 30.0% to 45.0% right, gain 15.0 points (")
 
 
 def test_several_tasks_have_a_row_together(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_stage_says_what_was_gained(world: World, tmp_path: Path, capsys: py
     found = read_json(second.path / "scores" / "scores.json")["gains"]
     assert found["questions"][-1]["gain"]["value"] == 0 and found["documents"]["share"]["value"] == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "gain +0.0%" in said and "no clear change" in said
+    assert "gain 0.0 points" in said and "no clear change" in said
     with pytest.raises(DataError, match="of 3 then and 2 now"):
         api.evaluate(**(same | {"max_questions": 2, "before": first.path}))
     for how in ({"max_tokens": 5}, {"stride": 0.25}):

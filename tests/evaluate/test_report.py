@@ -271,7 +271,7 @@ def test_what_an_evaluation_gained_is_on_the_page(finished: Path, tmp_path: Path
         write_json(run / "scores" / "scores.json", {"gains": gains})
     write_report(finished, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    shown = ("What was gained on held-out questions", "14.0%", "15.5%", "+1.5%", "-2.1% to +5.2%")
+    shown = ("What was gained on held-out questions", "14.0%", "15.5%", "+1.5<", "-2.1 to +5.2")
     assert all(part in text for part in shown) and "77.7%" not in text and EVIL not in text
 
 

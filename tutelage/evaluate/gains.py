@@ -17,7 +17,7 @@ from rich.table import Table
 from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import change
 from tutelage.evaluate.bits import DocumentSums
-from tutelage.evaluate.intervals import accuracy, number, paired_shares, said
+from tutelage.evaluate.intervals import accuracy, number, paired_shares
 from tutelage.evaluate.questions import RECOGNISABLE, Prediction
 from tutelage.files import read_json
 
@@ -109,22 +109,24 @@ def _row(task: str, judged_by: str, pairs: Sequence[tuple[bool, bool]]) -> dict[
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """One sentence. Example: `add: 14.0% to 25.5% right, gain +11.5% (+4.6% to +18.2%)`."""
+    """One sentence. Example: `add: 14.0% to 25.5% right, gain 11.5 points (4.6 to 18.2)`."""
     gain = row["gain"]
     sure = gain["low"] > 0 or gain["high"] < 0
     shares = f"{row['before']['value']:.1%} to {row['after']['value']:.1%} right"
-    return f"{row['task']}: {shares}, gain {said(gain, '+.1%')}{'' if sure else ', no clear change'}"
+    points = [100 * gain[key] for key in ("value", "low", "high")]
+    told = "gain {:.1f} points ({:.1f} to {:.1f})".format(*points)
+    return f"{row['task']}: {shares}, {told}{'' if sure else ', no clear change'}"
 
 
 def table(rows: Sequence[Mapping[str, Any]], name: str) -> Table:
     """A line a task."""
     out = Table(title=f"against {name}, on the same questions", title_justify="left")
-    for column in ("task", "n", "before", "after", "gain", "95% interval"):
+    for column in ("task", "n", "before", "after", "points", "95% interval"):
         out.add_column(column, justify="left" if column == "task" else "right")
     for row in rows:
         gain = row["gain"]
         shares = (f"{row[when]['value']:.1%}" for when in ("before", "after"))
-        interval = f"{gain['low']:+.1%} to {gain['high']:+.1%}"
+        interval = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
         sure = gain["low"] > 0 or gain["high"] < 0
-        out.add_row(row["task"], str(gain["n"]), *shares, f"{gain['value']:+.1%}", interval, style=None if sure else "dim")
+        out.add_row(row["task"], str(gain["n"]), *shares, f"{100 * gain['value']:+.1f}", interval, style=None if sure else "dim")
     return out
