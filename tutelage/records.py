@@ -60,6 +60,7 @@ class Message:
 
     role: str  # system | user | assistant | tool
     content: str
+    reasoning_content: str | None = None  # what the assistant thought before it; learnt with the turn
     name: str | None = None  # of the tool that answers, or of the speaker
     tool_calls: tuple[dict[str, Any], ...] = ()  # OpenAI shape: {"id", "type": "function", "function": {...}}
     tool_call_id: str | None = None  # on a tool turn: the call it answers
@@ -68,7 +69,7 @@ class Message:
     def to_json(self) -> dict[str, Any]:
         """The OpenAI message: only the keys that say something (templates test for presence)."""
         out: dict[str, Any] = {"role": self.role, "content": self.content}
-        for key in ("name", "tool_call_id", "train"):
+        for key in ("reasoning_content", "name", "tool_call_id", "train"):
             if getattr(self, key) is not None:
                 out[key] = getattr(self, key)
         if self.tool_calls:

@@ -29,12 +29,12 @@ def shape(conversation: Conversation) -> list[tuple[str, str]]:
     [
         (
             {"messages": [{"role": "developer", "content": "S"}, U, A]},
-            "openai",
+            "messages",
             [("system", "S"), ("user", "2+2?"), ("assistant", "4")],
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]}, A]},
-            "openai",
+            "messages",
             [("user", "2+2?"), ("assistant", "4")],
         ),
         (
@@ -48,8 +48,8 @@ def shape(conversation: Conversation) -> list[tuple[str, str]]:
             "alpaca",
             [("system", "S"), ("user", "q"), ("assistant", "a"), ("user", "Add."), ("assistant", "4")],
         ),
-        ({"prompt": "2+2=", "completion": " 4"}, "completion", [("user", "2+2="), ("assistant", " 4")]),
-        ({"prompt": [U], "completion": [A]}, "completion", [("user", "2+2?"), ("assistant", "4")]),
+        ({"prompt": "2+2=", "completion": " 4"}, "prompt_completion", [("user", "2+2="), ("assistant", " 4")]),
+        ({"prompt": [U], "completion": [A]}, "prompt_completion", [("user", "2+2?"), ("assistant", "4")]),
         ({"question": "q", "answer": "a"}, "qa", [("user", "q"), ("assistant", "a")]),
     ],
 )
@@ -156,7 +156,7 @@ BAD: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "completion": "<|endoftext|>"}, "completion", "empty answer"),
     ({"prompt": "a", "completion": 4}, "completion", "not text"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, None, "preference"),
-    ({"mesages": []}, None, "nearest is openai"),
+    ({"mesages": []}, None, "nearest is messages"),
     ({"text": "a"}, None, "alpaca (instruction, output)"),
     (["a"], None, "JSON object"),
 ]

@@ -35,7 +35,7 @@ class Data(Section):
     fields: dict[str, str] = setting(
         {}, "names of your rows' fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}"
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = setting(
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "qa"] = setting(
         "auto", "conversations: the rows' format; auto looks at each row"
     )
     encoding: str = setting("utf-8", "of text files")

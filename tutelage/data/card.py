@@ -133,5 +133,7 @@ def show(card: dict[str, Any]) -> None:
     notes = [f"sources: {card['sources_total']}", f"licences: {', '.join(card['licences'])}", f"ASCII: {card['ascii_share']:.1%}",
              f"languages (guessed): {', '.join(f'{k} {v}' for k, v in card['languages_guessed'].items())}"]  # fmt: skip
     log.say("; ".join(notes))
+    if kept := card.get("kept_in_meta"):
+        log.say(f"kept in meta, not learnt from: {', '.join(f'{key} ({count:,} rows)' for key, count in kept.items())}")
     for suffix, count in card["unknown_suffixes"].items():
         log.say(f"{count} files with the ending {suffix} were not read: name them one by one to read them as text")

@@ -8,6 +8,7 @@ split. The last pass copies lines. Memory holds one source file, one offset and 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,7 +38,6 @@ from tutelage.records import (
 
 __all__ = ["collect", "source_digest"]
 
-FORMAT_NAMES = {"messages": "openai", "prompt_completion": "completion"}  # of the settings -> of data/formats.py
 IN_WORDS = {  # reasons that do not explain themselves
     "no_difference": "whose answers differ in white space only",
     "prompt_in_train": "whose prompt is in the training part too",
@@ -114,6 +114,7 @@ class _Collection:
         self.options, self.limits, self.report, self.spool = options, limits, report, spool
         self.share, self.seed, self.dedup = share, options.seed, method
         self.seen: set[int] = set()
+        self.kept_keys: Counter[str] = Counter()  # of rows, which are in `meta` and not learnt from
         self.shared_lines = filters.LineCounter()
         self.boilerplate_lines = self.own_split = 0
         self.documents = options.kind == "documents"
@@ -143,23 +144,26 @@ class _Collection:
 
     def _record(self, item: Row | Document | Conversation | Example) -> Judged | None:
         """The record of an item, or None after it was counted as broken."""
-        from tutelage.data import formats, judged, labelled
+        from tutelage.data import formats, judged, labelled, row_keys
 
         options = self.options
         if not isinstance(item, Row):
             asks = options.kind == "prompts" and isinstance(item, Conversation)
             return Prompt.of(item) if asks else item  # type: ignore[arg-type]
-        name = None if options.format == "auto" else FORMAT_NAMES.get(options.format, options.format)
+        name = None if options.format == "auto" else options.format
         where: dict[str, Any] = {"file": item.file, "line": item.line, "source": item.source, "fields": options.fields or None}
         try:
-            if options.kind == "conversations":
-                return formats.to_conversation(item.fields, fmt=name, **where)
             if options.kind == "examples":
                 return labelled.read(item.fields, **where)
-            return judged.read(options.kind, item.fields, **where)  # type: ignore[no-any-return]
+            if options.kind == "conversations":
+                record: Judged = formats.to_conversation(item.fields, fmt=name, **where)
+            else:
+                record = judged.read(options.kind, item.fields, **where)
         except DataError as error:
             self.report.broken(error, source=item.source, excerpt=json.dumps(item.fields, ensure_ascii=False, default=str))
             return None
+        self.kept_keys.update(row_keys.kept_keys(item.fields, record.meta))
+        return record
 
     def _cleaned(self, record: Judged) -> Judged | None:
         """The record as it will be written, or None after it was counted as left out."""
@@ -308,6 +312,7 @@ class _Collection:
             rejected=dict(self.report.reasons.most_common()),
             offered=self.report.seen,
             boilerplate_lines_removed=self.boilerplate_lines,
+            kept_in_meta=dict(self.kept_keys.most_common()),
             unknown_suffixes=dict(self.report.unknown_suffixes.most_common()),
             settings={"kind": self.options.kind, "normalise": self.limits.normalise, "dedup": self.dedup,
                       "min_chars": self.limits.min_chars, "max_chars": self.limits.max_chars, "validation_share": self.share,
@@ -361,7 +366,12 @@ def _turns_of(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _text_of(row: dict[str, Any]) -> str:
-    return str(row["text"]) if "text" in row else "\n".join(str(m["content"]) for m in _turns_of(row))
+    return str(row["text"]) if "text" in row else "\n".join(_said(m) for m in _turns_of(row))
+
+
+def _said(message: dict[str, Any]) -> str:
+    thought = message.get("reasoning_content")
+    return f"{thought}\n{message['content']}" if thought else str(message["content"])
 
 
 def _prompt_of(row: dict[str, Any]) -> str:

@@ -22,11 +22,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tutelage.data import formats
-from tutelage.data.formats import Row, text_content, to_messages
+from tutelage.data.formats import Row, to_messages
+from tutelage.data.message_keys import text_content
+from tutelage.data.row_keys import behind_system, licence_of, meta_of, system_of, with_beside, with_system, without_system
 from tutelage.errors import DataError
 from tutelage.records import Message, Preference, Prompt, Rating
 
@@ -46,8 +49,10 @@ def read(kind: str, row: Row, *, file: str | Path | None, line: int | None, sour
             if theirs not in row:
                 raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
         renamed = {ours: row[theirs] for ours, theirs in (fields or {}).items()}
+        beside = {k: row[k] for k in renamed if k in row and k not in (fields or {}).values()}
         row = {k: v for k, v in row.items() if k not in set((fields or {}).values())} | renamed
-        return READERS[kind](row, source)
+        made = READERS[kind](row, source)
+        return replace(made, meta=with_beside(made.meta, beside)) if beside else made
     except DataError as error:
         raise error.but(file=file, line=line) from error
 
@@ -60,6 +65,8 @@ def _preference(row: Row, source: str) -> Preference:
                 fix="map the names of your fields: fields={chosen: YOUR_KEY, rejected: YOUR_KEY}",
             )  # fmt: skip
     before, style = _before(row)
+    if style == "completion":
+        formats.refuse_tools(row)
     prompts, answers = [], []
     for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if not isinstance(row[key], str | list | tuple | Mapping):
@@ -70,8 +77,10 @@ def _preference(row: Row, source: str) -> Preference:
                 fix="fill it in",
             )  # fmt: skip
         turns = _turns(row[key], key, style)
+        turns = turns if style == "completion" else without_system(row, turns)
         _follows(before, turns, _asked_in(row), f"{key}[0]" if isinstance(row[key], list) else key)
         prompt, answer = _split(before, turns, key)
+        prompt = prompt if style == "completion" else with_system(row, prompt)
         prompts.append(prompt)
         answers.append(answer)
     if prompts[0] != prompts[1]:
@@ -85,31 +94,46 @@ def _preference(row: Row, source: str) -> Preference:
             fix="remove the row: it has nothing to teach",
         )  # fmt: skip
     for key, prompt, answer in zip(("chosen", "rejected"), prompts, answers, strict=True):
-        formats.check_order([*prompt, *answer], _places(row, key, len(before), len(prompt) + len(answer)))
+        formats.check_order([*prompt, *answer], _places(row, key, len(before), len(prompt) + len(answer), style))
+    meta = meta_of(row, _read_of_preference(row), [*prompts[0], *answers[0], *answers[1]])
     return Preference.make(
         prompts[0], answers[0], answers[1], source=source, style=style, margin=_margin(row), tools=formats.read_tools(row),
-        licence=_licence(row), meta=_meta(row),
+        licence=licence_of(row), meta=meta,
     )  # fmt: skip
+
+
+def _read_of_preference(row: Row) -> set[str]:
+    """The keys that a preference is made of."""
+    asked = _asked_in(row)
+    margin = {"margin"} if _said(row.get("margin")) else {"score_chosen", "score_rejected"}
+    more = {"input"} if asked in ("question", "instruction") or isinstance(row.get(asked), str) else set()
+    return {"chosen", "rejected", asked, *margin, *more}
 
 
 def _before(row: Row) -> tuple[list[Message], str]:
     """What both answers follow, as far as the row says it apart, and the style."""
     if isinstance(row.get("conversations"), list):
-        return list(formats.sharegpt_turns(row)), "chat"
+        return without_system(row, formats.sharegpt_turns(row)), "chat"
     given = row.get("prompt")
     if isinstance(given, list):
-        return to_messages(given, "prompt"), "chat"
+        return without_system(row, to_messages(given, "prompt")), "chat"
     texts = isinstance(row["chosen"], str)
     if given is not None and not isinstance(given, str):
         raise DataError("the prompt is not text", field="prompt", found=given, expected="a string, or a list of messages")
     if given is not None and texts:
-        return [formats.turn("user", given, "prompt")], "completion"
+        return [_completed(row, given)], "completion"
     asked = row.get("question", row.get("instruction", given))
     if asked is None:
         return [], "chat"
     more = text_content(row.get("input"), "input")
     whole = f"{text_content(asked, 'question')}\n\n{more}" if more.strip() else asked
-    return [*formats.system_turn(row), formats.turn("user", whole, "question")], "chat"
+    return [formats.turn("user", whole, "question")], "chat"
+
+
+def _completed(row: Row, prompt: Any) -> Message:
+    """A prompt that no chat template is put around."""
+    said = formats.turn("user", prompt, "prompt")  # an empty one is refused with a system prompt too
+    return Message(role="user", content=behind_system(row, said.content))
 
 
 def _asked_in(row: Row) -> str:
@@ -133,8 +157,11 @@ def _follows(before: list[Message], turns: list[Message], asked: str, field: str
         )  # fmt: skip
 
 
-def _places(row: Row, key: str, before: int, count: int) -> list[str]:
-    """Where in its row each of `count` turns stands, of which the first `before` were given apart from the answers."""
+def _places(row: Row, key: str, before: int, count: int, style: str) -> list[str]:
+    """Where in its row each of `count` turns stands, of which the first `before` were given apart from the answers, and the very
+    first as `system` where the row has one."""
+    if style == "chat" and system_of(row).strip():
+        return ["system", *_places(row, key, before, count - 1, "completion")]
     asked = _asked_in(row)
     apart = [f"{asked}[{i}]" if isinstance(row.get(asked), list) else asked for i in range(before)]
     whole = isinstance(row[key], list)
@@ -179,18 +206,25 @@ def _rating(row: Row, source: str) -> Rating:
     if isinstance(_parsed(row.get("completions")), list):
         return _steps(row, source)
     scores = _scores(row)
+    verdict = _verdict(row)
     if isinstance(row.get("messages"), list) and "completion" not in row:
-        turns, style = to_messages(row["messages"]), "chat"
-        prompt, answer = _split([], turns, "messages")
+        turns, style = with_system(row, to_messages(row["messages"])), "chat"
+        places = formats.places_of(row, "messages", len(turns))
+        tools, meta = formats.read_tools(row), meta_of(row, {"messages", verdict}, turns)
     else:
-        made = formats.to_conversation({k: v for k, v in row.items() if k not in VERDICTS})
-        style = made.style
-        prompt, answer = _split([], list(made.messages), "completion")
-    formats.check_order([*prompt, *answer])
+        made = formats.to_conversation({k: v for k, v in row.items() if k != verdict})
+        places = None
+        turns, style, tools, meta = list(made.messages), made.style, list(made.tools), made.meta
+    prompt, answer = _split([], turns, "messages" if isinstance(row.get("messages"), list) else "completion")
+    formats.check_order(turns, places)
     return Rating.make(
-        prompt, answer, source=source, style=style, scores=scores, tools=formats.read_tools(row), licence=_licence(row),
-        meta=_meta(row),
+        prompt, answer, source=source, style=style, scores=scores, tools=tools, licence=licence_of(row), meta=meta
     )  # fmt: skip
+
+
+def _verdict(row: Row) -> str:
+    """The key that `_scores` reads; others are kept in `meta`."""
+    return next((key for key in ("label", "kto_tag", "scores", "score", "rating") if _said(row.get(key)) and row[key] != {}), "")
 
 
 def _scores(row: Row) -> dict[str, float]:
@@ -223,40 +257,52 @@ def _steps(row: Row, source: str) -> Rating:
         raise DataError("each step needs a label", field="labels", found=labels, expected=f"a list of {len(steps)}")
     texts = [text_content(step, f"completions[{i}]") for i, step in enumerate(steps)]
     prompt = row.get("prompt")
-    before = to_messages(prompt, "prompt") if isinstance(prompt, list) else [formats.turn("user", prompt, "prompt")]
+    chat = isinstance(prompt, list)
+    before = with_system(row, to_messages(prompt, "prompt")) if chat else [_completed(row, prompt)]
+    if not chat:
+        formats.refuse_tools(row)
     joined = [text if i == 0 or text.startswith(("\n", " ")) else f"\n{text}" for i, text in enumerate(texts)]
+    answer = formats.turn("assistant", "".join(joined), "completions")
     return Rating.make(
-        before, [formats.turn("assistant", "".join(joined), "completions")], source=source, steps=tuple(joined),
+        before, [answer], source=source, steps=tuple(joined), tools=formats.read_tools(row),
         step_scores=tuple(_number(_word(label), f"labels[{i}]") for i, label in enumerate(labels)),
-        style="chat" if isinstance(prompt, list) else "completion", licence=_licence(row), meta=_meta(row),
+        style="chat" if chat else "completion", licence=licence_of(row),
+        meta=meta_of(row, {"prompt", "completions", "labels"}, [*before, answer]),
     )  # fmt: skip
 
 
 def _prompt(row: Row, source: str) -> Prompt:
-    used = {"messages", "prompt", "question", "system", "tools", "meta", "licence", "license"}
-    style = "chat"
-    if isinstance(row.get("messages"), list):
-        turns = to_messages(row["messages"])
-    elif isinstance(row.get("prompt"), list):
-        turns = to_messages(row["prompt"], "prompt")
-    elif "question" in row:
-        turns = [*formats.system_turn(row), formats.turn("user", row["question"], "question")]
-    elif "prompt" in row:
-        turns, style = [formats.turn("user", row["prompt"], "prompt")], "completion"
-    else:
-        raise DataError("a prompt row asks nothing", found=", ".join(row), expected="messages, prompt or question")
     key = next((k for k in ANSWERS if row.get(k) is not None), None)
     answer = None if key is None else row[key] if isinstance(row[key], str) else json.dumps(row[key])
-    if turns[-1].role == "assistant":
-        answer = turns[-1].content if answer is None else answer
-        turns = turns[:-1]
-    if not turns or turns[-1].role not in ("user", "tool"):
-        raise DataError("a prompt ends with the user's words", field="messages", found=" ".join(m.role for m in turns))
-    rest = {k: v for k, v in row.items() if k not in used and k != key and v is not None}
+    asked, turns = _asked(row)
+    style = "completion" if isinstance(turns, str) else "chat"
+    if isinstance(turns, str):
+        formats.refuse_tools(row)
+        said = [_completed(row, turns)]
+    else:
+        said = with_system(row, turns)
+    if said[-1].role == "assistant":
+        answer = said[-1].content if answer is None else answer
+        said = said[:-1]
+    if not said or said[-1].role not in ("user", "tool"):
+        raise DataError("a prompt ends with the user's words", field="messages", found=" ".join(m.role for m in said))
+    # What verifiers, tests and environments need stands in the row, so that no key is refused for what it resembles.
+    meta = meta_of(row, {asked, key or asked}, [*said, *(turns if isinstance(turns, list) else [])], reserved=None)
     return Prompt.make(
-        turns, source=source, answer=answer, style=style, tools=formats.read_tools(row), licence=_licence(row),
-        meta={**rest, **_meta(row)},
-    )  # fmt: skip
+        said, source=source, answer=answer, style=style, tools=formats.read_tools(row), licence=licence_of(row), meta=meta
+    )
+
+
+def _asked(row: Row) -> tuple[str, list[Message] | str]:
+    """The key that asks, and its turns, or the text of a prompt that no chat template is put around."""
+    for key in ("messages", "prompt"):
+        if isinstance(row.get(key), list):
+            return key, to_messages(row[key], key)
+    if "question" in row:
+        return "question", [formats.turn("user", row["question"], "question")]
+    if "prompt" in row:
+        return "prompt", formats.turn("user", row["prompt"], "prompt").content
+    raise DataError("a prompt row asks nothing", found=", ".join(row), expected="messages, prompt or question")
 
 
 def _margin(row: Row) -> float | None:
@@ -309,15 +355,6 @@ def _label(value: Any, field: str) -> float:
         "a label is true or false", field=field, found=value, expected="true (desirable) or false; as text also yes, no, 1 or 0",
         fix="write one of these",
     )  # fmt: skip
-
-
-def _licence(row: Row) -> str | None:
-    found = row.get("licence") or row.get("license")
-    return found if isinstance(found, str) else None
-
-
-def _meta(row: Row) -> dict[str, Any]:
-    return dict(row["meta"]) if isinstance(row.get("meta"), Mapping) else {}
 
 
 def _short(turns: list[Message]) -> str:

@@ -106,4 +106,4 @@ def write(out: Path, rows: list[Conversation | Preference], config: Select) -> d
 
 def _size(row: Conversation | Preference) -> int:
     turns = row.messages if isinstance(row, Conversation) else (*row.prompt, *row.chosen, *row.rejected)
-    return sum(len(m.content.encode()) for m in turns)
+    return sum(len(((m.reasoning_content or "") + m.content).encode()) for m in turns)

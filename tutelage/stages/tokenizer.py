@@ -22,7 +22,8 @@ def texts(records: Path, split: str) -> Iterator[str]:
         yield from (text for name in ("text", "pair") if (text := getattr(record, name, None)))
         for name in TURNS:
             turns = getattr(record, name, None)
-            yield from (m.content for m in turns if m.content) if isinstance(turns, tuple) else ()
+            said = (text for m in turns for text in (m.reasoning_content, m.content)) if isinstance(turns, tuple) else ()
+            yield from (text for text in said if text)
 
 
 def run(config: Tokenizer, run: RunDir) -> dict[str, Any]:
