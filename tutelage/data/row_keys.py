@@ -66,9 +66,9 @@ def meta_of(
 ) -> dict[str, Any]:  # fmt: skip
     """The row's `meta`, with every key that its format does not `read`.
 
-    `reserved=None` is for rows whose keys are for verifiers to read: only media and a misspelt system prompt are refused there.
-    `reserved` names are kept in `meta["row"]`. A key that holds another part of a dialogue is refused, unless it repeats what the `turns` say, or the row's format was
-    `named`. Refused too are keys that belong in a message, and misspelt ones. Raises `DataError` naming the key.
+    A key that holds another part of a dialogue is refused, unless it repeats what the `turns` say, or the row's format was
+    `named`. Refused too are keys that belong in a message, and misspelt ones. `reserved` names are kept in `meta["row"]`;
+    None is for rows whose keys are there for verifiers, of which few are refused. Raises `DataError` naming the key.
     """
     given = _meta(row.get("meta"))
     known = {*read, *SHARED}

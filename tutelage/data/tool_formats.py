@@ -34,8 +34,8 @@ def _call(row: Any, field: str, number: int) -> dict[str, Any]:
     check_kind(row, number, field)
     if function.get("arguments") is not None and function.get("parameters") is not None:
         raise DataError(
-            "a call has its arguments twice", field=f"{field}.parameters", found=function["parameters"], expected="arguments alone",
-            fix="leave one of them out",
+            "a call has its arguments twice", field=f"{field}.parameters", found=function["parameters"],
+            expected="arguments alone", fix="leave one of them out",
         )  # fmt: skip
     key = "parameters" if function.get("arguments") is None and function.get("parameters") is not None else "arguments"
     arguments = read_arguments(function.get(key), f"{field}.{key}")
@@ -60,8 +60,8 @@ def read_arguments(value: Any, field: str) -> dict[str, Any]:
     found = arguments_of(value)
     if not isinstance(found, dict):
         raise DataError(
-            "the arguments of a call are not a JSON object", field=field, found=value, expected='an object, such as {"city": "Graz"}',
-            fix="correct the call, or remove the row",
+            "the arguments of a call are not a JSON object", field=field, found=value,
+            expected='an object, such as {"city": "Graz"}', fix="correct the call, or remove the row",
         )  # fmt: skip
     return found
 
