@@ -10,9 +10,9 @@
 | `qa` | question, answer | chat |
 
 All have `system` (of two strings it becomes the first paragraph), and those that become chat have `tools`. Other keys of a row go
-into `meta`, those of a message are refused: see `row_keys.py` and `message_keys.py`. A row that cannot be
-trusted is a `DataError` with file, line and field;
-nothing is guessed or repaired silently.
+into `meta`, those of a message are refused: see `row_keys.py` and `message_keys.py`.
+
+A row that cannot be trusted is a `DataError` with file, line and field; nothing is guessed or repaired silently.
 """
 
 from __future__ import annotations

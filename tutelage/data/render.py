@@ -31,6 +31,7 @@ import numpy as np
 from rich.text import Text
 
 from tutelage.data import spans, templates
+from tutelage.data.message_keys import REASONING
 from tutelage.data.plain_messages import plain_messages
 from tutelage.data.spans import Sample
 from tutelage.data.templates import compile_template, style, styles
@@ -79,6 +80,7 @@ class Renderer:
         self.source = style(template).source if template in styles() else template or self.tokenizer.template
         self.variables = dict(variables or {})
         self._render = compile_template(self.source, now) if self.source else None
+        self._thinks = bool(self.source and not templates.keys_read(self.source).isdisjoint(REASONING))
         self._encoder = spans.PieceEncoder(self.tokenizer)
         own = template is None or self.source == self.tokenizer.template
         self.history = history or (self.tokenizer.history if own else None) or "whole"
@@ -105,8 +107,9 @@ class Renderer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The template's text, equal to `transformers`' `apply_chat_template(tokenize=False)`."""
-        return self._text(plain_messages(messages), list(tools or []), add_generation_prompt)
+        """The template's text, equal to `transformers`' `apply_chat_template(tokenize=False)`. Raises `DataError` for what that would
+        leave out."""
+        return self._text(self._plain(messages), list(tools or []), add_generation_prompt)
 
     def render(self, conversation: Conversation) -> list[Rendered]:
         """Ids and mask of the conversation: one sample, or one for each assistant turn (see `history`).
@@ -139,7 +142,7 @@ class Renderer:
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Ids to serve: exactly the ids before the assistant's next answer in a training sample of the same messages."""
-        turns, offered, mark = self._encoder.guard(plain_messages(messages), list(tools or []))
+        turns, offered, mark = self._encoder.guard(self._plain(messages), list(tools or []))
         text = self._text(turns, offered, add_generation_prompt)
         return self._encoder.prompt(text, _inside(text, self._earlier(turns, offered)), mark)
 
@@ -148,7 +151,7 @@ class Renderer:
     ) -> list[int]:
         """Ids to serve so that the model goes on with the last message, which is the assistant's: they end where its content
         does. Raises `DataError` for another last message, and for a template that does not write it as it is."""
-        turns, offered, mark = self._encoder.guard(plain_messages(messages), list(tools or []))
+        turns, offered, mark = self._encoder.guard(self._plain(messages), list(tools or []))
         last = turns[-1]
         if last["role"] != "assistant" or not last["content"] or last.get("tool_calls"):
             raise DataError(
@@ -173,7 +176,7 @@ class Renderer:
         """Ids from the end of the last answer to where the next one begins. Behind the very ids of an answer that a model made
         they let it go on, and nothing that it wrote is tokenized again. Raises `DataError` for a template that changes earlier
         turns."""
-        turns, offered, mark = self._encoder.guard(plain_messages(messages), list(tools or []))
+        turns, offered, mark = self._encoder.guard(self._plain(messages), list(tools or []))
         last = max(i for i, m in enumerate(turns) if m["role"] == "assistant")
         region, text = self._border(turns, offered, last), self._text(turns, offered, True)
         if region.end is None or not text.startswith(region.after[: region.end]) or not self._encoder.cuttable:
@@ -209,7 +212,7 @@ class Renderer:
             return [self._completion(conversation)]
         try:
             return self._samples(
-                plain_messages(conversation.messages), list(conversation.tools), [m.train for m in conversation.messages]
+                self._plain(conversation.messages), list(conversation.tools), [m.train for m in conversation.messages]
             )
         except DataError as error:
             raise DataError(
@@ -220,6 +223,18 @@ class Renderer:
                 expected=error.expected,
                 fix=error.fix,
             ) from error
+
+    def _plain(self, messages: Iterable[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """`plain_messages`. Raises `DataError` for reasoning that the template has no place for."""
+        turns = plain_messages(messages)
+        for i, turn in enumerate(turns):
+            if turn.get(REASONING[0]) and not self._thinks:
+                raise DataError(
+                    "the chat template writes no reasoning, so that it would be lost", field=f"messages[{i}].{REASONING[0]}",
+                    found=turn[REASONING[0]], expected=f"a template that reads one of: {', '.join(REASONING)}",
+                    fix="choose another style (template=default, chatml, qwen or plain), or put the reasoning into content",
+                )  # fmt: skip
+        return turns
 
     def _completion(self, conversation: Conversation) -> Sample:
         *before, last = conversation.messages

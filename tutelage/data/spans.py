@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken
 
+from tutelage.data.message_keys import REASONING
 from tutelage.errors import ArtifactError, DataError
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -93,6 +94,8 @@ def missing(region: Region, messages: Sequence[Mapping[str, Any]], tools: Sequen
     written = region.after[region.start : region.end]
     if not _holds(written, answer["content"]):
         return "changes or drops the assistant's answer"
+    if not _holds(written, answer.get(REASONING[0]) or ""):
+        return "changes or drops the assistant's reasoning"
     if any(call["function"]["name"] not in written for call in answer.get("tool_calls") or ()):
         return "drops the assistant's tool calls"
     for i in range(region.turn - 1, -1, -1):

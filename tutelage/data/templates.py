@@ -113,6 +113,13 @@ def variables(source: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(_environment(datetime.now()).parse(source)))
 
 
+def keys_read(source: str) -> frozenset[str]:
+    """Names of attributes and keys that a template may read: those it spells, `message.content` as `message['content']`."""
+    tree = _environment(datetime.now()).parse(source)
+    spelt = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(spelt | {node.attr for node in tree.find_all(nodes.Getattr)})
+
+
 def _environment(moment: datetime) -> ImmutableSandboxedEnvironment:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     env.filters["tojson"] = _tojson
