@@ -224,7 +224,7 @@ def test_what_cannot_be_done_is_refused(client: openai.OpenAI, asked: dict[str, 
 
 def test_broken_tool_calls_in_messages_are_a_400(client: openai.OpenAI) -> None:
     """The template would fail on them: a 500."""
-    for call in ({}, {"function": {"name": "f", "arguments": "{"}}, {"function": {"name": "f", "arguments": "3"}}, 7):
+    for call in ({}, {"function": {"name": "f", "arguments": 3}}, {"function": {"name": "f", "arguments": [1]}}, 7):
         messages: Any = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "go on"}]
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model=NAME, messages=messages, max_tokens=2)

@@ -107,8 +107,8 @@ class Renderer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The template's text, equal to `transformers`' `apply_chat_template(tokenize=False)`. Raises `DataError` for what that would
-        leave out."""
+        """The template's text, equal to `transformers`' `apply_chat_template(tokenize=False)`. Raises
+        `DataError` for what that would leave out."""
         return self._text(self._plain(messages), list(tools or []), add_generation_prompt)
 
     def render(self, conversation: Conversation) -> list[Rendered]:

@@ -132,11 +132,11 @@ class Chat:
 
         to_conversation({"messages": self.messages}, file=path)
         kept = read_conversations(path) if path.exists() else []
-        if kept and kept[-1] == self.messages[: len(kept[-1])]:
+        if kept and kept[-1].fields.keys() == {"messages"} and kept[-1].messages == self.messages[: len(kept[-1].messages)]:
             kept.pop()
         with whole_file(path, option="/save FILE") as f:
-            for messages in [*kept, self.messages]:
-                f.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            for row in [*(k.fields for k in kept), {"messages": self.messages}]:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
         return len(kept) + 1
 
     def load(self, path: Path) -> int:
@@ -144,22 +144,39 @@ class Chat:
         found = read_conversations(path)
         if not found:
             raise DataError("no conversation in this file", file=path, expected='a line such as {"messages": […]}')
-        self.messages = found[-1]
+        if found[-1].tools:
+            raise DataError(
+                "this conversation has tools, which a chat cannot offer", file=path, field="tools", found=len(found[-1].tools),
+                expected="a conversation without tools", fix="serve the model and send it the tools",
+            )  # fmt: skip
+        self.messages = found[-1].messages
         self.system = self.messages[0]["content"] if self.messages[0]["role"] == "system" else None
         return len(found)
 
 
-def read_conversations(path: Path) -> list[list[dict[str, Any]]]:
-    """The messages of each line of a JSONL file, as `tutelage sft` reads it. Raises `DataError`."""
+@dataclass(slots=True, frozen=True)
+class Saved:
+    """A row of a file of conversations."""
+
+    fields: dict[str, Any]  # as the file has them
+    messages: list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...]
+
+
+def read_conversations(path: Path) -> list[Saved]:
+    """The conversation of each line of a JSONL file, as `tutelage sft` reads it. Raises `DataError`."""
     from tutelage.data.formats import to_conversation
     from tutelage.data.readers_base import ReadOptions, Rejections, Row
     from tutelage.data.readers_files import read_jsonl
 
     if not path.is_file():
         raise DataError("no such file", file=path, fix="check the path; /save FILE makes one")
-    rows = read_jsonl(path, ReadOptions(kind="conversations"), Rejections())
-    found = [to_conversation(row.fields, file=path, line=row.line) for row in rows if isinstance(row, Row)]
-    return [[message.to_json() for message in conversation.messages] for conversation in found]
+    out = []
+    for row in read_jsonl(path, ReadOptions(kind="conversations"), Rejections()):
+        if isinstance(row, Row):
+            made = to_conversation(row.fields, file=path, line=row.line)
+            out.append(Saved(row.fields, [message.to_json() for message in made.messages], made.tools))
+    return out
 
 
 def command(talk: Chat, line: str) -> bool:

@@ -54,6 +54,7 @@ class Requests:
     def __init__(self, name: str, seed: int) -> None:
         self.name, self.seed = name, seed
         self.renamed: set[str] = set()  # other models that the rows asked for
+        self.first: dict[str, int] = {}  # by custom_id, the row that has it first
 
     def check(self, entry: Entry) -> None:
         body = self._body(entry)
@@ -73,6 +74,11 @@ class Requests:
         ):
             if not right:
                 raise DataError("not a row of a batch file", field=name, found=fields.get(name), expected=wanted)
+        if (earlier := self.first.setdefault(fields["custom_id"], entry.index)) != entry.index:
+            raise DataError(
+                "a custom_id comes twice, so that its answers could not be told apart", field="custom_id",
+                found=f"{fields['custom_id']}, as in row {earlier + 1}", expected="one of its own for each row", fix="rename it",
+            )  # fmt: skip
         body = fields["body"]
         if body.get("stream"):
             raise DataError("a batch is not streamed", field="body.stream", found=True, expected="false")
@@ -87,6 +93,9 @@ class Requests:
         return _output(entry, None, {"code": "invalid_row", "message": one_line(error)})
 
     def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
+        for entry in job.archive.entries():  # all of them: rows that are answered already are not seen again
+            if isinstance(entry.fields.get("custom_id"), str):
+                self.first.setdefault(entry.fields["custom_id"], entry.index)
         asyncio.run(self._answer(job, engine, 2 * slots))
         if self.renamed:
             log.say(f"rows that asked for {', '.join(sorted(self.renamed))} were answered by {self.name}")

@@ -53,14 +53,15 @@ class Prompting:
                 fix="rename the field",
             )  # fmt: skip
         name, value = self._value(fields)
+        system = self._system(fields)
         if isinstance(value, str):
             check_text(value, name)
             if not self.chat:
-                return Asked(value, [])
+                return Asked(f"{system}\n\n{value}" if system else value, [])
             value = [{"role": "user", "content": value}]
         elif not isinstance(value, list):
             raise DataError("not a prompt", field=name, found=value, expected="a text, or a list of messages")
-        return Asked(self._messages(value, name), _tools(fields.get("tools")))
+        return Asked(self._messages(value, name, system), _tools(fields.get("tools")))
 
     def _value(self, fields: Mapping[str, Any]) -> tuple[str, Any]:
         """The field that holds the prompt, and its value."""
@@ -77,7 +78,22 @@ class Prompting:
             )  # fmt: skip
         return found[0], fields[found[0]]
 
-    def _messages(self, rows: list[Any], name: str) -> list[dict[str, Any]]:
+    def _system(self, fields: Mapping[str, Any]) -> str | None:
+        """The instructions to this row: `system`, or its own, which is read as `tutelage data` reads it where the row says what is
+        the prompt."""
+        own = fields.get("system") if self.template is None and self.column is None else None
+        if not own:
+            return self.system
+        if not isinstance(own, str):
+            raise DataError("the system prompt is not text", field="system", found=own, expected="a text", fix="write it as text")
+        check_text(own, "system")
+        if self.system is not None:
+            raise DataError(
+                "the row has a system prompt of its own", field="system", found=own, fix="leave out --system, or the row's"
+            )
+        return own
+
+    def _messages(self, rows: list[Any], name: str, system: str | None) -> list[dict[str, Any]]:
         messages = [message.to_json() for message in to_messages(rows, name)]
         for i, message in enumerate(messages):
             check_text(message["content"], f"{name}[{i}].content")
@@ -86,14 +102,14 @@ class Prompting:
                 "the conversation ends with the assistant: there is nothing to answer", field=f"{name}[{len(messages) - 1}].role",
                 found="assistant", expected="user or tool", fix="leave out the last message",
             )  # fmt: skip
-        if self.system is None:
+        if system is None:
             return messages
         if messages[0]["role"] == "system":
             raise DataError(
                 "the row has a system prompt of its own", field=f"{name}[0]", found=messages[0]["content"],
-                fix="leave out --system, or the row's system message",
+                fix="leave out the other one, --system or `system`, or the row's system message",
             )  # fmt: skip
-        return [{"role": "system", "content": self.system}, *messages]
+        return [{"role": "system", "content": system}, *messages]
 
 
 def parse_template(text: str) -> list[tuple[str, str | None]]:

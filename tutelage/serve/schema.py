@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tutelage.data.message_keys import REASONING, SPOKEN, reasoning_of
 from tutelage.engine.sequence import Sampling
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, DataError
 
 Whole = Annotated[int, Field(strict=True)]
 Prompts = str | list[Whole] | list[str] | list[list[Whole]]
 Request = TypeVar("Request", bound=BaseModel)
 MAX_ANSWERS = 1024  # to one request
+LEFT = ("annotations",)
+"""Keys of a message that are taken and left: notes on a text that was given out before; the model reads the text."""
 
 
 class ApiError(Exception):
@@ -192,8 +194,9 @@ class ChatRequest(Generation):
             content = _text(message.get("content"), where)
             if content is None and not (role == "assistant" and message.get("tool_calls")):
                 raise ApiError(400, f"{where}: content is missing", param=f"{where}.content")
-            _check_calls(message.get("tool_calls"), where)
-            out.append({k: v for k, v in message.items() if v is not None} | {"role": role, "content": content or ""})
+            _check_message(message, role, where)
+            given = {k: v for k, v in message.items() if v is not None and k not in LEFT}
+            out.append(given | {"role": role, "content": content or ""})
         return out
 
 
@@ -260,17 +263,57 @@ def parse(kind: type[Request], body: Any) -> Request:
         raise ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param=param) from error
 
 
-def _check_calls(calls: Any, where: str) -> None:
-    """Raises `ApiError` for tool calls that are not in OpenAI's shape."""
-    for i, call in enumerate(calls if isinstance(calls, list) else [calls] if calls else []):
-        try:
-            function = call["function"]
-            right = isinstance(function["name"], str) and isinstance(json.loads(function["arguments"]), dict)
-        except (TypeError, KeyError, ValueError, RecursionError):
-            right = False
+def refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raises `ApiError` naming the first key outside `known` that says something."""
+    names = tuple(known)
+    for key, value in given.items():
+        if key not in names and value is not None:
+            param = f"{where}.{key}"
+            close = get_close_matches(key, names, 1, 0.6)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            message = f"{param} is not supported by this server{meant}"
+            raise ApiError(400, message, param=param, code="unsupported_parameter")
+
+
+def _check_message(message: Mapping[str, Any], role: str, where: str) -> None:
+    """Raises `ApiError` for a key that would be left out of what the model reads, or that is of another's turn."""
+    refuse_unknown(message, (*SPOKEN, *LEFT), where)
+    for key, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if message.get(key) and role != owner:
+            raise ApiError(400, f"{where}: only the {owner} has {key}", param=f"{where}.{key}")
+    for key in ("name", "tool_call_id"):
+        if not isinstance(message.get(key), str | None):
+            raise ApiError(400, f"{where}.{key} is a text", param=f"{where}.{key}")
+    for key in REASONING:
+        if not isinstance(message.get(key), str | None):
+            raise ApiError(400, f"{where}.{key} is a text", param=f"{where}.{key}")
+    try:
+        reasoning_of(message, role, where)
+    except DataError as error:
+        raise ApiError(400, f"{error.field}: {error.message}", param=error.field) from error
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | None):
+        raise ApiError(400, f"{where}.tool_calls is a list", param=f"{where}.tool_calls")
+    for i, call in enumerate(calls or []):
+        _check_call(call, i, f"{where}.tool_calls[{i}]")
+
+
+def _check_call(call: Any, number: int, where: str) -> None:
+    """Raises `ApiError` for a tool call that is not in OpenAI's shape. Its arguments may be any text: another model, or an answer
+    that was cut off, leaves some that are no JSON, and a conversation goes on behind them."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(400, f"{where}: a function with a name, and arguments as text", param=where)
+    refuse_unknown(call, ("id", "type", "function", "index"), where)
+    refuse_unknown(function, ("name", "arguments"), f"{where}.function")
+    wanted = {
+        "id": isinstance(call.get("id"), str | None), "type": call.get("type") in (None, "function"),
+        "index": call.get("index") in (None, number),
+        "function.arguments": isinstance(function.get("arguments"), str | dict | None),
+    }  # fmt: skip
+    for key, right in wanted.items():
         if not right:
-            param = f"{where}.tool_calls[{i}]"
-            raise ApiError(400, f"{param}: a function with a name, and arguments that are a JSON object", param=param)
+            raise ApiError(400, f"{where}.{key}: a call in OpenAI's shape has another", param=f"{where}.{key}")
 
 
 def _text(content: Any, where: str) -> str | None:
@@ -279,10 +322,11 @@ def _text(content: Any, where: str) -> str | None:
     if not isinstance(content, list):
         raise ApiError(400, f"{where}: content must be text", param=f"{where}.content")
     texts = []
-    for part in content:
+    for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ApiError(400, f"{where}: parts of type {kind!r} are not supported", param=f"{where}.content")
+        refuse_unknown(part, ("type", "text"), f"{where}.content[{i}]")
         texts.append(part["text"])
     return "".join(texts)
 

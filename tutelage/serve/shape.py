@@ -16,7 +16,7 @@ from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import strict_grammar, tool_grammar
 from tutelage.errors import ConfigError
 from tutelage.serve.models import Served
-from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, unavailable
+from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, refuse_unknown, unavailable
 
 STRUCTURED = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark", "json_object": "json_object"}
 """Keys of `structured_outputs`, as vLLM has them, and our kinds of grammar."""
@@ -113,6 +113,8 @@ def _named(param: str, function: Callable[..., T], *arguments: Any) -> T:
 
 def _response_format(given: dict[str, Any] | None) -> Grammar | None:
     kind = (given or {}).get("type", "text")
+    if given is not None:
+        refuse_unknown(given, ("type", "json_schema") if kind == "json_schema" else ("type",), "response_format")
     if given is None or kind == "text":
         return None
     if kind == "json_object":
@@ -125,6 +127,7 @@ def _response_format(given: dict[str, Any] | None) -> Grammar | None:
     if not isinstance(outer.get("name"), str) or not re.fullmatch(r"[\w-]{1,64}", outer["name"]):
         message = "response_format.json_schema.name is 1 to 64 letters, digits, _ and -"
         raise ApiError(400, message, param="response_format.json_schema.name")
+    refuse_unknown(outer, ("name", "schema", "strict", "description"), "response_format.json_schema")
     return _named("response_format", Grammar.of_schema, outer["schema"])
 
 
@@ -158,16 +161,20 @@ def _tools(asked: ChatRequest) -> tuple[tuple[dict[str, Any], ...], str, str | N
         raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
     if choice == "required":
         return tools, "required", None
+    if isinstance(choice, dict):
+        refuse_unknown(choice, ("type", choice.get("type") or "function"), "tool_choice")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         return _allowed(choice.get("allowed_tools"), tools)
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(function, dict) or function.get("name") not in names:
         raise ApiError(400, "tool_choice is none, auto, required, or names one of the tools", param="tool_choice")
+    refuse_unknown(function, ("name",), "tool_choice.function")
     return tools, "required", function["name"]
 
 
 def _allowed(given: Any, tools: tuple[dict[str, Any], ...]) -> tuple[tuple[dict[str, Any], ...], str, str | None]:
     given = given if isinstance(given, dict) else {}
+    refuse_unknown(given, ("mode", "tools"), "tool_choice.allowed_tools")
     wanted = [(t.get("function") or {}).get("name") for t in given.get("tools") or () if isinstance(t, dict)]
     chosen = tuple(tool for tool in tools if tool["function"]["name"] in wanted)
     if given.get("mode", "auto") not in ("auto", "required") or not wanted or len(chosen) != len(set(wanted)):
@@ -183,5 +190,6 @@ def _checked(tool: Any, number: int) -> dict[str, Any]:
         raise ApiError(400, f"tools[{number}].function.strict is true or false", param="tools")
     if not isinstance(function.get("parameters", {}), dict | None):
         raise ApiError(400, f"tools[{number}].function.parameters is a JSON schema", param="tools")
-    known = {"name", "description", "parameters", "strict"}
-    return {"type": "function", "function": {k: v for k, v in function.items() if k in known and v is not None}}
+    refuse_unknown(tool, ("type", "function"), f"tools[{number}]")
+    refuse_unknown(function, ("name", "description", "parameters", "strict"), f"tools[{number}].function")
+    return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}

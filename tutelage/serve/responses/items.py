@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
@@ -126,7 +125,6 @@ def _item(row: Any, where: str) -> Item:
         parts = _parts(found.content, f"{where}.content", said=found.role == "assistant")
         return item | {"role": found.role, "content": parts}
     if isinstance(found, _Call):
-        _check_arguments(found.arguments, f"{where}.arguments")
         return item | {"call_id": found.call_id, "name": found.name, "arguments": found.arguments}
     if isinstance(found, _Output):
         output = found.output if isinstance(found.output, str) else _parts(found.output, f"{where}.output", said=False)
@@ -158,12 +156,3 @@ def _text(part: Any, where: str) -> str:
 
 def output_text(text: str, logprobs: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
-
-
-def _check_arguments(arguments: str, where: str) -> None:
-    try:
-        right = isinstance(json.loads(arguments), dict)
-    except (ValueError, RecursionError):
-        right = False
-    if not right:
-        raise ApiError(400, f"{where} is a JSON object, as text", param=where)
