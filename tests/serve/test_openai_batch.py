@@ -122,7 +122,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, int | None]] = [
 def test_bad_requests_of_a_batch_file(model: Path, tmp_path: Path, bad: dict[str, Any], field: str, status: int | None) -> None:
     """One refused request that ends the whole batch without a name, or that is left out."""
     good = request("0", {**HELLO, "max_tokens": 2})
-    source, output = write(tmp_path / "in.jsonl", [good, bad, good]), tmp_path / "out.jsonl"
+    source, output = write(tmp_path / "in.jsonl", [good, bad, {**good, "custom_id": "2"}]), tmp_path / "out.jsonl"
     with pytest.raises(DataError) as caught:
         api.generate(model=model, input=source, output=output)
     assert (caught.value.file, caught.value.line, caught.value.field) == (source, 2, field)

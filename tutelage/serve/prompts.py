@@ -79,8 +79,8 @@ class Prompting:
         return found[0], fields[found[0]]
 
     def _system(self, fields: Mapping[str, Any]) -> str | None:
-        """The instructions to this row: `system`, or its own, which is read as `tutelage data` reads it where the row says what is
-        the prompt."""
+        """The instructions to this row: `--system`, or its own `system`, which is read as `tutelage data` reads it where the row
+        itself says what is the prompt."""
         own = fields.get("system") if self.template is None and self.column is None else None
         if not own:
             return self.system
