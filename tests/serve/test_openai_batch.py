@@ -135,6 +135,20 @@ def test_bad_requests_of_a_batch_file(model: Path, tmp_path: Path, bad: dict[str
         assert row["response"]["status_code"] == status and row["response"]["body"]["error"]["param"] == field[5:]
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_custom_id_that_comes_twice(model: Path, tmp_path: Path, on_error: Any) -> None:
+    """Two answers under one name, of which whoever reads them by name loses one."""
+    rows = [request(name, {**HELLO, "max_tokens": 2}) for name in ("a", "b", "a")]
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    if on_error == "stop":
+        with pytest.raises(DataError, match="custom_id comes twice") as caught:
+            api.generate(model=model, input=source, output=output)
+        assert (caught.value.line, caught.value.field) == (3, "custom_id") and not output.exists()
+        return
+    assert api.generate(model=model, input=source, output=output, on_error="skip")["errors"] == 1
+    assert [row["error"] is None for row in read(output)] == [True, True, False]
+
+
 def test_settings_of_the_command_do_not_change_a_batch_file(model: Path, tmp_path: Path) -> None:
     """`--temperature 0.5` that is taken and has no effect."""
     source = write(tmp_path / "in.jsonl", [request("0", HELLO)])

@@ -360,7 +360,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": [USER | {"content": [{"type": "input_audio"}]}]}, "input[0].content[0].type"),
     ({"input": [USER | {"content": [{"type": "refusal", "refusal": "no"}]}]}, "input[0].content[0].type"),
     ({"input": [USER | {"content": [{"type": "input_text", "text": 3}]}]}, "input[0].content[0].text"),
-    ({"input": [USER, {"type": "function_call", "call_id": "1", "name": "f", "arguments": "3"}]}, "input[1].arguments"),
+    ({"input": [USER, {"type": "function_call", "call_id": "1", "name": "f", "arguments": 3}]}, "input[1].arguments"),
     ({"input": [USER, {"type": "function_call", "call_id": "1", "arguments": "{}"}]}, "input[1].name"),
     ({"input": [USER, {"type": "function_call_output", "output": "x"}]}, "input[1].call_id"),
     ({"input": [USER, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}]}, "input[1]"),

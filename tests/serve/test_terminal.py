@@ -133,6 +133,21 @@ def test_saved_conversations_are_training_data(folder: Path, tmp_path: Path) -> 
     assert path.read_text() == '{"text": "mine"}\n' and len(other.messages) == 3
 
 
+def test_what_others_wrote_into_the_file_stays(folder: Path, tmp_path: Path) -> None:
+    """Tools and notes of earlier rows that a save takes away, and tools that a chat goes on without."""
+    talk, path = open_chat(folder, max_tokens=5, ignore_eos=True), tmp_path / "talks.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]
+    row = {"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}], "note": "mine"}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="tools, which a chat cannot offer"):
+        talk.load(path)
+    talk.answer("one", str)
+    assert talk.save(path) == 2
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0]) == row
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    assert talk.load(path) == 1 and talk.messages == turns
+
+
 def test_undo_takes_back_one_exchange(folder: Path) -> None:
     """A question that stays without its answer, or a system prompt that goes with it."""
     talk = open_chat(folder, max_tokens=5, ignore_eos=True)

@@ -280,7 +280,7 @@ def _check_message(message: Mapping[str, Any], role: str, where: str) -> None:
     refuse_unknown(message, (*SPOKEN, *LEFT), where)
     for key, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
         if message.get(key) and role != owner:
-            raise ApiError(400, f"{where}: only the {owner} has {key}", param=f"{where}.{key}")
+            raise ApiError(400, f"{where}.{key}: only a turn of the {owner} has it", param=f"{where}.{key}")
     for key in ("name", "tool_call_id"):
         if not isinstance(message.get(key), str | None):
             raise ApiError(400, f"{where}.{key} is a text", param=f"{where}.{key}")

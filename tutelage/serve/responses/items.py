@@ -129,8 +129,8 @@ def _item(row: Any, where: str) -> Item:
     if isinstance(found, _Output):
         output = found.output if isinstance(found.output, str) else _parts(found.output, f"{where}.output", said=False)
         return item | {"call_id": found.call_id, "output": output}
-    # An item that says nothing can be left out of what the model reads. One with thoughts in it cannot: no template of ours
-    # has a place for another model's thoughts, and nobody can read encrypted ones.
+    # An item that says nothing can be left out of what the model reads. One with thoughts in it cannot: this server makes none,
+    # a summary is not what was thought, and nobody can read encrypted ones.
     if found.summary or found.content or found.encrypted_content:
         raise ApiError(400, f"{where}: reasoning items are only taken when they are empty", param=where)
     return item | {"summary": []}
