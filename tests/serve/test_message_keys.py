@@ -86,7 +86,9 @@ def test_odd_arguments_do_not_end_a_conversation(server: Running, arguments: Any
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [HI, {**SAID, key: value}, HI]}, f"messages[1].{key}")
     for key, value in (("unknown_key", "z"), ("prefix", True), ("weight", 0), ("train", False), ("images", ["x"]),
-                       ("refusal", "no"), ("function_call", {"name": "f", "arguments": "{}"}), ("reasoning", 3), ("name", 3), ("tool_call_id", "c"),
+                       ("refusal", "no"),
+                       ("function_call", {"name": "f", "arguments": "{}"}), ("reasoning", 3), ("name", 3),
+                       ("tool_call_id", "c"),
                        ("cache_control", {"type": "ephemeral"}), ("tool_calls", {"function": {}}))
 ] + [
     ({"messages": [{**HI, "reasoning": "r"}]}, "messages[0].reasoning"),
