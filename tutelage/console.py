@@ -225,7 +225,7 @@ def figure(key: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return str(value)
     if key == "seconds" or key.endswith("_seconds"):
-        return clock(value)
+        return f"{value:.2g} s" if value < 10 else clock(value)
     if key == "bytes" or key.endswith("_bytes"):
         return size(value)
     if key == "mfu":

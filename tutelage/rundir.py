@@ -304,7 +304,7 @@ def whole(path: Path, row: dict[str, Any]) -> str | None:
     parts = [f"{what}: {', '.join(names[:3])}" for what, names in (("lost", lost), ("changed", changed), ("new", extra)) if names]
     name = next(iter([*lost, *changed, *extra]), "")
     raise ArtifactError(
-        f"this run's {made['kind']} is not what the run made", file=folder / name,
+        f"this run's {made['kind']} changed after the run", file=folder / name,
         found="; ".join(parts) or f"content with the digest {joint_digest(found)[:12]}",
         expected=f"content with the digest {made['digest'][:12]}, as in run.json",
         fix=f"{AGAIN}; or copy the file back. A version that was edited belongs in a folder outside the run",
