@@ -46,7 +46,7 @@ def test_a_damaged_artifact_is_neither_an_input_nor_a_hit(tmp_path: Path, damage
     for reference in (str(run.path), "r/words", *([str(file.parent)] if file.parent.exists() else [])):
         if reference == str(file.parent) and not file.exists():
             continue  # no folder of this kind any more
-        with pytest.raises(ArtifactError, match="changed after the run|lost its tokenizer") as caught:
+        with pytest.raises(ArtifactError, match=r"changed after the run|lost its tokenizer") as caught:
             find(reference, "tokenizer", tmp_path)
         assert str(file.parent) in str(caught.value.file) and "run its command again" in str(caught.value.fix)
     assert not run.done and run.finished
@@ -75,8 +75,8 @@ def test_the_damaged_file_is_named_after_a_copy_too(tmp_path: Path) -> None:
 
 def test_content_is_read_once_for_each_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gigabytes that are read for each plan; and a memory that is believed when a file has changed since."""
-    run, read, real = make(tmp_path), [], digests.file_digest
-    monkeypatch.setattr(digests, "file_digest", lambda file: (read.append(file.name), real(file))[1])
+    run, read, real = make(tmp_path), [], digests.readable_digest
+    monkeypatch.setattr(digests, "readable_digest", lambda file: (read.append(file.name), real(file))[1])
     for _ in range(3):
         assert run.done and find("r/words", "tokenizer", tmp_path)
     assert read == []

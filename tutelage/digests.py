@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import ArtifactError, StorageError
-from tutelage.files import file_digest, files_below, read_object, write_json
+from tutelage.files import files_below, read_object, readable_digest, write_json
 
 TICK_NS = 20_000_000  # two changes of a file may bear one time where they are as close as this: the kernel's clock ticks
 COARSE_TICK_NS = 2_000_000_000  # the same on file systems that keep whole seconds
@@ -47,7 +47,7 @@ class Digests:
                 found[name] = str(known[-1])
             else:
                 stamp = _settled(file, stamp)
-                found[name] = file_digest(file)
+                found[name] = readable_digest(file)
             if stamp == _stamp(file):  # else it changes while it is read
                 stamps[name] = [*stamp, found[name]]
         if stamps != self.seen:

@@ -36,7 +36,10 @@ def storage_errors(path: Path, option: str = "--runs") -> Iterator[None]:
         if number not in fixes:
             raise
         message, fix = fixes[number]
-        raise StorageError(f"cannot write: {message}", file=getattr(error, "filename", None) or path, fix=fix) from error
+        named = getattr(error, "filename", None)
+        if number == errno.EACCES and named and not Path(os.fsdecode(named)).absolute().is_relative_to(path.absolute().parent):
+            raise unreadable(Path(os.fsdecode(named)), PermissionError(number, os.strerror(number))) from error  # an input
+        raise StorageError(f"cannot write: {message}", file=named or path, fix=fix) from error
 
 
 def _errno_of(error: Exception) -> int | None:
@@ -152,11 +155,11 @@ def read_json(path: Path, fix: str | None = None) -> Any:
         raise ArtifactError("this JSON is nested too deeply to be read", file=path, fix=fix or COPY_AGAIN) from None
 
 
-def read_object(path: Path, fix: str | None = None) -> dict[str, Any]:
+def read_object(path: Path, fix: str | None = None, expected: str = "an object: {…}") -> dict[str, Any]:
     """The object in a JSON file. Raises as `read_json`, and `ArtifactError` for another value."""
     value = read_json(path, fix)
     if not isinstance(value, dict):
-        raise ArtifactError("not a JSON object", file=path, found=value, expected="an object: {…}", fix=fix or COPY_AGAIN)
+        raise ArtifactError("not a JSON object", file=path, found=value, expected=expected, fix=fix or COPY_AGAIN)
     return value
 
 
@@ -193,7 +196,15 @@ def files_below(folder: Path) -> dict[str, Path]:
 
 def folder_digest(path: Path) -> str:
     """SHA-256 over the relative names and contents of every file below `path`, in name order."""
-    return joint_digest({name: file_digest(file) for name, file in files_below(path).items()})
+    return joint_digest({name: readable_digest(file) for name, file in files_below(path).items()})
+
+
+def readable_digest(file: Path) -> str:
+    """`file_digest` of a file that belongs to an artifact. Raises `ArtifactError` where it can't be read."""
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
 def joint_digest(digests: Mapping[str, str]) -> str:

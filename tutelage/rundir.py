@@ -239,6 +239,7 @@ class RunDir:
 DIGESTS = ".digests.json"
 AGAIN = "run its command again: what is not whole is made anew"
 NEEDED = {"stage": str, "status": str, "digest": str, "parents": list}  # what every run.json has
+OPTIONAL: dict[str, Any] = {"seconds": (int, float), "started": str, "name": str, "error": str}
 OF_PARENT = {"name": str, "kind": str, "path": str, "digest": str}
 
 
@@ -249,6 +250,7 @@ def read_run(path: Path) -> dict[str, Any]:
         raise ArtifactError("not a run directory: it has no run.json", file=path, fix="`tutelage runs` lists the runs")
     row = read_object(file, AGAIN)
     lacks = [key for key, kind in NEEDED.items() if not isinstance(row.get(key), kind)]
+    lacks += [key for key, kind in OPTIONAL.items() if row.get(key) is not None and not isinstance(row[key], kind)]
     parents = row["parents"] if "parents" not in lacks else []
     lacks += [
         f"parents.{i}.{key}"

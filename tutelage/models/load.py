@@ -183,8 +183,11 @@ class _Files:
                     f"{len(missing)} of {len(set(table.values()))} weight files are missing", file=folder,
                     found=", ".join(missing[:4]), fix="copy the missing files into the folder",
                 )  # fmt: skip
+            for file in sorted(set(table.values())):
+                check_readable(folder / file)
             return cls(folder, {name: folder / file for name, file in table.items()})
         if (folder / WEIGHTS).is_file():
+            check_readable(folder / WEIGHTS)
             return cls(folder, None)
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
@@ -203,7 +206,6 @@ class _Files:
         with contextlib.ExitStack() as stack:
             handles = {}
             for path in paths:
-                check_readable(path)
                 try:
                     handles[path] = stack.enter_context(safe_open(path, framework="pt"))
                 except SafetensorError as error:

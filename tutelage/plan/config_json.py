@@ -78,7 +78,7 @@ OF_ALL: dict[str, Test] = {"architectures": TEXTS, "id2label": OBJECT, "text_con
 
 def read_config_json(path: Path) -> dict[str, Any]:
     """The object in a model's config.json. Raises `ArtifactError` naming the key whose value is of another type."""
-    raw = read_object(path, EXPORT_AGAIN)
+    raw = read_object(path, EXPORT_AGAIN, "an object with a model_type")
     check_types(raw, path)
     return raw
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from tutelage import log
 from tutelage.errors import ArtifactError
-from tutelage.files import file_digest, files_below, read_object, write_json
+from tutelage.files import file_digest, files_below, read_object, readable_digest, write_json
 from tutelage.models.shard import local, rows
 from tutelage.train import distributed, tensors
 from tutelage.train.optim import Optimizers
@@ -143,7 +143,7 @@ def _check_files(folder: Path, row: dict[str, Any]) -> None:
         file = folder / name
         if not file.is_file():
             raise ArtifactError("a file of a checkpoint is missing", file=file, fix=FIX)
-        if file_digest(file) != digest:
+        if readable_digest(file) != digest:
             raise ArtifactError("this file is not as it was written", file=file, fix=FIX)
 
 
