@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "tutelage"
 # Left imports right; names on one line may import one another.
 LAYERS = [
     {"__main__"},
-    {"cli", "api", "console", "options", "rollouts_shown", "using"},
+    {"cli", "api", "console", "options", "removal", "rollouts_shown", "using"},
     {"stages"},
     {"web"},
     {"improve"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"models"},
     {"recipe", "plan"},
     {"store", "sandbox"},
-    {"config", "records", "rundir", "bases", "files", "log", "errors"},
+    {"config", "records", "rundir", "bases", "aside", "digests", "files", "log", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [

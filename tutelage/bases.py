@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from tutelage.errors import ArtifactError
-from tutelage.files import file_digest, read_json
+from tutelage.files import file_digest, read_object
 
 ADAPTER = "adapter_config.json"
 SCORED = ("SEQ_CLS", "TOKEN_CLS")  # the tasks of `peft` with a score head
@@ -26,15 +25,9 @@ def is_scored(folder: Path) -> bool:
 def adapter_config(folder: Path) -> dict[str, Any]:
     """The object of adapter_config.json. Raises `ArtifactError`."""
     path = folder / ADAPTER
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"not an adapter's folder: {ADAPTER} is missing", file=folder) from error
-    except ValueError as error:
-        raise ArtifactError(f"not valid JSON ({error})", file=path) from error
-    if not isinstance(raw, dict):
-        raise ArtifactError("not an adapter's settings", file=path, found=raw, expected="an object")
-    return raw
+    if not path.exists():
+        raise ArtifactError(f"not an adapter's folder: {ADAPTER} is missing", file=folder)
+    return read_object(path)
 
 
 def base_of(folder: Path) -> Path:
@@ -46,8 +39,9 @@ def base_of(folder: Path) -> Path:
     if named and Path(named).expanduser().is_dir():
         return Path(named).expanduser()
     run = folder.resolve().parent
-    parents = read_json(run / "run.json").get("parents", []) if (run / "run.json").is_file() else []
-    for parent in (p for p in parents if p["name"] == "model"):
+    parents = read_object(run / "run.json").get("parents") if (run / "run.json").is_file() else None
+    known = [p for p in parents if isinstance(p, dict)] if isinstance(parents, list) else []
+    for parent in (p for p in known if p.get("name") == "model" and isinstance(p.get("path"), str)):
         place = (run / parent["path"]).resolve()
         for found in (place / "model", place / "adapter", place):
             if (found / "config.json").is_file():

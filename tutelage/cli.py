@@ -115,6 +115,7 @@ def stage_command(name: str) -> Any:
     section = STAGES[name].config()
 
     def command(**options: Any) -> None:
+        from tutelage import log
         from tutelage.console import show_config, show_plan
         from tutelage.recipe import Runner
 
@@ -132,7 +133,9 @@ def stage_command(name: str) -> Any:
             show_plan([planned], runner)
             show_config(planned.config)
             return
-        print(runner.run(planned).path)
+        made = runner.run(planned)
+        if log.rank() == 0:  # `$(torchrun …)` is one path
+            print(made.path)
 
     fields = sorted(section.model_fields.items(), key=lambda x: (not x[1].is_required(), "artifact" not in extra_of(x[1])))
     parameters = [option(key, field) for key, field in fields if subsection(field) is None]
@@ -212,11 +215,35 @@ def run(
 
 
 @app.command("runs", rich_help_panel="Looking")
-def runs_(runs: Runs = RUNS) -> None:
-    """List all runs: what they are, whether they finished, how long they took."""
-    from tutelage.console import show_runs
+def runs_(
+    like: Annotated[str | None, typer.Argument(help="a part of recipe/stage-digest, also with *; none: all runs")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="runs of this stage, such as sft")] = None,
+    status: Annotated[
+        str | None, typer.Option("--status", help="done, failed, interrupted, killed, running, damaged, lost")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="remove those runs, after a question")] = False,
+    force: Annotated[bool, typer.Option("--force", help="remove also what other runs were made from")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="remove without a question")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """List runs: what they are, whether they finished, how long they took. With --remove: remove them."""
+    from tutelage.console import chosen_runs, show_runs
+    from tutelage.errors import ConfigError
 
-    show_runs(runs)
+    rows = chosen_runs(runs, like, stage, status)
+    if not remove:
+        if force or yes:
+            raise ConfigError("--force and --yes are about --remove", fix="leave them out, or add --remove")
+        show_runs(rows, runs)
+        return
+    from tutelage.removal import remove as remove_runs
+
+    if like is None and stage is None and status is None:
+        raise ConfigError(
+            "say which runs to remove", field="remove", expected="a part of their names, --stage or --status",
+            fix="tutelage runs --status failed --remove; or '*' for all",
+        )  # fmt: skip
+    remove_runs(runs, rows, needed_too=force, yes=yes)
 
 
 @app.command(rich_help_panel="Looking")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import sys
 import time
@@ -16,11 +17,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from tutelage import log
-from tutelage.config.base import Section
+from tutelage.config.base import Section, nearest
+from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.time import NOTHING
 from tutelage.recipe import Estimate, Planned, Runner, Unknown
-from tutelage.rundir import RunDir, all_runs, find, held, lineage, matching
+from tutelage.rundir import RunDir, all_runs, find, finished, held, lineage, matching
 
 
 def show_plan(plan: list[Planned], runner: Runner) -> None:
@@ -35,7 +37,8 @@ def show_plan(plan: list[Planned], runner: Runner) -> None:
             notes.append(f"{item.name}: {item.estimate.because}{rest}; memory {item.estimate.room}")
         if item.run is not None:
             notes.append(f"{item.name}: {item.run.path}")
-    log.console.print(table)
+    if log.rank() == 0:
+        log.console.print(table)
     if len(plan) > 1:
         log.say(_total(plan))
     for note in notes:
@@ -89,15 +92,40 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def show_runs(root: Path) -> None:
-    """The table of all runs below a folder."""
-    rows = all_runs(root)
+STATES = ("done", "failed", "interrupted", "killed", "running", "damaged", "lost")
+
+
+def chosen_runs(root: Path, like: str | None, stage: str | None, status: str | None) -> list[tuple[Path, dict[str, Any]]]:
+    """The runs below a folder that fit, oldest first. `like`: a part of `recipe/stage-digest`, also with *; or a run directory.
+    Raises `ConfigError` for a status that there is not."""
+    if status is not None and status not in STATES:
+        near = nearest(status, list(STATES))
+        raise ConfigError(
+            "no run has this status", field="status", found=status, expected=f"one of: {', '.join(STATES)}",
+            fix=f"did you mean `{near}`?" if near else "look at the column of `tutelage runs`",
+        )  # fmt: skip
+    return [
+        (path, row)
+        for path, row in all_runs(root)
+        if (like is None or _is_like(path, like))
+        and (stage is None or row["stage"] == stage)
+        and (status is None or status_of(path, row).partition(" ")[0] == status)
+    ]
+
+
+def _is_like(path: Path, like: str) -> bool:
+    name = f"{path.parent.name}/{path.name}"
+    return fnmatch.fnmatchcase(name, f"*{like}*") or (Path(like).is_dir() and Path(like).resolve() == path.resolve())
+
+
+def show_runs(rows: list[tuple[Path, dict[str, Any]]], root: Path) -> None:
+    """The table of runs."""
     if not rows:
-        log.say(f"no runs in {root}")
+        log.say(f"no such runs in {root}" if all_runs(root) else f"no runs in {root}")
         return
     table = Table(Column("run", overflow="fold"), "stage", "status", "started", "time", "result")
     for path, row in rows:
-        started = str(row["started"])[:16].replace("T", " ")
+        started = str(row.get("started") or "")[:16].replace("T", " ")
         table.add_row(
             *map(Text, (str(path), row["stage"], status_of(path, row), started, clock(spent(path, row)), headline(row)))
         )
@@ -106,6 +134,11 @@ def show_runs(root: Path) -> None:
 
 def status_of(path: Path, row: dict[str, Any]) -> str:
     """The status in run.json, but for a run whose process is gone."""
+    made = (row.get("artifact") or {}).get("path")
+    if row["status"] == "done" and not finished(path):  # a removal, or an attempt with --force, was cut short
+        return "killed (resumes)"
+    if row["status"] == "done" and made and not (path / made).is_dir():
+        return f"lost its {made} (is made again)"
     if row["status"] == "running" and not held(path):
         return "killed (resumes)"
     return "interrupted (resumes)" if row["status"] == "interrupted" else str(row["status"])
@@ -115,7 +148,7 @@ def spent(path: Path, row: dict[str, Any]) -> float:
     """Seconds of all attempts, one that goes on included."""
     going = row["status"] == "running" and held(path)
     since = time.time() - datetime.fromisoformat(row["started"]).timestamp() if going else 0.0
-    return float(row["seconds"]) + max(0.0, since)
+    return float(row.get("seconds") or 0.0) + max(0.0, since)
 
 
 def headline(row: dict[str, Any]) -> str:
@@ -136,6 +169,12 @@ def headline(row: dict[str, Any]) -> str:
     found = row.get("held_out")
     if isinstance(found, dict) and isinstance(found.get("accuracy"), dict):  # of a reward model
         return f"held-out accuracy {said(found['accuracy'])}"
+    if isinstance(row.get("splits"), dict):  # of shards of tokens
+        return f"{sum(int(split['tokens']) for split in row['splits'].values()):,} tokens"
+    if row["stage"] == "report" and isinstance(row.get("bytes"), int):
+        return f"a page of {size(row['bytes'])}"
+    if row["stage"] == "merge" and isinstance(row.get("logit_difference"), float):
+        return f"a whole model, logits within {row['logit_difference']:.1g} of the adapted one's"
     for key, text in (
         ("bits_per_byte", "{:.3f} bits per byte"),
         ("validation_loss", "validation loss {:.3f}"),
@@ -153,17 +192,49 @@ def show_run(reference: str, root: Path) -> None:
     """Draws the chain from data to a run, then its own numbers."""
     rows = lineage(run_of(reference, root))
     tree = Tree(_node("", *rows[0][2:]))
-    branches = {0: tree}
+    branches, seen = {0: tree}, {rows[0][2].resolve()}
     for depth, name, folder, row in rows[1:]:
-        branches[depth] = branches[depth - 1].add(_node(name, folder, row))
+        label = _node(name, folder, row)
+        if folder.resolve() in seen and row["parents"]:
+            label.append("  (its chain is above)", style="dim")
+        seen.add(folder.resolve())
+        branches[depth] = branches[depth - 1].add(label)
     console = out()
     console.print(tree)
-    known = {"parents", "versions", "machine", "artifact", "command"}
     table = Table(show_header=False)
     for key, value in rows[0][3].items():
-        if key not in known and not isinstance(value, dict | list):
-            table.add_row(key, Text(status_of(rows[0][2], rows[0][3]) if key == "status" else str(value)))
+        if key not in NOT_SHOWN and value is not None and not isinstance(value, dict | list):
+            table.add_row(
+                key.replace("_", " "), Text(status_of(rows[0][2], rows[0][3]) if key == "status" else figure(key, value))
+            )
     console.print(table)
+
+
+NOT_SHOWN = ("parents", "versions", "machine", "artifact", "command")
+
+
+def figure(key: str, value: Any) -> str:
+    """A fact of run.json for people, with its unit.
+
+    Example:
+        >>> figure("train_seconds", 754.2), figure("loss", 2.718281828), figure("tokens", 1048576)
+        ('13 min', '2.718', '1,048,576')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return str(value)
+    if key == "seconds" or key.endswith("_seconds"):
+        return f"{value:.2g} s" if value < 10 else clock(value)
+    if key == "bytes" or key.endswith("_bytes"):
+        return size(value)
+    if key == "mfu":
+        return f"{value:.1%}"
+    if key == "seed":
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def run_of(reference: str, root: Path) -> Path:
@@ -187,10 +258,10 @@ def _short(path: Path) -> str:
     return str(path.resolve().relative_to(here)) if path.resolve().is_relative_to(here) else str(path)
 
 
-def show_next(finished: dict[str, RunDir]) -> None:
+def show_next(made: dict[str, RunDir]) -> None:
     """What to do with what a recipe made."""
-    models = [(n, r) for n, r in finished.items() if (r.path / "model").exists() and _talks(r.path / "model" / "config.json")]
-    reports = [r for r in finished.values() if (r.path / "report").exists()]
+    models = [(n, r) for n, r in made.items() if (r.path / "model").exists() and _talks(r.path / "model" / "config.json")]
+    reports = [r for r in made.values() if (r.path / "report").exists()]
     if reports:
         log.say(f"\nreport: {reports[-1].path / 'report' / 'report.html'}", style="bold")
     if models:

@@ -11,11 +11,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from tutelage.errors import StorageError, UserError
+from tutelage.errors import ArtifactError, StorageError, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: paths start at the working folder; swap the two
 
@@ -36,7 +36,10 @@ def storage_errors(path: Path, option: str = "--runs") -> Iterator[None]:
         if number not in fixes:
             raise
         message, fix = fixes[number]
-        raise StorageError(f"cannot write: {message}", file=getattr(error, "filename", None) or path, fix=fix) from error
+        named = getattr(error, "filename", None)
+        if number == errno.EACCES and named and not Path(os.fsdecode(named)).absolute().is_relative_to(path.absolute().parent):
+            raise unreadable(Path(os.fsdecode(named)), PermissionError(number, os.strerror(number))) from error  # an input
+        raise StorageError(f"cannot write: {message}", file=named or path, fix=fix) from error
 
 
 def _errno_of(error: Exception) -> int | None:
@@ -95,6 +98,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             for file in sorted(partial.rglob("*")):
                 if file.is_file():
+                    if not file.is_symlink():  # safetensors makes files that their owner alone may read
+                        file.chmod(partial.stat().st_mode & 0o666)  # a folder's mode has the user's umask in it
                     with file.open("rb") as f:
                         os.fsync(f.fileno())
             if not path.exists():
@@ -133,9 +138,48 @@ def write_json(path: Path, value: object) -> None:
         f.write("\n")
 
 
-def read_json(path: Path) -> Any:
-    with path.open(encoding="utf-8") as f:
-        return json.load(f)
+def read_json(path: Path, fix: str | None = None) -> Any:
+    """The value in a JSON file. Raises `ArtifactError` with `fix` for one that can't be read or is no JSON, `FileNotFoundError`
+    where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"not valid JSON: not UTF-8 text at byte {error.start}", file=path, fix=fix or COPY_AGAIN) from None
+    except ValueError as error:
+        raise ArtifactError(f"not valid JSON ({error})", file=path, fix=fix or COPY_AGAIN) from None
+    except RecursionError:
+        raise ArtifactError("this JSON is nested too deeply to be read", file=path, fix=fix or COPY_AGAIN) from None
+
+
+def read_object(path: Path, fix: str | None = None, expected: str = "an object: {…}") -> dict[str, Any]:
+    """The object in a JSON file. Raises as `read_json`, and `ArtifactError` for another value."""
+    value = read_json(path, fix)
+    if not isinstance(value, dict):
+        raise ArtifactError("not a JSON object", file=path, found=value, expected=expected, fix=fix or COPY_AGAIN)
+    return value
+
+
+COPY_AGAIN = "copy the file again, or make it again with the command that wrote it and --force"
+
+
+def unreadable(path: Path, error: OSError) -> ArtifactError:
+    """What the operating system says about a file that is there."""
+    fix = f"chmod +r {path}" if isinstance(error, PermissionError) else "check the disk, or copy the file again"
+    return ArtifactError(f"cannot read this file: {(error.strerror or str(error)).lower()}", file=path, fix=fix)
+
+
+def check_readable(path: Path) -> None:
+    """Raises `ArtifactError` where the file can't be opened, for libraries that do not say why."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise ArtifactError("this file is missing", file=path, fix="copy the whole folder again") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def file_digest(path: Path) -> str:
@@ -144,9 +188,28 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def files_below(folder: Path) -> dict[str, Path]:
+    """Every file below `folder` that is not hidden, by its relative name, in the order of their paths."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return {file.relative_to(folder).as_posix(): file for file in found}
+
+
 def folder_digest(path: Path) -> str:
     """SHA-256 over the relative names and contents of every file below `path`, in name order."""
+    return joint_digest({name: readable_digest(file) for name, file in files_below(path).items()})
+
+
+def readable_digest(file: Path) -> str:
+    """`file_digest` of a file that belongs to an artifact. Raises `ArtifactError` where it can't be read."""
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise unreadable(file, error) from None
+
+
+def joint_digest(digests: Mapping[str, str]) -> str:
+    """The digest of a folder from those of its files."""
     total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        total.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\n".encode())
+    for name, digest in digests.items():
+        total.update(f"{name}\0{digest}\n".encode())
     return total.hexdigest()

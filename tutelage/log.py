@@ -78,9 +78,16 @@ class Metrics:
         self.begin_with(self.path, step)
 
     def begin_with(self, path: Path, step: int) -> None:
-        """Starts over with the lines up to `step` of the metrics in `path`."""
+        """Starts over with the lines up to `step` of the metrics in `path`. Says how many in between can't be read; a last one
+        that a kill cut short is no loss."""
         self._file.close()
-        kept = [x for x in path.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        places = [_step_of(x) for x in lines]
+        broken = [number for number, place in enumerate(places, 1) if place is None and number < len(lines)]
+        if broken or (step > 0 and not lines):
+            what = f"{len(broken)} damaged lines are left out, the first is line {broken[0]}" if broken else "no steps are there"
+            say(f"{path}: {what}; curves have a gap, the training has none", style="yellow")
+        kept = [x for x, place in zip(lines, places, strict=True) if place is not None and place <= step]
         with whole_file(self.path) as f:
             f.write("".join(f"{x}\n" for x in kept))
         self._file = self.path.open("a", encoding="utf-8")
@@ -89,8 +96,9 @@ class Metrics:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> float | None:
+    """The step of a line; None for one that is damaged or cut by a kill."""
     try:
         return float(json.loads(line).get("step", -1))
-    except ValueError:
-        return float("inf")  # a line cut by a kill
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None

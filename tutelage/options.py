@@ -13,8 +13,20 @@ import typer
 from tutelage.errors import UserError
 
 THIS_RUN = "This run"
-Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER")]
 RUNS = Path("runs")
+
+
+def folder(text: str | Path) -> Path:
+    """A folder as it was typed. An empty text, which a variable that is not set leaves, is not the working folder."""
+    if not str(text).strip() or "\0" in str(text):
+        raise typer.BadParameter("an empty name: give a folder, such as runs, or . for this one")
+    return Path(text)
+
+
+Runs = Annotated[
+    Path,
+    typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER", parser=folder),
+]
 
 FILE_COMMANDS = {
     # name: one line of help of a command that makes one file of another

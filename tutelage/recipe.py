@@ -146,7 +146,9 @@ class Runner:
         if not isinstance(config, Train):
             raise ConfigError(f"`{name}` does not train, so it can't be extended", found=f"a stage of the kind {kind}")
         found = self.plan(name, kind, config)
-        if found.run is not None and found.run.done:
+        if found.run is not None and found.run.finished:
+            if (fault := found.run.fault()) is not None:
+                raise fault
             return extended(config, str(found.run.path), extend)
         raise ArtifactError(
             f"there is no finished run of these settings of `{name}` to extend",
@@ -176,6 +178,10 @@ class Runner:
             return run
         if log.rank() != 0 and not row.ranks:
             return _wait(run)
+        self._check_extension(planned)
+        fault = run.fault() if run.finished and not self.force else None
+        if fault is not None:
+            log.say(f"{planned.name}: {fault.file}: {fault.message}; it is made again", style="yellow")
         verb = "forced, running" if self.force else "resuming" if planned.status == "resume" else "miss, running"
         log.say(f"{planned.name}: {verb}, {run.path}", style="bold")
         run.nested = self.nested
@@ -184,6 +190,11 @@ class Runner:
         with run.attempt(resolved, fresh=self.force) as facts:
             facts.update(row.run(planned.config, run))
         return run
+
+    def _check_extension(self, planned: Planned) -> None:
+        """A run that can't go on from the one it extends is refused before it has a folder: its derivation tells."""
+        if getattr(planned.config, "extends", None) is not None and planned.status == "run":
+            self.estimate(planned)
 
     def estimate(self, planned: Planned) -> Estimate | Unknown | None:
         """What a stage is expected to take, or what has to be known first; None for a finished one."""
@@ -250,7 +261,7 @@ def load_recipe(
     if not isinstance(stages, dict) or not stages:
         raise ConfigError("a recipe needs `stages`: a mapping of names to stages", **places.of("stages"))
     title = str(values.get("name", path.stem))
-    for key, name in (("name", title), *((f"stages.{n}", str(n)) for n in stages)):
+    for key, name in (("name", title), *((f"stages.{n}", n) for n in stages)):
         if not NAME.fullmatch(name):  # it becomes the name of a folder, and the first part of a `--set`
             raise ConfigError("not a name", **places.of(key), found=name, expected="letters, digits, - and _, as in my_base")
     for key, value, where in _settings(values, settings, places):
@@ -296,7 +307,7 @@ def _settings(values: dict[str, Any], settings: list[tuple[str, Any]], places: P
     for key, value in settings:
         if key != "scale":
             continue
-        if value not in scales and value != "full":
+        if not isinstance(value, str) or (value not in scales and value != "full"):
             names = ["full", *scales]
             raise ConfigError(
                 f"unknown scale `{value}`", file=_typed(key, value), expected=f"one of: {', '.join(names)}",
@@ -322,7 +333,7 @@ def _stage(
             f"`{name}` needs `stage:`, the kind of stage it is", **places.of(here), expected=f"one of: {', '.join(table)}"
         )
     kind = raw["stage"]
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         raise ConfigError(
             f"unknown stage kind `{kind}`",
             **places.of(f"{here}.stage"),

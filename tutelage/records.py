@@ -315,7 +315,7 @@ def read_records(path: Path, kind: type[R]) -> Iterator[R]:
         for number, line in enumerate(f, 1):
             try:
                 yield from_json(kind, json.loads(line))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(
                     f"not a {kind.__name__} record ({error})",
                     file=path,

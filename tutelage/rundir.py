@@ -26,10 +26,11 @@ from typing import Any
 
 import yaml
 
-from tutelage import __version__, log
+from tutelage import __version__, aside, log
 from tutelage.bases import is_adapter
+from tutelage.digests import Digests
 from tutelage.errors import ArtifactError, StorageError, UserError
-from tutelage.files import folder_digest, read_json, recover, storage_errors, whole_file, write_json
+from tutelage.files import folder_digest, joint_digest, read_object, recover, storage_errors, whole_file, write_json
 
 KINDS = {
     # kind of artifact: the file that proves a folder to be one
@@ -86,28 +87,39 @@ class RunDir:
 
     @property
     def done(self) -> bool:
-        return (self.path / "DONE").exists()
+        """Whether it is finished, and what it made is there and whole."""
+        return self.finished and self.fault() is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended well, whatever has become of its result since."""
+        return finished(self.path)
+
+    def fault(self) -> ArtifactError | None:
+        """What is wrong with the result of a finished run; None where it is whole."""
+        try:
+            whole(self.path, read_run(self.path))
+        except ArtifactError as error:
+            return error
+        return None
 
     @property
     def facts(self) -> dict[str, Any]:
-        return dict(read_json(self.path / "run.json"))
+        return read_run(self.path)
 
     def clear(self) -> None:
         """Removes everything but the logs."""
-        for item in self.path.iterdir() if self.path.exists() else ():
-            if item.name not in (".lock", "logs"):
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        if self.path.exists():
+            aside.clear(self.path)
 
     @contextlib.contextmanager
     def attempt(self, config: dict[str, Any], fresh: bool = False) -> Iterator[dict[str, Any]]:
         """Holds the lock, keeps run.json's status true, logs to `logs/attempt_N.log`. The block fills the facts it is given;
-        when it ends well `DONE` is written. `fresh` removes what an earlier attempt made. `StorageError` if another process
-        holds the run."""
+        when it ends well `DONE` is written. `fresh` starts over: a finished result is set aside until the new one is whole, and
+        comes back if the attempt fails. `StorageError` if another process holds the run."""
         with storage_errors(self.path), self._lock():
             if log.rank() == 0:
-                if fresh:
-                    self.clear()
-                self._sweep()
+                self._begin(fresh)
             number = len(list((self.path / "logs").glob("attempt_*.log"))) + 1
             log.to_file(self.path / "logs" / f"attempt_{number}.log")
             started = time.time()
@@ -120,20 +132,39 @@ class RunDir:
                 yield facts
             except KeyboardInterrupt:
                 self._write("interrupted", started, facts)
-                log.say("interrupted; the same command again resumes")
+                log.say(f"interrupted; the same command{' without --force' if fresh else ' again'} resumes")
                 raise
             except Exception as error:
                 self._write("failed", started, {**facts, "error": str(error)})
                 if not isinstance(error, UserError):
                     log.say(f"{type(error).__name__}: {error}")
+                self._undo()
                 raise
             else:
                 self._write("done", started, facts)
                 if log.rank() == 0:
                     with whole_file(self.path / "DONE") as f:
                         f.write(f"{self.digest}\n")
+                    aside.drop(self.path)
             finally:
                 log.close_file()
+
+    def _begin(self, fresh: bool) -> None:
+        """Makes the folder ready for an attempt. Whatever happens from here on, it is not finished before `DONE` is written."""
+        aside.put_back(self.path, aside.MOVING)
+        if fresh and self.finished:
+            aside.set_aside(self.path)
+        elif fresh:
+            self.clear()
+        (self.path / "DONE").unlink(missing_ok=True)
+        self._sweep()
+
+    def _undo(self) -> None:
+        """After a failed attempt: the result that it was to replace comes back."""
+        if log.rank() == 0 and (self.path / aside.OLD).is_dir():
+            self.clear()
+            aside.put_back(self.path)
+            log.say("the attempt failed: the result from before --force is in its place again", style="yellow")
 
     def _sweep(self) -> None:
         """Removes the half-written files that a killed attempt left behind, and puts back what it had set aside."""
@@ -166,7 +197,7 @@ class RunDir:
     def _write(self, status: str, started: float, facts: dict[str, Any]) -> None:
         if log.rank() != 0:
             return
-        old = read_json(self.path / "run.json") if (self.path / "run.json").exists() else {}
+        old = _earlier(self.path)
         made = next((k for k, proof in KINDS.items() if (self.path / k / proof).exists()), None)
         before = float(old.get("seconds", 0.0)) if old.get("status") in ("interrupted", "running") else 0.0
         row: dict[str, Any] = {
@@ -194,8 +225,92 @@ class RunDir:
             **facts,
         }
         if status == "done" and made:
-            row["artifact"] = {"kind": made, "path": made, "digest": folder_digest(self.path / made)}
+            row["artifact"] = {"kind": made, "path": made, "digest": self._digest(made)}
         write_json(self.path / "run.json", row)
+
+    def _digest(self, made: str) -> str:
+        """The digest of what was made, which is remembered with those of its files."""
+        digests = Digests(self.path / DIGESTS, {}, {})
+        found = digests.of(self.path / made)
+        digests.keep_made(found)
+        return joint_digest(found)
+
+
+DIGESTS = ".digests.json"
+AGAIN = "run its command again: what is not whole is made anew"
+NEEDED = {"stage": str, "status": str, "digest": str, "parents": list}  # what every run.json has
+OPTIONAL: dict[str, Any] = {"seconds": (int, float), "started": str, "name": str, "error": str}
+OF_PARENT = {"name": str, "kind": str, "path": str, "digest": str}
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The object in the run.json of a run directory. Raises `ArtifactError` for one that is damaged, or not there."""
+    file = path / "run.json"
+    if not file.exists():
+        raise ArtifactError("not a run directory: it has no run.json", file=path, fix="`tutelage runs` lists the runs")
+    row = read_object(file, AGAIN)
+    lacks = [key for key, kind in NEEDED.items() if not isinstance(row.get(key), kind)]
+    lacks += [key for key, kind in OPTIONAL.items() if row.get(key) is not None and not isinstance(row[key], kind)]
+    parents = row["parents"] if "parents" not in lacks else []
+    lacks += [
+        f"parents.{i}.{key}"
+        for i, parent in enumerate(parents)
+        for key, kind in OF_PARENT.items()
+        if not (isinstance(parent, dict) and isinstance(parent.get(key), kind))
+    ]
+    made = row.get("artifact")
+    if made is not None and not (isinstance(made, dict) and made.get("path") in KINDS and isinstance(made.get("digest"), str)):
+        lacks.append("artifact")
+    if lacks:
+        raise ArtifactError("this run.json is damaged", file=file, field=lacks[0], expected="as a stage wrote it", fix=AGAIN)
+    return row
+
+
+def finished(path: Path) -> bool:
+    """Whether a run ended well: `DONE` alone, in a run that did not, says nothing."""
+    if not (path / "DONE").exists():
+        return False
+    try:
+        return read_run(path)["status"] == "done"
+    except ArtifactError:
+        return False
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """What the last attempt wrote into run.json."""
+    try:
+        return read_run(path) if (path / "run.json").exists() else {}
+    except ArtifactError as error:
+        log.say(f"{error.file}: {error.message}; it is written anew", style="yellow")
+        return {}
+
+
+def whole(path: Path, row: dict[str, Any]) -> str | None:
+    """The digest of what a finished run made, compared with its content; None for a run that made nothing. Raises `ArtifactError`
+    where it is gone or is not what was made. Content is read again only where a file has changed (see `digests`)."""
+    made = row.get("artifact")
+    if made is None:
+        return None
+    folder = path / made["path"]
+    if not folder.is_dir():
+        raise ArtifactError(f"this run has lost its {made['kind']}", file=folder, fix=f"{AGAIN}; or copy it back")
+    digests = Digests.open(path / DIGESTS)
+    found = digests.of(folder)
+    if joint_digest(found) == made["digest"]:
+        digests.keep_made(found)
+        return str(made["digest"])
+    before = digests.made if joint_digest(digests.made) == made["digest"] else {}
+    lost = [name for name in before if name not in found]
+    changed = [name for name in before if name in found and found[name] != before[name]]
+    extra = [name for name in found if before and name not in before]
+    parts = [f"{what}: {', '.join(names[:3])}" for what, names in (("lost", lost), ("changed", changed), ("new", extra)) if names]
+    name = next(iter([*lost, *changed, *extra]), "")
+    raise ArtifactError(
+        f"this run's {made['kind']} changed after the run", file=folder / name,
+        found="; ".join(parts) or f"content with the digest {joint_digest(found)[:12]}",
+        expected=f"content with the digest {made['digest'][:12]}, as in run.json",
+        fix=f"{AGAIN}; or copy the file back. A version that was edited belongs in a folder outside the run",
+    )  # fmt: skip
 
 
 def _relative(path: Path, base: Path) -> str:
@@ -204,7 +319,7 @@ def _relative(path: Path, base: Path) -> str:
 
 def _stage_of(artifact: Artifact) -> str | None:
     """The stage that made an input; None for a folder from outside."""
-    return str(read_json(artifact.run / "run.json")["stage"]) if artifact.run else None
+    return str(read_run(artifact.run)["stage"]) if artifact.run else None
 
 
 def matching(reference: str, root: Path, proof: str) -> list[Path]:
@@ -244,25 +359,31 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
     if wanted and (path / wanted).exists():
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None
-        return Artifact(kind, path, folder_digest(path), run)
+        return Artifact(kind, path, _known(path, run) or folder_digest(path), run)
     raise ArtifactError(
         f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path), fix=_how_to_make(kind)
     )
 
 
+def _known(path: Path, run: Path | None) -> str | None:
+    """The digest of a folder that a finished run made, and that is as it was made."""
+    if run is None or not finished(run):
+        return None
+    row = read_run(run)
+    made = row.get("artifact") or {}
+    return whole(run, row) if made.get("path") == path.resolve().name else None
+
+
 def _of_run(path: Path, kind: str) -> Artifact:
-    row = read_json(path / "run.json")
-    if not (path / "DONE").exists():
+    row = read_run(path)
+    if not finished(path):
         raise ArtifactError(
             f"this run is not finished (status: {row.get('status')})", file=path, fix="run the same command again: it resumes"
         )
     if kind == "run":
         return Artifact("run", path, row["digest"], path)
-    made = row.get("artifact", {})
-    if made and not (path / made["path"]).is_dir():
-        raise ArtifactError(
-            f"this run has lost its {made['kind']}", file=path / made["path"], fix="make it again: the same command with --force"
-        )
+    made = row.get("artifact") or {}
+    whole(path, row)
     if made.get("kind") == kind or (made.get("kind"), kind) == ("adapter", "model"):
         return Artifact(kind, path / made["path"], made["digest"], path)
     if kind == "tokenizer" and made.get("kind") in ("model", "adapter") and (path / made["path"] / "tokenizer.json").exists():
@@ -286,9 +407,22 @@ def _how_to_make(kind: str) -> str | None:
 
 
 def all_runs(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every run below `root` with its run.json, oldest first."""
-    rows = [(p.parent, read_json(p)) for p in root.glob("*/*/run.json")]
-    return sorted(rows, key=lambda row: str(row[1].get("started")))
+    """Every run below `root` with its run.json, oldest first. Of one whose run.json is damaged the status is "damaged" and the
+    `error` says so."""
+    rows = []
+    for file in root.glob("*/*/run.json"):
+        try:
+            row = read_run(file.parent)
+        except ArtifactError as error:
+            row = damaged(file.parent, error)
+        rows.append((file.parent, row))
+    return sorted(rows, key=lambda row: str(row[1].get("started") or ""))
+
+
+def damaged(path: Path, error: ArtifactError) -> dict[str, Any]:
+    """What stands in lists for a run.json that can't be read."""
+    said = f"{error.message}; {AGAIN}"
+    return {"stage": path.name.rpartition("-")[0], "status": "damaged", "digest": "", "parents": [], "error": said}
 
 
 def held(path: Path) -> bool:
@@ -337,13 +471,21 @@ def _commit() -> str | None:
 
 
 def lineage(path: Path) -> list[tuple[int, str, Path, dict[str, Any]]]:
-    """The chain behind a run, depth first: (depth, name of the input, run directory, its run.json)."""
+    """The chain behind a run, depth first: (depth, name of the input, run directory, its run.json). What several runs were made
+    from is followed once, where it comes first."""
+    seen: set[Path] = set()
 
     def walk(folder: Path, name: str, depth: int) -> Iterator[tuple[int, str, Path, dict[str, Any]]]:
-        if not (folder / "run.json").exists():
-            raise ArtifactError("not a run directory: it has no run.json", file=folder)
-        row = read_json(folder / "run.json")
+        try:
+            row = read_run(folder)
+        except ArtifactError as error:
+            if depth == 0:
+                raise
+            row = damaged(folder, error)
         yield depth, name, folder, row
+        if folder.resolve() in seen:
+            return
+        seen.add(folder.resolve())
         for parent in row["parents"]:
             inner = (folder / parent["path"]).resolve()
             if (inner / "run.json").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
@@ -109,6 +110,8 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
     from tutelage.rundir import find
 
     found = [find(model, "model", runs) for model in models]
+    for given in names:
+        check_name(given, "name")
     known = names or [f.name for f in found]
     if len(known) != len(found) or len(set(known)) != len(known):
         raise ConfigError(
@@ -118,6 +121,17 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
     return {name: f.path for name, f in zip(known, found, strict=True)}
 
 
+def check_name(name: str, field: str) -> None:
+    """Raises `ConfigError` for a name that no client could ask for."""
+    from tutelage.errors import ConfigError
+
+    if not re.fullmatch(r"\w[\w.:/@+-]{0,127}", name):  # as where models are loaded by a request
+        raise ConfigError(
+            "not a name for a model", field=field, found=repr(name), expected="letters, digits and . : / @ + - _, 128 at most",
+            fix="give another, such as my-model",
+        )  # fmt: skip
+
+
 def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path]:
     """Folders by the names that clients use. Raises `ConfigError` for one that is no NAME=FOLDER, or whose name is taken."""
     from tutelage.errors import ConfigError
@@ -125,6 +139,8 @@ def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path
     out: dict[str, Path] = {}
     for text in given:
         name, _, folder = text.partition("=")
+        if name:
+            check_name(name, "adapter")
         if not (name and folder):
             raise ConfigError("an adapter has a name and a folder", field="adapter", found=text, expected="NAME=FOLDER")
         if not Path(folder).is_dir():

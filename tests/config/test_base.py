@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_origin
 
 import pytest
 
-from tutelage.config.base import Places, assign, build, identity_of, load_yaml, parse_set, parse_value
+from tutelage.config.base import (
+    Places,
+    Section,
+    assign,
+    build,
+    identity_of,
+    load_yaml,
+    parse_set,
+    parse_value,
+    subsection,
+)
 from tutelage.config.stages import Data, Prefer, Pretrain
 from tutelage.errors import ConfigError
+from tutelage.stages import STAGES
 
 
 @pytest.mark.parametrize(
@@ -134,3 +147,67 @@ def test_settings() -> None:
     for wrong in ("optimizer.lr", "=3"):
         with pytest.raises(ConfigError, match="key=value"):
             parse_set(wrong)
+
+
+DEEP = "[" * 3000 + "]" * 3000
+WIDE = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcde", "bcdef", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("stages:\n  a: &a\n    sources: [*a]\n", 2, "holds itself"),
+        ("a: &a {b: *a}\n", 1, "holds itself"),
+        (f"a: {DEEP}\n", None, "nested too deeply"),
+        (f"a: &a [x, x]\n{WIDE}", None, "by its aliases"),
+    ],
+)
+def test_yaml_without_an_end_is_refused(tmp_path: Path, text: str, line: int | None, message: str) -> None:
+    """RecursionError inside a stage; gigabytes out of six lines."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_yaml(tmp_path / "a.yaml")
+    assert caught.value.file == tmp_path / "a.yaml" and caught.value.fix and (line is None or caught.value.line == line)
+    for given in (DEEP, "&a [*a]"):
+        with pytest.raises(ConfigError):
+            parse_value(given)
+
+
+def test_keys_are_text(tmp_path: Path) -> None:
+    """A stage named `1:`, which is looked for as "1"; and a key `true:` that no message can name."""
+    (tmp_path / "a.yaml").write_text("stages:\n  1: {x: 2}\n  true: 3\n  07: 4\n")
+    values, lines = load_yaml(tmp_path / "a.yaml")
+    assert values["stages"] == {"1": {"x": 2}, "true": 3, "07": 4} and lines["stages.1.x"] == 2
+
+
+def test_every_setting_with_words_says_which_to_write() -> None:
+    """`compile=true`: "should be 'auto', 'on' or 'off'", and no way out."""
+    said = {("compile", True): "compile=on", ("compile", "no"): "compile=off", ("checkpointing", False): "checkpointing=none",
+            ("compile", "autp"): "compile=auto", ("dtype", "bfloat"): "dtype=bfloat16"}  # fmt: skip
+    for (key, value), fix in said.items():
+        with pytest.raises(ConfigError) as caught:
+            build(Pretrain, {"data": "x", key: value})
+        assert f"did you mean {fix}?" == caught.value.fix
+
+
+def enumerated(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = subsection(field)
+        if inner is not None:
+            yield from enumerated(inner, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is Literal:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_word_that_is_none_has_a_fix_everywhere(stage: str) -> None:
+    """An enumerated setting whose error leaves the reader to guess."""
+    section = STAGES[stage].config()
+    required = [name for name, field in section.model_fields.items() if field.is_required()]
+    fitting = {"sources": ["x"], "rewards": {"exact": 1}}
+    for key in enumerated(section):
+        values: dict[str, object] = {name: fitting.get(name, "x") for name in required}
+        assign(values, key, "@@")
+        with pytest.raises(ConfigError) as caught:
+            build(section, values)
+        assert caught.value.field == key and f"set {key} to one of: " in str(caught.value.fix), key

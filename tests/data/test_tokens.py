@@ -220,3 +220,34 @@ def test_an_empty_training_split_is_an_error_and_an_empty_validation_split_is_no
         tokenize(artifact(tmp_path / "a", "Document", []), tokenizer, tmp_path / "out_a")
     tokenize(artifact(tmp_path / "b", "Document", DOCUMENTS, []), tokenizer, tmp_path / "out_b")
     assert len(Segments.open(tmp_path / "out_b" / "validation")) == 0
+
+
+@pytest.mark.parametrize(("name", "damage"), [("ids", "past the vocabulary"), ("segments", "flipped"), ("mask", "255")])
+def test_damaged_shards_of_the_right_size_are_named(name, damage, tokenizer, tmp_path):
+    """Guards against an IndexError inside the model, weights of 255, and texts that begin in the middle of others, where tokens
+    come from a folder and not from a run."""
+    tokenize(artifact(tmp_path / "c", "Conversation", CONVERSATIONS), tokenizer, tmp_path / "out")
+    file = tmp_path / "out" / "train" / f"shard_00000.{name}.npy"
+    held = np.load(file)
+    if name == "segments":
+        held = held[::-1]
+    else:
+        held[-3:] = np.iinfo(held.dtype).max
+    np.save(file, held)
+    with pytest.raises(ArtifactError, match="a shard is damaged") as caught:
+        segments = Segments.open(tmp_path / "out" / "train")
+        for i in range(len(segments)):
+            segments.ids(i), segments.mask(i)
+    assert caught.value.file == file and "--force" in str(caught.value.fix)
+
+
+def test_an_index_with_other_types_is_named(tokenizer, documents, tmp_path):
+    """Guards against a TypeError for a damaged tokens.json."""
+    tokenize(documents, tokenizer, tmp_path / "out")
+    file = tmp_path / "out" / "train" / "tokens.json"
+    whole = json.loads(file.read_text())
+    for change in ({"shards": 3}, {"shards": [1]}, {"vocabulary": "x"}, {"kind": None}, {"largest_id": []}):
+        file.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(ArtifactError) as caught:
+            Segments.open(file.parent, vocabulary=400)
+        assert caught.value.file == file

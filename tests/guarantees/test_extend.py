@@ -145,6 +145,14 @@ def test_what_differs_is_refused_by_name(runs: Path, capsys: Capture) -> None:
     assert not [p for p in runs.glob("cli/pretrain-*") if (p / "checkpoints").exists() and p != parent]
 
 
+def test_a_refused_extension_leaves_no_run(runs: Path, capsys: Capture) -> None:
+    """Guards against a failed run in the list, made by a command that could never have worked."""
+    line = [*tiny.arguments(runs, steps=STEPS, **CONSTANT), "--extend", "steps=3"]
+    said = tutelage(capsys, *line)
+    assert said.code == 2 and "extended only to more steps" in said.err and "fix:" in said.err
+    assert [p for p in runs.glob("cli/pretrain-*")] == [done_in(runs)]
+
+
 def test_nothing_to_go_on_from(runs: Path, capsys: Capture) -> None:
     """Guards against a new run from scratch, or from an older checkpoint, where there is no finished one."""
     line = ["--extend", f"steps={MORE}"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.guarantees import tiny
-from tutelage.errors import TrainingStopped
+from tutelage.errors import ArtifactError, TrainingStopped
 from tutelage.files import read_json, write_json
 from tutelage.train import hooks
 from tutelage.train.loop import train
@@ -139,3 +139,57 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
     write_json(half / "progress.json", {"step": 9})
     state = train(tiny.job(tmp_path, steps=2, checkpoint_every=1))
     assert state.progress.step == 2 and not half.exists()
+
+
+def damaged(file: Path) -> None:
+    """The same size, other content."""
+    file.write_bytes(file.read_bytes()[:-200] + bytes(200))
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "policy.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name):
+    """Guards against a run that goes on from zeros, or from weights of another step, and ends as if nothing had been: it goes on
+    from the checkpoint before, says so, and ends bit for bit as one that nothing disturbed."""
+    train(tiny.job(tmp_path / "straight", checkpoint_every=2))
+    begun = tmp_path / "begun"
+    train(tiny.job(begun, checkpoint_every=2, keep_checkpoints=9))
+    shutil.rmtree(begun / "checkpoints" / "step_000006")
+    damaged(begun / "checkpoints" / "step_000004" / name)
+    (begun / "checkpoints" / "step_x").mkdir()
+    state = train(tiny.job(begun, checkpoint_every=2, keep_checkpoints=1))
+    said = capsys.readouterr().err
+    assert state.progress.step == 6 and "step_000004 is passed over" in said and "resuming after step 2 of 6" in said
+    one, two = (tmp_path / x / "checkpoints" / "step_000006" / "policy.safetensors" for x in ("straight", "begun"))
+    assert one.read_bytes() == two.read_bytes()
+    assert [p.name for p in (begun / "checkpoints").glob("step_0*")] == ["step_000006"]
+
+
+def test_where_no_checkpoint_is_whole_the_run_stops(tmp_path):
+    """Guards against days of training that start over without a question."""
+    train(tiny.job(tmp_path, checkpoint_every=3))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        damaged(folder / "policy.safetensors")
+    with pytest.raises(ArtifactError, match="not as it was written") as caught:
+        train(tiny.job(tmp_path, steps=9, checkpoint_every=3))
+    assert "step_000006/policy.safetensors" in str(caught.value.file) and "copy it back" in str(caught.value.fix)
+
+
+def test_damaged_best_weights_are_not_gone_back_to(tmp_path):
+    """Guards against a model of zeros behind the best validation loss."""
+    losses = [3.0, 2.0, 2.5, 2.4, 1.0, 1.0, 1.0, 1.0]
+    train(early_stopping(tmp_path, losses))
+    damaged(tmp_path / "best" / "policy.safetensors")
+    with pytest.raises(ArtifactError, match="not as it was written"):
+        train(early_stopping(tmp_path, losses))
+
+
+def test_damaged_lines_of_metrics_are_left_out_and_said(tmp_path, capsys):
+    """Guards against a run that cannot be resumed for a byte of its curves."""
+    train(tiny.job(tmp_path, steps=4, checkpoint_every=2, hooks={"record": hooks.Record()}))
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000004")
+    file = tmp_path / "metrics.jsonl"
+    first, second, *rest = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, b"\xff\xfe[1]", b"[1]", b'{"step": null}', second, *rest, b'{"st']))
+    assert train(tiny.job(tmp_path, steps=4, checkpoint_every=2, hooks={"record": hooks.Record()})).progress.step == 4
+    assert "3 damaged lines are left out, the first is line 2" in capsys.readouterr().err
+    assert [row["step"] for row in tiny.metrics(tmp_path)] == [1, 2, 3, 4]

@@ -203,3 +203,77 @@ def test_loading_our_families_does_not_import_transformers(untied: Path) -> None
     """transformers takes seconds to import; `tutelage chat` promises its first token in five."""
     code = "import sys; from tutelage.models.load import load; load(sys.argv[1]); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(untied)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"hidden_size": "128"}, "hidden_size"),
+        ({"num_attention_heads": [4]}, "num_attention_heads"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"head_dim": True}, "head_dim"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_parameters.factor"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention"),
+        ({"rope_scaling": "x"}, "rope_scaling"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id"),
+        ({"bos_token_id": {}}, "bos_token_id"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"hidden_act": 3}, "hidden_act"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"architectures": 5}, "architectures"),
+        ({"architectures": [5]}, "architectures"),
+        ({"sliding_window": "4"}, "sliding_window"),
+    ],
+)
+def test_a_value_of_another_type_is_named(folder: Path, change: dict[str, object], field: str) -> None:
+    """TypeErrors, from places that name neither the file nor the key."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ArtifactError) as caught:
+        load(folder)
+    assert caught.value.field == field and caught.value.file == path and caught.value.expected and caught.value.fix
+
+
+def test_a_wrong_value_of_another_family_is_named(tmp_path: Path) -> None:
+    """The plan reads the shape of every family."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", "hidden_size": "64"}))
+    with pytest.raises(ArtifactError) as caught:
+        read_config(tmp_path)
+    assert caught.value.field == "hidden_size"
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ArtifactError, match="nested too deeply"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "field"),
+    [
+        ([1], "weight_map"),
+        ({"a": 1}, "weight_map"),
+        (None, "weight_map"),
+        ({"a": "../outside.safetensors"}, "weight_map.a"),
+        ({"a": "/etc/passwd"}, "weight_map.a"),
+        ({"a": "x/y.safetensors"}, "weight_map.a"),
+        ({"a": ".."}, "weight_map.a"),
+        ({"a": ""}, "weight_map.a"),
+        ({"a": "config.json"}, "weight_map.a"),
+    ],
+)
+def test_an_index_names_weights_of_its_own_folder(folder: Path, table: object, field: str) -> None:
+    """Files outside a model's folder, read because its index says so; and an index that is none."""
+    (folder.parent / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(ArtifactError) as caught:
+        load(folder)
+    assert caught.value.field == field and caught.value.file == folder / "model.safetensors.index.json"
+
+
+def test_stop_ids_are_numbers(folder: Path) -> None:
+    """`int("</s>")` in a traceback."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ArtifactError, match="not the number of a token"):
+        read_stop_ids(folder)

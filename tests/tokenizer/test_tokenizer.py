@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -305,3 +306,36 @@ def test_measure(make: Callable[..., TokenizerFolder]) -> None:
     assert 0 < report["unused_share"] < 1 and report["tokens_per_word"] == pytest.approx(len(ids) / 4, abs=1e-4)
     with pytest.raises(DataError, match="no text"):
         measure(make(), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("tokenizer_config.json", '{"chat_template": {"a": 1}}', "chat_template"),
+        ("tokenizer_config.json", '{"chat_template": [1]}', "chat_template"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": 3}]}', "chat_template"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "eos_token"),
+        ("tokenizer_config.json", '{"eos_token": {"a": 1}}', "eos_token"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder"),
+        ("tokenizer_config.json", "[1]", None),
+        ("tokenizer_config.json", "[" * 100_000, None),
+        ("tokenizer.json", "[" * 100_000, None),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id"),
+        ("tutelage.json", '{"end_of_turn": 7}', "end_of_turn"),
+        ("chat_template.jinja", b"\xff", None),
+        ("tokenizer.json", b"\xff", None),
+    ],
+)
+def test_a_damaged_file_of_the_folder_is_named(
+    make: Callable[..., TokenizerFolder], tmp_path: Path, name: str, content: str | bytes, field: str | None
+) -> None:
+    """Tracebacks of other libraries for a template that is an object, or for half a file."""
+    folder = Path(shutil.copytree(make().folder, tmp_path / "words"))
+    for other in ("chat_template.jinja", "tutelage.json"):
+        if name != other:
+            (folder / other).unlink(missing_ok=True)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ArtifactError) as caught:
+        TokenizerFolder.open(folder)
+    assert caught.value.file == folder / name and caught.value.field == field and caught.value.fix

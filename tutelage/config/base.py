@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -157,7 +157,24 @@ def build(section: type[S], values: Mapping[str, Any], *, places: Places | None 
             **where,
             found=first.get("input"),
             expected=expected,
+            fix=_choice(first, key),
         ) from None
+
+
+SWITCHED = {True: ("on", "true", "yes", "always"), False: ("off", "false", "none", "no", "never")}
+
+
+def _choice(error: Any, key: str) -> str | None:
+    """What to write instead of a value that is none of the words which a setting takes."""
+    if error["type"] not in ("literal_error", "enum"):
+        return None
+    said = str(error["ctx"]["expected"])
+    words = re.findall(r"'([^']*)'", said) or re.split(r", | or ", said)
+    found = error.get("input")
+    asked = {"true": True, "yes": True, "false": False, "no": False}.get(str(found).lower())
+    meant = next((w for w in words if asked is not None and w in SWITCHED[asked]), None)
+    near = meant or next(iter(difflib.get_close_matches(str(found).lower(), words, n=1, cutoff=0.6)), None)
+    return f"did you mean {key}={near}?" if near else f"set {key} to one of: {', '.join(words)}"
 
 
 E = TypeVar("E", bound=UserError)
@@ -197,6 +214,14 @@ def _describe(section: type[Section], path: list[str]) -> str | None:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain values: `on`, `no`, `12:30`, `007` and dates are text, `1e-3` is a number."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Keys are text, as `Places` has them: a stage named 1 is "1"."""
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
@@ -210,10 +235,44 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+MOST_NODES = 100_000  # of a recipe, each as often as aliases repeat it
+
+
+def _read_yaml(text: str, file: Path | None = None) -> tuple[yaml.Node | None, Any]:
+    """The nodes and the value of a YAML text. Raises `ConfigError` for one that is nested too deeply, holds itself, or grows by
+    its aliases, and `YAMLError` for what is no YAML."""
+    fix = "write the values out, without anchors (&name) and aliases (*name)"
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        for count, (inner, above) in enumerate(_nodes(node)):
+            place: dict[str, Any] = {"file": file, "line": inner.start_mark.line + 1 if file else None}
+            if inner in above:
+                raise ConfigError("this YAML value holds itself", **place, found=None if file else text, fix=fix)
+            if count > MOST_NODES:
+                raise ConfigError(f"this YAML has more than {MOST_NODES:,} values, by its aliases", **place, fix=fix)
+        return node, yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(
+            "this YAML is nested too deeply", file=file, found=None if file else text, fix="settings need a few levels at most"
+        ) from None
+
+
+def _nodes(root: yaml.Node | None) -> Iterator[tuple[yaml.Node, list[yaml.Node]]]:
+    """Every node with those that it is in, as often as an alias repeats it."""
+    waiting: list[tuple[yaml.Node, list[yaml.Node]]] = [] if root is None else [(root, [])]
+    while waiting:
+        node, above = waiting.pop()
+        yield node, above
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(inner, [*above, node]) for pair in node.value for inner in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(inner, [*above, node]) for inner in node.value]
+
+
 def parse_value(text: str) -> Any:
     """The value of `--key value` or `--set a.b=value`, read as YAML: 3, 1e-3, true, [a, b], {a: b}, word."""
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = _read_yaml(text)[1]
     except yaml.YAMLError:
         return text
     if isinstance(value, dict) and not text.lstrip().startswith("{"):
@@ -261,8 +320,7 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except UnicodeDecodeError:
         raise ConfigError("not UTF-8 text", file=path, fix="give the path of a YAML recipe") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
+        node, values = _read_yaml(text, path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(

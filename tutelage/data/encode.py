@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.errors import ArtifactError, DataError, UserError
-from tutelage.files import read_json, whole_file
+from tutelage.files import read_object, whole_file
 from tutelage.records import TYPES, Conversation, Preference, from_json
 
 if TYPE_CHECKING:
@@ -209,9 +209,14 @@ def encode_chunk(encoder: Encoder, chunk: Chunk) -> None:
 
 
 def read_part(path: str) -> Part:
-    """What `encode_chunk` wrote."""
-    with open(path, "rb") as f:
-        ids, mask, segments = (np.load(f, allow_pickle=False) for _ in range(3))
+    """What `encode_chunk` wrote. Raises `ArtifactError` for a damaged file."""
+    try:
+        with open(path, "rb") as f:
+            ids, mask, segments = (np.load(f, allow_pickle=False) for _ in range(3))
+    except (ValueError, EOFError) as error:
+        raise ArtifactError(
+            f"a part of an attempt before is damaged ({error})", file=path, fix="remove it, and run the same command again"
+        ) from None
     return Part(ids=ids, mask=mask, segments=segments)
 
 
@@ -357,7 +362,7 @@ def record_type(records: Path) -> str:
         raise ArtifactError(
             "not a records artifact", file=records, expected="a folder with schema.json", fix="run the data stage first"
         )
-    found = read_json(schema).get("type")
+    found = read_object(schema).get("type")
     if found not in TOKENIZED:
         raise ArtifactError(
             "records of this type have no tokens", file=schema, field="type", found=found, expected=" | ".join(TOKENIZED)

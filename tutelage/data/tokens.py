@@ -31,10 +31,11 @@ import numpy.typing as npt
 
 from tutelage.data.encode import SEGMENT, Chunk, Part, chunks_of, encode_chunks, id_type, read_part, record_type
 from tutelage.errors import ArtifactError, DataError
-from tutelage.files import file_digest, read_json, storage_errors, whole_file, write_json
+from tutelage.files import file_digest, read_json, read_object, storage_errors, whole_file, write_json
 
 VERSION = 1
 SPLITS = ("train", "validation")
+AGAIN = "rerun the stage that makes the tokens with --force"
 Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]  # (bytes of JSONL done, bytes in all)
 
@@ -199,8 +200,8 @@ class Segments:
                 expected="a split's folder with tokens.json",
                 fix="run the stage that makes the tokens (it goes on where it stopped)",
             )
-        index = read_json(index_path)
-        if index.get("version") != VERSION or "shards" not in index:
+        index = read_object(index_path, AGAIN)
+        if index.get("version") != VERSION or not _is_index(index):
             raise ArtifactError(
                 "not the tokens of one split",
                 file=index_path,
@@ -233,13 +234,24 @@ class Segments:
         return {k: self.index[k] for k in ("segments", "tokens", "supervised", "bytes", "unsupervised")}
 
     def ids(self, i: int, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """The token ids of segment `i` (or of its tokens start..stop-1), uint16 or uint32, a view of the file."""
-        return self._shards[self._shard_of[i]].ids[self._span(i, start, stop)]
+        """The token ids of segment `i` (or of its tokens start..stop-1), uint16 or uint32, a view of the file. Raises
+        `ArtifactError` for a damaged one outside the vocabulary: as they are read, since not all of a large file may ever be."""
+        found = self._shards[self._shard_of[i]].ids[self._span(i, start, stop)]
+        return self._below(self.vocabulary, found, i, "ids")
+
+    def _below(self, limit: int, found: npt.NDArray[Any], i: int, name: str) -> npt.NDArray[Any]:
+        if len(found) and int(found.max()) >= limit:
+            raise ArtifactError(
+                f"a shard is damaged: segment {i} has a value outside its range",
+                file=self.folder / f"shard_{int(self._shard_of[i]):05d}.{name}.npy", found=int(found.max()),
+                expected=f"{name} below {limit}", fix=AGAIN,
+            )  # fmt: skip
+        return found
 
     def mask(self, i: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """1 for each token that is supervised as a target; token 0 of a segment never is one."""
         mask, span = self._shards[self._shard_of[i]].mask, self._span(i, start, stop)
-        return np.ones(span.stop - span.start, np.uint8) if mask is None else mask[span]
+        return np.ones(span.stop - span.start, np.uint8) if mask is None else self._below(2, mask[span], i, "mask")
 
     def record_id(self, i: int) -> str:
         """The id of the record, 16 hex digits."""
@@ -274,15 +286,43 @@ def _open_shard(folder: Path, number: int, facts: dict[str, Any], index: dict[st
         try:
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"a shard is missing or damaged ({error})", file=path, fix="rerun the stage that makes the tokens with --force"
-            ) from error
+            raise ArtifactError(f"a shard is missing or damaged ({error})", file=path, fix=AGAIN) from error
         if arrays[name].shape != (expected,) or arrays[name].dtype != dtype:
             raise ArtifactError(
                 "a shard is not the one of the index",
                 file=path,
                 found=f"{arrays[name].dtype}, {arrays[name].shape}",
                 expected=f"{dtype}, ({expected},)",
-                fix="rerun the stage that makes the tokens with --force",
+                fix=AGAIN,
             )
-    return Shard(ids=arrays["ids"], mask=arrays.get("mask")), np.array(arrays["segments"])
+    table = np.array(arrays["segments"])
+    _check_segments(table, len(arrays["ids"]), folder / f"shard_{number:05d}.segments.npy")
+    return Shard(ids=arrays["ids"], mask=arrays.get("mask")), table
+
+
+def _check_segments(table: npt.NDArray[Any], tokens: int, file: Path) -> None:
+    """Raises `ArtifactError` for segments that are not one after the other in a shard of `tokens`."""
+    lengths = table["length"].astype(np.int64)
+    begins = np.cumsum(lengths) - lengths
+    wrong = (table["offset"] != begins.astype(np.uint64)) | (lengths < 1) | (table["supervised"] > table["length"])
+    first = int(np.argmax(wrong)) if wrong.any() else len(table)
+    if first < len(table) or int(lengths.sum()) != tokens:
+        raise ArtifactError(
+            "a shard is damaged: its segments do not follow one another", file=file,
+            found=f"segment {first}: {table[first]}" if first < len(table) else f"{int(lengths.sum())} tokens in all",
+            expected=f"segments that are {tokens} tokens together", fix=AGAIN,
+        )  # fmt: skip
+
+
+COUNTS = ("segments", "tokens", "supervised", "bytes", "unsupervised", "largest_id", "vocabulary")  # whole numbers of an index
+
+
+def _is_index(index: dict[str, Any]) -> bool:
+    shards = index.get("shards")
+    return (
+        all(isinstance(index.get(key), int) for key in COUNTS)
+        and all(isinstance(index.get(key), str) for key in ("kind", "digest", "tokenizer"))
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) and isinstance(shard.get("tokens"), int) for shard in shards)
+        and all(isinstance(shard.get("segments"), int) for shard in shards)
+    )

@@ -301,7 +301,7 @@ def config_rows(node: Node) -> dict[str, Any]:
 def _quiet_json(path: Path) -> Any:
     try:
         return read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ArtifactError):
         return None
 
 

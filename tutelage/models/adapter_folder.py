@@ -22,7 +22,7 @@ from tutelage import log
 from tutelage.bases import adapter_config, weights_digest
 from tutelage.config.adapter import Adapter
 from tutelage.errors import ArtifactError
-from tutelage.files import read_json, whole_folder, write_json
+from tutelage.files import read_object, whole_folder, write_json
 from tutelage.models import adapters
 from tutelage.models.adapted import Adapted, LowRankChange, Rescaling
 from tutelage.models.adapters import Worn, wear, worn_adapter
@@ -151,11 +151,11 @@ def check_base(folder: Path, base: Path) -> None:
     """Raises `ArtifactError` where the base's weights are not those that the adapter was trained on, if it says which."""
     if not (folder / OURS).is_file():
         return
-    wanted, found = read_json(folder / OURS)["base_weights"], weights_digest(base)
+    wanted, found = ours(folder).get("base_weights"), weights_digest(base)
     if wanted != found:
         raise ArtifactError(
             "the adapter was made for another base", file=folder, found=f"{base}, weights {found[:12]}",
-            expected=f"weights {wanted[:12]}", fix="take the base that it was trained on; after a change of it, train again",
+            expected=f"weights {str(wanted)[:12]}", fix="take the base that it was trained on; after a change of it, train again",
         )  # fmt: skip
 
 
@@ -180,7 +180,12 @@ def kind_of(folder: Path) -> str:
 
 def quantized_as(folder: Path) -> str:
     """How the base was held while the adapter was trained."""
-    return str(read_json(folder / OURS)["quantize"]) if (folder / OURS).is_file() else "none"
+    return str(ours(folder).get("quantize", "none"))
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    """What our own file beside an adapter's says of it; nothing in a folder of `peft`. Raises `ArtifactError`."""
+    return read_object(folder / OURS) if (folder / OURS).is_file() else {}
 
 
 def load_adapter(folder: Path, model: Any, *, quantize: str | None = None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from tutelage.errors import ArtifactError
 from tutelage.models import families
 from tutelage.models.families import Family
+from tutelage.plan.config_json import check_types
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -91,6 +92,7 @@ class DecoderConfig:
 
         Raises ArtifactError for a missing or wrong key, and for what `unsupported` names; `file` is named in it.
         """
+        check_types(raw, file)
         reason = unsupported(raw)
         if reason is not None:
             raise ArtifactError(f"our decoder does not run this model: {reason}", file=file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 
 from tutelage import log
 from tutelage.errors import ArtifactError
-from tutelage.files import read_json, whole_folder, write_json
+from tutelage.files import read_object, whole_folder, write_json
 from tutelage.models import families
 from tutelage.models.decoder import Decoder
 from tutelage.models.load import DTYPES, INDEX, WEIGHTS
 from tutelage.models.names import Stored, stored
 from tutelage.models.shard import collected, is_sharded, release
+from tutelage.plan.config_json import end_ids
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
@@ -62,7 +62,7 @@ def save(
             if stop_ids:
                 said = partial / "generation_config.json"  # what starts a target and the like stays as the model has it
                 ends = generation_config(model.config.to_hf(), stop_ids)
-                write_json(said, {**ends, **(read_json(said) if said.is_file() else {}), "eos_token_id": ends["eos_token_id"]})
+                write_json(said, {**ends, **(read_object(said) if said.is_file() else {}), "eos_token_id": ends["eos_token_id"]})
         for file in copied:
             shutil.copyfile(file, partial / file.name)
 
@@ -136,7 +136,7 @@ def read_stop_ids(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if eos is not None:
-                return tuple(eos) if isinstance(eos, list) else (int(eos),)
+            ids = end_ids(read_object(path), path)
+            if ids:
+                return ids
     return ()

@@ -6,7 +6,6 @@ Nothing is downloaded, no pickle is read, no code from the folder runs, and for 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from torch import Tensor, nn
 
 from tutelage.bases import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.errors import ArtifactError
+from tutelage.files import check_readable, read_object
 from tutelage.models import families
 from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Model
 from tutelage.models.names import Stored, stored
+from tutelage.plan.config_json import EXPORT_AGAIN, read_config_json
 
 __all__ = ["check_folder", "check_vocabulary", "load", "read_config"]
 
@@ -79,14 +80,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ArtifactError("not a model folder: config.json is missing", file=folder, found=held, fix=fix)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"not valid JSON ({error})", file=path, fix="export or download the model again") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = read_config_json(path)
+    if not isinstance(raw.get("model_type"), str):
         raise ArtifactError(
-            "not a model's configuration", file=path, field="model_type",
-            found=raw.get("model_type") if isinstance(raw, dict) else raw, expected="an object with a model_type", fix=fix,
+            "not a model's configuration", file=path, field="model_type", found=raw.get("model_type"),
+            expected="an object with a model_type", fix=fix,
         )  # fmt: skip
     return raw
 
@@ -151,6 +149,24 @@ def stored_shapes(folder: Path, names: list[str]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(handle.get_slice(key).get_shape()) for name, (_, handle, key) in found.items()}
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """File names by tensor, from an index of weights. Raises `ArtifactError` for one that names files outside its folder."""
+    table = read_object(index, EXPORT_AGAIN).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+        raise ArtifactError(
+            "not a valid index of weights", file=index, field="weight_map", found=table,
+            expected='an object with a file for each tensor: {"model.norm.weight": "model-00001-of-00002.safetensors"}',
+            fix=EXPORT_AGAIN,
+        )  # fmt: skip
+    for name, file in table.items():
+        if not file or file in (".", "..") or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ArtifactError(
+                "an index of weights names files of its own folder only", file=index, field=f"weight_map.{name}", found=file,
+                expected="the name of a safetensors file, without a folder", fix=EXPORT_AGAIN,
+            )  # fmt: skip
+    return table
+
+
 class _Files:
     """The safetensors files of a folder."""
 
@@ -160,18 +176,18 @@ class _Files:
     @classmethod
     def find(cls, folder: Path) -> _Files:
         if (folder / INDEX).is_file():
-            try:
-                table = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ArtifactError("not a valid index of weights", file=folder / INDEX, expected="a weight_map") from error
+            table = weight_map(folder / INDEX)
             missing = sorted({f for f in table.values() if not (folder / f).is_file()})
             if missing:
                 raise ArtifactError(
                     f"{len(missing)} of {len(set(table.values()))} weight files are missing", file=folder,
                     found=", ".join(missing[:4]), fix="copy the missing files into the folder",
                 )  # fmt: skip
+            for file in sorted(set(table.values())):
+                check_readable(folder / file)
             return cls(folder, {name: folder / file for name, file in table.items()})
         if (folder / WEIGHTS).is_file():
+            check_readable(folder / WEIGHTS)
             return cls(folder, None)
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError
+from tutelage.files import check_readable
 from tutelage.models import families
 from tutelage.models.decoder import Decoder
 from tutelage.models.names import stored
@@ -145,6 +146,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:6])
         raise ArtifactError(f"the adapter's weights are missing: {WEIGHTS}", file=folder, found=held)
+    check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tutelage.bases import SCORED, base_of, is_scored, weights_digest, whole_of
 from tutelage.errors import ArtifactError
-from tutelage.files import read_json
+from tutelage.files import read_object
 from tutelage.models.adapter_folder import (
     OURS,
     PREFIX,
@@ -75,7 +75,7 @@ def load_scored(
     base = base_of(folder)
     check_base(folder, base)
     kind = kind_of(folder)
-    own = read_json(folder / OURS) if (folder / OURS).is_file() else {}
+    own = read_object(folder / OURS) if (folder / OURS).is_file() else {}
     part = _on_base(base, raw, own, tensors, folder, device=device, dtype=dtype, sep_id=sep_id)
     root = _WIDER if kind in VIRTUAL else PREFIX
     for name, p in _heads(part).items():

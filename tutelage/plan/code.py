@@ -18,6 +18,8 @@ OUTSIDE_DIGEST = {
     for name in (
         "errors",
         "files",
+        "digests",
+        "aside",
         "log",
         "recipe",
         "rundir",

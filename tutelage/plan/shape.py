@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tutelage.errors import ConfigError
+from tutelage.plan.config_json import check_types
 from tutelage.plan.flops import train_flops_per_token
 from tutelage.plan.parameters import Shape, count_config
 
@@ -230,6 +231,7 @@ def find_shape(size: str, vocab_size: int, fixed: Mapping[str, Any], because: di
 
     Raises `ConfigError` when no shape is within 5%, which is so when the token table alone is too big for the size.
     """
+    check_types({**dial()["family"], **fixed}, None, "architecture.", ConfigError)
     if is_complete(fixed):
         counts = count_config(fixed)
         because["parameters"] = f"given; {counts.embedding + counts.head:,} in token table and head"

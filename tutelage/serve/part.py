@@ -13,16 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from tutelage import log
 from tutelage.errors import ConfigError, DataError, StorageError
-from tutelage.files import read_json, whole_file, write_json
+from tutelage.files import read_object, whole_file, write_json
 
 OPTION = "--output"
+OVER = "--force starts over; or choose another file with --output"
 
 
 def check_output(output: Path, replace: bool) -> None:
     """Raises `ConfigError` where `output` can't be written: a folder, or, unless it is to be replaced, a file that is there."""
     if output.is_dir():
         raise ConfigError("the output is a folder", field="output", found=str(output), expected="a file, such as answers.jsonl")
+    if output.exists() and not output.is_file():  # a finished output takes its place: of a device, too
+        raise ConfigError(
+            "the output is a device or a pipe", field="output", found=str(output), expected="a file, such as answers.jsonl",
+            fix="choose a file with --output; only a regular file is ever replaced",
+        )  # fmt: skip
     if output.exists() and not replace:
         raise ConfigError("this file is there already", file=output, fix="choose another with --output, or --force to replace it")
 
@@ -30,12 +37,12 @@ def check_output(output: Path, replace: bool) -> None:
 class PartFile:
     """The results so far. Used as a context, so that its lock is given back.
 
-    identity: what the results depend on. Raises `ConfigError` where results of another identity, or a finished file, are in the
-    way (`force` discards them), `StorageError` where another process is at work on the same file.
+    identity: what the results depend on. rows: at most so many there are. Raises `ConfigError` where results of another identity,
+    or a finished file, are in the way (`force` discards them), `StorageError` where another process is at work on the same file.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any], force: bool = False) -> None:
-        self.output = output
+    def __init__(self, output: Path, identity: Mapping[str, Any], force: bool = False, rows: int = 1 << 24) -> None:
+        self.output, self.most = output, rows
         self.path, self.state = (output.with_name(output.name + end) for end in (".part", ".state.json"))
         self.offsets = array("q")  # of each row's line; -1 where there is none yet
         self.rows = self.failed = self.prompt_tokens = self.answer_tokens = 0
@@ -60,7 +67,7 @@ class PartFile:
         if force:
             self.file.truncate(0)
         elif self.state.exists() or self.file.tell():
-            self._check(read_json(self.state) if self.state.exists() else {}, identity)
+            self._check(read_object(self.state, OVER) if self.state.exists() else {}, identity)
         write_json(self.state, identity)
         self._recover()
 
@@ -78,12 +85,12 @@ class PartFile:
         """Finds the whole lines, and cuts off what follows them."""
         self.file.seek(0)
         offset = 0
-        for line in self.file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
+        for number, line in enumerate(self.file, 1):
+            row = _row_of(line, self.most)
             if row is None:
+                lines = (line + self.file.read()).count(b"\n")
+                if lines:  # more than a last line that a kill cut short
+                    log.say(f"{self.path}:{number}: a damaged line; from here on {lines:,} rows are done again", style="yellow")
                 self.file.truncate(offset)
                 break
             self._count(row["row"], row["tokens"], offset)
@@ -126,6 +133,19 @@ class PartFile:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+def _row_of(line: bytes, rows: int) -> dict[str, Any] | None:
+    """A line of a part file of so many rows; None for one that is damaged or cut short."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("result"), dict):
+        return None
+    index, tokens = row.get("row"), row.get("tokens", ())
+    whole = tokens is None or (isinstance(tokens, list) and len(tokens) == 2 and all(isinstance(n, int) for n in tokens))
+    return row if whole and isinstance(index, int) and 0 <= index < rows else None
 
 
 def _dump(row: Mapping[str, Any]) -> bytes:

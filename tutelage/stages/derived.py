@@ -14,7 +14,7 @@ from tutelage.config.stages import Adapt, Vocabulary
 from tutelage.config.tasks import Classify, Translate
 from tutelage.config.train import Loop, Train, warmup_steps
 from tutelage.errors import ConfigError
-from tutelage.files import read_json
+from tutelage.plan.config_json import read_config_json
 from tutelage.plan.parameters import count_config
 from tutelage.plan.shape import Derived, derive
 from tutelage.stages.extension import Parent
@@ -116,7 +116,7 @@ def derive_all(
         because = {key: f"as in {parent.name}" for key in KEPT if given[key] is None}
         given.update({key: parent.numbers[key] for key in because})
     if start is not None or begun is not None:
-        raw = dict(begun) if begun is not None else read_json(whole_of(start) / "config.json")  # type: ignore[arg-type]
+        raw = dict(begun) if begun is not None else read_config_json(whole_of(start) / "config.json")  # type: ignore[arg-type]
         architecture = raw
         parameters = count_config(raw).total
         size = str(parameters)
@@ -133,6 +133,7 @@ def derive_all(
             field="steps",
             found=found.values["steps"],
             expected=f"more than {parent.steps}, the steps of {parent.name}",
+            fix=f"ask for all steps together: steps={parent.steps + max(1, parent.steps // 2)} trains on for half as many again",
         )
     warm = config.schedule.warmup
     values = {**found.values, "warmup_steps": warmup_steps(config.schedule, int(found.values["steps"]))}

@@ -16,10 +16,10 @@ from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, To
 from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.encode import CHUNK_BYTES
-from tutelage.errors import ArtifactError, ConfigError
-from tutelage.files import read_json
+from tutelage.errors import ConfigError
 from tutelage.plan import stages as parts
 from tutelage.plan.adapters import adapter_memory
+from tutelage.plan.config_json import read_config_json
 from tutelage.plan.machine import Machine, core_count, find_compiler, measure
 from tutelage.plan.memory import Memory, frozen
 from tutelage.plan.memory import estimate as training_memory
@@ -375,12 +375,7 @@ def shape_of(planned: Planned, name: str = "model") -> Mapping[str, Any]:
 
 
 def _config_json(model: Path) -> Mapping[str, Any]:
-    file = whole_of(model) / "config.json"
-    try:
-        found: dict[str, Any] = read_json(file)
-    except ValueError as error:
-        raise ArtifactError(f"not valid JSON ({error})", file=file, fix="export or download the model again") from None
-    return found
+    return read_config_json(whole_of(model) / "config.json")
 
 
 def corpus_tokens(records: Records, vocabulary: int) -> Span:

@@ -13,8 +13,7 @@ from tutelage import log
 from tutelage.config.base import build, flat, identity_of, load_yaml
 from tutelage.config.train import MAY_CHANGE, Train
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.files import read_json
-from tutelage.rundir import RunDir
+from tutelage.rundir import RunDir, read_run
 from tutelage.train.schedule import factor
 
 
@@ -46,7 +45,7 @@ def parent_of(config: Train, run: RunDir) -> Parent | None:
     if config.extends is None:
         return None
     path = run.input("extends").resolve()
-    facts = read_json(path / "run.json")
+    facts = read_run(path)
     if facts["stage"] != run.stage:
         raise ConfigError(
             "a run can extend only one of its own stage", field="extends", found=f"{facts['stage']}, {path}", expected=run.stage
@@ -88,7 +87,7 @@ def start_of(run: RunDir, parent: Parent) -> Path | None:
         return None
     folder = parent.path / "checkpoints"
     found = latest(folder)
-    if found is None or read_json(found / "progress.json")["step"] != parent.steps:
+    if found is None or found.name != f"step_{parent.steps:06d}":
         raise ArtifactError(
             "the run to extend has lost its last checkpoint",
             file=folder,

@@ -48,7 +48,7 @@ def run(config: Generate, runs: Path = Path("runs"), *, force: bool = False, dry
         if dry_run:
             log.say(f"{rows:,} rows: {kind.says}")
             return {"rows": rows}
-        with PartFile(output, identity, force) as part:
+        with PartFile(output, identity, force, rows) as part:
             before = f", {part.rows:,} of them there already" if part.rows else ""
             log.say(f"{rows:,} rows{before}: {kind.says}")
             return _answer(config, Job(archive, kind, part, rows, config.on_error), model)

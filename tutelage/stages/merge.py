@@ -10,11 +10,11 @@ import torch
 from tutelage import log
 from tutelage.bases import base_of, whole_of
 from tutelage.config.stages import Merge
-from tutelage.files import read_json
 from tutelage.models.adapter_folder import check_base, load_adapter
 from tutelage.models.export import TOKENIZER_FILES, read_stop_ids, save
 from tutelage.models.load import DTYPES, load
 from tutelage.models.merging import check_logits, merge, probe
+from tutelage.plan.config_json import read_config_json
 from tutelage.rundir import RunDir
 from tutelage.stages.fitting import choose_device
 
@@ -37,7 +37,7 @@ def run(config: Merge, run: RunDir) -> dict[str, Any]:
 
 def stored_dtype(base: Path) -> str:
     """How the base's weights are stored; float32 where its config.json does not say."""
-    raw = read_json(whole_of(base) / "config.json")
+    raw = read_config_json(whole_of(base) / "config.json")
     said = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     return said if said in DTYPES and hasattr(torch, said) else "float32"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import DataError
-from tutelage.files import read_json
-from tutelage.records import KINDS
+from tutelage.errors import ArtifactError, DataError
+from tutelage.files import read_object
+from tutelage.records import KINDS, TYPES
 
 READERS = {
     "Document": "tutelage pretrain", "Conversation": "tutelage sft", "Preference": "tutelage prefer, or tutelage reward",
@@ -18,7 +18,14 @@ READERS = {
 
 def type_of(records: Path) -> str:
     """The type of the records of an artifact."""
-    return str(read_json(records / "schema.json")["type"])
+    file = records / "schema.json"
+    found = read_object(file).get("type")
+    if not isinstance(found, str) or found not in TYPES:
+        raise ArtifactError(
+            "this does not say what the records are", file=file, field="type", found=found,
+            expected=f"one of: {', '.join(TYPES)}", fix="run the stage that made the records again",
+        )  # fmt: skip
+    return found
 
 
 def refuse_others(found: str, wanted: tuple[str, ...], *, maker: str | None = None, **where: Any) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.stages import Tokenizer
-from tutelage.files import read_json, write_json
+from tutelage.files import write_json
 from tutelage.records import TURNS, TYPES, read_records
 from tutelage.rundir import RunDir
+from tutelage.stages.reads import type_of
 from tutelage.tokenizer.measure import measure
 from tutelage.tokenizer.train import describe, train
 
@@ -18,7 +19,7 @@ from tutelage.tokenizer.train import describe, train
 def texts(records: Path, split: str) -> Iterator[str]:
     """The texts of one split of a records artifact; of what has turns, each message."""
     record: Any
-    for record in read_records(records / f"{split}.jsonl", TYPES[read_json(records / "schema.json")["type"]]):
+    for record in read_records(records / f"{split}.jsonl", TYPES[type_of(records)]):
         yield from (text for name in ("text", "pair") if (text := getattr(record, name, None)))
         for name in TURNS:
             turns = getattr(record, name, None)

@@ -20,8 +20,8 @@ from tutelage.data.family_source import Families
 from tutelage.data.left_out import NothingLeft
 from tutelage.data.render import Rendered, coloured_sample
 from tutelage.data.tokens import Segments
-from tutelage.errors import ConfigError
-from tutelage.files import read_json, whole_file, write_json
+from tutelage.errors import ArtifactError, ConfigError
+from tutelage.files import read_object, whole_file, write_json
 from tutelage.models.adapters import wear_scorer, with_heads, worn_adapter
 from tutelage.models.virtual import room
 from tutelage.objectives import TABLE
@@ -192,8 +192,14 @@ class _Kept:
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / "about.json"
         self.values = np.full((count, 0), np.nan, np.float32)
-        if about.is_file() and read_json(about)["data"] == digest and (folder / "logprobs.npy").is_file():
-            self.values = np.load(folder / "logprobs.npy", allow_pickle=False)
+        if about.is_file() and read_object(about).get("data") == digest and (folder / "logprobs.npy").is_file():
+            try:
+                self.values = np.load(folder / "logprobs.npy", allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise ArtifactError(
+                    f"log-probabilities of an attempt before are damaged ({error})", file=folder / "logprobs.npy",
+                    fix="remove the file, and run the same command again",
+                ) from None  # fmt: skip
         else:
             write_json(about, {"data": digest})
             (folder / "logprobs.npy").unlink(missing_ok=True)

@@ -18,7 +18,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from tutelage.errors import ArtifactError
-from tutelage.files import read_json
+from tutelage.files import read_object, unreadable
+from tutelage.plan.config_json import end_ids
 
 if TYPE_CHECKING:
     from tutelage.tokenizer.fast import CorpusEncoder
@@ -51,8 +52,8 @@ class TokenizerFolder:
         self._text = _read_tokenizer(self.folder)
         config = _optional(self.folder / "tokenizer_config.json")
         named = {**_optional(self.folder / "special_tokens_map.json"), **config}
-        self.special_tokens = {key: _content(named[key]) for key in _NAMED if named.get(key)}
-        self.tokenizer = _complete(Tokenizer.from_str(self._text), config)
+        self.special_tokens = {key: _content(named[key], key, self.folder) for key in _NAMED if named.get(key)}
+        self.tokenizer = _complete(Tokenizer.from_str(self._text), config, self.folder)
         facts = _optional(self.folder / "tutelage.json")
         self.template: str | None = _template(self.folder, config)
         self.history: str | None = facts.get("history")
@@ -109,7 +110,7 @@ class TokenizerFolder:
     @functools.cached_property
     def plain(self) -> Tokenizer:
         """The same tokenizer, to which control tokens are ordinary characters."""
-        plain = _complete(Tokenizer.from_str(self._text), {})
+        plain = _complete(Tokenizer.from_str(self._text), {}, self.folder)
         # `encode_special_tokens` turns off what is marked special; a folder may use an unmarked token as its end token
         plain.add_special_tokens(
             [AddedToken(str(t.content), special=True, normalized=t.normalized) for t in self.control_tokens.values()]
@@ -180,12 +181,18 @@ class TokenizerFolder:
 
     def _end_of_turn(self, facts: dict[str, Any]) -> tuple[int, ...]:
         """Ours say it; others say it in generation_config.json; otherwise it is EOS."""
-        if facts.get("end_of_turn"):
-            ids = [self.tokenizer.token_to_id(token) for token in facts["end_of_turn"]]
-        else:
-            said = _optional(self.folder / "generation_config.json").get("eos_token_id", self.eos_id)
-            ids = list(said) if isinstance(said, list) else [said]
-        return tuple(i for i in ids if i is not None)
+        ends = facts.get("end_of_turn")
+        if ends:
+            if not isinstance(ends, list) or not all(isinstance(token, str) for token in ends):
+                raise ArtifactError(
+                    "not a list of tokens", file=self.folder / "tutelage.json", field="end_of_turn", found=ends,
+                    expected='a list of texts: ["<|im_end|>"]', fix=COPY_FOLDER,
+                )  # fmt: skip
+            ids = [self.tokenizer.token_to_id(token) for token in ends]
+            return tuple(i for i in ids if i is not None)
+        file = self.folder / "generation_config.json"
+        said = _optional(file)
+        return end_ids(said, file) if "eos_token_id" in said else () if self.eos_id is None else (self.eos_id,)
 
 
 def _read_tokenizer(folder: Path) -> str:
@@ -197,7 +204,7 @@ def _read_tokenizer(folder: Path) -> str:
             expected="a Hugging Face tokenizer folder with tokenizer.json",
             fix="give the folder that `tutelage tokenizer` wrote, or save an older tokenizer as a fast one with `transformers`",
         )
-    text = file.read_text(encoding="utf-8")
+    text = _read_text(file)
     try:
         Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
@@ -211,25 +218,45 @@ def _read_tokenizer(folder: Path) -> str:
 
 
 def _optional(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+    return read_object(file, COPY_FOLDER) if file.is_file() else {}
+
+
+COPY_FOLDER = "copy the folder again"
+
+
+def _read_text(file: Path) -> str:
+    """The text of a file of the folder. Raises `ArtifactError`."""
     try:
-        value = read_json(file)
-    except ValueError as error:
-        raise ArtifactError(f"not valid JSON ({error})", file=file, fix="copy the folder again") from error
-    return value if isinstance(value, dict) else {}
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise unreadable(file, error) from None
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"not UTF-8 text at byte {error.start}", file=file, fix=COPY_FOLDER) from None
 
 
-def _content(token: Any) -> str:
+def _content(token: Any, key: str, folder: Path) -> str:
     """A named token is a string, or the JSON of an AddedToken."""
-    return token["content"] if isinstance(token, dict) else str(token)
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ArtifactError(
+            "a token's text is a text", file=folder / "tokenizer_config.json", field=key, found=token,
+            expected='"<|endoftext|>", or {"content": "<|endoftext|>"}', fix=COPY_FOLDER,
+        )  # fmt: skip
+    return content
 
 
-def _complete(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
+def _complete(tokenizer: Tokenizer, config: dict[str, Any], folder: Path) -> Tokenizer:
     """Adds what only tokenizer_config.json lists, and turns off truncation and padding, which some folders store."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict) or not all(
+        str(i).isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str) for i, token in listed.items()
+    ):
+        raise ArtifactError(
+            "not a list of added tokens", file=folder / "tokenizer_config.json", field="added_tokens_decoder", found=listed,
+            expected='{"7": {"content": "<|im_end|>", …}, …}', fix=COPY_FOLDER,
+        )  # fmt: skip
     for _, token in sorted(listed.items(), key=lambda item: int(item[0])):
         if tokenizer.token_to_id(token["content"]) is None:
             flags = {k: token[k] for k in ("lstrip", "rstrip", "single_word", "normalized", "special") if k in token}
@@ -240,8 +267,14 @@ def _complete(tokenizer: Tokenizer, config: dict[str, Any]) -> Tokenizer:
 def _template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several by name: the one for chats
-        source = {row["name"]: row["template"] for row in source}.get("default")
-    return source
+        return _read_text(file)
+    given = config.get("chat_template")
+    source = given
+    if isinstance(given, list) and all(isinstance(row, dict) for row in given):  # several by name: the one for chats
+        source = {str(row.get("name")): row.get("template") for row in given}.get("default")
+    if source is None or isinstance(source, str):
+        return source
+    raise ArtifactError(
+        "not a chat template", file=folder / "tokenizer_config.json", field="chat_template", found=given,
+        expected="the text of a Jinja template, or a list of {name, template}", fix=COPY_FOLDER,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,9 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """`files.whole_folder` for a folder that every rank writes into: it becomes `path` when the block has ended well on all."""
+def whole_folder(path: Path, finish: Callable[[Path], None] = lambda folder: None) -> Iterator[Path]:
+    """`files.whole_folder` for a folder that every rank writes into: it becomes `path` when the block has ended well on all.
+    `finish` is called with it before, by rank 0, when the parts of all ranks are there."""
     with files.whole_folder(path) if log.rank() == 0 else contextlib.nullcontext() as made:
         owner = int(sum_values({"process": os.getpid() if made else 0})["process"])
         error: BaseException | None = None
@@ -98,6 +99,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException as raised:
             error = raised
         failed = any_rank(failed=error is not None)["failed"]
+        if not failed:
+            try:
+                if made is not None:
+                    finish(made)
+            except BaseException as raised:
+                error = raised
+            failed = any_rank(failed=error is not None)["failed"]
         if error is not None:
             raise error
         if failed:

@@ -15,7 +15,7 @@ from tutelage.files import write_json
 from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded, release
 from tutelage.train import distributed
-from tutelage.train.checkpoint import load_weights, save_parts, trained
+from tutelage.train.checkpoint import load_parts, save_parts
 from tutelage.train.loop import State
 from tutelage.train.step import measure
 
@@ -197,8 +197,7 @@ class EarlyStop(Quiet):
     def finish(self, state: State) -> None:
         distributed.barrier()
         if self.at >= 0:
-            for name, part in trained(state.job.recipe.parts).items():
-                load_weights(self.folder / f"{name}.safetensors", part)
+            load_parts(self.folder, state.job.recipe.parts)
             log.say(f"weights of the best validation, step {self.at}")
 
     def state_dict(self) -> dict[str, Any]:

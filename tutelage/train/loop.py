@@ -97,7 +97,7 @@ def train(job: Job) -> State:
     `KeyboardInterrupt`."""
     state = State(job, Progress(identity=job.identity))
     checkpoints = job.folder / "checkpoints"
-    found = checkpoint.latest(checkpoints)
+    found = checkpoint.latest_whole(checkpoints)
     if found is not None:
         resume(state, found)
     elif log.rank() == 0:
@@ -196,12 +196,15 @@ def resume(state: State, found: Path) -> None:
             fix="start a new run with --force",
         )
     restore(state, progress, job.metrics.path)
+    if log.rank() == 0:
+        checkpoint.drop_after(found.parent, progress.step)
     log.say(f"resuming after step {progress.step} of {job.steps}")
 
 
 def extend(state: State, found: Path) -> None:
     """Goes on from a checkpoint of another run, whose curves, samples and best weights become the beginning of this one's."""
     job, other = state.job, found.parent.parent
+    checkpoint.check(found)
     progress = checkpoint.load(found, job.recipe.parts, job.optimizers)
     for name in OF_HOOKS:
         if (other / name).exists() and log.rank() == 0:
