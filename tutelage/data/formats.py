@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tutelage.data.mapping import mapped
 from tutelage.data.tool_formats import parsed, read_calls, read_schemas
 from tutelage.errors import ConfigError, DataError
 from tutelage.records import Conversation, Message
@@ -231,20 +232,11 @@ def _known() -> str:
 def _mapped(row: Row, fields: Mapping[str, str] | None) -> Row:
     if not fields:
         return row
-    for ours, theirs in fields.items():
-        if theirs not in row:
-            near = difflib.get_close_matches(theirs, row, 1)
-            raise DataError(
-                f"no key {theirs!r} in this row",
-                field=f"fields.{ours}",
-                found=f"keys {', '.join(map(str, row))}",
-                expected=theirs,
-                fix=f"did you mean {near[0]}?" if near else "correct the `fields` mapping",
-            )
+    named = mapped(row, fields)
     used = _KEYS | set(fields.values())  # the mapping alone says what the row is
     return {
         **{key: value for key, value in row.items() if key not in used},
-        **{ours: row[theirs] for ours, theirs in fields.items()},
+        **named,
     }
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from tutelage.data import formats
 from tutelage.data.formats import Row, text_content, to_messages
+from tutelage.data.mapping import mapped
 from tutelage.errors import DataError
 from tutelage.records import Message, Preference, Prompt, Rating
 
@@ -42,10 +43,7 @@ def read(kind: str, row: Row, *, file: str | Path | None, line: int | None, sour
     try:
         if not isinstance(row, Mapping):
             raise DataError("a row must be a JSON object", found=row, expected="{...}")
-        for ours, theirs in (fields or {}).items():
-            if theirs not in row:
-                raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
-        renamed = {ours: row[theirs] for ours, theirs in (fields or {}).items()}
+        renamed = mapped(row, fields)
         row = {k: v for k, v in row.items() if k not in set((fields or {}).values())} | renamed
         return READERS[kind](row, source)
     except DataError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.data.formats import END_MARK, Row
+from tutelage.data.mapping import mapped
 from tutelage.errors import DataError
 from tutelage.records import Example, Span
 
@@ -45,11 +46,9 @@ def texts_of(row: Row, fields: Mapping[str, str]) -> tuple[str, str | None]:
 
 def _renamed(row: Row, fields: Mapping[str, str]) -> Row:
     """The row with the names that we know, `fields` being those that it has."""
-    for ours, theirs in fields.items():
-        if theirs not in row:
-            raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
+    named = mapped(row, fields)
     used = set(fields.values())
-    return {k: v for k, v in row.items() if k not in used} | {ours: row[theirs] for ours, theirs in fields.items()}
+    return {k: v for k, v in row.items() if k not in used} | named
 
 
 def _example(row: Row, source: str) -> Example:
