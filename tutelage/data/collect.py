@@ -96,6 +96,8 @@ def collect(
             work.take(str(source), True)
         if work.own_split and validation_share > 0:
             log.say(f"{work.own_split:,} records come with a split of their own, which stands; validation_share is for others")
+        for what, count in report.notes.most_common():
+            log.say(f"{count:,} {what}")
         report.check()
         work.select(explicit=bool(held_out_sources))
         facts = work.write(out)
@@ -307,6 +309,7 @@ class _Collection:
         facts = tally.card(
             rejected=dict(self.report.reasons.most_common()),
             offered=self.report.seen,
+            changed_by_readers=dict(self.report.notes.most_common()),
             boilerplate_lines_removed=self.boilerplate_lines,
             unknown_suffixes=dict(self.report.unknown_suffixes.most_common()),
             settings={"kind": self.options.kind, "normalise": self.limits.normalise, "dedup": self.dedup,

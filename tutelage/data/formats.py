@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tutelage.data import answers
 from tutelage.data.mapping import mapped
 from tutelage.data.tool_formats import parsed, read_calls, read_schemas
 from tutelage.errors import ConfigError, DataError
@@ -104,6 +105,8 @@ def to_conversation(
                 found=f"keys {', '.join(row)}",
                 expected=", ".join(sorted(keys)),
             )
+        answer_key = ANSWER_KEYS.get(name)
+        row, accepted = answers.answered(row, answer_key) if answer_key and not _dialogue(row, answer_key) else (row, [])
         parsed = parse(row)
         check_order(parsed.messages)
     except DataError as error:
@@ -116,9 +119,14 @@ def to_conversation(
         source=where,
         tools=parsed.tools,
         style=parsed.style,
-        meta=meta,
+        meta=answers.with_accepted(meta, accepted),
         licence=licence if isinstance(licence, str) else None,
     )
+
+
+def _dialogue(row: Row, key: str) -> bool:
+    """Whether the answer of a completion row is a list of messages."""
+    return key == "completion" and isinstance(row[key], list)
 
 
 def to_messages(rows: Any, field: str = "messages") -> list[Message]:
@@ -141,7 +149,7 @@ def text_content(value: Any, field: str) -> str:
         field=field,
         found=value,
         expected="a string, or a list of text parts",
-        fix="remove images and other parts",
+        fix="write it as text" if isinstance(value, int | float | Mapping) else "remove images and other parts",
     )
 
 
@@ -220,6 +228,7 @@ FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Parsed]]] = {
     "alpaca": (frozenset({"instruction", "output"}), _alpaca),
     "qa": (frozenset({"question", "answer"}), _qa),
 }
+ANSWER_KEYS = {"completion": "completion", "alpaca": "output", "qa": "answer"}  # where a row holds one answer, by format
 
 
 # -- parts of rows --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@
 | | prompt, completions [steps], labels [one a step] | completion |
 | prompt | messages; or prompt; or question; with answer where there is one | chat; completion; chat |
 
+An answer that is a list of texts or numbers: any of them is right (the first is `answer`, the others `meta.accepted`).
+
 `margin`, or score_chosen and score_rejected, say by how much the chosen answer is better. Numbers and labels may be text, as all
 of CSV is; an empty text says nothing. A row that cannot be trusted is a `DataError` with file, line and field; nothing is
 guessed.
@@ -25,7 +27,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tutelage.data import formats
+from tutelage.data import answers, formats
 from tutelage.data.formats import Row, text_content, to_messages
 from tutelage.data.mapping import mapped
 from tutelage.errors import DataError
@@ -244,7 +246,7 @@ def _prompt(row: Row, source: str) -> Prompt:
     else:
         raise DataError("a prompt row asks nothing", found=", ".join(row), expected="messages, prompt or question")
     key = next((k for k in ANSWERS if row.get(k) is not None), None)
-    answer = None if key is None else row[key] if isinstance(row[key], str) else json.dumps(row[key])
+    answer, accepted = (None, []) if key is None else answers.read(row[key], key)
     if turns[-1].role == "assistant":
         answer = turns[-1].content if answer is None else answer
         turns = turns[:-1]
@@ -253,7 +255,7 @@ def _prompt(row: Row, source: str) -> Prompt:
     rest = {k: v for k, v in row.items() if k not in used and k != key and v is not None}
     return Prompt.make(
         turns, source=source, answer=answer, style=style, tools=formats.read_tools(row), licence=_licence(row),
-        meta={**rest, **_meta(row)},
+        meta=answers.with_accepted({**rest, **_meta(row)}, accepted),
     )  # fmt: skip
 
 
