@@ -35,23 +35,22 @@ def sentences(text: str, path: Path, report: Rejections) -> Iterator[tuple[int, 
 
 
 def _sentences(text: str, path: Path, report: Rejections) -> Iterator[Sentence]:
-    width = None
+    rows = [_split(without_end(line)) for line in [*lines(text), ""]]
+    width = next((len(row) for row in rows if row and row[0] != "-DOCSTART-" and not row[0].startswith("#")), 2)
     current = Sentence()
-    for number, line in enumerate([*lines(text), ""], 1):
-        columns = _split(without_end(line))
+    for number, columns in enumerate(rows, 1):
         if not columns or columns[0] == "-DOCSTART-":
             if current.lines or current.broken:
                 yield current
             current = Sentence()
-        elif columns[0].startswith("#") and (len(columns) != (width or len(columns)) or not TAG.fullmatch(columns[-1])):
+        elif columns[0].startswith("#") and (len(columns) != width or not TAG.fullmatch(columns[-1])):
             continue  # a comment, not a token that is "#"
         elif len(columns) == 1:
             report.seen += 1
             current.broken = True
-            wrong = DataError("a token without a tag", file=path, line=number, found=line, expected="TOKEN … TAG")
-            report.broken(wrong, source=f"{path}#{number}", excerpt=line)
+            wrong = DataError("a token without a tag", file=path, line=number, found=columns[0], expected="TOKEN … TAG")
+            report.broken(wrong, source=f"{path}#{number}", excerpt=columns[0])
         else:
-            width = width or len(columns)
             current.lines.append((number, columns))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tutelage.data import conll, strict_json, tables
 from tutelage.data.columns import Columns, features_of
+from tutelage.data.mapping import value_at
 from tutelage.data.readers_base import BOMS, ReadOptions, Rejections, Row, decode, pieces
 from tutelage.errors import DataError, MissingExtra
 from tutelage.records import Document
@@ -179,10 +180,10 @@ def _item(
     if options.kind != "documents":
         yield Row(fields, source, str(path), number)
         return
-    text = fields.get(options.text_field)
+    text = _text_of(fields, options.text_field)
     if not isinstance(text, str):
         names = ", ".join(str(k) for k, v in fields.items() if isinstance(v, str)) or "none that holds text"
-        message = "no such text field" if options.text_field not in fields else "this field is not text"
+        message = "no such text field" if text is None and options.text_field not in fields else "this field is not text"
         error = DataError(
             message, file=path, line=number, field=options.text_field, found=text,
             expected=f"one of the row's text fields: {names}",
@@ -200,6 +201,14 @@ def _item(
         return
     for part, (_, piece) in enumerate(pieces(text, options, cut=False), 1):
         yield Document.make(piece, source=f"{source}.{part}", licence=licence)
+
+
+def _text_of(fields: dict[str, Any], name: str) -> Any:
+    """What the row holds under a key or a path; None where there is no such."""
+    try:
+        return value_at(fields, name, "text_field")
+    except DataError:
+        return None
 
 
 def _whole(text: str, path: Path, options: ReadOptions, **meta: Any) -> Iterator[Item]:
