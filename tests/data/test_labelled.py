@@ -57,7 +57,9 @@ def test_labels_of_tables_and_json_meet(tmp_path: Path) -> None:
     """The same label was another class in CSV than in JSONL: 1, 1.0, "1.0" and true, "True" were four."""
     csv, jsonl = tmp_path / "a.csv", tmp_path / "b.jsonl"
     csv.write_text("text,label\na,1\nb,1.0\nc,True\nd,false\n")
-    jsonl.write_text("".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in zip("efgh", (1, 1.0, True, False), strict=True)))
+    jsonl.write_text(
+        "".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in zip("efgh", (1, 1.0, True, False), strict=True))
+    )
     (tmp_path / "out").mkdir()
     collect([str(csv), str(jsonl)], tmp_path / "out", kind="examples", validation_share=0)
     found = [e.label for e in read_records(tmp_path / "out" / "train.jsonl", Example)]

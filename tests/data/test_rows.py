@@ -192,18 +192,17 @@ def test_parquet_of_arrows_json_type(tmp_path: Path) -> None:
     assert (refused(tmp_path / "a.parquet").line, refused(tmp_path / "a.parquet").field) == (2, "answer")
 
 
-CALLS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"Use {name}.", "tool_calls": None},
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": {name: {"x": 1}}}}]},
-        ],
-        "tools": [
-            {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {name: {"type": "object"}}}}}
-        ],
-    }
-    for name in ("weather", "clock")
-]  # fmt: skip
+def call(name: str) -> dict[str, Any]:
+    """A row in which one tool is offered and called."""
+    arguments = {name: {"x": 1}}
+    asked = {"role": "user", "content": f"Use {name}.", "tool_calls": None}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+    parameters = {"type": "object", "properties": {name: {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}}]
+    return {"messages": [asked, called], "tools": tools}
+
+
+CALLS = [call("weather"), call("clock")]
 
 
 def test_nulls_that_columns_add_to_tools_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +254,11 @@ def test_fields_take_paths_into_nested_rows() -> None:
     names = {"question": "a.b", "answer": "instances.0.output"}
     found = judged.read("prompts", row, fields=names, **place)
     assert (found.messages[0].content, found.answer) == ("whole", "Four.")
-    for path, said in (("instances.1.output", "no item '1'"), ("instances.0.outptu", "instances.0.output"), ("a.c", "no key 'a'")):
+    for path, said in (
+        ("instances.1.output", "no item '1'"),
+        ("instances.0.outptu", "instances.0.output"),
+        ("a.c", "no key 'a'"),
+    ):
         with pytest.raises(DataError, match=said) as caught:
             judged.read("prompts", row, fields={"question": path}, **place)
         assert caught.value.field == "fields.question"
@@ -271,6 +274,6 @@ def _documents(row: dict[str, Any]) -> list[Any]:
 def test_numbers_are_answers_of_dialogues() -> None:
     """`{"question": "2+2?", "answer": 4}` was told to remove images."""
     assert formats.to_conversation({"question": "2+2?", "answer": 4}).messages[1].content == "4"
-    assert formats.to_conversation({"prompt": "2+2=", "completion": 4.5}).messages[1].content == "4.5"
+    assert formats.to_conversation({"instruction": "2+2.5?", "output": 4.5}).messages[1].content == "4.5"
     with pytest.raises(DataError, match="write it as text"):
         formats.to_conversation({"question": 4, "answer": "4"})

@@ -22,7 +22,7 @@ def read(value: Any, field: str) -> tuple[str, list[str]]:
         return _one(value), []
     if not value or not all(isinstance(v, str | int | float) and str(v).strip() for v in value):
         raise DataError(
-            "a list of right answers holds texts or numbers", field=field, found=list(value), expected="such as [\"4\", \"four\"]",
+            "a list of right answers holds texts or numbers", field=field, found=list(value), expected='such as ["4", "four"]',
             fix="list the answers of which any is right; write one that is itself a list as text",
         )  # fmt: skip
     first, *others = dict.fromkeys(_one(v) for v in value)

@@ -141,7 +141,7 @@ class _Collection:
             self.spool.append(row, held_out=out)
         if not found:
             raise DataError("this source gave nothing to learn from", file=source,
-                            found=_counted(self.report), fix="check that it holds text in a format that is read")  # fmt: skip
+                            found=_counted(self.report), fix=_way_out(self.report))  # fmt: skip
 
     def _record(self, item: Row | Document | Conversation | Example) -> Judged | None:
         """The record of an item, or None after it was counted as broken."""
@@ -384,6 +384,12 @@ def _family_of(row: dict[str, Any]) -> str:
     if family:
         return str(family)
     return str(row["id"]) if "text" in row else content_id(_prompt_of(row))
+
+
+def _way_out(report: Rejections) -> str:
+    if report.errors:
+        return "mend its rows: run with on_error=stop to see what is wrong with the first"
+    return "check that it holds text in a format that is read"
 
 
 def _counted(report: Rejections) -> str:

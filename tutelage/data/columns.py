@@ -229,9 +229,7 @@ def _arguments(value: Any, typed: Any, keep: Keep, called: bool = False) -> Any:
         return value
     out = {}
     for key, inner in value.items():
-        if called and key in ("arguments", "parameters"):
-            out[key] = _structs(inner, fields.get(key), keep)
-        elif key in ("tools", "functions") and not called:
+        if (called and key in ("arguments", "parameters")) or (key in ("tools", "functions") and not called):
             out[key] = _structs(inner, fields.get(key), keep)
         else:
             calls = called or key in ("tool_calls", "function_call")

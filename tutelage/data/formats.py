@@ -106,7 +106,7 @@ def to_conversation(
                 expected=", ".join(sorted(keys)),
             )
         answer_key = ANSWER_KEYS.get(name)
-        row, accepted = answers.answered(row, answer_key) if answer_key and not _dialogue(row, answer_key) else (row, [])
+        row, accepted = answers.answered(row, answer_key) if answer_key else (row, [])
         parsed = parse(row)
         check_order(parsed.messages)
     except DataError as error:
@@ -122,11 +122,6 @@ def to_conversation(
         meta=answers.with_accepted(meta, accepted),
         licence=licence if isinstance(licence, str) else None,
     )
-
-
-def _dialogue(row: Row, key: str) -> bool:
-    """Whether the answer of a completion row is a list of messages."""
-    return key == "completion" and isinstance(row[key], list)
 
 
 def to_messages(rows: Any, field: str = "messages") -> list[Message]:
@@ -228,7 +223,7 @@ FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Parsed]]] = {
     "alpaca": (frozenset({"instruction", "output"}), _alpaca),
     "qa": (frozenset({"question", "answer"}), _qa),
 }
-ANSWER_KEYS = {"completion": "completion", "alpaca": "output", "qa": "answer"}  # where a row holds one answer, by format
+ANSWER_KEYS = {"alpaca": "output", "qa": "answer"}  # of chat rows with one answer: a number, or a list of right ones, will do
 
 
 # -- parts of rows --------------------------------------------------------------------------------------------------------

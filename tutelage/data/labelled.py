@@ -9,8 +9,8 @@
 | prompt, completion: two strings | the prompt, with the completion as its class |
 
 Labels are texts. Numbers and truth values are named as JSON writes them, whatever the format: 1, 1.0 and "1.0" are `1`; true,
-"True" and "TRUE" are `true`. A second text is `pair` (or sentence1 and sentence2; premise and hypothesis). Every other name is mapped:
-`fields={text: comment, label: toxic}`. A row that cannot be trusted is a `DataError` with file, line and field.
+"True" and "TRUE" are `true`. A second text is `pair` (or sentence1 and sentence2; premise and hypothesis). Every other name is
+mapped: `fields={text: comment, label: toxic}`. A row that cannot be trusted is a `DataError` with file, line and field.
 """
 
 from __future__ import annotations

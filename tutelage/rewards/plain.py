@@ -6,6 +6,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 from tutelage.config import rewards as config
@@ -78,7 +79,7 @@ class Numeric:
             return Judgement(0.0, "no number")
         return Judgement(float(any(self._near(found, number) for number in wanted)), f"read {float(found):g}")
 
-    def _near(self, found: Any, wanted: Any) -> bool:
+    def _near(self, found: Fraction, wanted: Fraction) -> bool:
         near = max(self.settings.tolerance, self.settings.relative * abs(float(wanted)))
         return abs(float(found - wanted)) <= near
 
