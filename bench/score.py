@@ -35,7 +35,8 @@ def ours(args: argparse.Namespace) -> None:
     warm = [3] * 40
     engine.score([([*warm, 5], 40), ([*warm, 6, 7], 40)])
     started = time.perf_counter()
-    rows = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
+    with args.questions.open(encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
     contexts = tokenizer.encode_batch([r["q"] for r in rows for _ in r["options"]])
     wholes = tokenizer.encode_batch([f"{r['q']} {o}" for r in rows for o in r["options"]])
     requests = []

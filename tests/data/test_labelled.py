@@ -22,13 +22,17 @@ def read(row: dict[str, Any], **fields: str) -> Example:
     ("row", "fields", "expected"),
     [
         ({"text": "a b", "label": "x"}, {}, {"label": "x"}),
-        ({"comment": "a b", "toxic": "False"}, {"text": "comment", "label": "toxic"}, {"label": "False"}),
+        ({"comment": "a b", "toxic": "False"}, {"text": "comment", "label": "toxic"}, {"label": "false"}),
         ({"text": "a b", "label": True}, {}, {"label": "true"}),
         ({"text": "a b", "label": "true"}, {}, {"label": "true"}),
         ({"text": "a b", "label": False}, {}, {"label": "false"}),
         ({"text": "a b", "label": 2}, {}, {"label": "2"}),
         ({"text": "a b", "label": 0}, {}, {"label": "0"}),
-        ({"text": "a b", "label": 0.0}, {}, {"label": "0.0"}),
+        ({"text": "a b", "label": 0.0}, {}, {"label": "0"}),
+        ({"text": "a b", "label": "-1.0"}, {}, {"label": "-1"}),
+        ({"text": "a b", "label": "TRUE"}, {}, {"label": "true"}),
+        ({"text": "a b", "label": "2.10"}, {}, {"label": "2.10"}),
+        ({"text": "a b", "label": "007"}, {}, {"label": "007"}),
         ({"text": "a b", "label": 1.5}, {}, {"label": "1.5"}),
         ({"text": "a b", "labels": ["y", "x", "x"]}, {}, {"labels": ("x", "y")}),
         ({"text": "a b", "labels": "[]"}, {}, {"labels": ()}),
@@ -47,6 +51,19 @@ def test_every_form_becomes_an_example(row: dict[str, Any], fields: dict[str, st
     found = read(row, **fields)
     assert {key: getattr(found, key) for key in expected} == expected
     assert "text" in expected or found.text in ("a b", "abcdef")
+
+
+def test_labels_of_tables_and_json_meet(tmp_path: Path) -> None:
+    """The same label was another class in CSV than in JSONL: 1, 1.0, "1.0" and true, "True" were four."""
+    csv, jsonl = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    csv.write_text("text,label\na,1\nb,1.0\nc,True\nd,false\n")
+    jsonl.write_text(
+        "".join(json.dumps({"text": t, "label": v}) + "\n" for t, v in zip("efgh", (1, 1.0, True, False), strict=True))
+    )
+    (tmp_path / "out").mkdir()
+    collect([str(csv), str(jsonl)], tmp_path / "out", kind="examples", validation_share=0)
+    found = [e.label for e in read_records(tmp_path / "out" / "train.jsonl", Example)]
+    assert found == ["1", "1", "true", "false"] * 2
 
 
 @pytest.mark.parametrize(

@@ -373,3 +373,20 @@ def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_lines_of_text_are_rows_whatever_ends_them(tmp_path: Path) -> None:
+    """A file of an old Mac was one row; U+2028 is a character."""
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "a.txt").write_bytes(end.join(["One\u2028two", "", "Three"]).encode())
+        found = [(e.line, e.fields["prompt"]) for e in Archive(tmp_path / "a.txt").entries()]
+        assert found == [(1, "One\u2028two"), (3, "Three")]
+
+
+def test_what_a_reader_leaves_out_is_said_once(tmp_path: Path, capsys: Capture) -> None:
+    """The input is read several times; a column that goes without a word is worse."""
+    (tmp_path / "a.csv").write_text(",prompt\n0,One\n1,Two\n")
+    archive = Archive(tmp_path / "a.csv")
+    assert [[e.fields for e in archive.entries()] for _ in range(2)] == [[{"prompt": "One"}, {"prompt": "Two"}]] * 2
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("2 cells under no column name left out") == 1

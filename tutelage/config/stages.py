@@ -33,7 +33,9 @@ class Data(Section):
     )
     text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
     fields: dict[str, str] = setting(
-        {}, "names of your rows' fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}"
+        {},
+        "names of your rows' fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}; a path"
+        " leads into nested rows, as in {answer: instances.0.output}",
     )
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "qa"] = setting(
         "auto", "conversations: the rows' format; auto looks at each row"

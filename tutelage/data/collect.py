@@ -96,6 +96,8 @@ def collect(
             work.take(str(source), True)
         if work.own_split and validation_share > 0:
             log.say(f"{work.own_split:,} records come with a split of their own, which stands; validation_share is for others")
+        for what, count in report.notes.most_common():
+            log.say(f"{count:,} {what}")
         report.check()
         work.select(explicit=bool(held_out_sources))
         facts = work.write(out)
@@ -140,7 +142,7 @@ class _Collection:
             self.spool.append(row, held_out=out)
         if not found:
             raise DataError("this source gave nothing to learn from", file=source,
-                            found=_counted(self.report), fix="check that it holds text in a format that is read")  # fmt: skip
+                            found=_counted(self.report), fix=_way_out(self.report))  # fmt: skip
 
     def _record(self, item: Row | Document | Conversation | Example) -> Judged | None:
         """The record of an item, or None after it was counted as broken."""
@@ -311,6 +313,7 @@ class _Collection:
         facts = tally.card(
             rejected=dict(self.report.reasons.most_common()),
             offered=self.report.seen,
+            changed_by_readers=dict(self.report.notes.most_common()),
             boilerplate_lines_removed=self.boilerplate_lines,
             kept_in_meta=dict(self.kept_keys.most_common()),
             unknown_suffixes=dict(self.report.unknown_suffixes.most_common()),
@@ -391,6 +394,12 @@ def _family_of(row: dict[str, Any]) -> str:
     if family:
         return str(family)
     return str(row["id"]) if "text" in row else content_id(_prompt_of(row))
+
+
+def _way_out(report: Rejections) -> str:
+    if report.errors:
+        return "mend its rows: run with on_error=stop to see what is wrong with the first"
+    return "check that it holds text in a format that is read"
 
 
 def _counted(report: Rejections) -> str:

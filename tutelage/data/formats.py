@@ -23,6 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tutelage.data import answers
+from tutelage.data.mapping import mapped
 from tutelage.data.message_keys import (
     KEYS,
     LOSS,
@@ -119,6 +121,8 @@ def to_conversation(
                 found=f"keys {', '.join(row)}",
                 expected=", ".join(sorted(keys)),
             )
+        answer_key = ANSWER_KEYS.get(name)
+        row, accepted = answers.answered(row, answer_key) if answer_key else (row, [])
         parsed = parse(row)
         check_order(parsed.messages, places_of(row, name, len(parsed.messages)))
         read = {*keys, *OPTIONAL.get(name, ())}
@@ -128,7 +132,8 @@ def to_conversation(
         raise error.but(file=file, line=line) from error
     where = source or (f"{file}#{line}" if file is not None else "memory")
     return Conversation.make(
-        parsed.messages, source=where, tools=parsed.tools, style=parsed.style, meta=meta, licence=licence_of(row)
+        parsed.messages, source=where, tools=parsed.tools, style=parsed.style, licence=licence_of(row),
+        meta=answers.with_accepted(meta, accepted),
     )
 
 
@@ -271,6 +276,7 @@ FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Parsed]]] = {
 }
 OPTIONAL = {"alpaca": ("input", "history")}
 """Keys that a format reads where a row has them."""
+ANSWER_KEYS = {"alpaca": "output", "qa": "answer"}  # of chat rows with one answer: a number, or a list of right ones, will do
 
 
 # -- parts of rows --------------------------------------------------------------------------------------------------------
@@ -285,23 +291,10 @@ def _mapped(row: Row, fields: Mapping[str, str] | None) -> tuple[Row, Row]:
     is."""
     if not fields:
         return row, {}
-    for ours, theirs in fields.items():
-        if theirs not in row:
-            near = difflib.get_close_matches(theirs, row, 1)
-            raise DataError(
-                f"no key {theirs!r} in this row",
-                field=f"fields.{ours}",
-                found=f"keys {', '.join(map(str, row))}",
-                expected=theirs,
-                fix=f"did you mean {near[0]}?" if near else "correct the `fields` mapping",
-            )
-    given = set(fields.values())
+    named, given = mapped(row, fields), set(fields.values())
     meant = _KEYS if _KEYS & fields.keys() else frozenset()
     beside = {key: row[key] for key in meant if key in row and key not in given}
-    return {
-        **{key: value for key, value in row.items() if key not in meant | given},
-        **{ours: row[theirs] for ours, theirs in fields.items()},
-    }, beside
+    return {**{key: value for key, value in row.items() if key not in meant | given}, **named}, beside
 
 
 _KEYS = frozenset().union(*(keys for keys, _ in FORMATS.values()))

@@ -11,6 +11,8 @@
 | | prompt, completions [steps], labels [one a step] | completion |
 | prompt | messages; or prompt; or question; with answer where there is one | chat; completion; chat |
 
+An answer that is a list of texts or numbers: any of them is right (the first is `answer`, the others `meta.accepted`).
+
 `margin`, or score_chosen and score_rejected, say by how much the chosen answer is better. Numbers and labels may be text, as all
 of CSV is; an empty text says nothing. A row that cannot be trusted is a `DataError` with file, line and field; nothing is
 guessed.
@@ -26,8 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.data import formats
+from tutelage.data import answers, formats
 from tutelage.data.formats import Row, to_messages
+from tutelage.data.mapping import mapped
 from tutelage.data.message_keys import text_content
 from tutelage.data.row_keys import behind_system, licence_of, meta_of, system_of, with_beside, with_system, without_system
 from tutelage.errors import DataError
@@ -45,10 +48,7 @@ def read(kind: str, row: Row, *, file: str | Path | None, line: int | None, sour
     try:
         if not isinstance(row, Mapping):
             raise DataError("a row must be a JSON object", found=row, expected="{...}")
-        for ours, theirs in (fields or {}).items():
-            if theirs not in row:
-                raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
-        renamed = {ours: row[theirs] for ours, theirs in (fields or {}).items()}
+        renamed = mapped(row, fields)
         beside = {k: row[k] for k in renamed if k in row and k not in (fields or {}).values()}
         row = {k: v for k, v in row.items() if k not in set((fields or {}).values())} | renamed
         made = READERS[kind](row, source)
@@ -273,7 +273,7 @@ def _steps(row: Row, source: str) -> Rating:
 
 def _prompt(row: Row, source: str) -> Prompt:
     key = next((k for k in ANSWERS if row.get(k) is not None), None)
-    answer = None if key is None else row[key] if isinstance(row[key], str) else json.dumps(row[key])
+    answer, accepted = (None, []) if key is None else answers.read(row[key], key)
     asked, turns = _asked(row)
     style = "completion" if isinstance(turns, str) else "chat"
     if isinstance(turns, str):
@@ -289,8 +289,9 @@ def _prompt(row: Row, source: str) -> Prompt:
     # What verifiers, tests and environments need stands in the row, so that no key is refused for what it resembles.
     meta = meta_of(row, {asked, key or asked}, [*said, *(turns if isinstance(turns, list) else [])], reserved=None)
     return Prompt.make(
-        said, source=source, answer=answer, style=style, tools=formats.read_tools(row), licence=licence_of(row), meta=meta
-    )
+        said, source=source, answer=answer, style=style, tools=formats.read_tools(row), licence=licence_of(row),
+        meta=answers.with_accepted(meta, accepted),
+    )  # fmt: skip
 
 
 def _asked(row: Row) -> tuple[str, list[Message] | str]:

@@ -8,25 +8,29 @@
 | tokens: a list, tags (or ner_tags): a list of O, B-x, I-x | tagged parts of the tokens joined by spaces |
 | prompt, completion: two strings | the prompt, with the completion as its class |
 
-A second text is `pair` (or sentence1 and sentence2; premise and hypothesis). Every other name is mapped:
-`fields={text: comment, label: toxic}`. A row that cannot be trusted is a `DataError` with file, line and field.
+Labels are texts. Numbers and truth values are named as JSON writes them, whatever the format: 1, 1.0 and "1.0" are `1`; true,
+"True" and "TRUE" are `true`. A second text is `pair` (or sentence1 and sentence2; premise and hypothesis). Every other name is
+mapped: `fields={text: comment, label: toxic}`. A row that cannot be trusted is a `DataError` with file, line and field.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tutelage.data.formats import END_MARK, Row
+from tutelage.data.mapping import mapped
 from tutelage.errors import DataError
 from tutelage.records import Example, Span
 
 TEXTS = ("text", "sentence", "comment", "full_text")
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"))
 TAGS = ("tags", "ner_tags")
+WHOLE = re.compile(r"^(-?(?:0|[1-9]\d*))\.0$")  # a whole number as tables write it where a column has gaps
 CHARACTERS = "span"  # what is said of characters that are listed without a name
 
 
@@ -40,16 +44,17 @@ def read(row: Row, *, file: str | Path | None, line: int | None, source: str, fi
 
 def texts_of(row: Row, fields: Mapping[str, str]) -> tuple[str, str | None]:
     """The text of a row that may have no label, and the text beside it. Raises `DataError`."""
-    return _texts(_renamed(row, fields))
+    row = _renamed(row, fields)
+    if isinstance(row.get("tokens"), list) and not any(key in row for key in TEXTS):
+        return _text(" ".join(_text(token, f"tokens[{i}]") for i, token in enumerate(row["tokens"])), "tokens"), None
+    return _texts(row)
 
 
 def _renamed(row: Row, fields: Mapping[str, str]) -> Row:
     """The row with the names that we know, `fields` being those that it has."""
-    for ours, theirs in fields.items():
-        if theirs not in row:
-            raise DataError("no such key in this row", field=f"fields.{ours}", found=", ".join(row), expected=theirs)
+    named = mapped(row, fields)
     used = set(fields.values())
-    return {k: v for k, v in row.items() if k not in used} | {ours: row[theirs] for ours, theirs in fields.items()}
+    return {k: v for k, v in row.items() if k not in used} | named
 
 
 def _example(row: Row, source: str) -> Example:
@@ -97,12 +102,17 @@ def _text(value: Any, field: str) -> str:
 
 
 def _label(value: Any, field: str) -> str:
-    """The name of a class: a text, or a number or truth value as JSON writes it."""
+    """The name of a class: a text, or a number or truth value as JSON writes it, so that tables and JSON of one data set meet.
+    A whole number has no fraction (1.0 and "1.0" are 1); "True" and "FALSE" of a table are true and false."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return json.dumps(value)
     text = value.strip().removesuffix(END_MARK).strip() if isinstance(value, str) else ""
+    if text.lower() in ("true", "false"):
+        return text.lower()
     if text:
-        return text
+        return WHOLE.sub(r"\1", text)
     raise DataError("this is no label", field=field, found=value, expected="a text, a number, or true or false",
                     fix="fill it in, or remove the row")  # fmt: skip
 

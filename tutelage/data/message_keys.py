@@ -60,7 +60,7 @@ def text_content(value: Any, field: str) -> str:
         field=field,
         found=value,
         expected="a string, or a list of text parts",
-        fix="remove images and other parts",
+        fix="write it as text" if isinstance(value, int | float | Mapping) else "remove images and other parts",
     )
 
 

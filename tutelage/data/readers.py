@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from tutelage.data.columns import Columns
 from tutelage.data.readers_base import ReadOptions, Rejections, Row, not_text
 from tutelage.data.readers_files import (
     Item,
@@ -197,9 +198,15 @@ def _hub(rest: str, options: ReadOptions, report: Rejections) -> Iterator[Item]:
         raise MissingExtra("datasets", "hf", f"reading hf:{rest}") from error
     source = f"hf:{name}" + (f":{config}" if config else "") + f":{split}"
     try:
-        for number, fields in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
+        found = datasets.load_dataset(name, config, split=split, streaming=True)
+        features = getattr(found, "features", None)
+        schema, named = (None, {}) if features is None else (features.arrow_schema, features.to_dict())
+        columns = Columns(schema, named, kind=options.kind, file=source, report=report, stored=False)
+        for number, raw in enumerate(found, 1):
             report.seen += 1
-            yield from _item(fields, f"{source}#{number}", source, number, options, report)
+            fields = columns.read(raw, number)
+            if fields is not None:
+                yield from _item(fields, f"{source}#{number}", source, number, options, report)
     except DataError:
         raise
     except Exception as error:  # the library raises its own, requests', httpx' and plain errors for one cause

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from tutelage.data.text_lines import lines
 from tutelage.errors import ConfigError, DataError
 
 SKIP = "or leave such rows out with on_error=skip"
@@ -76,6 +77,7 @@ class Rejections:
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # by reason, the place of the first that was left out for it
     unknown_suffixes: Counter[str] = field(default_factory=Counter)  # of files in folders that no reader knows
+    notes: Counter[str] = field(default_factory=Counter)  # what readers changed or left out inside of rows
     seen: int = 0  # rows and documents offered by the readers
     errors: int = 0  # of them not readable
     _file: TextIO | None = None
@@ -92,6 +94,11 @@ class Rejections:
         if self._file is not None:
             row = {"reason": reason, "source": source, "file": file, "line": line, "excerpt": excerpt[:EXCERPT_CHARS]}
             self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Counts what a reader changed or left out inside of a row that it gave."""
+        if count:
+            self.notes[what] += count
 
     def broken(self, error: DataError, *, source: str, excerpt: str = "") -> None:
         """Raises `error` under `on_error="stop"`; otherwise records it, and raises once too many rows are broken."""
@@ -158,6 +165,8 @@ def pieces(text: str, options: ReadOptions, *, cut: bool = True) -> Iterator[tup
     `cut=False` leaves out `options.split` (rows of a table are documents already) and keeps `chunk_chars`.
     """
     line = 1
+    if cut and options.split in ("lines", "blank_lines"):
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     for part in _parts(text, options.split if cut else "none"):
         inner = line
         for chunk in chunks(part, options.chunk_chars):
@@ -173,7 +182,7 @@ def _parts(text: str, split: str) -> Iterator[str]:
     if split == "none":
         yield text
     elif split == "lines":
-        yield from text.splitlines(keepends=True) if "\r" not in text else text.replace("\r\n", "\n").splitlines(keepends=True)
+        yield from lines(text)
     elif split == "form_feed":
         start = 0
         while (end := text.find("\f", start)) >= 0:
@@ -182,7 +191,7 @@ def _parts(text: str, split: str) -> Iterator[str]:
         yield text[start:]
     else:
         held: list[str] = []
-        for row in text.splitlines(keepends=True):
+        for row in lines(text):
             if not row.strip() and held:
                 yield "".join(held)
                 held = []

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tutelage.data import conll, strict_json, tables
+from tutelage.data.columns import Columns, features_of
+from tutelage.data.mapping import value_at
 from tutelage.data.readers_base import BOMS, ReadOptions, Rejections, Row, decode, pieces
 from tutelage.errors import DataError, MissingExtra
 from tutelage.records import Document
@@ -102,7 +102,7 @@ def read_jsonl(path: Path, options: ReadOptions, report: Rejections) -> Iterator
 
 def _json_object(text: str, path: Path, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = strict_json.loads(text)
     except ValueError as error:
         at = getattr(error, "colno", None)
         place = f" at column {at}" if at else ""
@@ -121,11 +121,13 @@ def read_json(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
         yield from _empty(path, report)
         return
     try:
-        value = json.loads(text)
+        value = strict_json.loads(text)
     except json.JSONDecodeError as error:
         fix = "if it has one object a line, name it .jsonl" if error.msg == "Extra data" else "mend the file"
         found, message = text[max(error.pos - 40, 0) : error.pos + 40], f"not valid JSON: {error.msg} at column {error.colno}"
         raise DataError(message, file=path, line=error.lineno, found=found, fix=fix) from error
+    except ValueError as error:
+        raise DataError(f"not valid JSON: {error}", file=path, fix="mend the file") from error
     rows = value if isinstance(value, list) else [value]
     for number, fields in enumerate(rows, 1):
         report.seen += 1
@@ -138,24 +140,10 @@ def read_json(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
 
 
 def read_csv(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
-    """Comma-separated (.csv) or tab-separated (.tsv) rows under a header line."""
+    """Comma-separated (.csv) or tab-separated (.tsv, without quoting) rows under a header line."""
     text = decode(path.read_bytes(), str(path), options.encoding)
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="")
-    try:
-        for fields in reader:
-            report.seen += 1
-            source = f"{path}#{reader.line_num}"
-            if "" in fields:
-                expected, found = f"{len(reader.fieldnames or ())} fields, as in the header", fields[""]
-                message = "a row with more fields than the header"
-                wrong = DataError(message, file=path, line=reader.line_num, found=found, expected=expected)
-                report.broken(wrong, source=source, excerpt=str(fields))
-                continue
-            yield from _item(fields, source, path, reader.line_num, options, report)
-    except csv.Error as error:
-        raise DataError(f"not a readable table ({error})", file=path, line=reader.line_num, fix="save it again as CSV") from error
+    for line, fields in tables.rows(text, path, report):
+        yield from _item(fields, f"{path}#{line}", path, line, options, report)
 
 
 def read_parquet(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
@@ -166,37 +154,23 @@ def read_parquet(path: Path, options: ReadOptions, report: Rejections) -> Iterat
     except ImportError as error:
         raise MissingExtra("pyarrow", "hf", "reading Parquet") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            columns = Columns(schema, features_of(schema.metadata), kind=options.kind, file=path, report=report, stored=True)
+            first = 1
             for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    report.seen += 1
+                for number, fields in columns.rows(batch, first):
                     yield from _item(fields, f"{path}#{number}", path, number, options, report)
+                first += batch.num_rows
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"not a readable Parquet file ({error})", file=path, fix="write or fetch the file again") from error
 
 
 def read_conll(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
-    """Sentences of a token a line, with its tag in the last column; a blank line ends a sentence."""
-    tokens: list[str] = []
-    tags: list[str] = []
-    first = 1
-    lines = decode(path.read_bytes(), str(path), options.encoding).splitlines()
-    for number, line in enumerate([*lines, ""], 1):
-        parts = line.split()
-        if len(parts) > 1 and parts[0] != "-DOCSTART-":
-            first = number if not tokens else first
-            tokens.append(parts[0])
-            tags.append(parts[-1])
-        elif len(parts) == 1:
-            report.seen += 1
-            wrong = DataError("a token without a tag", file=path, line=number, found=line, expected="TOKEN … TAG")
-            report.broken(wrong, source=f"{path}#{number}", excerpt=line)
-        elif tokens:
-            report.seen += 1
-            yield from _item({"tokens": tokens, "tags": tags}, f"{path}#{first}", path, first, options, report)
-            tokens, tags = [], []
+    """Sentences of a token a line, with its tag; a blank line ends a sentence."""
+    text = decode(path.read_bytes(), str(path), options.encoding)
+    for first, tokens, tags in conll.sentences(text, path, report):
+        yield from _item({"tokens": tokens, "tags": tags}, f"{path}#{first}", path, first, options, report)
 
 
 def _item(
@@ -206,10 +180,10 @@ def _item(
     if options.kind != "documents":
         yield Row(fields, source, str(path), number)
         return
-    text = fields.get(options.text_field)
+    text = _text_of(fields, options.text_field)
     if not isinstance(text, str):
         names = ", ".join(str(k) for k, v in fields.items() if isinstance(v, str)) or "none that holds text"
-        message = "no such text field" if options.text_field not in fields else "this field is not text"
+        message = "no such text field" if text is None and options.text_field not in fields else "this field is not text"
         error = DataError(
             message, file=path, line=number, field=options.text_field, found=text,
             expected=f"one of the row's text fields: {names}",
@@ -227,6 +201,14 @@ def _item(
         return
     for part, (_, piece) in enumerate(pieces(text, options, cut=False), 1):
         yield Document.make(piece, source=f"{source}.{part}", licence=licence)
+
+
+def _text_of(fields: dict[str, Any], name: str) -> Any:
+    """What the row holds under a key or a path; None where there is no such."""
+    try:
+        return value_at(fields, name, "text_field")
+    except DataError:
+        return None
 
 
 def _whole(text: str, path: Path, options: ReadOptions, **meta: Any) -> Iterator[Item]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from tutelage.data.answers import others_of
 from tutelage.errors import DataError
 from tutelage.evaluate.intervals import Estimate, accuracy, mean
 from tutelage.records import Conversation
@@ -116,7 +117,7 @@ def grade(conversation: Conversation, given: str | None) -> Prediction:
     """The verdict on one answer; None for a question too long to be asked. `meta["accepted"]` may list other right answers."""
     answer = given or ""
     expected = conversation.messages[-1].content
-    accepted = [expected, *conversation.meta.get("accepted", [])]
+    accepted = [expected, *others_of(conversation.meta)]
     last = next((m.content for m in reversed(conversation.messages[:-1]) if m.role == "user"), conversation.messages[0].content)
     return Prediction(
         id=conversation.id,

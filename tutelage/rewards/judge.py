@@ -13,7 +13,7 @@ from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
 from tutelage.rewards.endpoint import Endpoint
-from tutelage.rewards.texts import place
+from tutelage.rewards.texts import accepted, place
 
 if TYPE_CHECKING:
     from tutelage.engine.tools import Generate
@@ -52,9 +52,13 @@ class Judge:
                 return Judgement(float(scores[-1]) / self.settings.highest, said.strip()[-300:])
         return Judgement(0.0, f"the judge gave no score: {said.strip()[-200:]}", past_limit=True)
 
+    @staticmethod
+    def _answers(rollout: Rollout) -> str:
+        return " or ".join(accepted(rollout)) if rollout.answer else "none"
+
     def _question(self, rollout: Rollout) -> str:
         """Filled in one pass: what a text holds is never filled in again."""
-        known = {"answer": rollout.answer or "none", "text": rollout.text, "highest": str(self.settings.highest)}
+        known = {"answer": self._answers(rollout), "text": rollout.text, "highest": str(self.settings.highest)}
         if "{prompt}" in self.settings.question:
             prompt = self._asked(rollout) if self._asked else rollout.meta.get("prompt")
             if prompt is None:

@@ -34,6 +34,12 @@ def maths(question: dict[str, str]) -> dict[str, Any]:
     return {"value": float(right), "note": f"read {str(found[-1])[:80]}" if found else "no answer found"}
 
 
+def any_of(question: dict[str, Any]) -> dict[str, Any]:
+    """Whether a text's final answer is one of several, of which those that can't be read do not count while others can."""
+    said = [maths({"answer": answer, "text": question["text"]}) for answer in question["answers"]]
+    return max((one for one in said if "value" in one), key=lambda one: one["value"], default=said[0])
+
+
 def _parse(text: str) -> list[Any]:
     found: list[Any] = parse(text, parsing_timeout=None)
     return found

@@ -11,7 +11,7 @@ from tutelage.errors import MissingExtra
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement, verify
 from tutelage.rewards.plain import Numeric
-from tutelage.rewards.texts import expected
+from tutelage.rewards.texts import accepted
 
 
 class Maths:
@@ -25,7 +25,7 @@ class Maths:
             raise MissingExtra(
                 "math-verify", "rl", "the reward `maths` (`by: numbers`, which compares numbers only, does without)"
             )
-        self._workers = verify.workers("mathematics:maths", settings.seconds)
+        self._workers = verify.workers("mathematics:any_of", settings.seconds)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         if self.settings.by == "numbers":
@@ -35,7 +35,7 @@ class Maths:
         )
 
     def _question(self, rollout: Rollout, text: str) -> dict[str, Any]:
-        return {"answer": expected(rollout), "text": text[-self.settings.last_chars :]}
+        return {"answers": accepted(rollout), "text": text[-self.settings.last_chars :]}
 
     def close(self) -> None:
         self._workers.close()

@@ -6,6 +6,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 from tutelage.config import rewards as config
@@ -13,7 +14,7 @@ from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
 from tutelage.rewards.numbers import last_number
-from tutelage.rewards.texts import expected, inside, place
+from tutelage.rewards.texts import accepted, inside, place
 
 LAST_CHARS = 20_000  # of a text, in which its number is looked for
 BLOCK = 4096  # characters that are normalised at a time
@@ -30,8 +31,8 @@ class Exact:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
         out = []
         for rollout in rollouts:
-            wanted, text = expected(rollout), inside(rollout.text, self.settings.tag)
-            out.append(Judgement(float(text is not None and self.same(text, wanted))))
+            wanted, text = accepted(rollout), inside(rollout.text, self.settings.tag)
+            out.append(Judgement(float(text is not None and any(self.same(text, answer) for answer in wanted))))
         return out
 
     def same(self, text: str, answer: str) -> bool:
@@ -69,15 +70,18 @@ class Numeric:
         return [self._one(rollout) for rollout in rollouts]
 
     def _one(self, rollout: Rollout) -> Judgement:
-        wanted = last_number(expected(rollout))
-        if wanted is None:
+        wanted = [number for answer in accepted(rollout) if (number := last_number(answer)) is not None]
+        if not wanted:
             raise no_number(rollout)
         text = inside(rollout.text, self.settings.tag)
         found = None if text is None else last_number(text[-LAST_CHARS:])
         if found is None:
             return Judgement(0.0, "no number")
+        return Judgement(float(any(self._near(found, number) for number in wanted)), f"read {float(found):g}")
+
+    def _near(self, found: Fraction, wanted: Fraction) -> bool:
         near = max(self.settings.tolerance, self.settings.relative * abs(float(wanted)))
-        return Judgement(float(abs(float(found - wanted)) <= near), f"read {float(found):g}")
+        return abs(float(found - wanted)) <= near
 
     def close(self) -> None: ...
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tutelage.errors import RewardError
+from tutelage.data import answers
+from tutelage.errors import DataError, RewardError
 from tutelage.records import Rollout
 
 
@@ -33,6 +34,17 @@ def expected(rollout: Rollout) -> str:
             fix="give each prompt an `answer`, or use rewards that need none",
         )  # fmt: skip
     return rollout.answer
+
+
+def accepted(rollout: Rollout) -> list[str]:
+    """All expected answers, of which any is right: the prompt's own, and `meta.accepted`. Raises `RewardError` for none."""
+    first = expected(rollout)
+    try:
+        return [first, *answers.others_of(rollout.meta)]
+    except DataError as error:
+        raise RewardError(
+            error.message, **place(rollout), field=error.field, found=error.found, expected=error.expected, fix="mend the row"
+        ) from error
 
 
 def told(rollout: Rollout, key: str, what: str) -> object:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from tutelage import log
 from tutelage.data.readers import READERS, TABLES, suffix_of
 from tutelage.data.readers_base import ReadOptions, Rejections, Row, decode
 from tutelage.data.readers_files import read_jsonl, read_text
@@ -18,6 +20,7 @@ from tutelage.errors import DataError
 from tutelage.files import file_digest, whole_file
 
 STDIN = "-"
+LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 
 
 @dataclass(slots=True, frozen=True)
@@ -52,6 +55,7 @@ class Archive:
 
     def __init__(self, path: Path, key: str = "prompt", *, blank_lines: bool = False) -> None:
         self.path, self.key, self.blank_lines = path, key, blank_lines
+        self._read = False  # whether a pass was begun: what readers change is said once
         if not path.is_file():
             raise DataError("no such file", file=path, fix="check the path, or give - for standard input")
         if not os.access(path, os.R_OK):
@@ -71,6 +75,7 @@ class Archive:
         """Every row, in order; one pass through the file."""
         report = _Broken()
         index = 0
+        first, self._read = not self._read, True
         for row in self._rows(report):
             while report.waiting:
                 yield _unreadable(index, report.waiting.pop(0))
@@ -80,6 +85,8 @@ class Archive:
         for error in report.waiting:
             yield _unreadable(index, error)
             index += 1
+        for what, count in report.notes.most_common() if first else ():
+            log.say(f"{count:,} {what}")
 
     def _rows(self, report: Rejections) -> Iterator[Row]:
         if self.reader is None or self.reader is read_text:
@@ -93,7 +100,7 @@ class Archive:
         """Plain text, a row a line."""
         offset = 0
         with self.path.open("rb") as f:
-            for number, data in enumerate(f, 1):
+            for number, data in enumerate(_byte_lines(f), 1):
                 start, offset = offset, offset + len(data)
                 if data.isspace() and not self.blank_lines:
                     continue
@@ -104,6 +111,12 @@ class Archive:
                     report.broken(error, source=source)
                     continue
                 yield Row({self.key: text.rstrip("\r\n")}, source, str(self.path), number)
+
+
+def _byte_lines(f: BinaryIO) -> Iterator[bytes]:
+    """Lines with their ends: \\n, \\r\\n or \\r."""
+    for data in f:
+        yield from LINE.findall(data)
 
 
 def _unreadable(index: int, error: DataError) -> Entry:
