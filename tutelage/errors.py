@@ -14,6 +14,7 @@ TutelageError
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,12 +60,13 @@ class UserError(TutelageError):
         return other
 
     def render(self) -> str:
-        where = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
-        rows = [where + self.message]
+        file = None if self.file is None else printable(str(self.file))
+        where = "" if file is None else f"{file}:{self.line}: " if self.line else f"{file}: "
+        rows = [where + printable(self.message, lines=True)]
         shown = None if self.found is None else _short(self.found)
         for label, value in (("field", self.field), ("found", shown), ("expected", self.expected), ("fix", self.fix)):
             if value is not None:
-                rows.append(f"  {label + ':':<9} {value}")
+                rows.append(f"  {label + ':':<9} {printable(value, lines=True)}")
         return "\n".join(rows)
 
 
@@ -103,7 +105,31 @@ class MissingExtra(UserError):
         super().__init__(f"{purpose} needs `{library}`, which is not installed", fix=f'pip install "tutelage[{extra}]"')
 
 
+def printable(text: str, *, lines: bool = False) -> str:
+    """`text` with what a terminal would obey, or no file could hold, written as an escape: control characters, marks that turn the
+    direction of writing, bytes of a name that are not UTF-8. `lines=True` leaves line ends and tabs as they are.
+
+    Example:
+        >>> print(printable("a\\x1b[31m.txt"))
+        a\\x1b[31m.txt
+    """
+    if text.isprintable():
+        return text
+    return (UNPRINTABLE_IN_LINES if lines else UNPRINTABLE).sub(_escaped, text)
+
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE_IN_LINES = re.compile(UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # how Python has a byte that is not UTF-8
+        code -= 0xDC00
+    return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(found[0]) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
 def _short(value: object, limit: int = 160) -> str:
     text = value if isinstance(value, str) else repr(value)
-    text = text.replace("\n", "\\n")
+    text = printable(text[: limit * 8])
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -18,6 +18,7 @@ from tutelage.data import card, dedup, filters, split
 from tutelage.data import readers as reading
 from tutelage.data.readers import ReadOptions, Rejections, Row, source_digest
 from tutelage.data.spool import Spool
+from tutelage.data.unicode import HALF, half_character
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import write_json
 from tutelage.records import (
@@ -97,6 +98,8 @@ def collect(
         if work.own_split and validation_share > 0:
             log.say(f"{work.own_split:,} records come with a split of their own, which stands; validation_share is for others")
         report.check()
+        for name, count in report.other_encodings.items():
+            log.say(f"{count:,} files are not {encoding.partition(',')[0]} and were read as {name}")
         work.select(explicit=bool(held_out_sources))
         facts = work.write(out)
     finally:
@@ -127,7 +130,7 @@ class _Collection:
         for item in reading.read(source, self.options, self.report):
             found += 1
             record = self._record(item)
-            if record is None:
+            if record is None or self._is_half(record, item):
                 continue
             record = self._cleaned(record)
             if record is None:
@@ -160,6 +163,22 @@ class _Collection:
         except DataError as error:
             self.report.broken(error, source=item.source, excerpt=json.dumps(item.fields, ensure_ascii=False, default=str))
             return None
+
+    def _is_half(self, record: Judged, item: Row | Document | Conversation | Example) -> bool:
+        """Whether the record holds text that no later stage could write or tokenize; it was counted as broken then."""
+        at = half_character(to_json(record))
+        if at is None:
+            return False
+        row = item.fields if isinstance(item, Row) else {}
+        field = half_character({k: v for k, v in row.items() if k in self.options.fields.values()}) or half_character(row) or at
+        field = self.options.text_field if self.documents and at == "text" else field
+        file, _, place = record.source.rpartition("#") if "#" in record.source else (record.source, "", "")
+        error = DataError(
+            HALF, file=file, line=int(place) if place.isdigit() else None, field=field, expected="valid Unicode",
+            fix="write the row as valid Unicode: \\ud83d alone is half of an escape such as \\ud83d\\ude00",
+        )  # fmt: skip
+        self.report.broken(error, source=record.source, excerpt=_text_of(to_json(record)))
+        return True
 
     def _cleaned(self, record: Judged) -> Judged | None:
         """The record as it will be written, or None after it was counted as left out."""
