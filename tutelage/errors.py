@@ -14,9 +14,10 @@ TutelageError
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Self
+
+from tutelage.unicode import printable
 
 
 class TutelageError(Exception):
@@ -103,30 +104,6 @@ class MissingExtra(UserError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs `{library}`, which is not installed", fix=f'pip install "tutelage[{extra}]"')
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """`text` with what a terminal would obey, or no file could hold, written as an escape: control characters, marks that turn the
-    direction of writing, bytes of a name that are not UTF-8. `lines=True` leaves line ends and tabs as they are.
-
-    Example:
-        >>> print(printable("a\\x1b[31m.txt"))
-        a\\x1b[31m.txt
-    """
-    if text.isprintable():
-        return text
-    return (UNPRINTABLE_IN_LINES if lines else UNPRINTABLE).sub(_escaped, text)
-
-
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-UNPRINTABLE_IN_LINES = re.compile(UNPRINTABLE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
-
-
-def _escaped(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    if 0xDC80 <= code <= 0xDCFF:  # how Python has a byte that is not UTF-8
-        code -= 0xDC00
-    return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(found[0]) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
 def _short(value: object, limit: int = 160) -> str:

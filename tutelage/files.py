@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tutelage.errors import StorageError, UserError
+from tutelage.errors import ConfigError, StorageError, UserError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: paths start at the working folder; swap the two
 
@@ -50,6 +50,13 @@ def _errno_of(error: Exception) -> int | None:
         return errno.ENOSPC
     named = re.search(r"\(os error (\d+)\)", text)
     return int(named[1]) if named else None
+
+
+def named_folder(name: str | Path) -> Path:
+    """The folder of a setting. Raises `ConfigError` for an empty name, which would be the working folder."""
+    if not str(name).strip():
+        raise ConfigError("an empty name of a folder", field="runs", found=repr(str(name)), expected="a folder (`.` is this one)")
+    return Path(name)
 
 
 def partial_name(path: Path, process: int) -> Path:

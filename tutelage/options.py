@@ -11,9 +11,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from tutelage.errors import UserError
+from tutelage.files import named_folder
 
 THIS_RUN = "This run"
-Runs = Annotated[Path, typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER")]
+Runs = Annotated[
+    Path,
+    typer.Option(
+        "--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER", parser=named_folder
+    ),
+]  # fmt: skip
 RUNS = Path("runs")
 
 FILE_COMMANDS = {

@@ -18,7 +18,6 @@ from tutelage.data import card, dedup, filters, split
 from tutelage.data import readers as reading
 from tutelage.data.readers import ReadOptions, Rejections, Row, source_digest
 from tutelage.data.spool import Spool
-from tutelage.data.unicode import HALF, half_character
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import write_json
 from tutelage.records import (
@@ -35,6 +34,7 @@ from tutelage.records import (
     content_id,
     to_json,
 )  # fmt: skip
+from tutelage.unicode import HALF, half_character
 
 __all__ = ["collect", "source_digest"]
 
@@ -99,7 +99,7 @@ def collect(
             log.say(f"{work.own_split:,} records come with a split of their own, which stands; validation_share is for others")
         report.check()
         for name, count in report.other_encodings.items():
-            log.say(f"{count:,} files are not {encoding.partition(',')[0]} and were read as {name}")
+            log.say(f"files that are not {encoding.partition(',')[0]}, read as {name}: {count:,} ({report.first[name]})")
         work.select(explicit=bool(held_out_sources))
         facts = work.write(out)
     finally:
@@ -142,7 +142,12 @@ class _Collection:
             self.spool.append(row, held_out=out)
         if not found:
             raise DataError("this source gave nothing to learn from", file=source,
-                            found=_counted(self.report), fix="check that it holds text in a format that is read")  # fmt: skip
+                            found=_counted(self.report), fix=self._way_out())  # fmt: skip
+
+    def _way_out(self) -> str:
+        if self.report.errors:
+            return "run once with on_error=stop: it says what is wrong with the first, and what to do about it"
+        return "check that it holds text in a format that is read"
 
     def _record(self, item: Row | Document | Conversation | Example) -> Judged | None:
         """The record of an item, or None after it was counted as broken."""

@@ -19,10 +19,10 @@ from urllib.parse import parse_qsl
 from tutelage.data.encodings import choose
 from tutelage.data.readers_base import ReadOptions, Rejections, Row, TooManyBroken, not_text
 from tutelage.data.readers_files import (
-    BROKEN_GZIP,
     Item,
     Reader,
     _item,
+    check_gzip,
     read_conll,
     read_csv,
     read_html,
@@ -33,9 +33,10 @@ from tutelage.data.readers_files import (
     read_text,
 )
 from tutelage.data.source_files import files_of, found_in, is_glob
-from tutelage.errors import ConfigError, DataError, MissingExtra, printable
+from tutelage.errors import ConfigError, DataError, MissingExtra
 from tutelage.files import file_digest
 from tutelage.records import Conversation, Document, Example
+from tutelage.unicode import printable
 
 __all__ = ["ReadOptions", "Rejections", "Row", "files_of", "parse_spec", "read", "source_digest"]
 
@@ -154,6 +155,8 @@ def _file(path: Path, reader: Reader, source: str, options: ReadOptions, report:
         if path.stat().st_size == 0:
             report.add("empty file", source=str(path), file=str(path))
             return
+        if reader is read_jsonl and packed:
+            check_gzip(path)  # damaged data may still be rows, of other words
         if "," in options.encoding and reader not in (read_pdf, read_parquet, read_html):
             options = _chosen(path, options, report)
         for item in reader(path, options, report):
@@ -169,13 +172,11 @@ def _file(path: Path, reader: Reader, source: str, options: ReadOptions, report:
 def _chosen(path: Path, options: ReadOptions, report: Rejections) -> ReadOptions:
     """The options with the one of several encodings that this file fits, counted where it is not the first."""
     opener: Any = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as f:
-            encoding = choose(f, options.encoding)
-    except BROKEN_GZIP:
-        return options  # the reader says so
+    with opener(path, "rb") as f:
+        encoding = choose(f, options.encoding)
     if encoding in options.encoding and not options.encoding.startswith(encoding):
         report.other_encodings[encoding] += 1
+        report.first.setdefault(encoding, str(path))
     return replace(options, encoding=encoding)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tutelage.data.encodings import BOMS, decode, listed, marked
-from tutelage.errors import ConfigError, DataError, printable
+from tutelage.errors import ConfigError, DataError
+from tutelage.unicode import printable
 
 __all__ = ["BOMS", "ReadOptions", "Rejections", "Row", "TooManyBroken", "chunks", "decode", "not_text", "pieces"]
 

@@ -100,6 +100,16 @@ def read_jsonl(path: Path, options: ReadOptions, report: Rejections) -> Iterator
         raise DataError(f"not {expected} text", file=path, line=number + 1, expected=expected, fix=fix) from error
 
 
+def check_gzip(path: Path) -> None:
+    """Reads a gzip file to its end, where its checksum is. Raises `DataError` for one that is cut or damaged."""
+    try:
+        with gzip.open(path, "rb") as f:
+            while f.read(encodings.BLOCK):
+                pass
+    except BROKEN_GZIP as error:
+        raise DataError(f"broken gzip file ({error})", file=path, fix="fetch or write the file again") from error
+
+
 def _too_long_a_line(path: Path, number: int, shown: str) -> DataError:
     message = f"a line of more than {encodings.LINE_BYTES >> 20} MiB"
     return DataError(message, file=path, line=number, found=shown, fix="cut the row into several, one object a line")
