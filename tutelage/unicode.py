@@ -44,7 +44,7 @@ def is_whole(text: str) -> bool:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """`text` with what a terminal would obey, or no file could hold, written as an escape: control characters, marks that turn the
+    """`text` with what a terminal would obey, or no file could hold, in escapes: control characters, marks that turn the
     direction of writing, bytes of a name that are not UTF-8. `lines=True` leaves line ends, tabs and the marks as they are.
 
     Example:

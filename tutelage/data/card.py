@@ -28,8 +28,9 @@ SCRIPTS = (("zh/ja", "[\u3040-\u30ff\u4e00-\u9fff]"), ("ko", "[\uac00-\ud7af]"),
            ("Arabic", "[\u0600-\u06ff]"), ("Devanagari", "[\u0900-\u097f]"), ("Greek", "[\u0370-\u03ff]"))  # fmt: skip
 # Formats of documents that are no text: naming such a file would not read it
 DOCUMENTS = {
-    ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp", ".pages",
-    ".ps", ".djvu", ".mbox", ".mbx", ".eml", ".msg", ".mht", ".mhtml", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar",
+    ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp",
+    ".pages", ".ps", ".djvu", ".mbox", ".mbx", ".eml", ".msg", ".mht", ".mhtml", 
+    ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a file -> text: byte-order marks, the encodings that the user named, and which one would fit where none of them does."""
+"""Bytes of a file -> text: byte-order marks, the encodings that the user named, and which one may fit where none does."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _misfit(
 
 
 def advice(data: bytes, start: int) -> str:
-    """What to do about a file of another encoding: the one that may fit, with what the place reads in it, for the user to judge."""
+    """What to do about a file of another encoding: the one that may fit, and how it reads the place: the user judges."""
     name = likely(data)
     if name is None:
         return "convert it to UTF-8 (iconv -f ENCODING -t utf-8 IN > OUT), or name its encoding (encoding=ENCODING)"
@@ -170,7 +170,7 @@ def lines(file: IO[bytes], encoding: str) -> tuple[Iterator[tuple[bytes, bool]],
     head: bytes = file.peek(4)[:4]  # type: ignore[attr-defined]
     name = marked(head) or encoding
     if name == "utf-8-sig":  # a mark wins over `encoding`
-        return _bounded(file, b"\n"), name
+        return _bounded(file, b"\n"), "utf-8"
     if "," in name or "\n".encode(name) == b"\n":
         return _bounded(file, b"\n"), name
     text = io.TextIOWrapper(file, encoding=name, newline="\n")

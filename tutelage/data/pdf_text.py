@@ -20,11 +20,11 @@ class Pages(NamedTuple):
     """What a PDF holds.
 
     Example:
-        Pages(text="First page.\\n\\nThird page.", count=3, pictures=[2])
+        Pages(text="First page.\\n\\nThird page.", page_count=3, pictures=[2])
     """
 
     text: str
-    count: int
+    page_count: int
     pictures: list[int]  # numbers of the pages that hold something, but no text
 
 

@@ -16,7 +16,8 @@ from tutelage.unicode import printable
 
 __all__ = ["BOMS", "ReadOptions", "Rejections", "Row", "TooManyBroken", "chunks", "decode", "not_text", "pieces"]
 
-SKIP = "or leave such {} out with on_error=skip"
+SKIP_FILE = "or leave such files out with on_error=skip"
+SKIP = "or leave such rows out with on_error=skip"
 
 SPLITS = ("none", "blank_lines", "form_feed", "lines")
 EXCERPT_CHARS = 200
@@ -27,7 +28,8 @@ MARKS = (
     (b"\xfd7zXZ\0", "an xz archive"), (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"), (b"Rar!\x1a\x07", "a RAR archive"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive"), (b"\x89PNG\r\n", "an image"), (b"\xff\xd8\xff", "an image"),
     (b"GIF87a", "an image"), (b"GIF89a", "an image"), (b"\x7fELF", "a program"), (b"%PDF-", "a PDF under another name"),
-    (b"{\\rtf", "a Rich Text document"), (b"%!PS", "a PostScript document"), (b"SQLite format 3\0", "a database"), (b"\xd0\xcf\x11\xe0", "an old office document"),
+    (b"{\\rtf", "a Rich Text document"), (b"%!PS", "a PostScript document"),
+    (b"SQLite format 3\0", "a database"), (b"\xd0\xcf\x11\xe0", "an old office document"),
 )  # fmt: skip
 MAIL = re.compile(rb"From \S+ [^\n]*\d{4}\r?\n[\w-]+: ")  # how a mailbox begins
 MAIL_SUFFIXES = {".mbox", ".mbx", ".eml", ".mht", ".mhtml"}
@@ -101,21 +103,21 @@ class Rejections:
             row = {"reason": reason, "source": source, "file": file, "line": line, "excerpt": excerpt[:EXCERPT_CHARS]}
             self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
 
-    def broken(self, error: DataError, *, source: str, excerpt: str = "", what: str = "rows") -> None:
+    def broken(self, error: DataError, *, source: str, excerpt: str = "") -> None:
         """Raises `error` under `on_error="stop"`; otherwise records it, and raises once too many rows are broken."""
         if self.on_error == "stop":
-            fix = f"{error.fix or 'mend the row'}, {SKIP.format(what)}"
-            raise error if error.fix and "on_error" in error.fix else error.but(fix=fix)
+            raise error if error.fix and "on_error" in error.fix else error.but(fix=f"{error.fix or 'mend the row'}, {SKIP}")
         self.errors += 1
         file = None if error.file is None else str(error.file)
-        self.add(f"unreadable: {error.message}", source=source, file=file, line=error.line, excerpt=excerpt)
+        self.add(f"unreadable: {printable(error.message)}", source=source, file=file, line=error.line, excerpt=excerpt)
         if self.seen >= 1000:
             self.check(error)
 
     def broken_file(self, error: DataError, path: Path) -> None:
         """`broken` of a whole file, or of what follows the rows read from it: it counts as one row."""
         self.seen += 1
-        self.broken(error.but(file=path), source=str(path), excerpt=str(error.found or ""), what="files")
+        fix = error.fix if error.fix and "on_error" in error.fix else f"{error.fix or 'mend the file'}, {SKIP_FILE}"
+        self.broken(error.but(file=path, fix=fix), source=str(path), excerpt=str(error.found or ""))
 
     def check(self, last: DataError | None = None) -> None:
         """Raises `DataError` when more than `max_share` of the rows seen were unreadable."""

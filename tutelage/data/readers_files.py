@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,7 +51,7 @@ def read_html(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
 
 
 def read_pdf(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
-    """The text layer of a PDF, pages in order, by PDFium. Pages that are pictures have none (they need OCR first): they are named."""
+    """The text layer of a PDF, pages in order, by PDFium. Pages that are pictures have none (OCR gives one): they are named."""
     try:
         import pypdfium2  # noqa: F401
     except ImportError as error:
@@ -65,8 +64,8 @@ def read_pdf(path: Path, options: ReadOptions, report: Rejections) -> Iterator[I
         return
     for number in pages.pictures:
         report.add("a page of a PDF without text (a scan? run OCR first, for example ocrmypdf)",
-                   source=f"{path}#page={number}", file=str(path), excerpt=f"page {number} of {pages.count}")  # fmt: skip
-    yield from _whole(pages.text, path, options, pages=pages.count)
+                   source=f"{path}#page={number}", file=str(path), excerpt=f"page {number} of {pages.page_count}")  # fmt: skip
+    yield from _whole(pages.text, path, options, pages=pages.page_count)
 
 
 def read_jsonl(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
@@ -86,7 +85,7 @@ def read_jsonl(path: Path, options: ReadOptions, report: Rejections) -> Iterator
                 source, shown = f"{path}#{number}", data[:300].decode("utf-8", "replace").strip()
                 try:
                     if not whole:
-                        raise _too_long_a_line(path, number, shown)
+                        raise too_long_a_line(path, number, shown)
                     fields = _json_object(decode(data, str(path), encoding, line=number, offset=start), path, number)
                 except DataError as error:
                     report.broken(error, source=source, excerpt=shown)
@@ -110,7 +109,7 @@ def check_gzip(path: Path) -> None:
         raise DataError(f"broken gzip file ({error})", file=path, fix="fetch or write the file again") from error
 
 
-def _too_long_a_line(path: Path, number: int, shown: str) -> DataError:
+def too_long_a_line(path: Path, number: int, shown: str) -> DataError:
     message = f"a line of more than {encodings.LINE_BYTES >> 20} MiB"
     return DataError(message, file=path, line=number, found=shown, fix="cut the row into several, one object a line")
 

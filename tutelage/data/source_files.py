@@ -35,7 +35,9 @@ def files_of(source: str) -> list[Path]:
 def found_in(source: str) -> list[Found]:
     """What a path, folder or glob holds, in name order, hidden ones left out. Raises `DataError` if that is nothing."""
     if not source.strip():
-        raise ConfigError("an empty name of a source", field="sources", found=repr(source), expected="a file, a folder, a glob, …")
+        raise ConfigError(
+            "an empty name of a source", field="sources", found=repr(source), expected="a file, a folder, a glob, …"
+        )
     path = Path(source).expanduser()
     kind = _kind(path)
     if kind == "file":
@@ -82,7 +84,7 @@ def _kind(path: Path) -> str:
 
 
 def _denied(path: Path, error: OSError) -> DataError:
-    fix = "chmod +rx its folder, or leave it out" if isinstance(error, PermissionError) else "check the path"
+    fix = "chmod +rx it or its folder, or leave it out" if isinstance(error, PermissionError) else "check the path"
     return DataError(f"cannot be opened ({error.strerror})", file=path, fix=fix)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tutelage.data import encodings
 from tutelage.data.readers import READERS, TABLES, suffix_of
 from tutelage.data.readers_base import ReadOptions, Rejections, Row, decode
-from tutelage.data.readers_files import read_jsonl, read_text
+from tutelage.data.readers_files import read_jsonl, read_text, too_long_a_line
 from tutelage.errors import DataError
 from tutelage.files import file_digest, whole_file
 
@@ -93,13 +94,16 @@ class Archive:
         """Plain text, a row a line."""
         offset = 0
         with self.path.open("rb") as f:
-            for number, data in enumerate(f, 1):
+            rows, encoding = encodings.lines(f, "utf-8")
+            for number, (data, whole) in enumerate(rows, 1):
                 start, offset = offset, offset + len(data)
-                if data.isspace() and not self.blank_lines:
+                if whole and data.isspace() and not self.blank_lines:
                     continue
                 source = f"{self.path}#{number}"
                 try:
-                    text = decode(data, str(self.path), "utf-8", line=number, offset=start)
+                    if not whole:
+                        raise too_long_a_line(self.path, number, data[:80].decode("utf-8", "replace"))
+                    text = decode(data, str(self.path), encoding, line=number, offset=start)
                 except DataError as error:
                     report.broken(error, source=source)
                     continue
