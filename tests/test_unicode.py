@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.config.base import build
+from tutelage.config.base import build, load_yaml
 from tutelage.config.stages import Data
 from tutelage.data.collect import collect
 from tutelage.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("documents", {"text": f"A note that was cut in a face: {HALF} and went on."}, "text"),
     ("documents", {"text": "A whole note, with many words.", "licence": HALF}, "licence"),
     ("conversations", {"messages": [ASKED, {"role": "assistant", "content": HALF}]}, "messages[1].content"),
-    ("conversations", {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}, "messages[1].tool_calls"),
+    ("conversations", {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}, "messages[1].tool"),
     ("conversations", {"question": "Who?", "answer": "I.", "meta": {"a": [HALF]}}, "meta.a[0]"),
     ("prompts", {"prompt": HALF, "answer": "1"}, "prompt"),
     ("prompts", {"prompt": "Who?", "answer": "1", "more": {HALF: 1}}, "more (a key)"),
@@ -62,6 +62,16 @@ def test_settings_are_valid_unicode() -> None:
     assert caught.value.field == "text_field"
     with pytest.raises(ConfigError, match="half a character"):
         build(Data, {"sources": ["caf\udce9.txt"]})
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        named_folder("caf\udce9")
+
+
+def test_recipes_are_valid_unicode(tmp_path: Path) -> None:
+    """A name with half a character was a traceback where its folder was made."""
+    (tmp_path / "a.yaml").write_text('name: a\nstages:\n  corpus:\n    sources: ["a", "b\\ud83d"]\n')
+    with pytest.raises(ConfigError, match=r"a\.yaml:4: half a character") as caught:
+        load_yaml(tmp_path / "a.yaml")
+    assert caught.value.field == "stages.corpus.sources[1]"
 
 
 def test_an_empty_folder_of_runs_is_not_the_working_folder() -> None:

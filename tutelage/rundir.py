@@ -30,6 +30,7 @@ from tutelage import __version__, log
 from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError, StorageError, UserError
 from tutelage.files import folder_digest, read_json, recover, storage_errors, whole_file, write_json
+from tutelage.unicode import printable
 
 KINDS = {
     # kind of artifact: the file that proves a folder to be one
@@ -187,7 +188,7 @@ class RunDir:
             ],
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
             "seconds": round(before + time.time() - started, 2),
-            "command": shlex.join(sys.argv),
+            "command": printable(shlex.join(sys.argv), lines=True),
             "commit": _commit(),
             "versions": versions(),
             "machine": machine(),

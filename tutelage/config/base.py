@@ -277,6 +277,9 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError("a recipe is a mapping of keys", file=path, found=values)
     lines: dict[str, int] = {}
     _collect_lines(node, "", lines, path)
+    if at := half_character(values):
+        key = at.partition("[")[0]
+        raise ConfigError(HALF, file=path, line=lines.get(key), field=at, expected="valid Unicode", fix="write valid Unicode")
     return values, lines
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Iterator
+from functools import cache
 from typing import IO, Any
 
 from tutelage.errors import ConfigError, DataError
@@ -15,7 +17,8 @@ BOMS = (
     (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"),
 )  # fmt: skip
 NO_CHARSETS = {"undefined", "idna", "punycode", "unicode-escape", "raw-unicode-escape", "mbcs", "oem"}  # of Python's codecs
-C1 = frozenset(range(0x80, 0xA0))  # control characters in ISO 8859, printed characters in Windows' code pages
+C1 = bytes(range(0x80, 0xA0))  # control characters in ISO 8859, printed characters in Windows' code pages
+CONTROLS = re.compile(b"[\x80-\x9f]")
 BLOCK = 1 << 20
 LINE_BYTES = 64 << 20  # a longer line of a table is refused: it would take its memory many times over
 SHOWN = 24  # bytes either side of the first that does not fit
@@ -67,17 +70,24 @@ def decode(data: bytes, file: str, encoding: str, *, line: int | None = None, of
 def _strict(data: bytes, name: str) -> str:
     """Raises `UnicodeError` also for control characters where ISO 8859 has nothing else: such files are Windows' code pages."""
     text = data.decode(name)
-    if _is_iso_8859(name):
-        at = next((i for i, byte in enumerate(data) if byte in C1), None) if not data.isascii() else None
-        if at is not None:
-            raise UnicodeDecodeError(name, data, at, at + 1, "a control character")
-    if not text.isascii():
-        text.encode("utf-8")  # UTF-7 can write half a character
+    if text.isascii():
+        return text
+    if _is_iso_8859(name) and (control := CONTROLS.search(data)):
+        raise UnicodeDecodeError(name, data, control.start(), control.end(), "a control character")
+    if _writes_halves(name):
+        text.encode()
     return text
 
 
+@cache
 def _is_iso_8859(name: str) -> bool:
     return codecs.lookup(name).name.startswith("iso8859")
+
+
+@cache
+def _writes_halves(name: str) -> bool:
+    """Whether what the encoding reads may be half a character."""
+    return codecs.lookup(name).name == "utf-7"
 
 
 def _misfit(
@@ -149,7 +159,7 @@ def choose(file: IO[bytes], encoding: str) -> str:
 
 def _fits(file: IO[bytes], name: str) -> bool:
     decoder = codecs.getincrementaldecoder(name)()
-    controls = bytes(C1) if _is_iso_8859(name) else b""
+    controls = C1 if _is_iso_8859(name) else b""
     try:
         while block := file.read(BLOCK):
             decoder.decode(block)
