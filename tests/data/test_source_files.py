@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -67,8 +68,19 @@ def test_too_many_broken_files_stop(folder: Path, tmp_path: Path) -> None:
     """Files that are skipped without a limit: a folder of the wrong encoding gives a few records that train 'well'."""
     for i in range(5):
         (folder / f"bad{i}.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match=r"5 of 35 rows are unreadable(?s:.*)bad0\.txt"):
+    with pytest.raises(DataError, match=r"5 of 35 rows are unreadable(?s:.*)bad0\.txt(?s:.*)max_reject_share=0\.15"):
         collect([str(folder)], tmp_path, on_error="skip", validation_share=0)
+
+
+def test_one_broken_file_of_a_few_may_be_left_out(tmp_path: Path) -> None:
+    """A share of three files means nothing: on_error=skip did not help in a small folder."""
+    for name, data in (("a.txt", b"One text."), ("b.txt", b"caf\xe9"), ("c.txt", b"Another text.")):
+        (tmp_path / name).write_bytes(data)
+    for share, allowed in ((0.05, True), (0.0, False)):
+        report = Rejections(on_error="skip", max_share=share)
+        assert len(list(read(str(tmp_path), report=report))) == 2
+        with contextlib.nullcontext() if allowed else pytest.raises(DataError, match="1 of 3 rows"):
+            report.check()
 
 
 def test_damaged_rows_of_a_gzip_file_are_not_learnt(tmp_path: Path) -> None:

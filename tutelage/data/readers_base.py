@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ class Rejections:
     other_encodings: Counter[str] = field(default_factory=Counter)  # of files that the first encoding named does not fit
     seen: int = 0  # rows and documents offered by the readers
     errors: int = 0  # of them not readable
+    broken_files: int = 0  # of these whole files
     _file: TextIO | None = None
 
     def __post_init__(self) -> None:
@@ -116,17 +118,21 @@ class Rejections:
     def broken_file(self, error: DataError, path: Path) -> None:
         """`broken` of a whole file, or of what follows the rows read from it: it counts as one row."""
         self.seen += 1
+        self.broken_files += 1
         fix = error.fix if error.fix and "on_error" in error.fix else f"{error.fix or 'mend the file'}, {SKIP_FILE}"
         self.broken(error.but(file=path, fix=fix), source=str(path), excerpt=str(error.found or ""))
 
     def check(self, last: DataError | None = None) -> None:
-        """Raises `DataError` when more than `max_share` of the rows seen were unreadable."""
-        if self.errors > self.max_share * max(self.seen, 1):
+        """Raises `DataError` when more than `max_share` of the rows seen were unreadable. Of a few files a share says little: one
+        may always be broken, unless `max_share` is 0."""
+        pardoned = min(self.broken_files, 1) if self.max_share else 0
+        if self.errors - pardoned > self.max_share * max(self.seen, 1):
+            share = math.ceil(100 * self.errors / max(self.seen, 1)) / 100
             firsts = [f"{reason} ({place})" for reason, place in self.first.items() if reason.startswith("unreadable")]
             raise TooManyBroken(
                 f"{self.errors} of {self.seen} rows are unreadable (a file counts as a row), more than on_error=skip allows",
                 found="; ".join(firsts[:3]) if last is None else last.render(), expected=f"at most {self.max_share:.0%}",
-                fix="mend the file (run once with on_error=stop to see the first), or raise max_reject_share",
+                fix=f"mend the file (run once with on_error=stop to see the first), or allow it (max_reject_share={share})",
             )  # fmt: skip
 
     def close(self) -> None:
