@@ -51,7 +51,7 @@ class Data(Section):
         "stop", "what a broken row or file does; skipped ones are counted and kept in rejected.jsonl"
     )
     max_reject_share: Share = setting(
-        0.05, "with on_error=skip: stop when more than this share of rows is broken; a file counts as a row, and one may always be broken"
+        0.05, "with on_error=skip: stop when more than this share of rows is broken; a file is a row, and one may be broken"
     )
     seed: int = setting(0, "of the split and of generated sources")
 
