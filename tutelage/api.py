@@ -17,6 +17,7 @@ from typing import Any
 from tutelage.config.base import assign, build, nearest
 from tutelage.config.stages import Generate, Label
 from tutelage.errors import ConfigError
+from tutelage.files import named_folder
 from tutelage.recipe import Runner, load_recipe, run_recipe
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
@@ -36,7 +37,7 @@ def stage(
     values: dict[str, Any] = {}
     for key, value in settings.items():
         assign(values, key, _plain(value))
-    runner = Runner(STAGES, Path(runs), force=force)
+    runner = Runner(STAGES, named_folder(runs), force=force)
     return runner.run(runner.plan(name, name, build(STAGES[name].config(), values), extend))
 
 
@@ -56,7 +57,7 @@ def run(
     `--extend`, such as `{"base.steps": 20}`."""
     plain = [(key, _plain(value)) for key, value in settings.items()]
     loaded = load_recipe(Path(recipe), STAGES, plain, list((extend or {}).items()))
-    return run_recipe(loaded, Runner(STAGES, Path(runs), loaded.name, force=force))
+    return run_recipe(loaded, Runner(STAGES, named_folder(runs), loaded.name, force=force))
 
 
 def generate(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def generate(*, runs: str | Path = "runs", force: bool = False, **settings: Any)
     """
     from tutelage.stages.generate import run as answer
 
-    return answer(build(Generate, {key: _plain(value) for key, value in settings.items()}), Path(runs), force=force)
+    return answer(build(Generate, {key: _plain(value) for key, value in settings.items()}), named_folder(runs), force=force)
 
 
 def label(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def label(*, runs: str | Path = "runs", force: bool = False, **settings: Any) ->
     """
     from tutelage.stages.label import run as judge
 
-    return judge(build(Label, {key: _plain(value) for key, value in settings.items()}), Path(runs), force=force)
+    return judge(build(Label, {key: _plain(value) for key, value in settings.items()}), named_folder(runs), force=force)
 
 
 def __getattr__(name: str) -> Callable[..., RunDir]:

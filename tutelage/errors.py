@@ -17,6 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
+from tutelage.unicode import printable
+
 
 class TutelageError(Exception):
     """Base of everything this package raises on purpose."""
@@ -59,12 +61,13 @@ class UserError(TutelageError):
         return other
 
     def render(self) -> str:
-        where = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
-        rows = [where + self.message]
+        file = None if self.file is None else printable(str(self.file))
+        where = "" if file is None else f"{file}:{self.line}: " if self.line else f"{file}: "
+        rows = [where + printable(self.message, lines=True)]
         shown = None if self.found is None else _short(self.found)
         for label, value in (("field", self.field), ("found", shown), ("expected", self.expected), ("fix", self.fix)):
             if value is not None:
-                rows.append(f"  {label + ':':<9} {value}")
+                rows.append(f"  {label + ':':<9} {printable(value, lines=True)}")
         return "\n".join(rows)
 
 
@@ -105,5 +108,5 @@ class MissingExtra(UserError):
 
 def _short(value: object, limit: int = 160) -> str:
     text = value if isinstance(value, str) else repr(value)
-    text = text.replace("\n", "\\n")
+    text = printable(text[: limit * 8])
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from tutelage.errors import ArtifactError, StorageError, UserError
+from tutelage.errors import ArtifactError, ConfigError, StorageError, UserError
+from tutelage.unicode import is_whole
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: paths start at the working folder; swap the two
 
@@ -53,6 +54,16 @@ def _errno_of(error: Exception) -> int | None:
         return errno.ENOSPC
     named = re.search(r"\(os error (\d+)\)", text)
     return int(named[1]) if named else None
+
+
+def named_folder(name: str | Path) -> Path:
+    """The folder of a setting. Raises `ConfigError` for an empty name, which would be the working folder, and for one that is not
+    UTF-8, which runs could not write into their records."""
+    if not is_whole(str(name)):
+        raise ConfigError("a folder whose name is not UTF-8", field="runs", found=str(name), fix="name another folder")
+    if not str(name).strip():
+        raise ConfigError("an empty name of a folder", field="runs", found=repr(str(name)), expected="a folder (`.` is this one)")
+    return Path(name)
 
 
 def partial_name(path: Path, process: int) -> Path:

@@ -16,6 +16,7 @@ from typing import Any, TextIO, TypeVar
 from rich.console import Console
 
 from tutelage.files import whole_file
+from tutelage.unicode import printable
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
@@ -33,7 +34,8 @@ def close_file() -> None:
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    """One line for people. The text is plain: brackets are not markup."""
+    """One line for people. The text is plain: brackets are not markup, and what a terminal would obey is written as an escape."""
+    text = printable(text, lines=True)
     if rank() == 0:
         console.print(text, style=style, soft_wrap=True, markup=False, emoji=False)
     for file in _log_files:

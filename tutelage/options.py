@@ -11,22 +11,16 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from tutelage.errors import UserError
+from tutelage.files import named_folder
 
 THIS_RUN = "This run"
-RUNS = Path("runs")
-
-
-def folder(text: str | Path) -> Path:
-    """A folder as it was typed. An empty text, which a variable that is not set leaves, is not the working folder."""
-    if not str(text).strip() or "\0" in str(text):
-        raise typer.BadParameter("an empty name: give a folder, such as runs, or . for this one")
-    return Path(text)
-
-
 Runs = Annotated[
     Path,
-    typer.Option("--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER", parser=folder),
-]
+    typer.Option(
+        "--runs", help="folder that holds the runs", rich_help_panel=THIS_RUN, metavar="FOLDER", parser=named_folder
+    ),
+]  # fmt: skip
+RUNS = Path("runs")
 
 FILE_COMMANDS = {
     # name: one line of help of a command that makes one file of another

@@ -31,6 +31,7 @@ from tutelage.bases import is_adapter
 from tutelage.digests import Digests
 from tutelage.errors import ArtifactError, StorageError, UserError
 from tutelage.files import folder_digest, joint_digest, read_object, recover, storage_errors, whole_file, write_json
+from tutelage.unicode import printable
 
 KINDS = {
     # kind of artifact: the file that proves a folder to be one
@@ -218,7 +219,7 @@ class RunDir:
             ],
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
             "seconds": round(before + time.time() - started, 2),
-            "command": shlex.join(sys.argv),
+            "command": printable(shlex.join(sys.argv), lines=True),
             "commit": _commit(),
             "versions": versions(),
             "machine": machine(),

@@ -54,7 +54,7 @@ def rows(path: Path, *lines: object) -> Path:
         ("a.txt", b"", [], ("fix:",)),
         ("a.txt", b" \n\n", [], ("fix:",)),
         ("a.txt", b"short", [], ("fix:",)),
-        ("a.txt", "one\ntwo caf\xe9 three\n".encode("latin-1"), [], ("a.txt:2: not utf-8 text", "0xe9", "--encoding latin-1")),
+        ("a.txt", "one\ntwo caf\xe9 three\n".encode("latin-1"), [], ("a.txt:2: not utf-8 text", "0xe9", "--encoding cp1252")),
         ("a.jsonl", b'{"text": "one"}\n\n{"text": \n', [], ("a.jsonl:3: not valid JSON", 'found:    {"text":', "fix:")),
         ("a.jsonl", b'{"text": "one"}\n{"body": "two"}\n', [], ("a.jsonl:2:", "field:    text", "body", "fix:")),
         ("a.jsonl", b'[1]\n', [], ("a.jsonl:1: a row must be a JSON object", "found:    [1]", "expected:")),

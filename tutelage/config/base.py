@@ -15,6 +15,7 @@ from pydantic import Field as _PydanticField
 from pydantic.fields import FieldInfo
 
 from tutelage.errors import ConfigError, UserError
+from tutelage.unicode import HALF, half_character
 
 
 class Section(BaseModel):
@@ -124,6 +125,10 @@ class Places:
 
 def build(section: type[S], values: Mapping[str, Any], *, places: Places | None = None, prefix: str = "") -> S:
     """The section of a mapping. Raises `ConfigError` that names the key, its place and the nearest known key."""
+    if at := half_character(dict(values)):
+        keys = [prefix + at.partition("[")[0], prefix.rstrip(".")]
+        fix = "write valid Unicode; of a file whose name is not UTF-8, name the folder or a pattern that fits it"
+        raise ConfigError(HALF, field=prefix + at, expected="valid Unicode", fix=fix, **(places or Places()).of(*keys))
     try:
         return section.model_validate(dict(values))
     except ConfigError as error:  # of fields that do not go together
@@ -330,6 +335,9 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError("a recipe is a mapping of keys", file=path, found=values)
     lines: dict[str, int] = {}
     _collect_lines(node, "", lines, path)
+    if at := half_character(values):
+        key = at.partition("[")[0]
+        raise ConfigError(HALF, file=path, line=lines.get(key), field=at, expected="valid Unicode", fix="write valid Unicode")
     return values, lines
 
 

@@ -40,7 +40,7 @@ class Data(Section):
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "qa"] = setting(
         "auto", "conversations: the rows' format; auto looks at each row"
     )
-    encoding: str = setting("utf-8", "of text files")
+    encoding: str = setting("utf-8", "of text files; several, such as utf-8,cp1252, are tried in order on each file")
     split: Literal["none", "blank_lines", "form_feed", "lines"] = setting("none", "how one text file becomes documents")
     chunk_chars: Count | None = setting(None, "cut longer documents at paragraph borders into pieces of about so many characters")
     min_chars: int = setting(32, "shorter documents are rejected", ge=0)
@@ -50,9 +50,11 @@ class Data(Section):
     validation_share: Share = setting(0.05, "share held out, by hash of the document")
     validation_sources: Names = setting([], "sources whose every record is held out, instead of a share", identity=False)
     on_error: Literal["stop", "skip"] = setting(
-        "stop", "what a broken row does; skipped ones are counted and kept in rejected.jsonl"
+        "stop", "what a broken row or file does; skipped ones are counted and kept in rejected.jsonl"
     )
-    max_reject_share: Share = setting(0.05, "with on_error=skip: stop when more than this share is broken")
+    max_reject_share: Share = setting(
+        0.05, "with on_error=skip: stop when more than this share of rows is broken; a file is a row, and one may be broken"
+    )
     seed: int = setting(0, "of the split and of generated sources")
 
 

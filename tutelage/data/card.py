@@ -26,6 +26,12 @@ STOP_WORDS = {
 }  # fmt: skip
 SCRIPTS = (("zh/ja", "[\u3040-\u30ff\u4e00-\u9fff]"), ("ko", "[\uac00-\ud7af]"), ("Cyrillic", "[\u0400-\u04ff]"),
            ("Arabic", "[\u0600-\u06ff]"), ("Devanagari", "[\u0900-\u097f]"), ("Greek", "[\u0370-\u03ff]"))  # fmt: skip
+# Formats of documents that are no text: naming such a file would not read it
+DOCUMENTS = {
+    ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".ods", ".ppt", ".pptx", ".odp",
+    ".pages", ".ps", ".djvu", ".mbox", ".mbx", ".eml", ".msg", ".mht", ".mhtml", 
+    ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -136,4 +142,5 @@ def show(card: dict[str, Any]) -> None:
     if kept := card.get("kept_in_meta"):
         log.say(f"kept in meta, not learnt from: {', '.join(f'{key} ({count:,} rows)' for key, count in kept.items())}")
     for suffix, count in card["unknown_suffixes"].items():
-        log.say(f"{count} files with the ending {suffix} were not read: name them one by one to read them as text")
+        way = "convert them to text, Markdown or HTML" if suffix in DOCUMENTS else "name them one by one to read them as text"
+        log.say(f"{count} files with the ending {suffix} were not read: {way}")

@@ -35,6 +35,7 @@ from tutelage.records import (
     content_id,
     to_json,
 )  # fmt: skip
+from tutelage.unicode import HALF, half_character
 
 __all__ = ["collect", "source_digest"]
 
@@ -99,6 +100,8 @@ def collect(
         for what, count in report.notes.most_common():
             log.say(f"{count:,} {what}")
         report.check()
+        for name, count in report.other_encodings.items():
+            log.say(f"files that are not {encoding.partition(',')[0]}, read as {name}: {count:,} ({report.first[name]})")
         work.select(explicit=bool(held_out_sources))
         facts = work.write(out)
     finally:
@@ -130,7 +133,7 @@ class _Collection:
         for item in reading.read(source, self.options, self.report):
             found += 1
             record = self._record(item)
-            if record is None:
+            if record is None or self._is_half(record, item):
                 continue
             record = self._cleaned(record)
             if record is None:
@@ -166,6 +169,22 @@ class _Collection:
             return None
         self.kept_keys.update(row_keys.kept_keys(item.fields, record.meta))
         return record
+
+    def _is_half(self, record: Judged, item: Row | Document | Conversation | Example) -> bool:
+        """Whether the record holds text that no later stage could write or tokenize; it was counted as broken then."""
+        at = half_character(to_json(record))
+        if at is None:
+            return False
+        row = item.fields if isinstance(item, Row) else {}
+        field = half_character({k: v for k, v in row.items() if k in self.options.fields.values()}) or half_character(row) or at
+        field = self.options.text_field if self.documents and at == "text" else field
+        file, _, place = record.source.rpartition("#") if "#" in record.source else (record.source, "", "")
+        error = DataError(
+            HALF, file=file, line=int(place) if place.isdigit() else None, field=field, expected="valid Unicode",
+            fix="write the row as valid Unicode: \\ud83d alone is half of an escape such as \\ud83d\\ude00",
+        )  # fmt: skip
+        self.report.broken(error, source=record.source, excerpt=_text_of(to_json(record)))
+        return True
 
     def _cleaned(self, record: Judged) -> Judged | None:
         """The record as it will be written, or None after it was counted as left out."""

@@ -132,7 +132,11 @@ def to_conversation(
         raise error.but(file=file, line=line) from error
     where = source or (f"{file}#{line}" if file is not None else "memory")
     return Conversation.make(
-        parsed.messages, source=where, tools=parsed.tools, style=parsed.style, licence=licence_of(row),
+        parsed.messages,
+        source=where,
+        tools=parsed.tools,
+        style=parsed.style,
+        licence=licence_of(row),
         meta=answers.with_accepted(meta, accepted),
     )
 

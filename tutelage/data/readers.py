@@ -6,19 +6,24 @@ A source is a file, a folder, a glob, `hf:org/name[:config][:split]`, `python-do
 
 from __future__ import annotations
 
-import glob
+import gzip
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from tutelage.data.columns import Columns
-from tutelage.data.readers_base import ReadOptions, Rejections, Row, not_text
+from tutelage.data.encodings import choose
+from tutelage.data.readers_base import ReadOptions, Rejections, Row, TooManyBroken, not_text
 from tutelage.data.readers_files import (
     Item,
     Reader,
     _item,
+    check_gzip,
     read_conll,
     read_csv,
     read_html,
@@ -28,9 +33,11 @@ from tutelage.data.readers_files import (
     read_pdf,
     read_text,
 )
+from tutelage.data.source_files import files_of, found_in, is_glob
 from tutelage.errors import ConfigError, DataError, MissingExtra
 from tutelage.files import file_digest
 from tutelage.records import Conversation, Document, Example
+from tutelage.unicode import printable
 
 __all__ = ["ReadOptions", "Rejections", "Row", "files_of", "parse_spec", "read", "source_digest"]
 
@@ -42,6 +49,7 @@ READERS: dict[str, Reader] = {
     ".json": read_json, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet,
     ".conll": read_conll, ".iob": read_conll, ".bio": read_conll,
 }  # fmt: skip
+NOT_UNICODE = re.compile("[\ud800-\udfff]+")
 TABLES = {read_jsonl, read_json, read_csv, read_parquet, read_conll}
 SCHEMES = ("python-docs", "python-code", "python-questions", "python-areas", "skill", "hf")
 
@@ -111,31 +119,73 @@ def _python(scheme: str, parameters: dict[str, str], options: ReadOptions, repor
 
 def _files(source: str, options: ReadOptions, report: Rejections) -> Iterator[Item]:
     named = _is_named(source)
-    for path in files_of(source):
+    for found in found_in(source):
+        path = found.path
+        if found.problem is not None:
+            if found.unreadable:
+                report.broken_file(DataError(found.problem, file=path, fix="chmod +rx it, or leave it out"), path)
+            else:
+                report.add(found.problem, source=str(path), file=str(path))
+            continue
         reader = READERS.get(suffix_of(path)) or (read_text if named else None)
         if reader is None:
             report.unknown_suffixes[suffix_of(path) or "(none)"] += 1
             report.add("unknown file type", source=str(path), file=str(path))
             continue
         try:
-            if reader is read_text and (what := not_text(path, options.encoding)):
-                _refuse(path, what, source, report)
-                continue
-            if options.kind != "documents" and reader not in TABLES:
-                if named:
-                    fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
-                    raise DataError(f"a text file holds no {options.kind}", file=path, fix=fix)
-                report.add("no conversations in such a file", source=str(path), file=str(path))
-                continue
-            if path.stat().st_size == 0:
-                report.add("empty file", source=str(path), file=str(path))
-                continue
-            for item in reader(path, options, report):
-                if reader not in TABLES:
-                    report.seen += 1
-                yield item
-        except PermissionError as error:
-            raise DataError("no permission to read this file", file=path, fix="chmod +r it, or leave it out") from error
+            yield from _file(path, reader, source, options, report)
+        except TooManyBroken:
+            raise
+        except DataError as error:
+            report.broken_file(error, path)
+
+
+def _file(path: Path, reader: Reader, source: str, options: ReadOptions, report: Rejections) -> Iterator[Item]:
+    """What one file holds. Raises `DataError` where it cannot be read at all, or no further."""
+    try:
+        if options.kind != "documents" and reader not in TABLES:
+            if _is_named(source):
+                fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
+                raise DataError(f"a text file holds no {options.kind}", file=path, fix=fix)
+            report.add("no conversations in such a file", source=str(path), file=str(path))
+            return
+        packed = reader in (read_pdf, read_parquet) or (reader is read_jsonl and path.suffix.lower() == ".gz")
+        if not packed and (what := not_text(path, options.encoding)):
+            _refuse(path, what, source, report)
+            return
+        if path.stat().st_size == 0:
+            report.add("empty file", source=str(path), file=str(path))
+            return
+        if reader is read_jsonl and packed:
+            check_gzip(path)  # damaged data may still be rows, of other words
+        if "," in options.encoding and reader not in (read_pdf, read_parquet, read_html):
+            options = _chosen(path, options, report)
+        for item in reader(path, options, report):
+            if reader not in TABLES:
+                report.seen += 1
+            yield _named_in_unicode(item)
+    except PermissionError as error:
+        raise DataError("no permission to read this file", file=path, fix="chmod +r it, or leave it out") from error
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", file=path, fix="check the disk or network it is on") from error
+
+
+def _chosen(path: Path, options: ReadOptions, report: Rejections) -> ReadOptions:
+    """The options with the one of several encodings that this file fits, counted where it is not the first."""
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rb") as f:
+        encoding = choose(f, options.encoding)
+    if encoding in options.encoding and not options.encoding.startswith(encoding):
+        report.other_encodings[encoding] += 1
+        report.first.setdefault(encoding, str(path))
+    return replace(options, encoding=encoding)
+
+
+def _named_in_unicode(item: Item) -> Item:
+    """The item with a source that can be written as UTF-8: a file's name may hold any bytes."""
+    if item.source.isascii() or (source := NOT_UNICODE.sub(lambda m: printable(m[0]), item.source)) == item.source:
+        return item
+    return replace(item, source=source)
 
 
 def _refuse(path: Path, what: str, source: str, report: Rejections) -> None:
@@ -154,35 +204,7 @@ def suffix_of(path: Path) -> str:
 
 def _is_named(source: str) -> bool:
     """Whether the user named a file or its ending, so that an unknown ending is read as text."""
-    return not Path(source).is_dir() and (not _is_glob(source) or not set("*?[") & set(Path(source).suffix or "*"))
-
-
-def _is_glob(source: str) -> bool:
-    return bool(set("*?[") & set(source)) and not Path(source).exists()
-
-
-def files_of(source: str) -> list[Path]:
-    """Files of a path, folder or glob in name order, hidden ones left out. Raises `DataError` if there is none."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        if not found:
-            raise DataError("this folder holds no files", file=path, fix="put text into it, or name another folder")
-        return found
-    if _is_glob(source):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
-            raise DataError("no file matches this pattern", found=source, fix="use ** for folders below, as in texts/**/*.md")
-        return found
-    near = path.parent if path.parent.is_dir() else Path.cwd()
-    names = ", ".join(sorted(p.name for p in near.iterdir() if not p.name.startswith("."))[:8])
-    raise DataError("no such file or folder", file=source, found=f"in {near}: {names or 'nothing'}", fix="check the path")
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return not Path(source).is_dir() and (not is_glob(source) or not set("*?[") & set(Path(source).suffix or "*"))
 
 
 def _hub(rest: str, options: ReadOptions, report: Rejections) -> Iterator[Item]:
@@ -233,5 +255,12 @@ def source_digest(sources: Iterable[str]) -> str:
             root = Path(source).expanduser()
             for path in files_of(source):
                 name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-                total.update(f"{name}\0{file_digest(path)}\n".encode())
+                total.update(f"{name}\0{_content_digest(path)}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
+
+
+def _content_digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:  # the reader says so, and obeys on_error
+        return f"cannot be read: {error.strerror}"

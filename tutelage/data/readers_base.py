@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from tutelage.data.encodings import BOMS, decode, listed, marked
 from tutelage.data.text_lines import lines
 from tutelage.errors import ConfigError, DataError
+from tutelage.unicode import printable
 
+__all__ = ["BOMS", "ReadOptions", "Rejections", "Row", "TooManyBroken", "chunks", "decode", "not_text", "pieces"]
+
+SKIP_FILE = "or leave such files out with on_error=skip"
 SKIP = "or leave such rows out with on_error=skip"
 
 SPLITS = ("none", "blank_lines", "form_feed", "lines")
-BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 EXCERPT_CHARS = 200
 HEAD_BYTES = 8192
 # First bytes that no text has
@@ -24,8 +30,11 @@ MARKS = (
     (b"\xfd7zXZ\0", "an xz archive"), (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"), (b"Rar!\x1a\x07", "a RAR archive"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive"), (b"\x89PNG\r\n", "an image"), (b"\xff\xd8\xff", "an image"),
     (b"GIF87a", "an image"), (b"GIF89a", "an image"), (b"\x7fELF", "a program"), (b"%PDF-", "a PDF under another name"),
+    (b"{\\rtf", "a Rich Text document"), (b"%!PS", "a PostScript document"),
     (b"SQLite format 3\0", "a database"), (b"\xd0\xcf\x11\xe0", "an old office document"),
 )  # fmt: skip
+MAIL = re.compile(rb"From \S+ [^\n]*\d{4}\r?\n[\w-]+: ")  # how a mailbox begins
+MAIL_SUFFIXES = {".mbox", ".mbx", ".eml", ".mht", ".mhtml"}
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class ReadOptions:
 
     kind: str = "documents"  # what the caller wants, a kind of `config.stages.Data`
     text_field: str = "text"  # field of a JSON, CSV or Parquet row that holds the text
-    encoding: str = "utf-8"  # of text files; a byte-order mark in the file wins
+    encoding: str = "utf-8"  # of text files, or several that are tried in order; a byte-order mark in the file wins
     split: str = "none"  # none | blank_lines | form_feed | lines: where one text file becomes several documents
     chunk_chars: int | None = None  # documents longer than this are cut, at paragraph borders where there are any
     fields: dict[str, str] = field(default_factory=dict)  # conversations: {"prompt": field name, "completion": field name}
@@ -46,11 +55,11 @@ class ReadOptions:
             raise ConfigError("unknown way to split text files", field="split", found=self.split, expected=" | ".join(SPLITS))
         if self.chunk_chars is not None and self.chunk_chars < 100:
             raise ConfigError("pieces too short to learn from", field="chunk_chars", found=self.chunk_chars, expected=">= 100")
-        try:
-            b" ".decode(self.encoding, "replace")
-        except LookupError as error:
-            fix = "use a name that Python knows: utf-8, latin-1, cp1252, shift_jis, …"
-            raise ConfigError("unknown encoding", field="encoding", found=self.encoding, fix=fix) from error
+        listed(self.encoding)
+
+
+class TooManyBroken(DataError):
+    """More was unreadable than `on_error="skip"` allows: the end of the reading, not of one file."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,8 +87,10 @@ class Rejections:
     first: dict[str, str] = field(default_factory=dict)  # by reason, the place of the first that was left out for it
     unknown_suffixes: Counter[str] = field(default_factory=Counter)  # of files in folders that no reader knows
     notes: Counter[str] = field(default_factory=Counter)  # what readers changed or left out inside of rows
+    other_encodings: Counter[str] = field(default_factory=Counter)  # of files that the first encoding named does not fit
     seen: int = 0  # rows and documents offered by the readers
     errors: int = 0  # of them not readable
+    broken_files: int = 0  # of these whole files
     _file: TextIO | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +103,7 @@ class Rejections:
         self.reasons[reason] += 1
         self.first.setdefault(reason, source if file is None else f"{file}:{line}" if line else file)
         if self._file is not None:
+            source, file = printable(source), None if file is None else printable(file)
             row = {"reason": reason, "source": source, "file": file, "line": line, "excerpt": excerpt[:EXCERPT_CHARS]}
             self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
 
@@ -105,17 +117,29 @@ class Rejections:
         if self.on_error == "stop":
             raise error if error.fix and "on_error" in error.fix else error.but(fix=f"{error.fix or 'mend the row'}, {SKIP}")
         self.errors += 1
-        self.add(f"unreadable: {error.message}", source=source, file=str(error.file), line=error.line, excerpt=excerpt)
+        file = None if error.file is None else str(error.file)
+        self.add(f"unreadable: {printable(error.message)}", source=source, file=file, line=error.line, excerpt=excerpt)
         if self.seen >= 1000:
             self.check(error)
 
+    def broken_file(self, error: DataError, path: Path) -> None:
+        """`broken` of a whole file, or of what follows the rows read from it: it counts as one row."""
+        self.seen += 1
+        self.broken_files += 1
+        fix = error.fix if error.fix and "on_error" in error.fix else f"{error.fix or 'mend the file'}, {SKIP_FILE}"
+        self.broken(error.but(file=path, fix=fix), source=str(path), excerpt=str(error.found or ""))
+
     def check(self, last: DataError | None = None) -> None:
-        """Raises `DataError` when more than `max_share` of the rows seen were unreadable."""
-        if self.errors > self.max_share * max(self.seen, 1):
-            raise DataError(
-                f"{self.errors} of {self.seen} rows are unreadable, more than on_error=skip allows",
-                found=None if last is None else last.render(), expected=f"at most {self.max_share:.0%}",
-                fix="mend the file (run once with on_error=stop to see the first), or raise max_reject_share",
+        """Raises `DataError` when more than `max_share` of the rows seen were unreadable. Of a few files a share says little: one
+        may always be broken, unless `max_share` is 0."""
+        pardoned = min(self.broken_files, 1) if self.max_share else 0
+        if self.errors - pardoned > self.max_share * max(self.seen, 1):
+            share = math.ceil(100 * self.errors / max(self.seen, 1)) / 100
+            firsts = [f"{reason} ({place})" for reason, place in self.first.items() if reason.startswith("unreadable")]
+            raise TooManyBroken(
+                f"{self.errors} of {self.seen} rows are unreadable (a file counts as a row), more than on_error=skip allows",
+                found="; ".join(firsts[:3]) if last is None else last.render(), expected=f"at most {self.max_share:.0%}",
+                fix=f"mend the file (run once with on_error=stop to see the first), or allow it (max_reject_share={share})",
             )  # fmt: skip
 
     def close(self) -> None:
@@ -131,32 +155,10 @@ def not_text(path: Path, encoding: str) -> str | None:
     for mark, name in MARKS:
         if head.startswith(mark):
             return name
-    wide = any(head.startswith(mark) for mark, _ in BOMS) or b"\0" in " ".encode(encoding)
+    if MAIL.match(head) or path.suffix.lower() in MAIL_SUFFIXES:
+        return "mail, whose headers and encoded parts are no text"
+    wide = marked(head) or any(b"\0" in " ".encode(name.strip()) for name in encoding.split(","))
     return "binary data" if b"\0" in head and not wide else None
-
-
-def decode(data: bytes, file: str, encoding: str, *, line: int | None = None, offset: int = 0) -> str:
-    """Text of `data`. A byte-order mark wins over `encoding`.
-
-    `line` and `offset` place `data` inside its file (for formats that are read line by line).
-    Raises `DataError` naming line, byte offset and the byte that does not fit.
-    """
-    chosen = encoding
-    if offset == 0:
-        chosen = next((name for mark, name in BOMS if data.startswith(mark)), encoding)
-    try:
-        return data.decode(chosen)
-    except UnicodeDecodeError as error:
-        at = data.count(b"\n", 0, error.start) + 1 if line is None else line
-        if error.start >= len(data):
-            shown = "end of file"
-        else:
-            context = data[max(error.start - 20, 0) : error.start + 20]
-            shown = f"byte 0x{data[error.start]:02x} at offset {offset + error.start}, in {context!r}"
-        raise DataError(
-            f"not {chosen} text", file=file, line=at, found=shown, expected=chosen,
-            fix="convert it (iconv -f latin1 -t utf-8 IN > OUT), or name its encoding (encoding=latin-1)",
-        ) from error  # fmt: skip
 
 
 def pieces(text: str, options: ReadOptions, *, cut: bool = True) -> Iterator[tuple[int, str]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tutelage.data import conll, strict_json, tables
+from tutelage.data import conll, encodings, strict_json, tables
 from tutelage.data.columns import Columns, features_of
 from tutelage.data.mapping import value_at
 from tutelage.data.readers_base import BOMS, ReadOptions, Rejections, Row, decode, pieces
@@ -18,8 +18,9 @@ from tutelage.records import Document
 
 Item = Document | Row
 Reader = Callable[[Path, ReadOptions, Rejections], Iterator[Item]]
-CHARSET = re.compile(rb"<meta[^>]{0,200}charset=[\"']?([\w-]+)", re.IGNORECASE)
-SOFT_HYPHEN = re.compile("[\x02\ufffe]\r?\n?")  # how PDFium marks a word cut at the end of a line
+BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+MAX_DEPTH = 100  # levels of lists and objects in a row
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
 def read_text(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
@@ -37,17 +38,11 @@ def read_text(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
 def read_html(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
     """The main text of a page, without navigation, by trafilatura. A `<meta charset>` wins over `encoding`."""
     try:
-        import trafilatura
+        from tutelage.data import html_text
+
+        text = html_text.main_text(html_text.decoded(path.read_bytes(), str(path), options.encoding))
     except ImportError as error:
         raise MissingExtra("trafilatura", "data", "reading HTML") from error
-    data = path.read_bytes()
-    declared = CHARSET.search(data[:2048])
-    encoding = declared[1].decode() if declared else options.encoding
-    try:
-        b" ".decode(encoding, "replace")
-    except LookupError:
-        encoding = options.encoding
-    text = trafilatura.extract(decode(data, str(path), encoding), include_tables=True, include_comments=False)
     if not text:
         yield from _empty(path, report, "no main text found in this page")
         return
@@ -55,54 +50,76 @@ def read_html(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
 
 
 def read_pdf(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
-    """The text layer of a PDF, pages in order, by PDFium. Pages that are pictures have none (they need OCR first)."""
+    """The text layer of a PDF, pages in order, by PDFium. Pages that are pictures have none (OCR gives one): they are named."""
     try:
-        import pypdfium2
+        import pypdfium2  # noqa: F401
     except ImportError as error:
         raise MissingExtra("pypdfium2", "data", "reading PDF") from error
-    try:
-        pdf = pypdfium2.PdfDocument(path)
-    except pypdfium2.PdfiumError as error:
-        fix = "save it again without a password" if "password" in str(error).lower() else "open it in a viewer to check it"
-        raise DataError(f"not a readable PDF ({error})", file=path, fix=fix) from error
-    try:
-        texts = [page.get_textpage().get_text_range() for page in pdf]
-    finally:
-        pdf.close()
-    text = "\n\n".join(SOFT_HYPHEN.sub("", t).replace("\r\n", "\n").strip() for t in texts)
-    if not text.strip():
+    from tutelage.data import pdf_text
+
+    pages = pdf_text.read(path)
+    if not pages.text.strip():
         yield from _empty(path, report, "no text layer (a scan?): run OCR first, for example ocrmypdf")
         return
-    yield from _whole(text, path, options, pages=len(texts))
+    for number in pages.pictures:
+        report.add("a page of a PDF without text (a scan? run OCR first, for example ocrmypdf)",
+                   source=f"{path}#page={number}", file=str(path), excerpt=f"page {number} of {pages.page_count}")  # fmt: skip
+    yield from _whole(pages.text, path, options, pages=pages.page_count)
 
 
 def read_jsonl(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
     """One object a line, gzip where the name ends in .gz."""
     opener: Any = gzip.open if path.name.endswith(".gz") else open
-    offset = 0
+    offset = number = 0
     try:
         with opener(path, "rb") as f:
-            for number, data in enumerate(f, 1):
+            rows, encoding = encodings.lines(f, options.encoding)
+            for number, (data, whole) in enumerate(rows, 1):
                 start, offset = offset, offset + len(data)
                 if number == 1 and data.startswith(BOMS[0][0]):
                     data = data[3:]
-                if data.isspace():
+                if whole and data.isspace():
                     continue
                 report.seen += 1
                 source, shown = f"{path}#{number}", data[:300].decode("utf-8", "replace").strip()
                 try:
-                    fields = _json_object(decode(data, str(path), options.encoding, line=number, offset=start), path, number)
+                    if not whole:
+                        raise too_long_a_line(path, number, shown)
+                    fields = _json_object(decode(data, str(path), encoding, line=number, offset=start), path, number)
                 except DataError as error:
                     report.broken(error, source=source, excerpt=shown)
                     continue
                 yield from _item(fields, source, path, number, options, report)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except BROKEN_GZIP as error:
+        found, fix = f"{number:,} lines before that" if number else None, "fetch or write the file again"
+        raise DataError(f"broken gzip file ({error})", file=path, found=found, fix=fix) from error
+    except UnicodeError as error:  # of an encoding whose lines are text before they are cut
+        expected, fix = encodings.marked(path.read_bytes()[:4]) or options.encoding, "fetch or write the file again"
+        raise DataError(f"not {expected} text", file=path, line=number + 1, expected=expected, fix=fix) from error
+
+
+def check_gzip(path: Path) -> None:
+    """Reads a gzip file to its end, where its checksum is. Raises `DataError` for one that is cut or damaged."""
+    try:
+        with gzip.open(path, "rb") as f:
+            while f.read(encodings.BLOCK):
+                pass
+    except BROKEN_GZIP as error:
         raise DataError(f"broken gzip file ({error})", file=path, fix="fetch or write the file again") from error
+
+
+def too_long_a_line(path: Path, number: int, shown: str) -> DataError:
+    message = f"a line of more than {encodings.LINE_BYTES >> 20} MiB"
+    return DataError(message, file=path, line=number, found=shown, fix="cut the row into several, one object a line")
 
 
 def _json_object(text: str, path: Path, number: int) -> dict[str, Any]:
     try:
         value = strict_json.loads(text)
+        if _too_deep(value):
+            raise RecursionError
+    except RecursionError as error:
+        raise DataError(TOO_DEEP, file=path, line=number, found=text[:80], fix="flatten the row") from error
     except ValueError as error:
         at = getattr(error, "colno", None)
         place = f" at column {at}" if at else ""
@@ -114,6 +131,16 @@ def _json_object(text: str, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
+def _too_deep(value: Any) -> bool:
+    """Whether a row is nested past `MAX_DEPTH`: how deep Python's own reader and writer of JSON go depends on who calls them."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return False
+    return True
+
+
 def read_json(path: Path, options: ReadOptions, report: Rejections) -> Iterator[Item]:
     """A JSON file that holds one array of objects (or one object)."""
     text = decode(path.read_bytes(), str(path), options.encoding)
@@ -122,11 +149,13 @@ def read_json(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
         return
     try:
         value = strict_json.loads(text)
+    except RecursionError as error:
+        raise DataError(TOO_DEEP, file=path, found=text[:80], fix="flatten the rows") from error
     except json.JSONDecodeError as error:
         fix = "if it has one object a line, name it .jsonl" if error.msg == "Extra data" else "mend the file"
         found, message = text[max(error.pos - 40, 0) : error.pos + 40], f"not valid JSON: {error.msg} at column {error.colno}"
         raise DataError(message, file=path, line=error.lineno, found=found, fix=fix) from error
-    except ValueError as error:
+    except ValueError as error:  # a key twice, or a number of too many digits
         raise DataError(f"not valid JSON: {error}", file=path, fix="mend the file") from error
     rows = value if isinstance(value, list) else [value]
     for number, fields in enumerate(rows, 1):
@@ -135,6 +164,10 @@ def read_json(path: Path, options: ReadOptions, report: Rejections) -> Iterator[
         if not isinstance(fields, dict):
             wrong = DataError(f"item {number} is not an object", file=path, found=fields, expected='[{"field": …}, …]')
             report.broken(wrong, source=source, excerpt=repr(fields))
+            continue
+        if _too_deep(fields):
+            wrong = DataError(TOO_DEEP, file=path, line=number, found=str(fields)[:80], fix="flatten the row")
+            report.broken(wrong, source=source, excerpt=str(fields)[:80])
             continue
         yield from _item(fields, source, path, number, options, report)
 

@@ -27,7 +27,7 @@ class Spool:
         return len(self.offsets)
 
     def append(self, row: dict[str, Any], *, held_out: bool) -> None:
-        data = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         self.offsets.append(self._end)
         self.held_out.append(held_out)
         self.alive.append(1)

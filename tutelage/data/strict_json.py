@@ -8,11 +8,8 @@ from typing import Any
 
 
 def loads(text: str) -> Any:
-    """The value. Raises `ValueError` for what is not JSON, names a key twice, or is nested deeper than Python can follow."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    """The value. Raises `ValueError` for what is no JSON or names a key twice, `RecursionError` for what is nested too deeply."""
+    return json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

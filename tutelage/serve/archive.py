@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tutelage import log
+from tutelage.data import encodings
 from tutelage.data.readers import READERS, TABLES, suffix_of
 from tutelage.data.readers_base import ReadOptions, Rejections, Row, decode
-from tutelage.data.readers_files import read_jsonl, read_text
+from tutelage.data.readers_files import read_jsonl, read_text, too_long_a_line
 from tutelage.errors import DataError
 from tutelage.files import file_digest, whole_file
 
@@ -100,23 +101,26 @@ class Archive:
         """Plain text, a row a line."""
         offset = 0
         with self.path.open("rb") as f:
-            for number, data in enumerate(_byte_lines(f), 1):
+            rows, encoding = encodings.lines(f, "utf-8")
+            for number, (data, whole) in enumerate(_short_lines(rows), 1):
                 start, offset = offset, offset + len(data)
-                if data.isspace() and not self.blank_lines:
+                if whole and data.isspace() and not self.blank_lines:
                     continue
                 source = f"{self.path}#{number}"
                 try:
-                    text = decode(data, str(self.path), "utf-8", line=number, offset=start)
+                    if not whole:
+                        raise too_long_a_line(self.path, number, data[:80].decode("utf-8", "replace"))
+                    text = decode(data, str(self.path), encoding, line=number, offset=start)
                 except DataError as error:
                     report.broken(error, source=source)
                     continue
                 yield Row({self.key: text.rstrip("\r\n")}, source, str(self.path), number)
 
 
-def _byte_lines(f: BinaryIO) -> Iterator[bytes]:
+def _short_lines(rows: Iterator[tuple[bytes, bool]]) -> Iterator[tuple[bytes, bool]]:
     """Lines with their ends: \\n, \\r\\n or \\r."""
-    for data in f:
-        yield from LINE.findall(data)
+    for data, whole in rows:
+        yield from ((line, True) for line in LINE.findall(data)) if whole else ((data, False),)
 
 
 def _unreadable(index: int, error: DataError) -> Entry:

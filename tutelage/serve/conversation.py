@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.errors import ConfigError, DataError
 from tutelage.log import say
+from tutelage.unicode import HALF, half_character
 
 if TYPE_CHECKING:
     from tutelage.engine import Engine, Sampling
@@ -51,9 +52,11 @@ class Chat:
     def answer(self, text: str, write: Callable[[str], Any]) -> Answer:
         """Says `text`, writes the answer as it comes. An interrupted one is kept as far as it got.
 
-        Raises `DataError` when the conversation fills the context, which leaves it as it was.
+        Raises `DataError` when the conversation fills the context, or is no valid Unicode, which leaves it as it was.
         """
         turns = [*self.messages, {"role": "user", "content": text}]
+        if at := half_character(turns):
+            raise DataError(HALF, field=f"messages{at}", expected="valid Unicode", fix="type it again, or /reset")
         used, started = len(self.engine.encode(turns)), time.monotonic()
         sampling, room = self._sampling(used)
         pieces: list[str] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from tutelage.data.formats import to_messages
 from tutelage.errors import ConfigError, DataError
+from tutelage.unicode import HALF, is_whole
 
 ADDED = ("completion", "completions", "finish_reason", "usage", "error")
 """Fields that an output row has beside those of its input."""
@@ -156,9 +157,5 @@ def _tools(value: Any) -> list[dict[str, Any]]:
 
 def check_text(text: str, name: str) -> None:
     """Raises `DataError` for a text that can't be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            "half a character (a lone surrogate)", field=name, found=repr(text[error.start]), fix="write the row as valid Unicode"
-        ) from None
+    if not is_whole(text):
+        raise DataError(HALF, field=name, found=text, fix="write the row as valid Unicode")
