@@ -42,7 +42,8 @@ def parts_of(row: dict[str, Any]) -> tuple[str, str]:
     if isinstance(row.get("answer"), str):
         said.append(row["answer"])
     said += [_text(message) for turns in answers for message in turns]
-    return "\n".join(_text(message) for message in asked), "\n".join(said)
+    tools = [json.dumps(row["tools"], ensure_ascii=False)] if row.get("tools") else []
+    return "\n".join([*tools, *map(_text, asked)]), "\n".join(said)
 
 
 def _text(message: dict[str, Any]) -> str:
@@ -77,9 +78,9 @@ def near_rows(numbers: Sequence[int], fetch: Callable[[int], dict[str, Any]], th
 
 
 def _alike(a: _Row, b: _Row, threshold: float) -> bool:
-    if dedup.jaccard(a.answer, b.answer) < threshold:
+    if dedup.jaccard(a.answer, b.answer) < threshold or dedup.jaccard(a.asked, b.asked) < threshold:
         return False
-    if a.long_answer and b.long_answer and dedup.jaccard(a.asked, b.asked) >= threshold:
+    if a.long_answer and b.long_answer:
         return True
     if dedup.jaccard(a.own, b.own) < threshold:
         return False
