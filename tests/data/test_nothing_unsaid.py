@@ -69,14 +69,19 @@ def test_code_tables_patches_and_prompts_stay_byte_for_byte(gather: Gather) -> N
 @pytest.mark.parametrize("normalise", ["none", "NFC"])
 def test_turns_and_labelled_texts_stay_byte_for_byte(gather: Gather, normalise: str) -> None:
     """Hard breaks of Markdown, context lines of patches and empty cells of tables went from answers."""
-    answers = ["Mill Lane 4  \n8020 Graz", "@@ x\n one\n \n-two\n", "Ann\tGraz\t\t", "e\u0301\ufb01 \u0096\u200b\r\n\n\n\n\n\nend "]
+    answers = [
+        "Mill Lane 4  \n8020 Graz",
+        "@@ x\n one\n \n-two\n",
+        "Ann\tGraz\t\t",
+        "e\u0301\ufb01 \u0096\u200b\r\n\n\n\n\n\nend ",
+    ]
     rows, _ = gather([chat(f"q{i}  ", a) for i, a in enumerate(answers)], kind="conversations", normalise=normalise)
     assert [r["messages"][1]["content"] for r in rows] == answers and rows[0]["messages"][0]["content"] == "q0  "
     rows, _ = gather([{"text": a, "label": "x"} for a in answers], kind="examples", normalise=normalise)
     assert [r["text"] for r in rows] == answers
 
 
-def test_cleaning_that_is_asked_for_is_counted_and_shown(gather: Gather, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_cleaning_that_is_asked_for_is_counted_and_shown(gather: Gather, capsys: Any, tmp_path: Path) -> None:
     """A change that only a reader of card.json learns of."""
     text = "A line with a break  \nand a mark \u0085 in it, e\u0301 too, long enough."
     rows, facts = gather([{"text": text}, {"text": "Nothing is to be mended in this line."}], clean=True, normalise="NFC")
@@ -94,7 +99,8 @@ def test_boilerplate_that_goes_is_shown(gather: Gather, capsys: pytest.CaptureFi
     _, facts = gather([{"text": t} for t in texts], boilerplate="drop")
     card.show(facts)
     shown = " ".join(capsys.readouterr().err.split())
-    assert facts["boilerplate_lines"] == [{"line": banner, "documents": 12}] and "12 shared lines taken out" in shown and banner in shown
+    assert facts["boilerplate_lines"] == [{"line": banner, "documents": 12}] and "12 shared lines taken out" in shown
+    assert banner in shown
 
 
 def test_rows_that_share_a_passage_are_different_rows(gather: Gather) -> None:

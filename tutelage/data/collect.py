@@ -76,8 +76,10 @@ def collect(
 ) -> dict[str, Any]:
     """Writes a records artifact into the empty folder `out` and returns its card (the facts of the run).
 
-    Files: train.jsonl, validation.jsonl, rejected.jsonl, card.json, schema.json; changed.jsonl where texts were changed. The settings are those of
-    `config.stages.Data`. Raises `DataError` for input that cannot be used, `ConfigError` for a setting that means nothing.
+    Files: train.jsonl, validation.jsonl, rejected.jsonl, card.json, schema.json; changed.jsonl where texts were changed.
+    The settings are those of `config.stages.Data`.
+
+    Raises `DataError` for input that cannot be used, `ConfigError` for a setting that means nothing.
     """
     if kind not in KINDS:
         raise ConfigError("unknown kind of records", field="kind", found=kind, expected=" | ".join(KINDS))
@@ -378,7 +380,7 @@ def _family_of(row: dict[str, Any]) -> str:
     return str(row["id"]) if "text" in row else content_id(_prompt_of(row))
 
 
-def _counted(report: Rejections) -> str:
+def _counted(report: Account) -> str:
     """What was left out and why, with the place of the first of each."""
     said = [f"{n} {IN_WORDS.get(why, why)} ({report.first[why]})" for why, n in report.reasons.most_common(6)]
     return ", ".join(said) or "no rejected rows"

@@ -67,8 +67,8 @@ def near_rows(numbers: Sequence[int], fetch: Callable[[int], dict[str, Any]], th
     def row(i: int) -> _Row:
         asked, answer = parts_of(fetch(i))
         own = "\n".join(dedup.runs_without(asked, shared))
-        sets = dedup.shingles([asked, own, answer])
-        return _Row(*sets, asked, dedup.word_count(answer) >= LEAST_WORDS)
+        of_asked, of_own, of_answer = dedup.shingles([asked, own, answer])
+        return _Row(of_asked, of_own, of_answer, asked, dedup.word_count(answer) >= LEAST_WORDS)
 
     def alike(a: int, b: int) -> bool:
         return _alike(row(numbers[a]), row(numbers[b]), threshold)

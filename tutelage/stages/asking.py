@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 
-from tutelage import log
 from tutelage.config.rewards import terms_of
 from tutelage.config.stages import Rl, Sample
 from tutelage.data.left_out import say_left_out

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage import log
 from tutelage.config.stages import Reward
 from tutelage.data.families import assemble, bins
 from tutelage.data.pairs import PairFamilies, margins

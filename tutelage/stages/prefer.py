@@ -109,7 +109,8 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
         tuning.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"), first)
     tuning.say_left_out(families.report, part, length, config.too_long)
     if part == "validation" and len(families) < tuning.FEW:
-        log.say(f"validation: {len(families)} {'answers' if rated else 'pairs'} say little: an accuracy on so few is chance", style="yellow")
+        unit = "answers" if rated else "pairs"
+        log.say(f"validation: {len(families)} {unit} say little: an accuracy on so few is chance", style="yellow")
     return families
 
 

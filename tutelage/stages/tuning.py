@@ -98,8 +98,8 @@ def say_left_out(report: Mapping[str, float], part: str, length: int, too_long: 
 
 
 def show_first(segments: Segments, words: TokenizerFolder, records: Path, first_kept: int = 0) -> None:
-    """What is taught by the first answer that is kept (segment `first_kept`), supervised tokens green (promise 1); and where texts are plain though the model has a
-    chat template, that they are: a reward of such texts says little of a chat's."""
+    """What is taught by the first answer that is kept (segment `first_kept`), supervised tokens green (promise 1); and where
+    texts are plain though the model has a chat template, that they are: a reward of such texts says little of a chat's."""
     ids, mask = segments.ids(first_kept), segments.mask(first_kept)
     log.console.print(coloured_sample(Rendered(ids, mask, "", ()), words))
     with (records / "train.jsonl").open(encoding="utf-8") as f:

@@ -165,8 +165,9 @@ class Validate(Quiet):
     def _term(self, name: str, value: float) -> str:
         """A term in words. An accuracy says of how many it is: of one pair it is 0 or 1, whatever the model."""
         name = name.removeprefix("_")
-        of = next((u for u in ("pairs", "answers", "examples", "steps") if self.counts.get(u)), None) if name == "accuracy" else None
-        return f"{name} {value:.3f}" + (f" of {self.counts[of]:,.0f} {of}" if of else "")
+        units = ("pairs", "answers", "examples", "steps") if name == "accuracy" else ()
+        counted = [f" of {self.counts[unit]:,.0f} {unit}" for unit in units if self.counts.get(unit)]
+        return f"{name} {value:.3f}{''.join(counted[:1])}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": self.latest, "terms": self.terms, "at": self.at}
