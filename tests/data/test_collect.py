@@ -131,7 +131,7 @@ def test_boilerplate_lines_go_and_are_counted(gather: Collected, tmp_path: Path)
     source = write(
         tmp_path / "a.jsonl", [*(f"{banner}\n{t}" for t in prose(6, 100)), f"{banner}\nonly", f"{banner}\nthat is all"]
     )
-    out, facts = gather(source)
+    out, facts = gather(source, boilerplate="drop")
     train, validation = both(out)
     assert facts["boilerplate_lines_removed"] == 102 and facts["rejected"] == {"too_short": 2}
     assert not any(banner in d.text for d in [*train, *validation])

@@ -45,8 +45,23 @@ class Data(Section):
     chunk_chars: Count | None = setting(None, "cut longer documents at paragraph borders into pieces of about so many characters")
     min_chars: int = setting(32, "shorter documents are rejected", ge=0)
     max_chars: Count = setting(10_000_000, "longer documents are rejected")
-    normalise: Literal["NFC", "NFKC", "none"] = setting("NFC", "Unicode normal form")
-    dedup: Literal["none", "exact", "near"] = setting("near", "near: MinHash, Jaccard 0.8, and none across the split")
+    normalise: Literal["NFC", "NFKC", "none"] = setting(
+        "none", "documents: Unicode normal form to bring texts to; none leaves them byte for byte"
+    )
+    clean: bool = setting(
+        False,
+        "documents: make line ends \\n, take out control characters, spaces at line ends and more than two blank lines in a row; "
+        "this changes Markdown's line breaks, patches and tables",
+    )
+    boilerplate: Literal["keep", "drop"] = setting(
+        "keep", "documents: drop takes out lines that 10 documents and 10% of them share; not for code or tables"
+    )
+    licence: str | None = setting(None, "of sources that name none, as an SPDX id such as CC-BY-4.0")
+    dedup: Literal["none", "exact", "near"] = setting(
+        "near",
+        "near: MinHash, Jaccard 0.8, and none across the split; rows are compared by what is asked and answered, without the "
+        "text that many share",
+    )
     validation_share: Share = setting(0.05, "share held out, by hash of the document")
     validation_sources: Names = setting([], "sources whose every record is held out, instead of a share", identity=False)
     on_error: Literal["stop", "skip"] = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from array import array
 from collections import Counter
@@ -14,6 +15,21 @@ from rich.text import Text
 
 from tutelage import log
 
+NOTABLE = 0.05  # share of the records offered from which on what was left out is said in colour, with samples
+REASONS = {  # in words, with what keeps such records
+    "duplicate": ("equal to an earlier one", "dedup=none keeps them"),
+    "near_duplicate": ("nearly the same as an earlier one", "dedup=exact keeps them"),
+    "found_in_train": ("held out, but more than half of the text is in the training part", "dedup=exact keeps them"),
+    "prompt_in_train": ("held out, but the same prompt is in the training part", "dedup=none keeps them"),
+    "too_short": ("shorter than min_chars", "lower min_chars to keep them"),
+    "too_long": ("longer than max_chars", "raise max_chars to keep them, or cut documents with chunk_chars"),
+    "empty": ("nothing but white space", "give the field that holds the text (text_field)"),
+    "symbols": ("mostly signs, neither letters nor digits", "look at them in rejected.jsonl"),
+    "repeated_lines": ("mostly lines that repeat", "look at them in rejected.jsonl"),
+    "repeated_paragraphs": ("mostly paragraphs that repeat", "look at them in rejected.jsonl"),
+    "repeated_words": ("mostly words that repeat", "look at them in rejected.jsonl"),
+    "no_difference": ("answers that differ in white space only", "give answers that differ"),
+}
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 NOT_ASCII = bytes(range(128, 256))
 LANGUAGE_SAMPLE = 500  # documents whose language is guessed
@@ -94,7 +110,7 @@ class Tally:
             "records": sum(len(p.lengths) for p in self.parts.values()),
             "bytes": total,
             "parts": {name: part.summary() for name, part in self.parts.items()},
-            "ascii_share": round(sum(p.ascii_bytes for p in self.parts.values()) / max(total, 1), 4),
+            "ascii_share": _rounded_down(sum(p.ascii_bytes for p in self.parts.values()) / max(total, 1)),
             "languages_guessed": dict(self.languages.most_common(8)),
             "sources": [{"source": s, "records": n, "characters": self.source_bytes[s]} for s, n in top],
             "sources_total": len(self.sources),
@@ -103,6 +119,11 @@ class Tally:
             "samples": [{"id": i, "source": s, "text": t} for i, s, t in self.samples],
             **rest,
         }
+
+
+def _rounded_down(share: float) -> float:
+    """To four digits, so that only a share of all is 1."""
+    return math.floor(share * 10_000) / 10_000
 
 
 def _group(source: str) -> str:
@@ -136,11 +157,46 @@ def show(card: dict[str, Any]) -> None:
     for reason, count in card["rejected"].items():
         table.add_row(Text(f"left out: {reason}"), f"{count:,}", "", "")
     log.console.print(table)
-    notes = [f"sources: {card['sources_total']}", f"licences: {', '.join(card['licences'])}", f"ASCII: {card['ascii_share']:.1%}",
-             f"languages (guessed): {', '.join(f'{k} {v}' for k, v in card['languages_guessed'].items())}"]  # fmt: skip
+    share = math.floor(card["ascii_share"] * 1000) / 10
+    languages = ", ".join(f"{'not recognised' if k == '?' else k} {v}" for k, v in card["languages_guessed"].items())
+    said = "ASCII" if card["settings"]["kind"] == "documents" else "ASCII, labels and tools not counted"
+    notes = [f"sources: {card['sources_total']}", f"licences: {', '.join(card['licences'])}", f"{said}: {share}%",
+             f"languages (guessed): {languages}"]  # fmt: skip
     log.say("; ".join(notes))
     if kept := card.get("kept_in_meta"):
         log.say(f"kept in meta, not learnt from: {', '.join(f'{key} ({count:,} rows)' for key, count in kept.items())}")
     for suffix, count in card["unknown_suffixes"].items():
         way = "convert them to text, Markdown or HTML" if suffix in DOCUMENTS else "name them one by one to read them as text"
         log.say(f"{count} files with the ending {suffix} were not read: {way}")
+    _show_left_out(card)
+    _show_changes(card)
+
+
+def _show_left_out(card: dict[str, Any]) -> None:
+    """A warning for each reason that a notable share was left out for, with samples."""
+    for reason, found in card["left_out"].items():
+        if found["share"] < NOTABLE:
+            continue
+        words, fix = REASONS.get(reason, ("", "look at them in rejected.jsonl"))
+        why = f"{reason} ({words})" if words else reason
+        offered = f"{found['records']:,} of {card['offered']:,} records ({found['share']:.0%})"
+        log.say(f"warning: {offered} left out: {why}; {fix}", style="yellow")
+        for sample in found["samples"]:
+            log.say(f"  {sample['source']}: {sample['text']!r}")
+
+
+def _show_changes(card: dict[str, Any]) -> None:
+    """What the settings had changed, always, since it is what a model learns."""
+    for what, found in card["changed"].items():
+        log.say(f"{what}: {found['texts']:,} texts changed, all in changed.jsonl", style="yellow")
+        for sample in found["samples"]:
+            log.say(f"  {sample['source']}: {sample['before']!r} -> {sample['after']!r}")
+    if card["boilerplate_lines_removed"]:
+        log.say(f"{card['boilerplate_lines_removed']:,} shared lines taken out (boilerplate=drop), the most frequent:")
+        for row in card["boilerplate_lines"]:
+            log.say(f"  in {row['documents']:,} documents: {row['line']!r}")
+    if card["texts_with_c1_controls"]:
+        log.say(
+            f"warning: {card['texts_with_c1_controls']:,} texts hold control characters U+0080 to U+009F, the sign of a Windows "
+            "file read as latin-1; read it with encoding=cp1252", style="yellow",
+        )  # fmt: skip

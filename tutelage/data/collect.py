@@ -1,7 +1,9 @@
 """Collect: read -> clean -> filter -> deduplicate -> split -> write. The mechanism of the `data` stage.
 
+A text is written as it was read, unless a setting asks for a change; each change is counted and written to changed.jsonl.
+
 Pass 1 reads the sources and writes what survives the filters to a spool on disk. Later passes, each only where it is
-asked for, work on the spool: lines shared by many documents, near-duplicates, text that stands on both sides of the
+asked for, work on the spool: lines that many documents share, near-duplicates, text that stands on both sides of the
 split. The last pass copies lines. Memory holds one source file, one offset and one id a record.
 """
 
@@ -10,14 +12,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.data import card, dedup, filters, split
+from tutelage.data import card, dedup, filters, rows_alike, split
 from tutelage.data import readers as reading
-from tutelage.data.readers import ReadOptions, Rejections, Row, source_digest
+from tutelage.data.account import SAMPLES, Account, Changes
+from tutelage.data.readers import ReadOptions, Row, source_digest
 from tutelage.data.spool import Spool
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import write_json
@@ -28,7 +31,6 @@ from tutelage.records import (
     Conversation,
     Document,
     Example,
-    Message,
     Preference,
     Prompt,
     Rating,
@@ -47,7 +49,6 @@ IN_WORDS = {  # reasons that do not explain themselves
 NEAR_THRESHOLD = 0.8  # Jaccard similarity of word 5-grams
 CONTAINED = 0.5  # a held-out document with more of its 5-grams than this in the training text is no test
 Judged = Document | Conversation | Preference | Rating | Prompt | Example
-NEAR_CONVERSATION_WORDS = 64  # shorter dialogues differ by one number or name and mean something else
 
 
 def collect(
@@ -64,7 +65,10 @@ def collect(
     encoding: str = "utf-8",
     min_chars: int = 32,
     max_chars: int | None = 10_000_000,
-    normalise: str = "NFC",
+    normalise: str = "none",
+    clean: bool = False,
+    boilerplate: str = "keep",
+    licence: str | None = None,
     dedup: str = "near",
     on_error: str = "stop",
     max_reject_share: float = 0.05,
@@ -73,13 +77,17 @@ def collect(
 ) -> dict[str, Any]:
     """Writes a records artifact into the empty folder `out` and returns its card (the facts of the run).
 
-    Files: train.jsonl, validation.jsonl, rejected.jsonl, card.json, schema.json. The settings are those of
-    `config.stages.Data`. Raises `DataError` for input that cannot be used, `ConfigError` for a setting that means nothing.
+    Files: train.jsonl, validation.jsonl, rejected.jsonl, card.json, schema.json; changed.jsonl where texts were changed.
+    The settings are those of `config.stages.Data`.
+
+    Raises `DataError` for input that cannot be used, `ConfigError` for a setting that means nothing.
     """
     if kind not in KINDS:
         raise ConfigError("unknown kind of records", field="kind", found=kind, expected=" | ".join(KINDS))
     if dedup not in ("none", "exact", "near"):
         raise ConfigError("unknown deduplication", field="dedup", found=dedup, expected="none | exact | near")
+    if boilerplate not in ("keep", "drop"):
+        raise ConfigError("unknown wish for shared lines", field="boilerplate", found=boilerplate, expected="keep | drop")
     if not sources:
         raise ConfigError("nothing to read", field="sources", expected="a file, a folder, a glob, python-docs: …")
     limits = filters.FilterOptions(min_chars=min_chars, max_chars=max_chars, normalise=normalise)
@@ -88,8 +96,9 @@ def collect(
         fields=dict(fields or {}), format=format,
     )  # fmt: skip
     held_out_sources = list(validation_sources)
-    report = Rejections(out / "rejected.jsonl", on_error, max_reject_share)
-    work = _Collection(options, limits, report, Spool(out / ".spool.jsonl"), validation_share, dedup)
+    report, changes = Account(out / "rejected.jsonl", on_error, max_reject_share), Changes(out / "changed.jsonl")
+    work = _Collection(options, limits, report, changes, Spool(out / ".spool.jsonl"), validation_share, dedup)
+    work.licence, work.clean, work.drops_lines = licence, clean, boilerplate == "drop" and kind == "documents"
     try:
         for source in sources:
             work.take(str(source), None if not held_out_sources else False)
@@ -107,6 +116,7 @@ def collect(
     finally:
         work.spool.close()
         report.close()
+        changes.close()
     return facts
 
 
@@ -114,14 +124,17 @@ class _Collection:
     """One run of `collect`: the spool, the ids seen so far, the counts."""
 
     def __init__(
-        self, options: ReadOptions, limits: filters.FilterOptions, report: Rejections, spool: Spool, share: float, method: str
-    ) -> None:
-        self.options, self.limits, self.report, self.spool = options, limits, report, spool
+        self, options: ReadOptions, limits: filters.FilterOptions, report: Account, changes: Changes, spool: Spool,
+        share: float, method: str,
+    ) -> None:  # fmt: skip
+        self.options, self.limits, self.report, self.changes, self.spool = options, limits, report, changes, spool
+        self.clean = self.drops_lines = False
+        self.licence: str | None = None
         self.share, self.seed, self.dedup = share, options.seed, method
         self.seen: set[int] = set()
         self.kept_keys: Counter[str] = Counter()  # of rows, which are in `meta` and not learnt from
         self.shared_lines = filters.LineCounter()
-        self.boilerplate_lines = self.own_split = 0
+        self.boilerplate_lines = self.own_split = self.controls = 0
         self.documents = options.kind == "documents"
         split.check_share(share)
 
@@ -135,6 +148,8 @@ class _Collection:
             record = self._record(item)
             if record is None or self._is_half(record, item):
                 continue
+            if record.licence is None and self.licence:
+                record = replace(record, licence=self.licence)
             record = self._cleaned(record)
             if record is None:
                 continue
@@ -189,22 +204,25 @@ class _Collection:
     def _cleaned(self, record: Judged) -> Judged | None:
         """The record as it will be written, or None after it was counted as left out."""
         if isinstance(record, Document):
-            text = filters.clean(record.text, self.limits.normalise)
+            text, done = filters.tidied(record.text, self.limits.normalise, clean_layout=self.clean)
             reason = filters.reason_against(text, self.limits)
-            if text != record.text:
+            if reason is None:
+                for what in done:
+                    self.changes.add(what, source=record.source, before=record.text, after=text)
+            if done:
                 record = replace(record, id=content_id(text), text=text)
         else:
-            clean = _clean_example if isinstance(record, Example) else _clean_turns
-            record, text = clean(record, self.limits.normalise)
+            text = _text_of(to_json(record))
             reason = "too_long" if self.limits.max_chars is not None and len(text) > self.limits.max_chars else None
-            if isinstance(record, Preference) and record.chosen == record.rejected:
-                reason = "no_difference"  # but for white space
+            if isinstance(record, Preference) and _same_but_for_layout(record):
+                reason = "no_difference"
+        self.controls += not text.isascii() and filters.C1_CONTROLS.search(text) is not None
         if reason is None and self.dedup != "none" and not self._new(record.id):
             reason = "duplicate"
         if reason is not None:
             self._leave_out(reason, record.source, text)
             return None
-        if self.documents:
+        if self.drops_lines:
             self.shared_lines.add(text)
         return record
 
@@ -222,10 +240,8 @@ class _Collection:
 
     def select(self, *, explicit: bool) -> None:
         """Marks what the passes over the spool leave out, and sees to it that both sides have something."""
-        if self.documents:
-            unwanted = self.shared_lines.boilerplate()
-            if unwanted:
-                self._strip(unwanted)
+        if self.drops_lines and (unwanted := self.shared_lines.boilerplate()):
+            self._strip(unwanted)
         if self.dedup == "near":
             self._drop_near()
         if not any(self.spool.alive):
@@ -258,6 +274,7 @@ class _Collection:
             held_out = bool(old.held_out[i])
             if gone:
                 self.boilerplate_lines += gone
+                self.changes.add("shared lines taken out", source=row["source"], before=row["text"], after=text)
                 reason = filters.reason_against(text, self.limits)
                 if reason:
                     self._leave_out(reason, row["source"], text)
@@ -273,9 +290,13 @@ class _Collection:
 
     def _drop_near(self) -> None:
         """Leaves out near-duplicates of an earlier record."""
-        numbers = [i for i, text in self._texts() if self.documents or len(text.split()) >= NEAR_CONVERSATION_WORDS]
-        chosen = set(numbers)
-        keys = dedup.band_keys(text for i, text in self._texts() if i in chosen)
+        if not self.documents:
+            numbers = [i for i, line in self.spool.lines() if rows_alike.long_enough(json.loads(line))]
+            for i in rows_alike.near_rows(numbers, self.spool.row, NEAR_THRESHOLD):
+                self._kill(i, "near_duplicate")
+            return
+        numbers = [i for i, _ in self._texts()]
+        keys = dedup.band_keys(text for _, text in self._texts())
         twins = dedup.near_duplicates(keys, lambda n: _text_of(self.spool.row(numbers[n])), NEAR_THRESHOLD)
         for n in twins:
             self._kill(numbers[n], "near_duplicate")
@@ -331,12 +352,17 @@ class _Collection:
                     tally.add(row, _text_of(row), name)
         facts = tally.card(
             rejected=dict(self.report.reasons.most_common()),
+            left_out=self.report.summary(),
             offered=self.report.seen,
             changed_by_readers=dict(self.report.notes.most_common()),
+            changed=self.changes.summary(),
             boilerplate_lines_removed=self.boilerplate_lines,
+            boilerplate_lines=[{"line": line, "documents": n} for line, n in self.shared_lines.most_shared(SAMPLES)],
+            texts_with_c1_controls=self.controls,
             kept_in_meta=dict(self.kept_keys.most_common()),
             unknown_suffixes=dict(self.report.unknown_suffixes.most_common()),
-            settings={"kind": self.options.kind, "normalise": self.limits.normalise, "dedup": self.dedup,
+            settings={"kind": self.options.kind, "normalise": self.limits.normalise, "clean": self.clean,
+                      "boilerplate": "drop" if self.drops_lines else "keep", "dedup": self.dedup,
                       "min_chars": self.limits.min_chars, "max_chars": self.limits.max_chars, "validation_share": self.share,
                       "chunk_chars": self.options.chunk_chars, "split": self.options.split, "seed": self.seed},
         )  # fmt: skip
@@ -346,41 +372,12 @@ class _Collection:
         return facts
 
 
-def _clean_turns(record: Judged, form: str) -> tuple[Judged, str]:
-    """The record with cleaned contents (ends kept: they are part of what a completion model sees), and its text. What was made of
-    steps stays as it is: they must join to the content."""
-    assert not isinstance(record, Document | Example)
-    changed: dict[str, Any] = {}
-    for name in TURNS:
-        turns = getattr(record, name, None)
-        if isinstance(turns, tuple) and not getattr(record, "steps", ()):
-            made = tuple(_clean(message, record.style, form) for message in turns)
-            if made != turns:
-                changed[name] = made
-    if changed:
-        named = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "id"}
-        record = type(record).make(**{**named, **changed})
-    return record, _text_of(to_json(record))
-
-
-def _clean_example(record: Judged, form: str) -> tuple[Judged, str]:
-    """The example with a cleaned text. One with spans stays as it is: they count its characters."""
-    assert isinstance(record, Example)
-    if not record.spans:
-        text, pair = filters.clean(record.text, form), None if record.pair is None else filters.clean(record.pair, form)
-        if (text, pair) != (record.text, record.pair):
-            named = {f.name: getattr(record, f.name) for f in fields(record) if f.name not in ("id", "text", "pair")}
-            record = Example.make(text, pair=pair, **named)
-    return record, record.text
-
-
-def _clean(message: Message, style: str, form: str) -> Message:
-    content = message.content
-    if style == "chat":
-        content = filters.clean(content, form)
-    elif form != "none":
-        content = filters.normal(content, form)
-    return replace(message, content=content) if content != message.content else message
+def _same_but_for_layout(record: Preference) -> bool:
+    """Whether the answers differ in nothing but the white space at ends of lines, which teaches nothing."""
+    chosen, rejected = (
+        [replace(m, content=filters.clean(m.content)) for m in turns] for turns in (record.chosen, record.rejected)
+    )
+    return chosen == rejected
 
 
 def _turns_of(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -415,13 +412,13 @@ def _family_of(row: dict[str, Any]) -> str:
     return str(row["id"]) if "text" in row else content_id(_prompt_of(row))
 
 
-def _way_out(report: Rejections) -> str:
+def _way_out(report: Account) -> str:
     if report.errors:
         return "mend its rows: run with on_error=stop to see what is wrong with the first"
     return "check that it holds text in a format that is read"
 
 
-def _counted(report: Rejections) -> str:
+def _counted(report: Account) -> str:
     """What was left out and why, with the place of the first of each."""
     said = [f"{n} {IN_WORDS.get(why, why)} ({report.first[why]})" for why, n in report.reasons.most_common(6)]
     return ", ".join(said) or "no rejected rows"

@@ -1,11 +1,15 @@
 """Near-duplicates by MinHash (Broder 1997) over word 5-grams, in numpy, and how much of one text stands in others.
 
+In scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a unit, and eight of
+them are a shingle: about as much text as five words.
+
 Shingles are hashed for many documents at once: a polynomial hash over the bytes, so that the hash of any substring is a
 difference of two prefix sums. Candidates come from locality-sensitive buckets and are verified on the exact shingle sets.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -14,6 +18,12 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 WORDS = 5  # words in a shingle
+CHARACTERS = 8  # units of a shingle that begins with a character of a script without spaces
+WORDS_A_CHARACTER = 0.6  # Chinese has 1.5 to 1.8 characters a word
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff9f"
+    "\U00020000-\U0003ffff])"
+)
 BANDS, ROWS = 21, 6  # P(candidate) at Jaccard 0.8: 0.998; at 0.5: 0.28; at 0.3: 0.015
 BATCH_BYTES = 1 << 20
 BASE = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2**64
@@ -32,6 +42,20 @@ def shingles(texts: Sequence[str]) -> list[U64]:
     return out
 
 
+def spaced(text: str) -> str:
+    """`text` in lower case with one space between its units: words, or characters of scripts without spaces."""
+    text = text.lower()
+    return " ".join((text if text.isascii() else UNSPACED.sub(r" \1 ", text)).split())
+
+
+def word_count(text: str) -> float:
+    """Words of the text. Those of scripts without spaces are estimated from its characters."""
+    if text.isascii():
+        return len(text.split())
+    rest, characters = UNSPACED.subn(" ", text)
+    return len(rest.split()) + characters * WORDS_A_CHARACTER
+
+
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     held: list[str] = []
     size = 0
@@ -47,7 +71,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _flat_shingles(texts: Sequence[str]) -> tuple[U64, list[int]]:
     """(shingle hashes of all texts one after the other, where each text's begin). Every text gets at least one."""
-    data = [" ".join(text.lower().split()).encode("utf-8", "surrogatepass") or b"\0" for text in texts]
+    data = [spaced(text).encode("utf-8", "surrogatepass") or b"\0" for text in texts]
     joined = np.frombuffer(b"\n".join(data) + b"\n", dtype=np.uint8)
     prefix, inverse = _prefix_hashes(joined)
     is_break = (joined == 32) | (joined == 10)
@@ -58,12 +82,23 @@ def _flat_shingles(texts: Sequence[str]) -> tuple[U64, list[int]]:
     first_word = np.concatenate(([0], last_word[:-1] + 1))
     # A shingle starts at a word if four more follow in its document, or if it is the first word of a short one.
     starting = np.arange(len(ends))
-    final = np.minimum(starting + WORDS - 1, last_word[document])
-    keep = (final - starting == WORDS - 1) | (starting == first_word[document])
+    wanted = starting + np.where(_unspaced(joined, begins, ends), CHARACTERS, WORDS) - 1
+    final = np.minimum(wanted, last_word[document])
+    keep = (final == wanted) | (starting == first_word[document])
     left, right = begins[keep], ends[final[keep]]
     hashes = _mix((prefix[right] - prefix[left]) * inverse[left])
     starts = np.searchsorted(document[keep], np.arange(len(texts)))
     return hashes, starts.tolist()
+
+
+def _unspaced(data: NDArray[np.uint8], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which units are single characters of a script without spaces, by the first two of their three or four UTF-8 bytes."""
+    first, second = data[begins], data[np.minimum(begins + 1, len(data) - 1)]
+    size = ends - begins
+    east_asian = ((first >= 0xE3) & (first <= 0xE9)) | (first == 0xEF)
+    thai_lao = (first == 0xE0) & (second >= 0xB8) & (second <= 0xBB)
+    burmese_khmer = (first == 0xE1) & (((second >= 0x80) & (second <= 0x82)) | (second == 0x9E) | (second == 0x9F))
+    return ((size == 3) & (east_asian | thai_lao | burmese_khmer)) | ((size == 4) & (first == 0xF0) & (second >= 0xA0))  # type: ignore[no-any-return]
 
 
 def _prefix_hashes(data: NDArray[np.uint8]) -> tuple[U64, U64]:
@@ -120,6 +155,16 @@ def near_duplicates(keys: U64, fetch: Callable[[int], str], threshold: float = 0
     The first of a group stays. `fetch(i)` gives text i again, so that no text has to be held. In a bucket, a document is
     compared with the bucket's kept ones (at most `max_bucket`, the earliest).
     """
+
+    @lru_cache(maxsize=256)
+    def shingles_of(i: int) -> U64:
+        return shingles([fetch(i)])[0]
+
+    return twins(keys, lambda a, b: jaccard(shingles_of(a), shingles_of(b)) >= threshold, max_bucket=max_bucket)
+
+
+def twins(keys: U64, alike: Callable[[int, int], bool], *, max_bucket: int = 1000) -> dict[int, int]:
+    """{item: an earlier kept item that shares a key with it and that `alike(item, earlier)` holds for}."""
     candidates: dict[int, set[int]] = {}
     for band in range(keys.shape[1]):
         order = np.argsort(keys[:, band], kind="stable")
@@ -132,23 +177,48 @@ def near_duplicates(keys: U64, fetch: Callable[[int], str], threshold: float = 0
             for position, document in enumerate(bucket[1:], 1):
                 candidates.setdefault(document, set()).update(bucket[: min(position, max_bucket)])
 
-    @lru_cache(maxsize=256)
-    def shingles_of(i: int) -> U64:
-        return shingles([fetch(i)])[0]
-
-    twins: dict[int, int] = {}
-    for document in sorted(candidates):
-        for earlier in sorted(candidates[document]):
-            if earlier not in twins and jaccard(shingles_of(document), shingles_of(earlier)) >= threshold:
-                twins[document] = earlier
+    found: dict[int, int] = {}
+    for item in sorted(candidates):
+        for earlier in sorted(candidates[item]):
+            if earlier not in found and alike(item, earlier):
+                found[item] = earlier
                 break
-    return twins
+    return found
 
 
 def jaccard(a: U64, b: U64) -> float:
     """Shared over all elements of two sorted arrays of distinct values; 1.0 for two empty ones."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / max(len(a) + len(b) - shared, 1) if len(a) + len(b) else 1.0
+
+
+def common_shingles(texts: Iterable[str], least: int) -> U64:
+    """Sorted shingles that stand in `least` or more of the texts. Holds 8 bytes a word of all texts."""
+    sets = [part for batch in _batches(texts) for part in shingles(batch)]
+    if not sets:
+        return np.zeros(0, dtype=np.uint64)
+    values, counts = np.unique(np.concatenate(sets), return_counts=True)
+    return values[counts >= least]  # type: ignore[no-any-return]
+
+
+def runs_without(text: str, known: U64) -> list[str]:
+    """The stretches of `text`, in lower case and with one space between units, that no shingle of the sorted `known` covers."""
+    units = spaced(text).split(" ")
+    hashes, _ = _flat_shingles([text])
+    at = np.minimum(np.searchsorted(known, hashes), max(len(known) - 1, 0))
+    hit = known[at] == hashes if len(known) else np.zeros(len(hashes), dtype=bool)
+    covered = np.zeros(len(units), dtype=bool)
+    for i in np.flatnonzero(hit).tolist():
+        covered[i : i + (CHARACTERS if UNSPACED.fullmatch(units[i]) else WORDS)] = True
+    runs: list[list[str]] = []
+    before = True
+    for unit, gone in zip(units, covered.tolist(), strict=True):
+        if not gone:
+            if before:
+                runs.append([])
+            runs[-1].append(unit)
+        before = gone
+    return [" ".join(run) for run in runs if run != [""]]
 
 
 def found_elsewhere(held_out: Sequence[str], others: Iterable[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Cleaning and filters of text. Cleaning changes a text and counts what it changed; a filter gives a reason or None.
+"""Cleaning and filters of text. Cleaning changes a text where a setting asks for it; a filter gives a reason or None.
 
 The repetition and symbol rules follow Gopher (Rae et al. 2021, appendix A1.1), on units that cost little in Python:
 lines and paragraphs over the whole text, word n-grams over its first 1,000 words.
@@ -12,14 +12,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tutelage.data.dedup import UNSPACED
 from tutelage.errors import ConfigError
 
 NORMAL_FORMS = ("NFC", "NFKC", "none")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
+C1_CONTROLS = re.compile("[\x80-\x9f]")  # what Windows quotation marks and dashes become in a file read as latin-1
 TRAILING = re.compile(r"[ \t\u00a0]+(?=\n)")
 MANY_BLANK_LINES = re.compile(r"\n{4,}")
 LETTERS_AND_SPACE = bytes(b for b in range(256) if b >= 0x80 or chr(b).isalnum() or chr(b).isspace())
 SAMPLE_WORDS = 1000
+STRETCH = 12  # characters of a stretch that is looked for again, in scripts without spaces
 NGRAM_SHARES = ((2, 0.20), (3, 0.18), (4, 0.16))  # top n-gram's share of the characters
 BOILERPLATE_CHARS = (20, 300)  # shorter lines repeat in honest text; longer ones are paragraphs: deduplication's work
 COUNTED_LINES = 2_000_000  # distinct lines held at once
@@ -32,7 +35,7 @@ class FilterOptions:
 
     min_chars: int = 20  # shorter documents are left out
     max_chars: int | None = 10_000_000  # longer ones too: one that long is usually a dump
-    normalise: str = "NFC"  # NFC | NFKC (also folds ligatures, full-width forms) | none
+    normalise: str = "none"  # NFC | NFKC (also folds ligatures, full-width forms) | none
     repetition: bool = True  # documents that mostly repeat themselves are left out
     max_symbol_share: float | None = 0.5  # characters that are neither letters, digits nor space
 
@@ -59,6 +62,20 @@ def clean(text: str, form: str = "NFC") -> str:
     return text.rstrip().lstrip("\n")
 
 
+def tidied(text: str, form: str, *, clean_layout: bool) -> tuple[str, list[str]]:
+    """(the text as the settings want it, what was done to it). Nothing is done that was not asked for."""
+    done = []
+    if clean_layout:
+        cleaned = clean(text, "none")
+        if cleaned != text:
+            done.append("cleaned")
+        text = cleaned
+    wanted = normal(text, form)
+    if wanted != text:
+        done.append(f"to {form}")
+    return wanted, done
+
+
 def normal(text: str, form: str) -> str:
     """`text` in the Unicode normal form NFC or NFKC; as it is for `none`."""
     if form == "none" or text.isascii() or unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
@@ -67,10 +84,11 @@ def normal(text: str, form: str) -> str:
 
 
 def reason_against(text: str, options: FilterOptions) -> str | None:
-    """Why a cleaned document is left out, or None. The reason is a fixed name, fit for counting."""
-    if not text:
+    """Why a document is left out, or None. The reason is a fixed name, fit for counting."""
+    body = text.strip()
+    if not body:
         return "empty"
-    if len(text) < options.min_chars:
+    if len(body) < options.min_chars:
         return "too_short"
     if options.max_chars is not None and len(text) > options.max_chars:
         return "too_long"
@@ -97,6 +115,8 @@ def repetition(text: str) -> str | None:
             reason = _repeated(paragraphs, "repeated_paragraphs") if len(paragraphs) >= 8 else None
         if reason:
             return reason
+    if _repeated_stretches(text[: SAMPLE_WORDS * 8]):
+        return "repeated_words"
     words = text[: SAMPLE_WORDS * 8].split()[:SAMPLE_WORDS]
     if len(words) < 20 or len(set(words)) > 0.3 * len(words):
         return None
@@ -115,6 +135,17 @@ def _repeated(units: list[str], name: str) -> str | None:
     return name if few_units and repeated_chars > 0.2 * sum(map(len, full)) else None
 
 
+def _repeated_stretches(text: str) -> bool:
+    """Whether a text in a script without spaces says few things again and again: under 30% of its stretches are distinct."""
+    if text.isascii():
+        return False
+    letters = "".join(text.split())
+    stretches = len(letters) - STRETCH + 1
+    if stretches < 100 or len(UNSPACED.findall(letters)) < 0.5 * len(letters):
+        return False
+    return len({letters[i : i + STRETCH] for i in range(stretches)}) <= 0.3 * stretches
+
+
 def _repeated_ngrams(words: list[str]) -> str | None:
     total = sum(map(len, words))
     for n, limit in NGRAM_SHARES:
@@ -125,7 +156,8 @@ def _repeated_ngrams(words: list[str]) -> str | None:
 
 
 class LineCounter:
-    """Finds lines that many documents share: navigation, page headers, licence notices.
+    """Finds lines that many documents share: navigation, page headers, licence notices; but in code and tables also `else:` and
+    heads of columns, so that only a setting takes them out.
 
     A line counts once a document; of a large collection every eighth document is looked at. At most `COUNTED_LINES`
     distinct lines are held: the ones seen once are forgotten when there are more (lossy counting, Manku and Motwani
@@ -152,6 +184,11 @@ class LineCounter:
         """Lines in at least `min_documents` documents and `min_share` of those looked at."""
         least = max(self.min_documents, self.min_share * self.documents)
         return frozenset(line for line, n in self.counts.items() if n >= least)
+
+    def most_shared(self, count: int) -> list[tuple[str, int]]:
+        """The lines of `boilerplate` that most of the documents looked at have, with the number of those."""
+        lines = sorted(self.boilerplate(), key=lambda line: (-self.counts[line], line))[:count]
+        return [(line, self.counts[line]) for line in lines]
 
 
 def without_lines(text: str, unwanted: Iterable[str]) -> tuple[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tutelage import log
 from tutelage.errors import DataError
 
 TOO_LONG, UNTRAINED = "left out, too long", "left out, without a supervised token"
@@ -15,6 +16,36 @@ FIXES = {
     UNTRAINED: "give answers that are trained",
     UNSCORED: "give ratings of what is learned",
 }
+
+
+NOTABLE = 0.05  # share from which on what is not learnt is said in colour
+
+
+def say_left_out(report: Mapping[str, float], *, fix: str, part: str = "") -> None:
+    """A line for each reason in `report` that something was left out or cut for; in colour, with what to do about it, from a
+    notable share on. The report begins with what there was in all, as of `PairFamilies.report`."""
+    (unit, total), *reasons = report.items()
+    begin = f"{part}: " if part else ""
+    for what, count in reasons:
+        if not count:
+            continue
+        share = count / max(total, 1)
+        line = f"{begin}{what}: {count:,.0f} of {total:,.0f} {unit} ({percent(share)})"
+        loses = "left out" in what or "cut" in what
+        if loses and share >= NOTABLE:
+            helps = next((f for reason, f in FIXES.items() if reason == what), fix)
+            log.say(f"warning: {line}; {helps}", style="yellow")
+        else:
+            log.say(f"  {line}")
+
+
+def percent(share: float) -> str:
+    """Without decimals, and never 100% or 0% of what is not all or nothing."""
+    if 0 < share < 0.005:
+        return "under 1%"
+    if 0.995 <= share < 1:
+        return "over 99%"
+    return f"{share:.0%}"
 
 
 def cut(too_long: str, count: Any) -> dict[str, int]:

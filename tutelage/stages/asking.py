@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from tutelage import log
 from tutelage.config.rewards import terms_of
 from tutelage.config.stages import Rl, Sample
+from tutelage.data.left_out import say_left_out
 from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import DataError
@@ -90,7 +90,8 @@ def with_room(sampler: Room, prompts: Sequence[Prompt], part: str) -> list[Promp
     """Those with room for the longest answer; says how many are left out. Raises `DataError` where none is left."""
     out = [p for p in prompts if sampler.room(p)]
     if len(out) < len(prompts):
-        log.say(f"{part}: {len(prompts) - len(out):,} of {len(prompts):,} prompts left out, too long for an answer behind them")
+        counts = {"prompts": len(prompts), "left out, too long for an answer behind them": len(prompts) - len(out)}
+        say_left_out(counts, fix="lower max_tokens, or give shorter prompts", part=part)
     if prompts and not out:
         raise DataError(
             "no prompt leaves room for an answer", field="max_tokens", found=f"{len(prompts)} prompts, all too long",

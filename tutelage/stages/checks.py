@@ -48,7 +48,9 @@ OFF_POLICY = (  # settings of a distillation that are about given texts
 def data(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Data)
-    idle = ("fields",) if config.kind == "documents" else ("text_field", "split", "chunk_chars", "min_chars")
+    idle = ("fields",) if config.kind == "documents" else (
+        "text_field", "split", "chunk_chars", "min_chars", "normalise", "clean", "boilerplate",
+    )  # fmt: skip
     only = () if config.kind == "conversations" else ("format",)
     refuse_idle(config, {f"kind={config.kind}": (*idle, *only)})
 

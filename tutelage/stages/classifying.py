@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, processors
 from tutelage import log
 from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
 from tutelage.config.train import Tune
+from tutelage.data import left_out
 from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.family_source import FamilySource
 from tutelage.engine.classifier import longest, separator
@@ -200,9 +201,7 @@ def attention_bytes(part: ClassScorer | Scorer, rows: int, length: int) -> dict[
 
 def say_report(families: ExampleFamilies) -> None:
     """Nothing is cut or left out silently."""
-    for what, count in families.report.items():
-        if count and what != "texts":
-            log.say(f"  {what}: {count:,} of {families.report['texts']:,} texts")
+    left_out.say_left_out(families.report, fix="raise max_length, set too_long=right, or give shorter texts")
 
 
 def rates_of(config: Classify, part: torch.nn.Module) -> Rates:

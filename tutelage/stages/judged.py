@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tutelage import log
 from tutelage.config.stages import Reward
 from tutelage.data.families import assemble, bins
 from tutelage.data.pairs import PairFamilies, margins
@@ -46,17 +45,16 @@ class Judged:
         segments = Segments.open(self.tokens / split, vocabulary=self.words.vocab_size)
         if split == "validation" and not len(segments):
             return None
-        if split == "train":
-            tuning.show_first(segments, self.words, self.records)
         found = self._families(segments, self.records / f"{split}.jsonl", length)
         if split == "train" and isinstance(found, ScoredFamilies) and not found.varies:
             raise DataError(
                 "all ratings are the same: there is nothing to learn from them", file=self.records / f"{split}.jsonl",
                 expected="ratings that differ", fix="give answers of every worth, the bad ones too",
             )  # fmt: skip
-        for what, count in found.report.items():
-            if count:
-                log.say(f"{split}: {count:,} {what}")
+        if split == "train":
+            first = int(found.kept[0]) * 2 if isinstance(found, PairFamilies) else int(found.answers[0])
+            tuning.show_first(segments, self.words, self.records, first)
+        tuning.say_left_out(found.report, split, length, self.config.too_long)
         return found
 
     def _families(self, segments: Segments, file: Path, length: int) -> Families:

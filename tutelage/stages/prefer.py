@@ -88,8 +88,6 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
     tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(run.input("model"))})
     segments = Segments.open(tokens.path / "tokens" / part, vocabulary=model.config.vocab_size)
     rated = segments.record == "Rating"
-    if part == "train":
-        tuning.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"))
     if part == "validation" and len(segments) < 2 + 2 * rated:
         log.say(f"validation: {len(segments)} answers are too few to measure anything on")
         return None
@@ -106,9 +104,13 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
             )
         if given is not None:
             families.give("margin", given[families.kept])
-    for what, count in families.report.items():
-        if count:
-            log.say(f"{part}: {count:,} {what}")
+    if part == "train":
+        first = int(families.kept[0]) * (1 if rated else 2)  # a pair has two segments
+        tuning.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"), first)
+    tuning.say_left_out(families.report, part, length, config.too_long)
+    if part == "validation" and len(families) < tuning.FEW:
+        unit = "answers" if rated else "pairs"
+        log.say(f"validation: {len(families)} {unit} say little: an accuracy on so few is chance", style="yellow")
     return families
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tutelage import log
 from tutelage.config.train import Train
+from tutelage.data.left_out import UNTRAINED, say_left_out
 from tutelage.data.loader import StaticSource, eval_batches
 from tutelage.data.render import check_supervision
 from tutelage.data.tokens import Segments
@@ -129,7 +130,7 @@ def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers
     )
     for line in source.describe():
         log.say(line)
-    say_packing(source.report)
+    say_packing(source.report, numbers.sequence_length)
     return source
 
 
@@ -186,8 +187,29 @@ def samples(model: Any, words: TokenizerFolder, prompts: list[list[int]], limit:
     return [{"prompt": words.decode(p), "text": words.decode(c.ids)} for p, c in zip(prompts, done, strict=True)]
 
 
-def say_packing(report: dict[str, float]) -> None:
+NOT_LOSSES = ("segments", "rows", "fill", "targets", "pieces", "tokens")  # said elsewhere
+LOSSES = {
+    "dropped_long": "left out, too long for a row",
+    "cut_left": "cut at the left",
+    "cut_right": "cut at the right",
+    "pieces_unsupervised": UNTRAINED,
+}
+
+
+def say_packing(report: dict[str, float], row_length: int) -> None:
     """Nothing is dropped or cut silently (promise 2)."""
     for key, value in report.items():
-        if value and key not in ("segments", "rows", "fill", "targets", "pieces", "tokens"):
+        if value and key not in (*NOT_LOSSES, *LOSSES):
             log.say(f"  {key}: {value:,.0f}")
+    counted = {LOSSES[key]: report[key] for key in LOSSES if key in report}
+    fix = f"raise sequence_length ({row_length}), or set too_long to split, left or right"
+    say_left_out({"segments": report["segments"], **counted}, fix=fix)
+
+
+def first_kept(segments: Segments, row_length: int, too_long: str | None) -> int:
+    """The first segment that is learnt from: one with supervised tokens, and no longer than a row where longer ones are left
+    out. 0 where there is none, which packing refuses."""
+    good = segments.supervised > 0
+    if (too_long or ("split" if segments.kind == "text" else "drop")) == "drop":
+        good = good & (segments.lengths <= row_length)
+    return int(good.argmax()) if good.any() else 0

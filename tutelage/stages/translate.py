@@ -15,6 +15,7 @@ import torch
 
 from tutelage import log
 from tutelage.config.tasks import SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, Translate
+from tutelage.data import left_out
 from tutelage.data.family_source import FamilySource
 from tutelage.data.translations import Marks, PairedTexts, PairEncoder, pair_of
 from tutelage.engine import Engine, Sampling
@@ -119,9 +120,7 @@ def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
 
 
 def say_report(families: PairedTexts) -> None:
-    for what, count in families.report.items():
-        if count and what != "pairs":
-            log.say(f"  {what}: {count:,} of {families.report['pairs']:,} pairs")
+    left_out.say_left_out(families.report, fix="raise max_length or max_target, set too_long=right, or give shorter texts")
 
 
 def compare(

@@ -159,8 +159,15 @@ class Validate(Quiet):
             own = {k if k in ("step", "tokens") or not self.of else f"{self.of}_{k}": v for k, v in row.items()}
             state.job.metrics.write(**own)
         extra = f"  {row['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in row else ""
-        extra += "".join(f"  {name.removeprefix('_')} {value:.3f}" for name, value in terms.items() if name != "loss")
+        extra += "".join(f"  {self._term(name, value)}" for name, value in terms.items() if name != "loss")
         log.say(f"step {self.at}  {self.of or 'validation'} loss {self.latest:.4f}{extra}")
+
+    def _term(self, name: str, value: float) -> str:
+        """A term in words. An accuracy says of how many it is: of one pair it is 0 or 1, whatever the model."""
+        name = name.removeprefix("_")
+        units = ("pairs", "answers", "examples", "steps") if name == "accuracy" else ()
+        counted = [f" of {self.counts[unit]:,.0f} {unit}" for unit in units if self.counts.get(unit)]
+        return f"{name} {value:.3f}{''.join(counted[:1])}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": self.latest, "terms": self.terms, "at": self.at}
