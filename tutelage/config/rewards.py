@@ -43,8 +43,13 @@ class Maths(Compared):
 class Exact(Compared):
     """1 where the text is the expected one, else 0."""
 
-    ignore_case: bool = setting(True, "upper and lower case are the same")
-    ignore_punctuation: bool = setting(True, "punctuation, and the articles a, an, the, do not count")
+    ignore_case: bool = setting(False, "upper and lower case are the same")
+    ignore_punctuation: bool = setting(False, "punctuation, and the articles a, an, the, do not count; a number's sign does")
+
+
+class Answer(Compared):
+    """1 where the text states the expected answer (alone, after "the answer is", in a box, or in a sentence that repeats the
+    question), else 0. Numbers are equal by value; case, order and units count."""
 
 
 class Numeric(Compared):
@@ -135,7 +140,7 @@ class Environment(Term):
 
 
 KINDS: dict[str, type[Term]] = {
-    "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema, "tests": Tests,
+    "answer": Answer, "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema, "tests": Tests,
     "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
     "environment": Environment,
 }  # fmt: skip

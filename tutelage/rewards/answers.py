@@ -6,14 +6,17 @@ Numbers are equal by value, lists item by item, formulas by their spelling.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from tutelage.rewards.forms import folded, plain_maths
 from tutelage.rewards.numbers import NUMBER, Number, final_number, final_part, number_at
 from tutelage.rewards.units import UNITS
+
+Near = Callable[[Fraction, Fraction], bool]
 
 MAX_CHARS = 20_000  # of a text, from its end
 
@@ -158,16 +161,18 @@ def _same_option(letter: str, option: re.Match[str], question: str | None) -> bo
     return not _NEGATION.search(option[2]) and not _OPTION.search(option[2])
 
 
-def same_number(expected: Number, given: Number, question: str | None = None) -> bool:
-    """Equal by value. A percent sign is worth 1/100, unless the other number is without one in a question about percents."""
-    a, b = expected, given
-    if a.percent == b.percent:
-        return a.value == b.value
-    share, plain = (a.value, b.value) if a.percent else (b.value, a.value)
-    if plain == share / 100:
+def same_number(expected: Number, given: Number, question: str | None = None, near: Near = operator.eq) -> bool:
+    """Equal by value, or `near` it. A percent sign is worth 1/100; where percents are asked for it may be left out, or added."""
+    if expected.percent == given.percent:
+        return near(expected.value, given.value)
+    share = Fraction(1, 100)
+    worth = [number.value * (share if number.percent else 1) for number in (expected, given)]
+    if near(worth[0], worth[1]):
         return True
-    asked = a.percent or question is None or bool(_ABOUT_PERCENT.search(question))
-    return asked and plain == share and (plain > 1 or bool(question and _ABOUT_PERCENT.search(question) and not a.percent))
+    plain = given if expected.percent else expected
+    asked = expected.percent or question is None or _ABOUT_PERCENT.search(question) is not None
+    surely = question is not None and not expected.percent
+    return asked and (surely or abs(plain.value) > 1) and near(expected.value, given.value)
 
 
 def measure(text: str) -> tuple[Number, str] | None:

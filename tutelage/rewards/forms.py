@@ -43,6 +43,11 @@ def _spelt(found: re.Match[str]) -> str:
     return (" " if before.isdigit() else "") + unicodedata.normalize("NFKC", found[0])
 
 
+def joined_thousands(text: str) -> str:
+    r"""`12\,500` and `12{,}500` as 12500."""
+    return _GROUPED.sub(lambda m: _NOT_DIGITS.sub("", m[0]), text)
+
+
 def plain_maths(text: str) -> str:
     r"""A folded text without LaTeX's own ways to write numbers and spaces; `\frac` and `\sqrt` have braces.
 
@@ -50,7 +55,7 @@ def plain_maths(text: str) -> str:
         >>> plain_maths(r"\dfrac12 of $1{,}000$, or 5\text{ cm}^{2}")
         '\\frac{1}{2} of $1000$, or 5 cm^2'
     """
-    text = _GROUPED.sub(lambda m: _NOT_DIGITS.sub("", m[0]), folded(text))
+    text = joined_thousands(folded(text))
     if any(sign in text for sign in "\\~×·√{^("):
         for pattern, plain in _LATEX:
             text = pattern.sub(plain, text)

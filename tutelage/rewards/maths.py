@@ -11,7 +11,7 @@ from tutelage.errors import MissingExtra
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement, verify
 from tutelage.rewards.plain import Numeric
-from tutelage.rewards.texts import expected
+from tutelage.rewards.texts import accepted
 
 
 class Maths:
@@ -35,7 +35,7 @@ class Maths:
         )
 
     def _question(self, rollout: Rollout, text: str) -> dict[str, Any]:
-        return {"answer": expected(rollout), "text": text[-self.settings.last_chars :]}
+        return {"answers": accepted(rollout), "text": text[-self.settings.last_chars :]}
 
     def close(self) -> None:
         self._workers.close()

@@ -35,6 +35,12 @@ def expected(rollout: Rollout) -> str:
     return rollout.answer
 
 
+def accepted(rollout: Rollout) -> list[str]:
+    """Every right answer: the expected one, and those that the prompt's facts list as `accepted`. Raises `RewardError` for none."""
+    others = rollout.meta.get("accepted") or []
+    return [expected(rollout), *map(str, [others] if isinstance(others, str | int | float) else others)]
+
+
 def told(rollout: Rollout, key: str, what: str) -> object:
     """A fact of the rollout's prompt. Raises `RewardError` where it is missing."""
     if key not in rollout.meta:
