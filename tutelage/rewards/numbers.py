@@ -42,6 +42,7 @@ _MADE_LESS = {
     "squared", "cubed", "dozen", "half", "halves", "third", "thirds", "quarter", "quarters", "fifths", "tenth", "tenths",
     "hundredths", "thousandths", "times", "plus", "minus", "over", "divided", "multiplied",
 }  # fmt: skip
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,100}>>")  # GSM8K's own notes, such as <<9*2=18>>
 _PERCENT = re.compile(r"\s?(?:%|per\s?cent\b)", re.IGNORECASE)
 
 
@@ -78,7 +79,7 @@ def final_number(text: str) -> Number | None:
     part = final_part(text)
     if part is not text:
         return _last(_after_equals(plain_maths(part)))
-    text = plain_maths(text)
+    text = plain_maths(_CALCULATOR.sub("", text))
     if not (said := list(_SAID.finditer(text))):
         return _last(text)
     start = said[-1].end()
