@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from tutelage.rewards.forms import folded, plain_maths
-from tutelage.rewards.numbers import NUMBER, Number, final_number, final_part, number_at
+from tutelage.rewards.numbers import NUMBER, Number, final_number, final_part, number_at, spelt_number
 from tutelage.rewards.units import UNITS
 
 Near = Callable[[Fraction, Fraction], bool]
@@ -24,7 +24,7 @@ _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("$",
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
 _WHOLE_BOX = re.compile(r"\\f?boxed\s*\{")
 _LEAD = re.compile(
-    r"(?:\b(?:the|my|so|our)\s+)?(?:\b(?:final|correct|right)\s+)*\b(?:answer|solution|result)\s*(?:is\b\s*:?|:|=)\s*", re.IGNORECASE
+    r"(?:\b(?:the|my|so|our)\s+)?(?:\b(?:final|correct|right)\s+)*\b(?:answer|solution|result|option|choice)\s*(?:is\b\s*:?|:|=)\s*", re.IGNORECASE
 )
 _OPENING = re.compile(r"(?:(?:so|thus|hence|therefore|well|okay|ok|sure)\b,?\s+)+", re.IGNORECASE)
 _INSTEAD = re.compile(r"(?:it(?:'s| is)|that(?:'s| is)|the answer is)? ?not ([^,;.]+?)(?:,? but|[,;.] ?(?:it(?:'s| is)|that(?:'s| is))) ", re.IGNORECASE)
@@ -36,8 +36,10 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
 _FILLING = set(
     "a an the it its it's is are was were be that that's this these those there they he she we you i his her their in at on by of to "
     "for as and equals makes make made gives give has have had costs cost makes total answer result solution date number symbol word "
-    "name value called , : = . ;".split()
+    "name value called list i choose chose pick select say think correct right best option choice weighs weigh measures contains "
+    "takes take took lasts lasted happened each both all together then so thus therefore hence , : = . ; $ * `".split()
 )
+_OPERATIONS = {"plus", "minus", "times", "multiplied", "divided", "+", "-", "/"}
 _OPTION = re.compile(r"(?:option |choice |answer )?[(\[]?([A-Za-z])(?:[)\].:]+|(?=$))(?:\s+(.+))?", re.IGNORECASE | re.DOTALL)
 _LISTED = re.compile(r"(?:^|[\s(\[])([A-Za-z])[).\]:]\s+(.+?)(?=\s*[(\[]?[A-Za-z][).\]:]\s|[\n;,]|$)")
 _YES_NO = re.compile(r"(yes|no)\b[.!]?(?:,\s*(.*))?", re.IGNORECASE | re.DOTALL)
@@ -46,13 +48,8 @@ _AROUND_OPERATORS = re.compile(r"(?<=[\w)}\]])\s*([-+*/=^<>,;])\s*(?=[-+\w({\[\\
 _INSIDE_BRACKETS = re.compile(r"(?<=[(\[{])\s+|\s+(?=[)\]}])|(?<=,)\s+")
 _ASSIGNED = re.compile(r"(?:[^\W\d_]\w*|[\d\s.,+*/()^-]+)\s*=\s*(.+)", re.DOTALL)
 _ABOUT_PERCENT = re.compile(r"percent|per cent|%", re.IGNORECASE)
-_SPELT = {
-    word: n
-    for n, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-        "nineteen twenty".split()
-    )
-}
+_BULLET = re.compile(r"\s*(?:[-*•]|\d{1,3}[.)])\s+(.+?)\s*")
+_CONCLUDES = re.compile(r"\b(?:is|are|was|were|equals|makes|gives)\s+$|=\s*$", re.IGNORECASE)
 
 
 def right(expected: str | Sequence[str], given: str, question: str | None = None) -> bool:
@@ -77,24 +74,33 @@ def bare(text: str) -> str:
     """A text without what may stand around an answer. Example: `bare(' **"Foo"**. ')` is `Foo`."""
     text = " ".join(folded(text).split())
     while True:
-        before = text
+        before, text = text, unwrapped(text)
         if len(text) > 1 and text[-1] == "." and text[-2] != "." and not text[-2].isspace():
             text = text[:-1]
-        for start, end in _WRAPPERS:
-            inside = text[len(start) : -len(end)]
-            if len(text) > len(start) + len(end) and text.startswith(start) and text.endswith(end) and start not in inside:
-                text = inside.strip()
         if text == before:
             return text
+
+
+def unwrapped(text: str) -> str:
+    """A text without quotes or marks of Markdown and LaTeX that stand around the whole of it."""
+    for start, end in _WRAPPERS:
+        inside = text[len(start) : -len(end)]
+        if len(text) > len(start) + len(end) and text.startswith(start) and text.endswith(end) and start not in inside:
+            text = inside.strip()
+    return text
 
 
 def stated(text: str) -> str:
     """The part of a text that is said to be the answer, or the whole text."""
     fenced = _FENCE.fullmatch(text.strip())
-    text = fenced[1] if fenced else text
+    text = unwrapped(fenced[1] if fenced else text.strip())
+    bullets = [_BULLET.fullmatch(line) for line in text.split("\n") if line.strip()]
+    if len(bullets) > 1 and all(bullets):
+        return ", ".join(m[1] for m in bullets if m)
     if "####" in text or _WHOLE_BOX.search(text):
         return final_part(text)
-    text = _OPENING.sub("", text.strip(), count=1) if _OPENING.match(text.strip()) else text.strip()
+    opening = _OPENING.match(text)
+    text = text[opening.end() :] if opening else text
     leads = list(_LEAD.finditer(text))
     if leads and not _NEGATION.search(text[: leads[-1].start()].rsplit("\n", 1)[-1].rsplit(". ", 1)[-1]):
         said, _, more = re.sub(r"(?<=[^.])([.!])(?=\s)", "\\1\0", text[leads[-1].end() :].strip()).partition("\0")
@@ -186,9 +192,11 @@ def measure(text: str) -> tuple[Number, str] | None:
     sign = r"(?:[-+]\s?)?"
     before = re.match(rf"{sign}(US\$|USD|[$€£]|EUR|GBP)\s?", whole)
     text = text.replace("USD ", "").replace("EUR ", "").replace("GBP ", "") if before else text
-    word = text.lower().removeprefix("minus ").split(" ", 1)
-    if word[0] in _SPELT:
-        text = text.lower().replace(word[0], str(_SPELT[word[0]]), 1)
+    for length in (3, 2, 1):  # minus twenty-one legs
+        head, tail = text.split()[:length], text.split()[length:]
+        if (spelt := spelt_number(" ".join(head))) is not None:
+            text = " ".join([str(spelt), *tail])
+            break
     found = NUMBER.match(text)
     if found is None or (number := number_at(text, found)) is None:
         return None
@@ -260,6 +268,7 @@ def _items(text: str) -> list[str] | Counter[str] | None:
 
 def _formula(text: str) -> str:
     text = plain_maths(text).replace(r"\{", "{").replace(r"\}", "}")
+    text = re.sub(r"(?<=\d) (?=π|\\sqrt)", "", text)
     return _AROUND_OPERATORS.sub(r"\1", _INSIDE_BRACKETS.sub("", text))
 
 
@@ -268,8 +277,17 @@ def _restated(wanted: str, said: str, question: str | None) -> bool:
     if _NEGATION.search(said.replace(wanted, "", 1)) or not re.search(r"\w", wanted):
         return False
     number = _measure_of(wanted, question)
-    places = NUMBER.finditer(said) if number else re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", said)
+    items = _items(wanted)
+    if number is None and not isinstance(items, list):
+        wanted, said = _formula(wanted), _formula(said)
+    spelt = r"(?:,\s*(?:and\s)?|\s(?:and\s)?)".join(map(re.escape, items)) if isinstance(items, list) else re.escape(wanted)
+    places = NUMBER.finditer(said) if number else re.finditer(rf"(?<!\w){spelt}(?!\w)", said)
     found = [m.span() for m in places]
+    known = _FILLING | {_stem(w) for w in _WORD.findall(question or "")}
+    if number and len(found) > 1 and _CONCLUDES.search(said[: found[-1][0]]) and "," not in said:
+        asked = {m[0].strip() for m in NUMBER.finditer(plain_maths(question or ""))}
+        if all(said[start:end].strip() in asked for start, end in found[:-1]):
+            found, known = found[-1:], known | _OPERATIONS  # 15 times 4 is 60
     if len(found) != 1:
         return False
     start, end = found[0]
@@ -278,14 +296,13 @@ def _restated(wanted: str, said: str, question: str | None) -> bool:
     if end < len(said) and not said[:start].strip() and said[end] == ",":
         return _place_of(said[end:], question)
     around = _WORD.findall(said[:start]) + _WORD.findall(said[end:])
-    known = _FILLING | {_stem(w) for w in _WORD.findall(question or "")}
     return all((w.lower() in known or _stem(w) in known) and not _like_an_answer(w, wanted) for w in around)
 
 
 def _like_an_answer(word: str, wanted: str) -> bool:
     """A word beside the answer that could be another: a letter beside letters, an item beside a list's."""
     if (len(wanted) == 1 and wanted.isalpha()) or _items(wanted) is not None:
-        return word.isalnum() and len(word) == 1 and word not in {"a", "I"} or word in wanted.split()
+        return word.isalnum() and len(word) == 1 and word not in {"a", "I"} or word in wanted.replace(",", " ").split()
     return False
 
 
@@ -309,7 +326,7 @@ def _end_of_measure(number: tuple[Number, str], text: str, start: int, question:
 
 def _place_of(rest: str, question: str | None) -> bool:
     """`Paris, France` where France was asked about."""
-    place = re.fullmatch(r", ([^,]+)", rest)
+    place = re.fullmatch(r",\s*([^,]+)", rest)
     return bool(place and question and re.search(rf"(?<!\w){re.escape(place[1])}(?!\w)", question))
 
 

@@ -46,6 +46,13 @@ _CALCULATOR = re.compile(r"<<[^<>\n]{0,100}>>")  # GSM8K's own notes, such as <<
 _PERCENT = re.compile(r"\s?(?:%|per\s?cent\b)", re.IGNORECASE)
 
 
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_SPELT = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+
+
 @dataclass(slots=True, frozen=True)
 class Number:
     """A number as it is written. Example: `50%` is Number(Fraction(50), percent=True)."""
@@ -77,6 +84,8 @@ def final_number(text: str) -> Number | None:
     r"""The number that a text ends with, exactly: 1,234.50; 3/4; 1 1/2; \frac{3}{4}; 1e3; 2^{10}. None where it ends with an
     expression, a range or an alternative, or where the number is part of a formula that is not read here."""
     part = final_part(text)
+    if (spelt := spelt_number(part)) is not None:
+        return Number(Fraction(spelt))
     if part is not text:
         return _last(_after_equals(plain_maths(part)))
     text = plain_maths(_CALCULATOR.sub("", text))
@@ -94,6 +103,18 @@ def final_number(text: str) -> Number | None:
     if first and (begin := _BEGINS.match(sentence)) and first.start() <= begin.end():
         return _last(clause) if NUMBER.search(clause, first.end()) is None else _first(sentence, first)
     return _last(sentence)
+
+
+def spelt_number(text: str) -> int | None:
+    """A text that is a whole number below 100 in English words. Example: `spelt_number("Minus twenty-one.")` is -21."""
+    if len(text) > 60:
+        return None
+    words = text.strip(" \n.*`\"'").lower().replace("-", " ").split()
+    sign = -1 if words[:1] in (["minus"], ["negative"]) else 1
+    values = [_SPELT.get(word, -1) for word in (words[1:] if sign < 0 else words)]
+    if len(values) == 2 and values[0] >= 20 and 0 < values[1] < 10:
+        return sign * sum(values)
+    return sign * values[0] if len(values) == 1 and values[0] >= 0 else None
 
 
 def _after_equals(text: str) -> str:
@@ -172,7 +193,7 @@ def number_at(text: str, found: re.Match[str]) -> Number | None:
     if word[1].lower() in MULTIPLIERS:
         return Number(value * MULTIPLIERS[word[1].lower()])
     glued = after[:1].isalpha()
-    decade = glued and word[1] == "s" and re.search(r"\bthe\s?$", before, re.IGNORECASE)
+    decade = glued and word[1] == "s" and (re.fullmatch(r"[12]\d{3}", found[0]) or re.search(r"\bthe\s?$", before, re.IGNORECASE))
     if word[1].lower() in _MADE_LESS or decade or (glued and word[1] not in UNITS and len(word[1]) < 3):
         return None
     return Number(value)
