@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from tutelage.rewards.forms import folded, plain_maths
-from tutelage.rewards.numbers import NUMBER, Number, final_number, final_part, number_at, spelt_number
+from tutelage.rewards.numbers import NUMBER, NUMBER_WORDS, Number, final_number, final_part, number_at, spelt_number
 from tutelage.rewards.units import UNITS
 
 Near = Callable[[Fraction, Fraction], bool]
@@ -39,6 +39,7 @@ _FILLING = set(
     "name value called list i choose chose pick select say think correct right best option choice weighs weigh measures contains "
     "takes take took lasts lasted happened each both all together then so thus therefore hence , : = . ; $ * `".split()
 )
+_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
 _OPERATIONS = {"plus", "minus", "times", "multiplied", "divided", "+", "-", "/"}
 _OPTION = re.compile(r"(?:option |choice |answer )?[(\[]?([A-Za-z])(?:[)\].:]+|(?=$))(?:\s+(.+))?", re.IGNORECASE | re.DOTALL)
 _LISTED = re.compile(r"(?:^|[\s(\[])([A-Za-z])[).\]:]\s+(.+?)(?=\s*[(\[]?[A-Za-z][).\]:]\s|[\n;,]|$)")
@@ -262,7 +263,7 @@ def _items(text: str) -> list[str] | Counter[str] | None:
         return Counter(item.strip() for item in text[1:-1].split(","))
     if set("()[]{}=\\^") & set(text):
         return None
-    items = [bare(item) for item in _SEPARATORS.split(text) if item]
+    items = [unwrapped(item) for item in _SEPARATORS.split(text) if item]
     return items if len(items) > 1 else None
 
 
@@ -280,6 +281,8 @@ def _restated(wanted: str, said: str, question: str | None) -> bool:
     items = _items(wanted)
     if number is None and not isinstance(items, list):
         wanted, said = _formula(wanted), _formula(said)
+    if number and not re.search(r"\d", said):
+        said = _NUMBER_WORD.sub(lambda m: str(spelt_number(m[0])), said)
     spelt = r"(?:,\s*(?:and\s)?|\s(?:and\s)?)".join(map(re.escape, items)) if isinstance(items, list) else re.escape(wanted)
     places = NUMBER.finditer(said) if number else re.finditer(rf"(?<!\w){spelt}(?!\w)", said)
     found = [m.span() for m in places]
@@ -327,7 +330,7 @@ def _end_of_measure(number: tuple[Number, str], text: str, start: int, question:
 def _place_of(rest: str, question: str | None) -> bool:
     """`Paris, France` where France was asked about."""
     place = re.fullmatch(r",\s*([^,]+)", rest)
-    return bool(place and question and re.search(rf"(?<!\w){re.escape(place[1])}(?!\w)", question))
+    return bool(place and len(place[1]) > 2 and question and re.search(rf"(?<!\w){re.escape(place[1])}(?!\w)", question))
 
 
 def _stem(word: str) -> str:

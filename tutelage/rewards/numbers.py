@@ -50,7 +50,7 @@ _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SPELT = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+NUMBER_WORDS = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,7 +111,7 @@ def spelt_number(text: str) -> int | None:
         return None
     words = text.strip(" \n.*`\"'").lower().replace("-", " ").split()
     sign = -1 if words[:1] in (["minus"], ["negative"]) else 1
-    values = [_SPELT.get(word, -1) for word in (words[1:] if sign < 0 else words)]
+    values = [NUMBER_WORDS.get(word, -1) for word in (words[1:] if sign < 0 else words)]
     if len(values) == 2 and values[0] >= 20 and 0 < values[1] < 10:
         return sign * sum(values)
     return sign * values[0] if len(values) == 1 and values[0] >= 0 else None
@@ -214,16 +214,21 @@ def _value(found: re.Match[str]) -> Fraction | None:
         return None
     if len(powers) != sum(name in part for name in ("exponent", "scale", "power")):
         return None
+    divided = False
     try:
         if "top" in part:
             value = int(part.get("mixed", 0)) + Fraction(int(part["top"]), int(part["bottom"]))
+            divided = "mixed" not in part and int(part["bottom"]) > 1
         elif "whole" in part:
             value = int(part["whole"]) + Fraction(int(part["over"]), int(part["under"]))
         else:
             ten = Fraction(10) ** (int(part.get("exponent", 0)) + int(part.get("scale", 0)))
             value = Fraction(part["plain"]) ** int(part.get("power", 1)) * ten / Fraction(part.get("divisor", "1"))
+            divided = "divisor" in part
     except ZeroDivisionError:
         return None
+    if divided and (value.denominator == 1 or " / " in found[0]):
+        return None  # 36/2 is a sum yet to be done, not 18
     return -value if found["sign"] and not found["sign"].startswith("+") else value
 
 
