@@ -97,7 +97,8 @@ LAX = {"ignore_case": True, "ignore_punctuation": True}
     [
         ({"kind": "exact"}, "t q h", "T Q H", 0), ({"kind": "exact"}, "103", "10³", 0), ({"kind": "exact"}, "C", "C#", 0),
         ({"kind": "exact"}, "", "...", 0), ({"kind": "exact", **LAX}, "5", "-5", 0), ({"kind": "exact"}, "\u22125", "-5", 1),
-        ({"kind": "exact", **LAX}, " The  Cat! ", "cat", 1), ({"kind": "exact"}, "cats", "cat", 0), ({"kind": "exact", **LAX}, "the", "The", 1),
+        ({"kind": "exact", **LAX}, " The  Cat! ", "cat", 1), ({"kind": "exact"}, "cats", "cat", 0),
+        ({"kind": "exact", **LAX}, "the", "The", 1),
         ({"kind": "exact", "ignore_case": False}, "Cat", "cat", 0),
         ({"kind": "exact", "ignore_punctuation": False}, "cat.", "cat", 0),
         ({"kind": "exact", "tag": "answer"}, "hm <answer>no</answer> <answer>cat</answer>", "cat", 1),

@@ -140,8 +140,8 @@ class Environment(Term):
 
 
 KINDS: dict[str, type[Term]] = {
-    "answer": Answer, "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema, "tests": Tests,
-    "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
+    "answer": Answer, "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema,
+    "tests": Tests, "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
     "environment": Environment,
 }  # fmt: skip
 
@@ -168,6 +168,21 @@ def terms_of(rewards: Mapping[str, Any], *, places: Places | None = None, prefix
         out[name] = build(KINDS[kind], given, places=places, prefix=f"{prefix}{name}.")
         _check(out[name], f"{prefix}{name}")
     return out
+
+
+def bounds(terms: Mapping[str, Term]) -> tuple[float, float] | None:
+    """The least and the most that a reward of these terms can be; None where a term has no bounds."""
+    least = most = 0.0
+    for term in terms.values():
+        if isinstance(term, Length):
+            ends = (0.0, 1.0) if term.target is not None else (-1.0, 0.0)
+        elif isinstance(term, RewardModel | Function | Environment):
+            return None
+        else:
+            ends = (0.0, 1.0)
+        worth = sorted(term.weight * end for end in ends)
+        least, most = least + worth[0], most + worth[1]
+    return least, most
 
 
 def _check(term: Term, field: str) -> None:

@@ -1,7 +1,8 @@
 """Held-out questions: greedy answers, how they are graded, intervals, and what guessing would reach.
 
 An answer is *correct* where its scorer says so: a kind of reward (`tutelage.rewards`), so that a model is measured as it is
-rewarded. Without a choice the expected answer decides, question by question: the final number where the expected answer is a
+rewarded: the evaluation's choice, or else what the question's own facts name (`meta["scorer"]`; skills are `exact`). Without
+either the expected answer decides, question by question: the final number where the expected answer is a
 worked solution (`#### 18`, a box, an equation at its end), else the stated answer. It is *recognisable* when its words overlap
 with an accepted one by F1 >= 0.5 (the harmonic mean of the share of its words that are expected and of expected words that it
 has). A task whose expected answers are free text, more than six words on average, is judged by recognisable, others by correct.
@@ -18,10 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from tutelage.config.base import nearest
 from tutelage.config.rewards import terms_of
 from tutelage.errors import DataError
 from tutelage.evaluate.intervals import Estimate, accuracy, mean, paired_shares
-from tutelage.records import Conversation, Prompt as Record
+from tutelage.records import Conversation
+from tutelage.records import Prompt as Record
 from tutelage.rewards.answers import bare, measure, right, same_number, same_text
 from tutelage.rewards.build import build
 from tutelage.rewards.check import judge_texts
@@ -153,7 +156,7 @@ def grade_all(conversations: Sequence[Conversation], given: Sequence[str | None]
     Raises `RewardError` for an expected answer that the scorer cannot read, `MissingExtra` for a scorer that is not installed.
     """
     records = [_record(c) for c in conversations]
-    scorers = [scorer or scorer_for(_accepted(r)[0]) for r in records]
+    scorers = [scorer or _named(c) or scorer_for(_accepted(r)[0]) for c, r in zip(conversations, records, strict=True)]
     correct = [False] * len(records)
     for kind in dict.fromkeys(scorers):
         rows = [i for i, one in enumerate(scorers) if one == kind and given[i] is not None]
@@ -169,6 +172,18 @@ def _judge(kind: str, records: Sequence[Record], texts: Sequence[str]) -> list[b
     with build(terms_of({kind: 1.0}), asked=lambda rollout: asked[rollout.prompt]) as rubric:
         _, verdicts = judge_texts(rubric, zip(records, texts, strict=True))
     return [v.reward == 1.0 for v in verdicts]
+
+
+def _named(conversation: Conversation) -> str | None:
+    """The scorer that the question's own facts name, in meta["scorer"]."""
+    name = conversation.meta.get("scorer")
+    if name is not None and name not in SCORERS:
+        near = nearest(str(name), list(SCORERS))
+        raise DataError(
+            "no such scorer", file=conversation.source, field="meta.scorer", found=name, expected=f"one of: {', '.join(SCORERS)}",
+            fix=f"did you mean `{near}`?" if near else "leave it out: the expected answer decides then",
+        )  # fmt: skip
+    return name
 
 
 def _record(conversation: Conversation) -> Record:
@@ -217,7 +232,7 @@ def scores(predictions: Sequence[Prediction], chance: Mapping[str, float] | None
 def _score(task: str, rows: list[Prediction], chance: float) -> TaskScore:
     scorers = tuple(dict.fromkeys(x.scorer or "answer" for x in rows))
     words = sum(len(x.expected.split()) for x in rows) / len(rows)
-    free = scorers == ("recognisable",) or (scorers == ("answer",) and words > FREE_TEXT_WORDS)
+    free = set(scorers) == {"recognisable"} or (scorers == ("answer",) and words > FREE_TEXT_WORDS)
     hits = [x.score >= RECOGNISABLE if free else x.correct for x in rows]
     blind: dict[str, list[bool]] = {}
     if len(rows) > 1:  # one question has no other answers to guess from

@@ -34,8 +34,8 @@ DEFINITIONS = {
     "overlap": "mean word F1 with the accepted answer",
 }
 DERIVED = (
-    "graded by `numeric` where the expected answer is a worked solution that ends in a number, else by `answer`; by `recognisable` "
-    "where expected answers have more than six words on average; --scorer chooses another"
+    "graded by the scorer that a question's meta names; else by `numeric` where the expected answer is a worked solution that "
+    "ends in a number, by `answer` otherwise; free text (over six words on average) by `recognisable`; --scorer chooses another"
 )
 
 
@@ -94,7 +94,9 @@ def evaluate(
         asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
         if not asked:
             raise DataError("no held-out question", file=conversations / "validation.jsonl", fix="use a larger validation_share")
-    result["how"] = ({"max_tokens": max_tokens, "scorer": scorer or "derived"} if asked else {}) | ({"stride": stride} if held_out else {})
+    result["how"] = ({"max_tokens": max_tokens, "scorer": scorer or "derived"} if asked else {}) | (
+        {"stride": stride} if held_out else {}
+    )
     earlier = None if before is None else gains.Earlier.read(before)
     if earlier is not None:
         earlier.check([c.id for c in asked], [d.id for d in held_out], result["how"])

@@ -24,21 +24,28 @@ _WRAPPERS = (("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("$",
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)
 _WHOLE_BOX = re.compile(r"\\f?boxed\s*\{")
 _LEAD = re.compile(
-    r"(?:\b(?:the|my|so|our)\s+)?(?:\b(?:final|correct|right)\s+)*\b(?:answer|solution|result|option|choice)\s*(?:is\b\s*:?|:|=)\s*", re.IGNORECASE
+    r"(?:\b(?:the|my|so|our)\s+)?(?:\b(?:final|correct|right)\s+)*\b(?:answer|solution|result|option|choice)\s*(?:is\b\s*:?|:|=)\s*",
+    re.IGNORECASE,
 )
 _OPENING = re.compile(r"(?:(?:so|thus|hence|therefore|well|okay|ok|sure)\b,?\s+)+", re.IGNORECASE)
-_INSTEAD = re.compile(r"(?:it(?:'s| is)|that(?:'s| is)|the answer is)? ?not ([^,;.]+?)(?:,? but|[,;.] ?(?:it(?:'s| is)|that(?:'s| is))) ", re.IGNORECASE)
+_INSTEAD = re.compile(
+    r"(?:it(?:'s| is)|that(?:'s| is)|the answer is)? ?not ([^,;.]+?)(?:,? but|[,;.] ?(?:it(?:'s| is)|that(?:'s| is))) ",
+    re.IGNORECASE,
+)
 _NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|none|nobody|nothing|cannot|without|except|but|anything|unlike|than|wrong|incorrect|false|doubt|"
-    r"unlikely|longer|if|or|maybe|perhaps|possibly|instead|rather|wait|actually|sorry)\b|n't\b|[?≠]", re.IGNORECASE
+    r"unlikely|longer|if|or|maybe|perhaps|possibly|instead|rather|wait|actually|sorry)\b|n't\b|[?≠]",
+    re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]")
-_FILLING = set(
-    "a an the it its it's is are was were be that that's this these those there they he she we you i his her their in at on by of to "
-    "for as and equals makes make made gives give has have had costs cost makes total answer result solution date number symbol word "
-    "name value called list i choose chose pick select say think correct right best option choice weighs weigh measures contains "
-    "takes take took lasts lasted happened each both all together then so thus therefore hence , : = . ; $ * `".split()
+_WORDS_THAT_SAY_NOTHING = (
+    "a an the it its it's is are was were be that that's this these those there they he she we you i his her their in "
+    "at on by of to for as and equals makes make made gives give has have had costs cost makes total answer result "
+    "solution date number symbol word name value called list i choose chose pick select say think correct right best "
+    "option choice weighs weigh measures contains takes take took lasts lasted happened each both all together then "
+    "so thus therefore hence , : = . ; $ * `"
 )
+_FILLING = frozenset(_WORDS_THAT_SAY_NOTHING.split())
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b", re.IGNORECASE)
 _OPERATIONS = {"plus", "minus", "times", "multiplied", "divided", "+", "-", "/"}
 _OPTION = re.compile(r"(?:option |choice |answer )?[(\[]?([A-Za-z])(?:[)\].:]+|(?=$))(?:\s+(.+))?", re.IGNORECASE | re.DOTALL)
@@ -222,7 +229,11 @@ def _unit(text: str) -> str | None:
     if not text or re.split(r"[\^/ ]", text)[0] in UNITS or text in {"%", "‰"}:
         return text if not _NEGATION.search(text) and not re.search(r"\d[\d\s]|\s\d", text) else None
     plain = re.fullmatch(r"[a-z]+(?:[ -][a-z]+){0,3}", text)
-    return text if plain and not _NEGATION.search(text) and not re.search(r"\b(?:and|to|more|less|fewer|out|per|a)\b", text) else None
+    return (
+        text
+        if plain and not _NEGATION.search(text) and not re.search(r"\b(?:and|to|more|less|fewer|out|per|a)\b", text)
+        else None
+    )
 
 
 def _same_measure(expected: tuple[Number, str], given: tuple[Number, str], question: str | None) -> bool:
@@ -305,7 +316,7 @@ def _restated(wanted: str, said: str, question: str | None) -> bool:
 def _like_an_answer(word: str, wanted: str) -> bool:
     """A word beside the answer that could be another: a letter beside letters, an item beside a list's."""
     if (len(wanted) == 1 and wanted.isalpha()) or _items(wanted) is not None:
-        return word.isalnum() and len(word) == 1 and word not in {"a", "I"} or word in wanted.replace(",", " ").split()
+        return (word.isalnum() and len(word) == 1 and word not in {"a", "I"}) or word in wanted.replace(",", " ").split()
     return False
 
 

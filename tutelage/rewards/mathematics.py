@@ -17,7 +17,9 @@ from tutelage.rewards.numbers import final_number, final_part
 _MIXED = re.compile(r"(?<![\d.,/^])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.])")
 _FORMULA = re.compile(r"[\\^_=+*<>{}()\[\]]|\d[a-z]\b|[a-z]\s*[-/]|[-/]\s*[a-z]", re.IGNORECASE)
 _ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|√)\((\w+)\)|√(\w+)")
-_PROSE = re.compile(r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|left|right|frac|text)[a-zA-Z]{2,}|,|\bor\b|[?<>≤≥≠±]")  # no formula, or several
+_PROSE = re.compile(
+    r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|left|right|frac|text)[a-zA-Z]{2,}|,|\bor\b|[?<>≤≥≠±]"
+)  # no formula, or several
 _SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,2}(?![\w.])")
 
 
@@ -50,7 +52,8 @@ def _one(answer: str, text: str) -> dict[str, Any]:
     try:
         read = _readable(text)
         said = _readable(bare(stated(text)))
-        parsed = _parse(read) or ([] if _PROSE.search(said) else _parse(f"${said}$"))
+        parsed = [] if number is not None else _parse(read)  # of a formula that would read one of its numbers
+        parsed = parsed or ([] if _PROSE.search(said) else _parse(f"${said}$"))
         right = bool(parsed) and verify(gold, parsed, timeout_seconds=None)
     except MemoryError:
         raise
@@ -61,7 +64,7 @@ def _one(answer: str, text: str) -> dict[str, Any]:
 
 def _near(a: Fraction, b: Fraction) -> bool:
     """To six decimals, as fractions are given; of numbers below 1 to six digits."""
-    return abs(a - b) <= min(1, max(abs(a), abs(b))) * Fraction(1, 2_000_000)
+    return abs(a - b) <= min(1, max(abs(a), abs(b))) * Fraction(1, 500_000)
 
 
 def _parse(text: str) -> list[Any]:

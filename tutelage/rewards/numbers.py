@@ -25,9 +25,12 @@ _CLAUSE = re.compile(r",\s|[.;!?](?:\s|$)|\n")
 _SENTENCE = re.compile(r"[.;!?](?:\s|$)|\n")
 _TAKEN_BACK = re.compile(r"\b(?:no|wait|actually|sorry|correction|mistake|wrong|rather)\b", re.IGNORECASE)
 _BEGINS = re.compile(r"(?:\W|approximately|about|exactly|only|just|simply|[a-z]\s*=)*", re.IGNORECASE)
-_REJECTED = re.compile(r"(?:\bnot|n't|\bnever|≠|!=|\bneither|\bnor)\s*(?:be |equal to |the |just |only )*[*$(\\]*$", re.IGNORECASE)
+_REJECTED = re.compile(
+    r"(?:\bnot|n't|\bnever|≠|!=|\bneither|\bnor)\s*(?:be |equal to |the |just |only )*[*$(\\]*$", re.IGNORECASE
+)
 _BOUND = re.compile(
-    r"(?:\bthan|\bat (?:least|most)|\bbefore|\bbetween|\bfrom|\bup to|\bunder|\bover|\bbelow|\babove|[<>≤≥±])\s*[*$(\\]*$", re.IGNORECASE
+    r"(?:\bthan|\bat (?:least|most)|\bbefore|\bbetween|\bfrom|\bup to|\bunder|\bover|\bbelow|\babove|[<>≤≥±])\s*[*$(\\]*$",
+    re.IGNORECASE,
 )
 _OPERATOR = re.compile(r"(?P<operand>[\w)\]}%°π])(?P<space>\s*)[-+*/÷^±](?P<after>\s*)$")
 _INSIDE = re.compile(r"(?:\\[a-zA-Z]+|[A-Za-z√][{(]|\}\{|[√π]|\}\s?)$")
@@ -36,7 +39,10 @@ _BETWEEN = re.compile(
     r"[^\S\n]*(?:%|[a-z.°]+)?\s*(?:[-–—~,/:]|\.\.+|to|or|and|and/or|vs\.?|out of|of|in|times|plus|minus|divided by|over|[-+*/÷^<>])?"
     r"\s*(?:[a-zA-Z]\s*=)?\s*[$*(\\]*", re.IGNORECASE,
 )  # fmt: skip
-_JOINS = re.compile(r"(?:^|\W)(?:[-–—~,/:<>+*÷^]|\.\.|to|or|and|vs|out of|of|times|plus|minus|divided by|over)(?:\W|$)|^\s*[-–—~,/:<>+*÷^]", re.IGNORECASE)
+_JOINS = re.compile(
+    r"(?:^|\W)(?:\.\.|to|or|and|vs|out of|of|times|plus|minus|divided by|over)(?:\W|$)|(?:^\s*|\W)[-–—~,/:<>+*÷^]",
+    re.IGNORECASE,
+)
 _NEXT_WORD = re.compile(r"[\s-]?([^\W\d_]+)")
 _MADE_LESS = {
     "squared", "cubed", "dozen", "half", "halves", "third", "thirds", "quarter", "quarters", "fifths", "tenth", "tenths",
@@ -46,11 +52,12 @@ _CALCULATOR = re.compile(r"<<[^<>\n]{0,100}>>")  # GSM8K's own notes, such as <<
 _PERCENT = re.compile(r"\s?(?:%|per\s?cent\b)", re.IGNORECASE)
 
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = {word: n for n, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+_BELOW_20 = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = {word: n for n, word in enumerate(_BELOW_20.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
 
 
 @dataclass(slots=True, frozen=True)
@@ -124,7 +131,9 @@ def _after_equals(text: str) -> str:
 def _first(text: str, found: re.Match[str]) -> Number | None:
     """The number at the start of a sentence that goes on with others, unless these belong to it."""
     following = NUMBER.search(text, found.end())
-    if following and (_joined(text, found, following) or _OPERATOR.search(text[: following.start() + len(following["sign"] or "")])):
+    if following and (
+        _joined(text, found, following) or _OPERATOR.search(text[: following.start() + len(following["sign"] or "")])
+    ):
         return None
     return number_at(text, found)
 
@@ -180,7 +189,9 @@ def number_at(text: str, found: re.Match[str]) -> Number | None:
         return None
     if _BOUND.search(before) or _INSIDE.search(before) or before[-1:] in {"^", "_"} or re.search(r"\d[.:,]$", before):
         return None
-    if re.match(r"[.,:]\d|[\^_(]|\s?[√π]|\s?\\(?:sqrt|frac|pi)|/\w|\s?[*÷]\s?[\w(\\]|\s[-+]\s[\w(\\]", after) and not _PERCENT.match(after):
+    if re.match(
+        r"[.,:]\d|[\^_(]|\s?[√π]|\s?\\(?:sqrt|frac|pi)|/\w|\s?[*÷]\s?[\w(\\]|\s[-+]\s[\w(\\]", after
+    ) and not _PERCENT.match(after):
         return None
     value = _value(found)
     if value is None:

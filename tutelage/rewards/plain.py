@@ -158,7 +158,9 @@ def _blocks(text: str, most: int, punctuation: bool) -> Iterator[str | None]:
 @lru_cache
 def _breaks(punctuation: bool) -> re.Pattern[str]:
     """Space, and all marks: nothing before them is composed with them."""
-    marks = [c for c in map(chr, range(sys.maxunicode + 1)) if c != "-" and unicodedata.category(c)[0] == "P"] if punctuation else []
+    marks = (
+        [c for c in map(chr, range(sys.maxunicode + 1)) if c != "-" and unicodedata.category(c)[0] == "P"] if punctuation else []
+    )
     return re.compile(rf"[\s{re.escape(''.join(marks))}]")
 
 

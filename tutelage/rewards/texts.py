@@ -36,7 +36,8 @@ def expected(rollout: Rollout) -> str:
 
 
 def accepted(rollout: Rollout) -> list[str]:
-    """Every right answer: the expected one, and those that the prompt's facts list as `accepted`. Raises `RewardError` for none."""
+    """Every right answer: the expected one, and those that the prompt's facts list as `accepted`. Raises `RewardError` where
+    there is none."""
     others = rollout.meta.get("accepted") or []
     return [expected(rollout), *map(str, [others] if isinstance(others, str | int | float) else others)]
 
