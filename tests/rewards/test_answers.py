@@ -52,10 +52,14 @@ def test_forms_keep_what_counts() -> None:
 def test_maths_reads_plain_signs_and_thin_spaces() -> None:
     """math-verify read 12\\,345 as 357 and 1\\,000 as 0, found no answer in these signs, and took one of two for the answer."""
     pairs = [
-        (r"\boxed{12\,345}", "12345", 1), (r"\boxed{12\,345}", "357", 0), (r"\boxed{1\,000}", "1000", 1), (r"\boxed{1\,000}", "0", 0),
-        ("The answer is \u22125", "-5", 1), ("π", r"\pi", 1), ("½", r"\frac{1}{2}", 1), ("sqrt(2)", r"\sqrt{2}", 1), ("√2", r"\sqrt{2}", 1),
-        ("The answer is $9{,}500.", "9500", 1), (r"\boxed{12\,500}", "12500", 1), ("8 or 10", "10", 0), ("10000001", "10000000", 0),
-        (r"\boxed{2^{10}}", "1024", 1), (r"\boxed{2^{10}}", "10", 0), ("0.333333", "1/3", 1), (r"$2\cdot 9$", "18", 1),
+        (r"\boxed{12\,345}", "12345", 1), (r"\boxed{12\,345}", "357", 0), (r"\boxed{1\,000}", "1000", 1),
+        (r"\boxed{1\,000}", "0", 0),
+        ("The answer is \u22125", "-5", 1), ("π", r"\pi", 1), ("½", r"\frac{1}{2}", 1), ("sqrt(2)", r"\sqrt{2}", 1),
+        ("√2", r"\sqrt{2}", 1),
+        ("The answer is $9{,}500.", "9500", 1), (r"\boxed{12\,500}", "12500", 1),
+        ("8 or 10", "10", 0), ("10000001", "10000000", 0),
+        (r"\boxed{2^{10}}", "1024", 1), (r"\boxed{2^{10}}", "10", 0), ("0.333333", "1/3", 1),
+        (r"$2\cdot 9$", "18", 1), (r"$2\cdot 9$", "9", 0),
         ("x²", "x^2", 1), ("It is not 12.", "12", 0),
     ]  # fmt: skip
     with rubric({"maths": 1.0}) as made:

@@ -117,6 +117,7 @@ def ask(
                 found=conversation.id,
                 expected="a conversation that ends with an assistant turn",
             )
+    grade_all(conversations, [""] * len(conversations), scorer)  # what cannot be graded is said before the model is asked
     order = sorted(range(len(conversations)), key=lambda i: -sum(len(m.content) for m in conversations[i].messages))
     prompts = {i: list(prompt(conversations[i])) for i in order}
     fitting = [i for i in order if context is None or len(prompts[i]) < context]

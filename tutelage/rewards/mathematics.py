@@ -64,7 +64,7 @@ def _one(answer: str, text: str) -> dict[str, Any]:
 
 def _near(a: Fraction, b: Fraction) -> bool:
     """To six decimals, as fractions are given; of numbers below 1 to six digits."""
-    return abs(a - b) <= min(1, max(abs(a), abs(b))) * Fraction(1, 500_000)
+    return abs(a - b) <= min(Fraction(1), max(abs(a), abs(b))) * Fraction(1, 500_000)
 
 
 def _parse(text: str) -> list[Any]:

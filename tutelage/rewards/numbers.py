@@ -36,7 +36,8 @@ _OPERATOR = re.compile(r"(?P<operand>[\w)\]}%°π])(?P<space>\s*)[-+*/÷^±](?P<
 _INSIDE = re.compile(r"(?:\\[a-zA-Z]+|[A-Za-z√][{(]|\}\{|[√π]|\}\s?)$")
 _UNIT_POWER = re.compile(r"([A-Za-z°]+)\^$")
 _BETWEEN = re.compile(
-    r"[^\S\n]*(?:%|[a-z.°]+)?\s*(?:[-–—~,/:]|\.\.+|to|or|and|and/or|vs\.?|out of|of|in|times|plus|minus|divided by|over|[-+*/÷^<>])?"
+    r"[^\S\n]*(?:%|[a-z.°]+)?\s*"
+    r"(?:[-–—~,/:]|\.\.+|to|or|and|and/or|vs\.?|out of|of|in|times|plus|minus|divided by|over|[-+*/÷^<>])?"
     r"\s*(?:[a-zA-Z]\s*=)?\s*[$*(\\]*", re.IGNORECASE,
 )  # fmt: skip
 _JOINS = re.compile(
