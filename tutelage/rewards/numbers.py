@@ -92,8 +92,6 @@ def final_number(text: str) -> Number | None:
     r"""The number that a text ends with, exactly: 1,234.50; 3/4; 1 1/2; \frac{3}{4}; 1e3; 2^{10}. None where it ends with an
     expression, a range or an alternative, or where the number is part of a formula that is not read here."""
     part = final_part(text)
-    if (spelt := spelt_number(part)) is not None:
-        return Number(Fraction(spelt))
     if part is not text:
         return _last(_after_equals(plain_maths(part)))
     text = plain_maths(_CALCULATOR.sub("", text))
