@@ -146,3 +146,16 @@ def test_nothing_to_estimate_is_an_error(call) -> None:  # type: ignore[no-untyp
     """An empty evaluation must not print a number."""
     with pytest.raises(ValueError):
         call()
+
+
+def test_intervals_stay_within_what_can_be() -> None:
+    """Rewards between 0 and 1 had 0.145 (-0.253 to 0.543), and overlap of words -0.059."""
+    few = iv.mean([0.0, 0.0, 0.02, 0.5], bounds=(0.0, 1.0))
+    assert few.low == 0.0 and few.value < few.high < iv.mean([0.0, 0.0, 0.02, 0.5]).high + 1e-12
+    shares = iv.mean([0, 0, 0, 1, 0, 0, 0, 2, 2], bounds=(0.0, 2.0))
+    assert "within 0 to 2" in shares.method
+    two = iv.mean([0.0] * 7 + [2.0], bounds=(0.0, 2.0))
+    assert (two.low, two.high) == pytest.approx((2 * iv.wilson(1, 8).low, 2 * iv.wilson(1, 8).high))
+    a, b = [1.0] * 9 + [0.0], [0.0] * 10
+    assert iv.paired_difference(a, b, bounds=(0.0, 1.0)).high <= 1.0 < iv.paired_difference(a, b).high
+    assert iv.paired_difference([0.9, 1.0, 0.2], [0.0, 0.1, 0.0], bounds=(0.0, 1.0)).high == 1.0

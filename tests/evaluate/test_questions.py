@@ -53,11 +53,13 @@ def test_a_question_longer_than_the_context_is_wrong_not_fatal() -> None:
     ("answer", "expected", "same"),
     [
         ("42.", "42", True),
-        (" `Foo`\n", "foo", True),
+        (" `Foo`\n", "Foo", True),
+        ("Foo", "foo", False),
         ("4 2", "42", False),
         ("-3", "3", False),
         ("", "", True),
-        ("a  b", "A b", True),
+        ("a  b", "a b", True),
+        ("10³", "103", False),
     ],
 )
 def test_normalised_exact_match(answer: str, expected: str, same: bool) -> None:

@@ -89,10 +89,16 @@ def test_maths_stands_up_to_hostile_texts(by_math_verify: Rubric) -> None:
     assert by_math_verify.judge([rollout("18", "18")])[0].reward == 1  # and it goes on
 
 
+LAX = {"ignore_case": True, "ignore_punctuation": True}
+
+
 @pytest.mark.parametrize(
     ("settings", "text", "answer", "value"),
     [
-        ({"kind": "exact"}, " The  Cat! ", "cat", 1), ({"kind": "exact"}, "cats", "cat", 0), ({"kind": "exact"}, "the", "The", 1),
+        ({"kind": "exact"}, "t q h", "T Q H", 0), ({"kind": "exact"}, "103", "10³", 0), ({"kind": "exact"}, "C", "C#", 0),
+        ({"kind": "exact"}, "", "...", 0), ({"kind": "exact", **LAX}, "5", "-5", 0), ({"kind": "exact"}, "\u22125", "-5", 1),
+        ({"kind": "exact", **LAX}, " The  Cat! ", "cat", 1), ({"kind": "exact"}, "cats", "cat", 0),
+        ({"kind": "exact", **LAX}, "the", "The", 1),
         ({"kind": "exact", "ignore_case": False}, "Cat", "cat", 0),
         ({"kind": "exact", "ignore_punctuation": False}, "cat.", "cat", 0),
         ({"kind": "exact", "tag": "answer"}, "hm <answer>no</answer> <answer>cat</answer>", "cat", 1),
@@ -139,7 +145,7 @@ def test_long_texts_are_read_as_far_as_they_are_right(text: str, answer: str, va
     """Guards the trainer, which is where this runs: a text of a hundred million characters took gigabytes, and one of marks that
     stand above one another hours. Right answers with much that does not count stay right."""
     tracemalloc.start()
-    with rubric({"exact": 1.0}) as made:
+    with rubric({"exact": LAX}) as made:
         assert made.judge([rollout_of(text, answer)])[0].reward == value
     assert tracemalloc.get_traced_memory()[1] < 3e6
     tracemalloc.stop()

@@ -43,8 +43,13 @@ class Maths(Compared):
 class Exact(Compared):
     """1 where the text is the expected one, else 0."""
 
-    ignore_case: bool = setting(True, "upper and lower case are the same")
-    ignore_punctuation: bool = setting(True, "punctuation, and the articles a, an, the, do not count")
+    ignore_case: bool = setting(False, "upper and lower case are the same")
+    ignore_punctuation: bool = setting(False, "punctuation, and the articles a, an, the, do not count; a number's sign does")
+
+
+class Answer(Compared):
+    """1 where the text states the expected answer (alone, after "the answer is", in a box, or in a sentence that repeats the
+    question), else 0. Numbers are equal by value; case, order and units count."""
 
 
 class Numeric(Compared):
@@ -135,8 +140,8 @@ class Environment(Term):
 
 
 KINDS: dict[str, type[Term]] = {
-    "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema, "tests": Tests,
-    "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
+    "answer": Answer, "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema,
+    "tests": Tests, "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
     "environment": Environment,
 }  # fmt: skip
 
@@ -163,6 +168,21 @@ def terms_of(rewards: Mapping[str, Any], *, places: Places | None = None, prefix
         out[name] = build(KINDS[kind], given, places=places, prefix=f"{prefix}{name}.")
         _check(out[name], f"{prefix}{name}")
     return out
+
+
+def bounds(terms: Mapping[str, Term]) -> tuple[float, float] | None:
+    """The least and the most that a reward of these terms can be; None where a term has no bounds."""
+    least = most = 0.0
+    for term in terms.values():
+        if isinstance(term, Length):
+            ends = (0.0, 1.0) if term.target is not None else (-1.0, 0.0)
+        elif isinstance(term, RewardModel | Function | Environment):
+            return None
+        else:
+            ends = (0.0, 1.0)
+        worth = sorted(term.weight * end for end in ends)
+        least, most = least + worth[0], most + worth[1]
+    return least, most
 
 
 def _check(term: Term, field: str) -> None:

@@ -252,6 +252,10 @@ class Evaluate(Section):
     max_documents: int = setting(0, "documents used; 0: all", ge=0)
     max_questions: int = setting(500, "questions asked; 0: all", ge=0)
     max_tokens: Count = setting(64, "longest answer, in tokens")
+    scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "recognisable"] | None = setting(
+        None, "how answers are graded: as the reward of that name does, or by overlap of words; none: `numeric` for worked "
+        "solutions that end in a number, else `answer`, and free text by overlap"
+    )  # fmt: skip
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
     seed: int = setting(0, "of the bootstrap")
 

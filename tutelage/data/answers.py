@@ -43,6 +43,8 @@ def others_of(meta: Mapping[str, Any]) -> list[str]:
     found = meta.get(ACCEPTED)
     if found is None:
         return []
+    if isinstance(found, str):
+        return [found]
     if not isinstance(found, list) or not all(isinstance(v, str | int | float) for v in found):
         raise DataError("other right answers are a list", field=f"meta.{ACCEPTED}", found=found, expected="a list of texts")
     return [_one(v) for v in found]

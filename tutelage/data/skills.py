@@ -88,7 +88,7 @@ def generate(name: str, skill: Skill, count: int, held_out: int, seed: int) -> I
             source=f"skill:{name}#{len(seen)}",
             licence="CC0-1.0",
             meta={"task": name, "answer": problem.answer, "family": f"{name} {' '.join(problem.given)}", "split": side,
-                  "chance": round(skill.chance, 4)},
+                  "chance": round(skill.chance, 4), "scorer": "exact"},
         )  # fmt: skip
 
 

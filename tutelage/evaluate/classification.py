@@ -87,7 +87,7 @@ def tag_measures(truth: Sequence[Sequence[Span]], said: Sequence[Sequence[Span]]
         "texts": len(truth),
         "span_f1": Estimate(value, min(value, float(low)), max(value, float(high)), len(truth), float("nan"),
                             f"bootstrap over texts, {DRAWS} draws, 95%").to_json(),
-        "character_f1": mean(shares).to_json(),
+        "character_f1": mean(shares, bounds=(0.0, 1.0)).to_json(),
         "classes": _rows(counts[0], counts[1], counts[2], names),
     }  # fmt: skip
 
@@ -107,7 +107,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> float:
 
 def over_folds(values: Sequence[float]) -> dict[str, Any]:
     """Mean of one number a fold, with Student's t interval. Folds share training texts: the interval is a little too narrow."""
-    found = mean(values)
+    found = mean(values, bounds=(0.0, 1.0))
     row = found.to_json()
     return {"mean": found.value, "low": row["low"], "high": row["high"], "folds": [round(v, 4) for v in values]}
 

@@ -58,9 +58,10 @@ def number(estimate: Estimate, unit: str, definition: str) -> dict[str, Any]:
     return {**estimate.to_json(), "unit": unit, "definition": definition}
 
 
-def mean(values: ArrayLike, level: float = 0.95) -> Estimate:
+def mean(values: ArrayLike, level: float = 0.95, *, bounds: tuple[float, float] | None = None) -> Estimate:
     """Mean of independent values with Student's t interval; without one where there are fewer than `LEAST_VALUES`, or all are
-    the same, since nothing then says how far others would lie. Raises `ValueError` for no values."""
+    the same, since nothing then says how far others would lie. Of values that lie within `bounds` whatever is measured, the
+    interval does too; where each of them is one of the bounds, it is Wilson's. Raises `ValueError` for no values."""
     x = np.asarray(values, np.float64)
     if x.size == 0:
         raise ValueError("mean of no values")
@@ -70,15 +71,33 @@ def mean(values: ArrayLike, level: float = 0.95) -> Estimate:
         return Estimate(value, -math.inf, math.inf, int(x.size), math.nan, f"{few}: no interval")
     error = float(x.std(ddof=1) / math.sqrt(x.size))
     half = error * student_quantile(0.5 + level / 2, x.size - 1)
-    return Estimate(value, value - half, value + half, int(x.size), error, f"Student t, {level:.0%}")
+    if bounds is None:
+        return Estimate(value, value - half, value + half, int(x.size), error, f"Student t, {level:.0%}")
+    least, most = bounds
+    if np.all((x == least) | (x == most)):  # a share, stretched
+        share = wilson(int((x == most).sum()), int(x.size), level)
+        low, high = (least + (most - least) * end for end in (share.low, share.high))
+        return Estimate(value, min(low, value), max(high, value), int(x.size), error, share.method)
+    low, high = max(least, value - half), min(most, value + half)
+    return Estimate(value, low, high, int(x.size), error, f"Student t, {level:.0%}, within {least:g} to {most:g}")
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estimate:
-    """Mean of `a - b` over the same units, with Student's t interval of the differences, where `mean` has one."""
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, level: float = 0.95, *, bounds: tuple[float, float] | None = None
+) -> Estimate:  # fmt: skip
+    """Mean of `a - b` over the same units, with Student's t interval of the differences, where `mean` has one. `bounds` are of
+    the values: their difference lies within the width of them."""
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.shape != y.shape:
         raise ValueError(f"paired values must pair: {x.shape} and {y.shape}")
-    return mean(x - y, level)
+    if bounds is None:
+        return mean(x - y, level)
+    least, most = bounds
+    width = most - least
+    if x.size >= LEAST_VALUES and np.ptp(x - y) > 0 and all(np.all((z == least) | (z == most)) for z in (x, y)):
+        e = paired_shares(x == most, y == most, level)
+        return Estimate(e.value * width, e.low * width, e.high * width, e.n, e.standard_error * width, e.method)
+    return mean(x - y, level, bounds=(-width, width))
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:

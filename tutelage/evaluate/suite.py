@@ -28,10 +28,15 @@ DEFINITIONS = {
     "bits_per_byte": "bits for the held-out documents, their ends included, divided by the UTF-8 bytes of their text",
     "perplexity": "exp of the mean nats per predicted token; depends on the tokenizer",
     "saving": "1 - bits of the model / bits of the better yardstick, on the same documents",
-    "correct": "share of answers equal to an accepted one after normalising case, spaces, quotes and a final full stop",
+    "correct": "share of answers that the task's scorer calls right; answer: states an accepted answer, numbers equal by value, "
+    "case, order and units counted; numeric: ends with the number that the expected answer ends with",
     "recognisable": "share of answers whose words overlap with an accepted one by F1 >= 0.5",
     "overlap": "mean word F1 with the accepted answer",
 }
+DERIVED = (
+    "graded by the scorer that a question's meta names; else by `numeric` where the expected answer is a worked solution that "
+    "ends in a number, by `answer` otherwise; free text (over six words on average) by `recognisable`; --scorer chooses another"
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,6 +68,7 @@ def evaluate(
     max_documents: int = 0,
     max_questions: int = 500,
     max_tokens: int = 64,
+    scorer: str | None = None,
     chance: Mapping[str, float] | None = None,
     batch_tokens: int = 8192,
     seed: int = 0,
@@ -88,7 +94,9 @@ def evaluate(
         asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
         if not asked:
             raise DataError("no held-out question", file=conversations / "validation.jsonl", fix="use a larger validation_share")
-    result["how"] = ({"max_tokens": max_tokens} if asked else {}) | ({"stride": stride} if held_out else {})
+    result["how"] = ({"max_tokens": max_tokens, "scorer": scorer or "derived"} if asked else {}) | (
+        {"stride": stride} if held_out else {}
+    )
     earlier = None if before is None else gains.Earlier.read(before)
     if earlier is not None:
         earlier.check([c.id for c in asked], [d.id for d in held_out], result["how"])
@@ -99,11 +107,14 @@ def evaluate(
     predictions: list[questions.Prediction] = []
     if asked:
         assert subject.generate is not None and subject.prompt is not None
-        predictions = questions.ask(asked, subject.prompt, subject.generate, context=subject.context, max_tokens=max_tokens)
+        predictions = questions.ask(
+            asked, subject.prompt, subject.generate, context=subject.context, max_tokens=max_tokens, scorer=scorer
+        )  # fmt: skip
         tasks = [_task(t) for t in questions.scores(predictions, chance)]
         too_long = sum(p.too_long is not None for p in predictions)
         result["questions"] = {"count": len(predictions), "too_long": too_long, "tasks": tasks}
         log.console.print(questions_table(result["questions"]))
+        log.say(f"graded by {scorer}" if scorer else DERIVED)
         if too_long:
             log.say(f"{too_long} of {len(predictions)} questions are longer than the context: not asked, counted as wrong")
     if earlier is not None:
@@ -203,8 +214,9 @@ def _row(name: str, label: str, estimate: Estimate, unit: str, details: dict[str
 def _task(score: questions.TaskScore) -> dict[str, Any]:
     measures = {k: number(getattr(score, k), "share", DEFINITIONS[k]) for k in ("correct", "recognisable", "overlap")}
     return {
-        "task": score.task, "judged_by": score.judged_by, **measures, "guess": score.guess,
+        "task": score.task, "judged_by": score.judged_by, "scorer": score.scored_by, **measures, "guess": score.guess,
         "guess_from": score.guess_from, "above_guess": score.above_guess,
+        "guess_interval": None if score.guess_interval is None else score.guess_interval.to_json(),
     }  # fmt: skip
 
 
@@ -252,6 +264,8 @@ def questions_table(asked: dict[str, Any]) -> Table:
     for t in asked["tasks"]:
         m = t[t["judged_by"]]
         interval = f"{m['low']:.1%} to {m['high']:.1%}"
-        cells = (t["task"], str(m["n"]), t["judged_by"], f"{m['value']:.1%}", interval, f"{t['guess']:.1%}")
+        guess = t.get("guess_interval")
+        guessing = f"{t['guess']:.1%}" + (f" ({guess['low']:.1%} to {guess['high']:.1%})" if guess else "")
+        cells = (t["task"], str(m["n"]), t.get("scorer", t["judged_by"]), f"{m['value']:.1%}", interval, guessing)
         table.add_row(*cells, style=None if t["above_guess"] else "dim")
     return table

@@ -14,6 +14,7 @@ from tutelage.rewards.rubric import Rubric
 # section: "module:class" (settings, *, what a stage wires) -> Reward
 TABLE: dict[type[config.Term], str] = {
     config.Maths: "tutelage.rewards.maths:Maths",
+    config.Answer: "tutelage.rewards.plain:Answer",
     config.Exact: "tutelage.rewards.plain:Exact",
     config.Numeric: "tutelage.rewards.plain:Numeric",
     config.Length: "tutelage.rewards.plain:Length",

@@ -5,33 +5,66 @@ from __future__ import annotations
 import logging
 import re
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from math_verify import parse, verify
 
-from tutelage.rewards.numbers import final_part
+from tutelage.rewards.answers import bare, measure, same_number, stated
+from tutelage.rewards.forms import folded, joined_thousands
+from tutelage.rewards.numbers import final_number, final_part
 
 _MIXED = re.compile(r"(?<![\d.,/^])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/.])")
 _FORMULA = re.compile(r"[\\^_=+*<>{}()\[\]]|\d[a-z]\b|[a-z]\s*[-/]|[-/]\s*[a-z]", re.IGNORECASE)
+_ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|√)\((\w+)\)|√(\w+)")
+_PROSE = re.compile(
+    r"(?<![\\a-zA-Z])(?!sqrt|sin|cos|tan|log|exp|left|right|frac|text)[a-zA-Z]{2,}|,|\bor\b|[?<>≤≥≠±]"
+)  # no formula, or several
 _SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,2}(?![\w.])")
 
 
-def maths(question: dict[str, str]) -> dict[str, Any]:
-    """Whether a text's final answer is the expected one, by math-verify; an expected answer that can't be read is said."""
-    wanted = _readable(question["answer"])
+def maths(question: dict[str, Any]) -> dict[str, Any]:
+    """Whether a text's final answer is one of the expected ones, by math-verify; numbers are read as `numeric` reads them. An
+    expected answer that can't be read is said."""
+    out: dict[str, Any] = {}
+    for answer in question["answers"]:
+        out = _one(answer, question["text"])
+        if out.get("value") or "unreadable" in out:
+            break
+    return out
+
+
+def _one(answer: str, text: str) -> dict[str, Any]:
+    wanted = _readable(answer)
+    number = final_number(answer) if measure(bare(stated(answer))) else None
+    if number is not None:
+        found = final_number(text)
+        if found is not None:
+            return {"value": float(same_number(number, found, near=_near)), "note": f"read {float(found.value):g}"}
+        text = bare(stated(text))
+        if not text or _PROSE.search(text):
+            return {"value": 0.0, "note": "no answer found"}
     marked = f"${wanted}$"  # as LaTeX has formulas; without the marks only numbers are read
     forms = (marked, wanted) if _FORMULA.search(wanted) and "$" not in wanted and "boxed" not in wanted else (wanted, marked)
     gold = next(filter(None, (_parse(form) for form in forms)), [])
     if not gold:
         return {"unreadable": wanted}
     try:
-        found = _parse(_readable(question["text"]))
-        right = bool(found) and verify(gold, found, timeout_seconds=None)
+        read = _readable(text)
+        said = _readable(bare(stated(text)))
+        parsed = [] if number is not None else _parse(read)  # of a formula that would read one of its numbers
+        parsed = parsed or ([] if _PROSE.search(said) else _parse(f"${said}$"))
+        right = bool(parsed) and verify(gold, parsed, timeout_seconds=None)
     except MemoryError:
         raise
     except Exception as error:  # recursion, digits beyond the interpreter's limit, …: the text's fault
         return {"value": 0.0, "note": f"cannot be read: {type(error).__name__}"}
-    return {"value": float(right), "note": f"read {str(found[-1])[:80]}" if found else "no answer found"}
+    return {"value": float(right), "note": f"read {str(parsed[-1])[:80]}" if parsed else "no answer found"}
+
+
+def _near(a: Fraction, b: Fraction) -> bool:
+    """To six decimals, as fractions are given; of numbers below 1 to six digits."""
+    return abs(a - b) <= min(Fraction(1), max(abs(a), abs(b))) * Fraction(1, 500_000)
 
 
 def any_of(question: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +80,8 @@ def _parse(text: str) -> list[Any]:
 
 def _readable(text: str) -> str:
     """The part with the final answer, with mixed and scientific numbers in a form that is not mistaken for several numbers."""
-    part = final_part(text) if "####" in text else text
+    part = joined_thousands(folded(final_part(text) if "####" in text else text))
+    part = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", part.replace("π", r"\pi "))
     part = _MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", part)
     return _SCIENTIFIC.sub(lambda m: f"{Decimal(m[0]):f}", part).strip()
 

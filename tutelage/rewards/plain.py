@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -13,17 +13,20 @@ from tutelage.config import rewards as config
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import Judgement
-from tutelage.rewards.numbers import last_number
+from tutelage.rewards.answers import right, same_number
+from tutelage.rewards.forms import folded
+from tutelage.rewards.numbers import final_number
 from tutelage.rewards.texts import accepted, inside, place
 
 LAST_CHARS = 20_000  # of a text, in which its number is looked for
 BLOCK = 4096  # characters that are normalised at a time
 SHRINK = 4  # characters at most that NFKC makes one of
+_SIGN = re.compile(r"(?<!\w)-(?=\.?\d)")  # of a number, which punctuation is not
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 class Exact:
-    """1 where the text, normalised, is the expected answer. It is read up to the first word that is another."""
+    """1 where the text is an expected answer, but for space and typography. It is read up to the first word that is another."""
 
     def __init__(self, settings: config.Exact) -> None:
         self.settings = settings
@@ -32,7 +35,7 @@ class Exact:
         out = []
         for rollout in rollouts:
             wanted, text = accepted(rollout), inside(rollout.text, self.settings.tag)
-            out.append(Judgement(float(text is not None and any(self.same(text, answer) for answer in wanted))))
+            out.append(Judgement(float(text is not None and any(self.same(text, one) for one in wanted))))
         return out
 
     def same(self, text: str, answer: str) -> bool:
@@ -48,10 +51,11 @@ class Exact:
         return at == len(wanted)
 
     def _words(self, text: str, ignore_punctuation: bool) -> list[str]:
-        text = unicodedata.normalize("NFKC", text)
+        text = folded(text)
         if self.settings.ignore_case:
             text = text.casefold()
         if ignore_punctuation:
+            text = _SIGN.sub("−", text)
             for mark in {c for c in text if unicodedata.category(c)[0] == "P"}:
                 text = text.replace(mark, " ")
             text = _ARTICLES.sub(" ", text)
@@ -60,8 +64,25 @@ class Exact:
     def close(self) -> None: ...
 
 
+class Answer:
+    """1 where the text states an expected answer: alone, marked as the answer, or with the question's words around it."""
+
+    def __init__(self, settings: config.Answer, *, asked: Callable[[Rollout], str] | None = None) -> None:
+        self.settings, self._asked = settings, asked
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        return [self._one(rollout) for rollout in rollouts]
+
+    def _one(self, rollout: Rollout) -> Judgement:
+        text = inside(rollout.text, self.settings.tag)
+        question = self._asked(rollout) if self._asked else None
+        return Judgement(float(text is not None and right(accepted(rollout), text, question)))
+
+    def close(self) -> None: ...
+
+
 class Numeric:
-    """1 where the last number of the text is the expected one, within the tolerance."""
+    """1 where the last number of the text is an expected one, within the tolerance."""
 
     def __init__(self, settings: config.Numeric) -> None:
         self.settings = settings
@@ -70,18 +91,18 @@ class Numeric:
         return [self._one(rollout) for rollout in rollouts]
 
     def _one(self, rollout: Rollout) -> Judgement:
-        wanted = [number for answer in accepted(rollout) if (number := last_number(answer)) is not None]
+        wanted = [number for one in accepted(rollout) if (number := final_number(one)) is not None]
         if not wanted:
             raise no_number(rollout)
         text = inside(rollout.text, self.settings.tag)
-        found = None if text is None else last_number(text[-LAST_CHARS:])
+        found = None if text is None else final_number(text[-LAST_CHARS:])
         if found is None:
             return Judgement(0.0, "no number")
-        return Judgement(float(any(self._near(found, number) for number in wanted)), f"read {float(found):g}")
+        note = f"read {float(found.value):g}" + ("%" if found.percent else "")
+        return Judgement(float(any(same_number(one, found, near=self._near) for one in wanted)), note)
 
-    def _near(self, found: Fraction, wanted: Fraction) -> bool:
-        near = max(self.settings.tolerance, self.settings.relative * abs(float(wanted)))
-        return abs(float(found - wanted)) <= near
+    def _near(self, wanted: Fraction, found: Fraction) -> bool:
+        return abs(float(found - wanted)) <= max(self.settings.tolerance, self.settings.relative * abs(float(wanted)))
 
     def close(self) -> None: ...
 
@@ -137,7 +158,9 @@ def _blocks(text: str, most: int, punctuation: bool) -> Iterator[str | None]:
 @lru_cache
 def _breaks(punctuation: bool) -> re.Pattern[str]:
     """Space, and all marks: nothing before them is composed with them."""
-    marks = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "P"] if punctuation else []
+    marks = (
+        [c for c in map(chr, range(sys.maxunicode + 1)) if c != "-" and unicodedata.category(c)[0] == "P"] if punctuation else []
+    )
     return re.compile(rf"[\s{re.escape(''.join(marks))}]")
 
 

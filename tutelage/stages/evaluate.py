@@ -38,6 +38,7 @@ def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
             max_documents=config.max_documents,
             max_questions=config.max_questions,
             max_tokens=config.max_tokens,
+            scorer=config.scorer,
             chance=CHANCE,
             seed=config.seed,
             before=run.input("before") if config.before else None,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tutelage import log
+from tutelage.config.rewards import bounds, terms_of
 from tutelage.config.stages import Rl
 from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
@@ -79,19 +80,28 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
         forward_share=0.5,
     )
     facts = fitting.fit(config, run, work, kit.device)
-    return {**facts, "method": config.method, "prompts": len(prompts), "rollouts": source.facts, **gain(probe)}
+    return {
+        **facts,
+        "method": config.method,
+        "prompts": len(prompts),
+        "rollouts": source.facts,
+        **gain(probe, bounds(terms_of(config.rewards))),
+    }
 
 
-def gain(probe: Probe | None) -> dict[str, Any]:
-    """Rewards of held-out prompts before and after, with intervals: of those that were asked both times. A run may go on with
-    another number of probes."""
+def gain(probe: Probe | None, within: tuple[float, float] | None = None) -> dict[str, Any]:
+    """Rewards of held-out prompts before and after, with intervals inside what a reward can be: of those that were asked both
+    times. A run may go on with another number of probes."""
     if probe is None or not (before := probe.rewards.get("before")):
         return {}
     after = probe.rewards["after"]
     both = min(len(before), len(after))  # the first of the held-out prompts, always in their order
     if len(before) != len(after):
         log.say(f"probes: {len(before)} at the start and {len(after)} at the end; the first {both} of them are compared")
-    found = {"before": mean(before[:both]), "after": mean(after[:both]), "gain": paired_difference(after[:both], before[:both])}
+    found = {
+        "before": mean(before[:both], bounds=within), "after": mean(after[:both], bounds=within),
+        "gain": paired_difference(after[:both], before[:both], bounds=within),
+    }  # fmt: skip
     said = "  ".join(f"{name} {e.said()}" for name, e in found.items())
     log.say(f"held-out reward, {both} greedy answers: {said}")
     return {f"held_out_{name}": e.to_json() for name, e in found.items()}

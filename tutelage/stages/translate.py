@@ -139,8 +139,8 @@ def compare(
         rows.append({"id": record.id, "source": source, "target": target, "said": said, "right": said == target,
                      "similarity": round(similarity(said, target), 4)})  # fmt: skip
     right = wilson(sum(row["right"] for row in rows), len(rows))
-    alike = mean([row["similarity"] for row in rows])
-    copied = mean([similarity(row["source"], row["target"]) for row in rows])
+    alike = mean([row["similarity"] for row in rows], bounds=(0.0, 1.0))
+    copied = mean([similarity(row["source"], row["target"]) for row in rows], bounds=(0.0, 1.0))
     with whole_folder(folder) as out:
         with whole_file(out / "held_out.jsonl") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
