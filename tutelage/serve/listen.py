@@ -15,6 +15,7 @@ from typing import Any
 from tutelage.errors import ConfigError, MissingExtra
 from tutelage.log import say
 from tutelage.serve.app import build_app
+from tutelage.serve.connections import Bounds, fitting, protocol, quiet
 from tutelage.serve.engines import check_engine, open_engine
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.models import Adapted, Served
@@ -26,6 +27,10 @@ try:
     import uvicorn
 except ImportError as error:
     raise MissingExtra("uvicorn", "serve", "the server") from error
+
+
+GRACE_SECONDS = 1
+"""How long uvicorn waits for connections after the drain, which has waited for their answers already."""
 
 
 def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
@@ -40,13 +45,16 @@ def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, P
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
+        local_only=not (options.api_keys or options.keys or options.insecure),
         store=None if options.store is None else ResponseStore(options.store, options.store_days),
     )  # fmt: skip
+    most, backlog = fitting(options.max_connections)
+    bounds = Bounds(most, options.request_seconds)
     config = uvicorn.Config(
-        build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",
-        timeout_graceful_shutdown=5,
+        build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning", backlog=backlog,
+        http=protocol(bounds), ws="none", timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
-    listener = Listener(config, state, models, adapters or {}, options.drain_seconds)
+    listener = Listener(config, state, models, adapters or {}, options.drain_seconds, bounds)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run()
     if listener.failure is not None:
@@ -88,9 +96,10 @@ class Listener(uvicorn.Server):
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], adapters: Mapping[str, Path],
-        drain_seconds: float,
+        drain_seconds: float, bounds: Bounds,
     ) -> None:  # fmt: skip
         super().__init__(config)
+        self.bounds = bounds
         self.state, self.models, self.adapters, self.drain_seconds = state, models, adapters, drain_seconds
         self.failure: Exception | None = None  # of loading; ends the server
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,9 +108,10 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         # Begun before the port is open: nobody is told that a model does not exist which only is not there yet.
+        self._loop = asyncio.get_running_loop()
+        quiet(self._loop, self.bounds)
         loading = asyncio.ensure_future(self._load())
         await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
         self._tasks.add(asyncio.create_task(self._announce(loading)))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

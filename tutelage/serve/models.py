@@ -12,6 +12,7 @@ from typing import Any
 
 from tutelage.data.render import Renderer
 from tutelage.engine.protocol import EngineProtocol
+from tutelage.engine.text_limit import TextLimit
 from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import call_style
 from tutelage.serve.metrics import Metrics, ModelMeter
@@ -30,6 +31,7 @@ class Served:
 
     def __init__(self, name: str, renderer: Any, meter: ModelMeter) -> None:
         self.name, self.renderer, self.created, self.meter = name, renderer, int(time.time()), meter
+        self._limit: TextLimit | None = None
         self._style: CallStyle | None = None
         self._busy = 0
         self._idle = asyncio.Event()
@@ -38,6 +40,25 @@ class Served:
     @property
     def engine(self) -> EngineProtocol:
         return self.thread.engine
+
+    @property
+    def limit(self) -> TextLimit:
+        """How long a text may be to be tokenized at all."""
+        if self._limit is None:
+            self._limit = TextLimit(self.renderer.tokenizer, self.engine.vocabulary, self.engine.context_length)
+        return self._limit
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a text to continue. Raises `ContextOverflow` for one that cannot fit, before it is tokenized."""
+        if isinstance(prompt, str):
+            self.limit.check(prompt)
+        return self.engine.encode(prompt)
+
+    @property
+    def turns_renderer(self) -> Renderer:
+        """The renderer of conversations, which refuses what cannot fit before it is tokenized."""
+        found: Renderer = self.renderer.checked(self.limit.check)
+        return found
 
     def call_style(self) -> CallStyle:
         """How the model writes tool calls. Raises `ConfigError` for one whose template has none."""

@@ -166,15 +166,15 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind."""
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "", lora: Any = None) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), for one owner and with one adapter. All or none: an error leaves nothing behind."""
         ticket = Ticket(asyncio.get_running_loop())
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
-                    sequence = engine.submit(ids, sampling, index, lora)
+                    sequence = engine.submit(ids, sampling, index, lora, owner)
                     ticket.sequences.append(sequence)
                     self._answers[id(sequence)] = _Answer(ticket, number, asked)
                     self._queued.add(id(sequence))
