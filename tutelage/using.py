@@ -48,7 +48,9 @@ def serve(
         list[str], typer.Option(metavar="NAME=FOLDER", help="serve the first model with this LoRA too, under a name of its own")
     ] = [],  # noqa: B006
     keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
-    api_key: Annotated[list[str], typer.Option("--api-key", help=f"a key without limits for inference; ps shows it: better set {API_KEY}")] = [],  # noqa: B006
+    api_key: Annotated[
+        list[str], typer.Option("--api-key", help=f"a key without limits for inference; ps shows it: better set {API_KEY}")
+    ] = [],  # noqa: B006
     insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
     allow_models: Annotated[
         list[Path], typer.Option(metavar="FOLDER", help="let keys of scope admin load models from here")

@@ -61,7 +61,9 @@ class Slots:
     def lowest(self) -> int:
         return min(self._free)
 
-    def place(self, prompt: list[int], running: Iterable[tuple[int, Held]] = (), lora: Lora | None = None, owner: str = "") -> Place:
+    def place(
+        self, prompt: list[int], running: Iterable[tuple[int, Held]] = (), lora: Lora | None = None, owner: str = ""
+    ) -> Place:
         """Takes a free place for a prompt. `running` gives slots in use with what they hold. Only texts with the same adapter and
         of the same owner are shared: how much of a prompt was there already, and how soon its answer begins, would tell one what
         another has asked.

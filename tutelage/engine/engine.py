@@ -143,7 +143,9 @@ class Engine:
     def submit(
         self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None, owner: str = ""
     ) -> Sequence:
-        """Queues a prompt; what the prefix cache has of it is taken from texts of the same `owner` alone; `step` makes it run. Raises what `prepare` does, and `ConfigError` for beams: see `generate`."""
+        """Queues a prompt; what the prefix cache has of it is taken from texts of the same `owner` alone; `step` makes it run.
+
+        Raises what `prepare` does, and `ConfigError` for beams: see `generate`."""
         if sampling.beams > 1:
             raise ConfigError("beam search gives whole answers", field="beams", found=sampling.beams, fix="use Engine.generate")
         sequence = self.prepare(prompt_ids, sampling, index, lora)

@@ -52,7 +52,9 @@ class EngineProtocol(Protocol):
         """An adapter that nobody will ask for again."""
 
     def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Any = None, owner: str = "") -> Sequence:
-        """Queues answer `index` of n. Texts of different owners share nothing in the prefix cache. Raises `ContextOverflow`, `DataError` for an empty prompt and an unknown token,
+        """Queues answer `index` of n. Texts of different owners share nothing in the prefix cache.
+
+        Raises `ContextOverflow`, `DataError` for an empty prompt and an unknown token,
         `ConfigError` for what this engine cannot do."""
 
     def step(self) -> list[Event]:

@@ -191,8 +191,8 @@ class Sequence:
     every target begins with."""
 
     __slots__ = (
-        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "owner", "prompt_length",
-        "rules", "sampling", "scores", "shared", "slot", "source", "stream", "target",
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "owner",
+        "prompt_length", "rules", "sampling", "scores", "shared", "slot", "source", "stream", "target",
     )  # fmt: skip
 
     def __init__(

@@ -45,6 +45,8 @@ class Job:
         self.gives_ids, self.prompt_logprobs = bool(asked.return_token_ids), asked.prompt_logprobs
         only_prompts = isinstance(asked, CompletionRequest) and asked.prompt_only
         await self.work.submit(lambda: self._read_prompts(echo), answers=not only_prompts)
+        if only_prompts:
+            self.work.served.meter.scored(sum(map(len, self.prompts)))
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return await self.work.respond(bool(asked.stream), lambda: self._pieces(include_usage), self._collect)
 

@@ -41,11 +41,12 @@ def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, P
     """
     check_binding(options)
     check_port(options)
+    check_folders(options)
     check_engine(options, len(models), len(adapters or ()))
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
-        local_only=not (options.api_keys or options.keys or options.insecure),
+        load_seconds=options.load_seconds, local_only=not (options.api_keys or options.keys or options.insecure),
         store=None if options.store is None else ResponseStore(options.store, options.store_days),
     )  # fmt: skip
     most, backlog = fitting(options.max_connections)
@@ -73,6 +74,13 @@ def check_binding(options: Options) -> None:
             found=options.host, expected="a loopback address, or keys",
             fix="give --keys FILE or --api-key KEY, or --insecure if the network is trusted",
         )  # fmt: skip
+
+
+def check_folders(options: Options) -> None:
+    """Raises `ConfigError` for a folder of --allow-models that is not there."""
+    for folder in options.allow_models:
+        if not folder.is_dir():
+            raise ConfigError("no such folder", field="allow_models", found=str(folder), fix="make it, or check the path")
 
 
 def check_port(options: Options) -> None:
@@ -111,7 +119,17 @@ class Listener(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         quiet(self._loop, self.bounds)
         loading = asyncio.ensure_future(self._load())
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # another program took the port since it was checked
+            loading.cancel()
+            self.failure = ConfigError(
+                "the server cannot listen there: another program has taken the port", field="port",
+                found=f"{self.config.host}:{self.config.port}", fix="choose another with --port, 0 for any free one",
+            )  # fmt: skip
+            self.should_exit = self.started = True
+            self.servers = []
+            return
         self._tasks.add(asyncio.create_task(self._announce(loading)))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

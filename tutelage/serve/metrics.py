@@ -90,6 +90,9 @@ class ModelMeter(Meter):
         self.first_token(since_asked, prompt_tokens)
         self.finished("stop", since_asked)
 
+    def scored(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
+
     def finished(self, reason: str, since_asked: float) -> None:
         self._success(reason).inc()
         self._whole.observe(since_asked)

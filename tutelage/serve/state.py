@@ -24,13 +24,14 @@ class ServerState:
     keys: who may do what. max_waiting: no request is let in while so many jobs of its model wait for their turn.
     allowed: folders that models may be loaded from. loader: loads them; None where the server never loads. store: keeps
     responses; None where nothing is kept. local_only: requests must name this machine as their host.
+    load_seconds: how long a request to load a model waits for it.
     """
 
     def __init__(
         self, keys: KeyRing, *, max_waiting: int = 256, allowed: Sequence[Path] = (), loader: Loader | None = None,
-        store: ResponseStore | None = None, local_only: bool = False,
+        store: ResponseStore | None = None, local_only: bool = False, load_seconds: float = 600.0,
     ) -> None:  # fmt: skip
-        self.local_only = local_only
+        self.local_only, self.load_seconds = local_only, load_seconds
         self.keys, self.max_waiting, self.store = keys, max_waiting, store
         self.allowed = [folder.resolve() for folder in allowed]
         self.metrics = Metrics()

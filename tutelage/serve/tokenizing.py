@@ -1,4 +1,4 @@
-"""Threads that tokenize: of their own, so that a model which loads slowly holds up nobody, and long texts apart from short ones."""
+"""Threads that tokenize, apart from those that load models; long texts have two of their own, so that short ones need not wait."""
 
 from __future__ import annotations
 

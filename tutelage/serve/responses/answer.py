@@ -17,7 +17,7 @@ Keep = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Answer:
-    """`keep` is given the finished response, before anybody else; where it cannot be kept, its `store` becomes false."""
+    """`keep` is given the finished response, before anybody else."""
 
     def __init__(self, work: Work, reply: Reply, draft: Draft, keep: Keep) -> None:
         self.work, self.reply, self.draft, self.keep = work, reply, draft, keep

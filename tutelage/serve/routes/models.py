@@ -49,8 +49,8 @@ async def load(request: Request) -> dict[str, Any]:
             if not is_lora(folder):
                 if asked.base is not None:
                     raise ApiError(400, "only an adapter has a base, and this folder holds none", param="base")
-                return (await state.models.load(asked.name, folder)).card
-            return (await state.models.adapt(asked.name, folder, asked.base or _only_base(state))).card
+                return (await state.models.load(asked.name, folder, state.load_seconds)).card
+            return (await state.models.adapt(asked.name, folder, asked.base or _only_base(state), state.load_seconds)).card
     except OSError as error:
         raise ApiError(400, f"the folder cannot be read: {error.strerror}", param="path") from error
 

@@ -62,12 +62,12 @@ async def create(request: Request) -> Response:
     draft = Draft(shape.style, _scores(served, shape.style) if asked.logprobs else None)
 
     async def keep(response: dict[str, Any]) -> None:
-        if store is None:
-            return
-        try:
-            await store.put(Stored(items, response, asked.previous_response_id), owner_of(request))
-        except ApiError:  # said in the log; the answer is made and paid for, and tells that it is not kept
-            response["store"] = False
+        if store is not None:
+            try:
+                await store.put(Stored(items, response, asked.previous_response_id), owner_of(request))
+            except ApiError as error:  # clients would try again, and pay for each answer
+                error.headers["x-should-retry"] = "false"
+                raise
 
     answer = Answer(work, reply, draft, keep)
     await work.submit()
