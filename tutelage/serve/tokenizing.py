@@ -1,4 +1,4 @@
-"""Threads that tokenize, apart from those that load models; long texts have two of their own, so that short ones need not wait."""
+"""Threads that tokenize, apart from those that load models; long texts have two of their own: short ones need not wait."""
 
 from __future__ import annotations
 
