@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from datetime import datetime
@@ -33,6 +34,9 @@ def chat(
     talk(folder, system=system, once=message, sampling=sampling, history=not no_history)
 
 
+API_KEY = "TUTELAGE_API_KEY"  # environment variable with a key of the server
+
+
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="model folders, runs, or recipe/stage")],
     host: Annotated[str, typer.Option(help="address to listen on; other machines reach only what you bind")] = "127.0.0.1",
@@ -44,7 +48,9 @@ def serve(
         list[str], typer.Option(metavar="NAME=FOLDER", help="serve the first model with this LoRA too, under a name of its own")
     ] = [],  # noqa: B006
     keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
-    api_key: Annotated[list[str], typer.Option("--api-key", help="a key without limits for inference")] = [],  # noqa: B006
+    api_key: Annotated[
+        list[str], typer.Option("--api-key", help=f"a key without limits for inference; ps shows it: better set {API_KEY}")
+    ] = [],  # noqa: B006
     insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
     allow_models: Annotated[
         list[Path], typer.Option(metavar="FOLDER", help="let keys of scope admin load models from here")
@@ -94,8 +100,10 @@ def serve(
     from tutelage.serve.listen import Options
     from tutelage.serve.listen import serve as listen
 
+    # Not typer's envvar: it takes an empty variable for none, and the server would be open to all.
+    api_keys = (*api_key, *((os.environ[API_KEY],) if API_KEY in os.environ else ()))
     options = Options(
-        host=host, port=port, keys=keys, api_keys=tuple(api_key), insecure=insecure, allow_models=tuple(allow_models),
+        host=host, port=port, keys=keys, api_keys=api_keys, insecure=insecure, allow_models=tuple(allow_models),
         max_waiting=max_waiting, drain_seconds=drain_seconds, slots=slots, max_length=max_length, dtype=dtype,
         speculate=speculate, draft=None if draft is None else find(draft, "model", runs).path, prefix_cache=prefix_cache,
         batch_invariant=batch_invariant, cache_gib=cache_gib, device=device, store=store, store_days=store_days, engine=engine,
@@ -110,9 +118,9 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
     from tutelage.rundir import find
 
     found = [find(model, "model", runs) for model in models]
-    for given in names:
-        check_name(given, "name")
     known = names or [f.name for f in found]
+    for name in names:
+        _check_name(name, "name")
     if len(known) != len(found) or len(set(known)) != len(known):
         raise ConfigError(
             "every model needs a name of its own", field="name", found=", ".join(known), expected=f"{len(found)} different names",
@@ -121,14 +129,15 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
     return {name: f.path for name, f in zip(known, found, strict=True)}
 
 
-def check_name(name: str, field: str) -> None:
-    """Raises `ConfigError` for a name that no client could ask for."""
+def _check_name(name: str, field: str) -> None:
+    """Raises `ConfigError` for a name that could not be given to `POST /admin/models` either."""
     from tutelage.errors import ConfigError
+    from tutelage.serve.names import MODEL_NAME
 
-    if not re.fullmatch(r"\w[\w.:/@+-]{0,127}", name):  # as where models are loaded by a request
+    if not re.fullmatch(MODEL_NAME, name):
         raise ConfigError(
-            "not a name for a model", field=field, found=repr(name), expected="letters, digits and . : / @ + - _, 128 at most",
-            fix="give another, such as my-model",
+            "not a name for a model", field=field, found=repr(name),
+            expected="a letter, digit or _, then up to 127 letters, digits or any of _ . : / @ + -", fix="give another, such as my-model",
         )  # fmt: skip
 
 
@@ -139,10 +148,9 @@ def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path
     out: dict[str, Path] = {}
     for text in given:
         name, _, folder = text.partition("=")
-        if name:
-            check_name(name, "adapter")
         if not (name and folder):
             raise ConfigError("an adapter has a name and a folder", field="adapter", found=text, expected="NAME=FOLDER")
+        _check_name(name, "adapter")
         if not Path(folder).is_dir():
             raise ConfigError("no such folder", field="adapter", found=folder, expected="a folder that peft wrote")
         if name in out or name in models:

@@ -154,7 +154,7 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"extra_body": {"repetition_penalty": 1e-300}}, "repetition_penalty", None),
     ({"n": 0}, "n", None),
     ({"stop": [""]}, "stop", None),
-    ({"stop": list("abcde")}, "stop", None),
+    ({"stop": [str(i) for i in range(65)]}, "stop", None),
     ({"logit_bias": {"99999": 1}}, "logit_bias", None),
     ({"top_logprobs": 3}, "top_logprobs", None),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
@@ -290,11 +290,11 @@ def test_a_client_that_leaves_frees_its_sequence(
 def test_api_keys(engine: Engine) -> None:
     """A key that is not asked for, or that opens more than its own server."""
     thread = Engine(engine.model, engine.renderer, slots=1)
-    server = Running(create_app(thread, engine.renderer, NAME, api_keys=["right", "also"]))
+    server = Running(create_app(thread, engine.renderer, NAME, api_keys=["right-key", "also-right"]))
     try:
-        for key in ("right", "also"):
+        for key in ("right-key", "also-right"):
             assert server.client(key).models.list().data
-        for key in ("wrong", "righ"):
+        for key in ("wrong-key", "right-ke"):
             with pytest.raises(openai.AuthenticationError):
                 server.client(key).models.list()
         assert httpx.get(f"{server.url}/v1/models").status_code == 401

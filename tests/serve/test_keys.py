@@ -87,7 +87,7 @@ def test_mistakes_name_the_field(file: Path) -> None:
 def test_every_key_is_compared_in_constant_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison that ends at the first difference, or at the right key, tells how near a guess is."""
     secrets = [add_key(file, name) for name in "abc"]
-    ring = KeyRing(["given"], file)
+    ring = KeyRing(["given-here"], file)
     seen: list[int] = []
     compare = hmac.compare_digest
 

@@ -166,11 +166,11 @@ def test_every_key_has_its_own(engine: Engine, path: Path, tmp_path: Path) -> No
     file = tmp_path / "keys.json"
     filed = add_key(file, "ann")
     made: dict[str, str] = {}
-    for keys in (KeyRing(["first", "second"], file), KeyRing(["second", "first"], file)):
+    for keys in (KeyRing(["first-key", "second-key"], file), KeyRing(["second-key", "first-key"], file)):
         state = ServerState(keys, store=ResponseStore(path))
         state.models.add(NAME, again(engine), engine.renderer)
         running = Running(build_app(state))
-        for key in ("first", "second", filed):
+        for key in ("first-key", "second-key", filed):
             client = running.client(key)
             mine = made.setdefault(key, client.responses.create(**SHORT, input=key[:4]).id)
             assert client.responses.retrieve(mine).id == mine

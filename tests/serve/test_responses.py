@@ -370,7 +370,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": 0}, "top_p"),
-    ({"stop": list("abcde")}, "stop"),
+    ({"stop": [str(i) for i in range(65)]}, "stop"),
     ({"n": 2}, "n"),
     ({"max_tokens": 2}, "max_tokens"),
     ({"max_output_tokens": 0}, "max_output_tokens"),

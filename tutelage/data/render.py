@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -79,6 +79,7 @@ class Renderer:
         self.tokenizer = tokenizer if isinstance(tokenizer, TokenizerFolder) else TokenizerFolder.open(tokenizer)
         self.source = style(template).source if template in styles() else template or self.tokenizer.template
         self.variables = dict(variables or {})
+        self._check: Callable[[str], None] = _any_text
         self._render = compile_template(self.source, now) if self.source else None
         self._thinks = bool(self.source and not templates.keys_read(self.source).isdisjoint(REASONING))
         self._encoder = spans.PieceEncoder(self.tokenizer)
@@ -144,6 +145,7 @@ class Renderer:
         """Ids to serve: exactly the ids before the assistant's next answer in a training sample of the same messages."""
         turns, offered, mark = self._encoder.guard(self._plain(messages), list(tools or []))
         text = self._text(turns, offered, add_generation_prompt)
+        self._check(text)
         return self._encoder.prompt(text, _inside(text, self._earlier(turns, offered)), mark)
 
     def continued(
@@ -159,6 +161,7 @@ class Renderer:
                 expected="a last message of the assistant with content, without tool calls",
             )  # fmt: skip
         region = self._border(turns, offered, len(turns) - 1)
+        self._check(region.after)
         sign = next(chr(code) for code in reversed(spans.MARKS) if chr(code) not in region.after)
         signed = self._text([*turns[:-1], {**last, "content": last["content"] + sign}], offered, False)
         text, closing = signed.split(sign, 1) if signed.count(sign) == 1 else ("", "")
@@ -185,6 +188,12 @@ class Renderer:
                 fix="choose a template that leaves earlier turns as they are, or episodes of one answer",
             )  # fmt: skip
         return self._encoder.prompt(text[region.end :], [], mark)
+
+    def checked(self, check: Callable[[str], None]) -> Renderer:
+        """The same renderer, whose prompts `check` sees as texts, and may refuse, before they are tokenized."""
+        other = copy.copy(self)
+        other._check = check
+        return other
 
     def with_variables(self, variables: Mapping[str, Any]) -> Renderer:
         """The same renderer, with more told to the template. Raises `DataError` for a name that it does not read, or that
@@ -348,6 +357,10 @@ class Renderer:
             text, borders = spans.supervised_spans(sample)
             out.append(Rendered(ids=ids, mask=mask, text=text, spans=borders, turn=sample.turn))
         return out
+
+
+def _any_text(_: str) -> None:
+    """Refuses nothing."""
 
 
 def _as_messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:

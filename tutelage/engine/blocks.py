@@ -32,10 +32,11 @@ class Place:
 
 @dataclass(slots=True, frozen=True)
 class Held:
-    """Tokens whose keys and values a place has, made by the model with an adapter or without."""
+    """Tokens whose keys and values a place has, made by the model with an adapter or without, for one owner."""
 
     tokens: list[int]
     lora: Lora | None = None
+    owner: str = ""
 
 
 _NOTHING = Held([])
@@ -60,15 +61,20 @@ class Slots:
     def lowest(self) -> int:
         return min(self._free)
 
-    def place(self, prompt: list[int], running: Iterable[tuple[int, Held]] = (), lora: Lora | None = None) -> Place:
-        """Takes a free place for a prompt. `running` gives slots in use with what they hold.
+    def place(
+        self, prompt: list[int], running: Iterable[tuple[int, Held]] = (), lora: Lora | None = None, owner: str = ""
+    ) -> Place:
+        """Takes a free place for a prompt. `running` gives slots in use with what they hold. Only texts with the same adapter and
+        of the same owner are shared: how much of a prompt was there already, and how soon its answer begins, would tell one what
+        another has asked.
 
         At least the prompt's last token is left to read: its logits are wanted.
         """
         source, shared = -1, 0
         if self.keep:
             for slot, held in (*self._free.items(), *running):
-                common = common_length(prompt, held.tokens, len(prompt) - 1) if held.lora is lora else 0
+                same = held.lora is lora and held.owner == owner
+                common = common_length(prompt, held.tokens, len(prompt) - 1) if same else 0
                 if common > shared:
                     source, shared = slot, common
         if shared < SHARED_FROM:

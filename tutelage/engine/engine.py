@@ -140,11 +140,16 @@ class Engine:
         """Token ids of a prompt; see `Codec.encode`."""
         return self.codec.encode(prompt)
 
-    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None) -> Sequence:
-        """Queues a prompt; `step` makes it run. Raises what `prepare` does, and `ConfigError` for beams: see `generate`."""
+    def submit(
+        self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Lora | None = None, owner: str = ""
+    ) -> Sequence:
+        """Queues a prompt; what the prefix cache has of it is taken from texts of the same `owner` alone; `step` makes it run.
+
+        Raises what `prepare` does, and `ConfigError` for beams: see `generate`."""
         if sampling.beams > 1:
             raise ConfigError("beam search gives whole answers", field="beams", found=sampling.beams, fix="use Engine.generate")
         sequence = self.prepare(prompt_ids, sampling, index, lora)
+        sequence.owner = owner
         self.scheduler.add(sequence)
         return sequence
 

@@ -51,8 +51,10 @@ class EngineProtocol(Protocol):
     def forget(self, lora: Any) -> None:
         """An adapter that nobody will ask for again."""
 
-    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Any = None) -> Sequence:
-        """Queues answer `index` of n. Raises `ContextOverflow`, `DataError` for an empty prompt and an unknown token,
+    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Any = None, owner: str = "") -> Sequence:
+        """Queues answer `index` of n. Texts of different owners share nothing in the prefix cache.
+
+        Raises `ContextOverflow`, `DataError` for an empty prompt and an unknown token,
         `ConfigError` for what this engine cannot do."""
 
     def step(self) -> list[Event]:

@@ -87,7 +87,7 @@ class Scheduler:
                 later.append(sequence)
                 break
             held = ((s.slot, _held(s)) for s in active)
-            place = self._in_memory(self.slots.place(sequence.ids, held, sequence.lora), needed, active)
+            place = self._in_memory(self.slots.place(sequence.ids, held, sequence.lora, sequence.owner), needed, active)
             sequence.slot, sequence.cached, sequence.target = place.slot, place.shared, len(sequence.ids)
             sequence.shared = max(sequence.shared, place.shared) if sequence.made else place.shared
             self.reading.append(sequence)
@@ -109,7 +109,7 @@ class Scheduler:
     @staticmethod
     def _gains(sequence: Sequence, reader: Sequence) -> bool:
         """True when `reader`, once it is through its prompt, will hold much of what `sequence` begins with."""
-        if sequence.lora is not reader.lora:
+        if sequence.lora is not reader.lora or sequence.owner != reader.owner:
             return False
         common = common_length(sequence.ids, reader.ids, len(sequence.ids) - 1)
         return common >= max(4 * SHARED_FROM, reader.shared + SHARED_FROM)
@@ -149,4 +149,4 @@ class Scheduler:
 
 
 def _held(sequence: Sequence) -> Held:
-    return Held(sequence.ids[: sequence.cached], sequence.lora)
+    return Held(sequence.ids[: sequence.cached], sequence.lora, sequence.owner)

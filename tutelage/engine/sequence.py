@@ -191,8 +191,8 @@ class Sequence:
     every target begins with."""
 
     __slots__ = (
-        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "prompt_length",
-        "rules", "sampling", "scores", "shared", "slot", "source", "stream", "target",
+        "cached", "constraint", "drafts", "ends", "finish_reason", "ids", "index", "key", "limit", "lora", "owner",
+        "prompt_length", "rules", "sampling", "scores", "shared", "slot", "source", "stream", "target",
     )  # fmt: skip
 
     def __init__(
@@ -212,6 +212,7 @@ class Sequence:
     ) -> None:
         self.source = source  # what the encoder reads, of an encoder-decoder
         self.lora = lora  # the adapter that the model wears for it
+        self.owner = ""  # whose text it is: the prefix cache shares nothing between owners
         self.ids = list(prompt)  # prompt, then what was made
         self.prompt_length = len(prompt)
         self.sampling = sampling

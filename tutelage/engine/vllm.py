@@ -94,7 +94,7 @@ class VllmEngine:
     def forget(self, lora: Any) -> None:
         """There are none."""
 
-    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Any = None) -> Sequence:
+    def submit(self, prompt_ids: Seq[int], sampling: Sampling, index: int = 0, lora: Any = None, owner: str = "") -> Sequence:
         """Queues a prompt; `step` says what came of it. Raises what `Engine.submit` raises, and `ConfigError` naming the field
         for what vLLM cannot do."""
         ids = [int(t) for t in prompt_ids]
@@ -107,19 +107,21 @@ class VllmEngine:
             constraint=None if sampling.grammar is None else self.constrain(sampling.grammar),
         )  # fmt: skip
         known = self.vocab_size if self.vocabulary is None else len(self.vocabulary)
-        request = self._add(ids, vllm_sampling.answering(sequence, self.vocab_size, known))
+        request = self._add(ids, vllm_sampling.answering(sequence, self.vocab_size, known), owner)
         self._running[request] = self._waiting[request] = sequence
         self._ids[sequence] = request
         return sequence
 
-    def _add(self, ids: list[int], params: Any) -> str:
+    def _add(self, ids: list[int], params: Any, owner: str = "") -> str:
         """Hands a request over and returns its id. Raises `ConfigError` for what vLLM refuses."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
 
         request = str(next(self._numbers))
+        # The prefix cache shares nothing between prompts of different salts.
+        salt = {"cache_salt": owner} if owner else {}
         try:
-            self._engine.add_request(request, tokens_input(ids), params)
+            self._engine.add_request(request, {**tokens_input(ids), **salt}, params)
         except VLLMClientError as error:
             raise ConfigError(f"vLLM refuses this: {error}", field=getattr(error, "parameter", None)) from error
         return request

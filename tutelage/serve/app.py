@@ -34,14 +34,15 @@ MAX_BODY = 4 << 20
 
 def create_app(
     engine: EngineProtocol, renderer: Any, name: str, *, api_keys: Sequence[str] = (), max_body: int = MAX_BODY,
-    max_waiting: int = 256, store: ResponseStore | None = None,
+    max_waiting: int = 256, store: ResponseStore | None = None, local_only: bool = False,
 ) -> FastAPI:  # fmt: skip
     """The application that serves `engine` as model `name`. The engine runs in a thread of its own from start-up to shutdown.
 
     api_keys: where given, every request must carry one as a Bearer token. store: keeps responses; closed with the application.
-    For key files, several models, and models that come and go, see `build_app`.
+    local_only: requests must name this machine as their host (localhost, 127.0.0.1, [::1]), as `listen.serve` wants it
+    without keys. For key files, several models, and models that come and go, see `build_app`.
     """
-    state = ServerState(KeyRing(api_keys), max_waiting=max_waiting, store=store)
+    state = ServerState(KeyRing(api_keys), max_waiting=max_waiting, store=store, local_only=local_only)
     state.models.add(name, engine, renderer)
     return build_app(state, max_body)
 
@@ -58,7 +59,7 @@ def build_app(state: ServerState, max_body: int = MAX_BODY) -> FastAPI:
 
     app = FastAPI(title="Tutelage", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = state
-    app.add_middleware(Gate, keys=state.keys, max_body=max_body)
+    app.add_middleware(Gate, keys=state.keys, max_body=max_body, local_only=state.local_only, metrics=state.metrics)
     for router in ROUTERS:
         app.include_router(router)
     _add_errors(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ def open_engine(folder: Path, options: Options) -> tuple[EngineProtocol, Any]:
     """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
     tokens are others."""
     from tutelage.data.render import Renderer
+    from tutelage.serve.trial import check_template
 
+    check_template(folder)
     renderer = Renderer(folder)
     return ENGINES[options.engine](folder, renderer, options), renderer
 
@@ -28,6 +31,12 @@ def check_engine(options: Options, models: int = 1, adapters: int = 0) -> None:
     if options.engine not in ENGINES:
         raise ConfigError("no such engine", field="engine", found=options.engine, expected=" or ".join(ENGINES))
     if options.engine == "tutelage":
+        _check_device(options.device)
+        if not (math.isfinite(options.cache_gib) and options.cache_gib > 0):
+            raise ConfigError(
+                "not an amount of memory", field="cache_gib", found=options.cache_gib, expected="a number of GiB, such as 2",
+                fix="leave it out for 2",
+            )  # fmt: skip
         if options.vllm:
             raise ConfigError("these are arguments of vLLM", field="vllm", found=dict(options.vllm), fix="add --engine vllm")
         return
@@ -42,6 +51,23 @@ def check_engine(options: Options, models: int = 1, adapters: int = 0) -> None:
             "vLLM takes a device's memory for one model", field="engine", found=f"{models} models",
             fix="start a server for each, or --engine tutelage",
         )  # fmt: skip
+
+
+def _check_device(name: str) -> None:
+    """Raises `ConfigError` for a device that there is not."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        there = device.type == "cpu" or (
+            device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        )
+    except RuntimeError:
+        there = False
+    if not there:
+        raise ConfigError(
+            "no such device here", field="device", found=name, expected="cpu, or cuda where there is a GPU", fix="--device cpu"
+        )
 
 
 def _tutelage(folder: Path, renderer: Any, options: Options) -> EngineProtocol:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import ipaddress
 import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from tutelage.log import say
 from tutelage.serve.keys import Holder, KeyRing
 from tutelage.serve.limits import UNLIMITED
+from tutelage.serve.metrics import Metrics
 from tutelage.serve.schema import ApiError, server_error
 
 Message = MutableMapping[str, Any]
@@ -30,8 +34,8 @@ class Gate:
     client left before the first byte.
     """
 
-    def __init__(self, app: Any, keys: KeyRing, max_body: int) -> None:
-        self.app, self.keys, self.max_body = app, keys, max_body
+    def __init__(self, app: Any, keys: KeyRing, max_body: int, local_only: bool, metrics: Metrics) -> None:
+        self.app, self.keys, self.max_body, self.local_only, self.metrics = app, keys, max_body, local_only, metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,6 +51,7 @@ class Gate:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                self.metrics.count_reply(message["status"])
                 limits = shared["allowance"].headers().items()
                 message["headers"] = [
                     *message["headers"], (b"x-request-id", request_id), *((k.encode(), v.encode()) for k, v in limits)
@@ -56,6 +61,8 @@ class Gate:
         with contextlib.ExitStack() as leaving:
             shared["leaving"] = leaving
             try:
+                if self.local_only:
+                    _check_local(headers)
                 if (holder := self._identify(scope["path"], headers)) is not None:
                     shared["allowance"], shared["owner"] = holder.allowance, holder.owner
                 self._check_size(headers)
@@ -64,10 +71,15 @@ class Gate:
                 await self.app(scope, self._counted(receive), send_marked)
             except ApiError as error:
                 await _reply(error, send_marked)
-            except Exception:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt | SystemExit | asyncio.CancelledError | GeneratorExit):
+                    raise
+                # Exceptions, and panics of libraries in Rust, which are none.
                 say(f"request {request_id.decode()} failed", style="red")
                 if not started:
                     await _reply(server_error(), send_marked)
+                if not isinstance(error, Exception):
+                    raise RuntimeError(f"a library panicked: {error}") from error
                 raise  # the server prints the traceback
 
     def _identify(self, path: str, headers: dict[bytes, bytes]) -> Holder | None:
@@ -120,6 +132,31 @@ def _scope(path: str) -> str | None:
     if path == "/metrics":
         return "metrics"
     return "admin" if path.split("/")[1:2] == ["admin"] else "inference"
+
+
+def _check_local(headers: dict[bytes, bytes]) -> None:
+    """Raises `ApiError` 403 for a request that was meant for another host, or comes from another site's page.
+
+    A name of somebody else's that leads to this machine (DNS rebinding) makes any web page one of our own to its browser.
+    """
+    for name in (b"host", b"origin"):
+        given = headers.get(name)
+        if given is None:  # no browser
+            continue
+        text = given.decode("latin-1")
+        if not _is_local(text if name == b"origin" else f"//{text}"):
+            raise ApiError(
+                403, f"{name.decode()}: {text[:200]!r} is not this machine; without keys a server answers requests to localhost, "
+                "127.0.0.1 and [::1] only", code="host_not_allowed", kind="permission_error",
+            )  # fmt: skip
+
+
+def _is_local(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _request_id(headers: dict[bytes, bytes]) -> bytes:

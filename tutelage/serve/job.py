@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
 from fastapi import Request, Response
 
-from tutelage.engine import Completion, Event, Sampling, Sequence, TokenScore
+from tutelage.engine import Completion, Event, Sampling, TokenScore
 from tutelage.engine.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls, showing
 from tutelage.errors import ConfigError
 from tutelage.serve.models import Served
@@ -45,6 +45,8 @@ class Job:
         self.gives_ids, self.prompt_logprobs = bool(asked.return_token_ids), asked.prompt_logprobs
         only_prompts = isinstance(asked, CompletionRequest) and asked.prompt_only
         await self.work.submit(lambda: self._read_prompts(echo), answers=not only_prompts)
+        if only_prompts:
+            self.work.served.meter.scored(sum(map(len, self.prompts)))
         include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return await self.work.respond(bool(asked.stream), lambda: self._pieces(include_usage), self._collect)
 
@@ -69,9 +71,8 @@ class Job:
         choices = []
         for number in range(self.count):
             done = self.work.sequences[number].completion() if self.work.sequences else NOTHING
-            scores = self._shown(self.work.sequences[number], done.scores) if done.scores else []
             text = self.echoes[number // self.sampling.n] + done.text
-            logprobs = self._logprobs(number, scores, first=True)
+            logprobs = self._logprobs(number, done.scores, first=True)
             text, calls = parse_calls(text, self.style) if self.style else (text, [])
             reason = finish_reason(done.finish_reason, calls)
             more = self._of_prompt(number) | ({"token_ids": list(done.ids)} if self.gives_ids else {})
@@ -89,14 +90,13 @@ class Job:
                     top = self._of_prompt(None) if number == 0 else {}
                     yield self.reply.piece([self.reply.delta(number, "", None, None, first=True, **more)], **extra, **top)
                 elif echo or more:
-                    logprobs = self._logprobs(number, [], first=True) if echo else None
+                    logprobs = self._logprobs(number, (), first=True) if echo else None
                     yield self.reply.piece([self.reply.delta(number, echo, None, logprobs, **more)], **extra)
                 if not self.work.sequences:
                     yield self.reply.piece([self.reply.delta(number, "", NOTHING.finish_reason, None, **no_ids)], **extra)
             readers = {n: ToolCallStream(self.style) for n in range(len(self.work.sequences))} if self.style else {}
             async for number, event in self.work.events():
-                scores = self._shown(event.sequence, event.scores)
-                logprobs = self._logprobs(number, scores) if scores else None
+                logprobs = self._logprobs(number, event.scores) if event.scores else None
                 more = {"token_ids": list(event.ids)} if self.gives_ids else {}
                 for text in self._texts(readers.get(number), event) or ([""] if logprobs or more else []):
                     yield self.reply.piece([self.reply.delta(number, text, None, logprobs, **more)], **extra)
@@ -121,7 +121,9 @@ class Job:
         found = reader.feed(event.text) + (reader.finish() if event.finish_reason else [])
         return [delta.to_json() for delta in found]
 
-    def _logprobs(self, number: int, scores: list[TokenScore], first: bool = False) -> dict[str, Any] | None:
+    def _logprobs(self, number: int, scores: Seq[TokenScore], first: bool = False) -> dict[str, Any] | None:
+        """An entry for every token made, the end token too, as `usage` counts them: lm-eval drops the last entry as that of the
+        one token it asks for, whatever that token is."""
         if self.sampling.logprobs is None:
             return None
         if self.reply.chat:
@@ -129,10 +131,6 @@ class Job:
         if not (first and self.echoed):
             return self.legacy[number].of(scores)
         return self.legacy[number].of([*self.prompt_scores[number // self.sampling.n].echoed(self.sampling.logprobs), *scores])
-
-    def _shown(self, sequence: Sequence, scores: Iterable[TokenScore]) -> list[TokenScore]:
-        """Scores of an answer's text: without its end token, unless they go with token ids."""
-        return [s for s in scores if self.gives_ids or s.id not in sequence.ends]
 
     def _of_prompt(self, number: int | None) -> dict[str, Any]:
         """What was asked for of an answer's prompt. vLLM puts it beside a text's answer, but beside all answers of a chat."""

@@ -24,6 +24,10 @@ Scope = Literal["inference", "metrics", "admin"]
 """inference: everything under /v1, and /tokenize, /detokenize; metrics: /metrics; admin: /admin."""
 
 
+SHORTEST = 8
+"""Characters of a key at least: what is shorter can be guessed over the network, and an unset variable gives an empty one."""
+
+
 class Key(BaseModel):
     """One row of a key file.
 
@@ -54,12 +58,23 @@ class KeyFile(BaseModel):
 
 def make_key(name: str, secret: str, **limits: Any) -> Key:
     """The row for `secret`. Raises `ConfigError` naming the setting."""
+    _check_secret(secret, name)
     salt = secrets.token_hex(16)
     try:
         return Key(name=name, salt=salt, hash=_digest(salt, secret.encode()), created=int(time.time()), **limits)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(first["msg"], field=str(first["loc"][0]), found=first["input"]) from error
+
+
+def _check_secret(secret: str, name: str) -> None:
+    """Raises `ConfigError` for what cannot be a Bearer token, and for what is too short to be a secret. Never shows the key."""
+    if len(secret) < SHORTEST or not (secret.isascii() and secret.isprintable()) or " " in secret:
+        raise ConfigError(
+            "not a usable API key", field=name, found="an empty one" if not secret else f"one of {len(secret)} characters",
+            expected=f"at least {SHORTEST} characters of printable ASCII without spaces",
+            fix="check that the variable it comes from is set, or make a key with `tutelage keys add FILE NAME`",
+        )  # fmt: skip
 
 
 def _digest(salt: str, secret: bytes) -> str:
@@ -70,6 +85,8 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     """Raises `ArtifactError` where there is no readable file, `DataError` naming the field that is wrong."""
     fix = "make it with `tutelage keys add FILE NAME`"
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ArtifactError("the key file is not a regular file", file=path, fix=fix)
         file = KeyFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ArtifactError(f"the key file cannot be read: {error.strerror}", file=path, fix=fix) from error
@@ -77,8 +94,11 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or None
         raise DataError(first["msg"], file=path, field=where, found=first["input"], fix=fix) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON ({error})", file=path, fix=fix) from error
+    for i, key in enumerate(file.keys):
+        if key.opens(b""):
+            raise DataError("this is the hash of an empty key", file=path, field=f"keys.{i}.hash", found=key.name, fix=fix)
     return file.keys
 
 
@@ -134,8 +154,9 @@ class KeyRing:
         self._refresh()
         scheme, _, secret = header.partition(b" ")
         # Every key is tried: the time says nothing about which one it was.
-        found = [holder for holder in (*self._given, *self._filed) if holder.key.opens(secret.strip())]
-        return found[0] if found and scheme.lower() == b"bearer" else None
+        secret = secret.strip()
+        found = [holder for holder in (*self._given, *self._filed) if holder.key.opens(secret)]
+        return found[0] if found and scheme.lower() == b"bearer" and len(secret) >= SHORTEST else None
 
     def _refresh(self) -> None:
         if self.file is None or (stamp := _stamp(self.file)) == self._stamp:

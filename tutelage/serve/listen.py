@@ -15,6 +15,7 @@ from typing import Any
 from tutelage.errors import ConfigError, MissingExtra
 from tutelage.log import say
 from tutelage.serve.app import build_app
+from tutelage.serve.connections import Bounds, fitting, protocol, quiet
 from tutelage.serve.engines import check_engine, open_engine
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.models import Adapted, Served
@@ -28,6 +29,10 @@ except ImportError as error:
     raise MissingExtra("uvicorn", "serve", "the server") from error
 
 
+GRACE_SECONDS = 1
+"""How long uvicorn waits for connections after the drain, which has waited for their answers already."""
+
+
 def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, Path] | None = None) -> None:
     """Serves model folders by name until it is stopped: SIGTERM drains, Ctrl-C does not wait. `adapters` are of the first model.
 
@@ -36,17 +41,21 @@ def serve(models: Mapping[str, Path], options: Options, adapters: Mapping[str, P
     """
     check_binding(options)
     check_port(options)
+    check_folders(options)
     check_engine(options, len(models), len(adapters or ()))
     state = ServerState(
         KeyRing(options.api_keys, options.keys), max_waiting=options.max_waiting, allowed=options.allow_models,
         loader=lambda folder: open_engine(folder, options),
+        load_seconds=options.load_seconds, local_only=not (options.api_keys or options.keys or options.insecure),
         store=None if options.store is None else ResponseStore(options.store, options.store_days),
     )  # fmt: skip
+    most, backlog = fitting(options.max_connections)
+    bounds = Bounds(most, options.request_seconds)
     config = uvicorn.Config(
-        build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning",
-        timeout_graceful_shutdown=5,
+        build_app(state, options.max_body), host=options.host, port=options.port, log_level="warning", backlog=backlog,
+        http=protocol(bounds), ws="none", timeout_graceful_shutdown=GRACE_SECONDS,
     )  # fmt: skip
-    listener = Listener(config, state, models, adapters or {}, options.drain_seconds)
+    listener = Listener(config, state, models, adapters or {}, options.drain_seconds, bounds)
     with contextlib.suppress(KeyboardInterrupt):
         listener.run()
     if listener.failure is not None:
@@ -65,6 +74,13 @@ def check_binding(options: Options) -> None:
             found=options.host, expected="a loopback address, or keys",
             fix="give --keys FILE or --api-key KEY, or --insecure if the network is trusted",
         )  # fmt: skip
+
+
+def check_folders(options: Options) -> None:
+    """Raises `ConfigError` for a folder of --allow-models that is not there."""
+    for folder in options.allow_models:
+        if not folder.is_dir():
+            raise ConfigError("no such folder", field="allow_models", found=str(folder), fix="make it, or check the path")
 
 
 def check_port(options: Options) -> None:
@@ -88,9 +104,10 @@ class Listener(uvicorn.Server):
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, models: Mapping[str, Path], adapters: Mapping[str, Path],
-        drain_seconds: float,
+        drain_seconds: float, bounds: Bounds,
     ) -> None:  # fmt: skip
         super().__init__(config)
+        self.bounds = bounds
         self.state, self.models, self.adapters, self.drain_seconds = state, models, adapters, drain_seconds
         self.failure: Exception | None = None  # of loading; ends the server
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,9 +116,20 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         # Begun before the port is open: nobody is told that a model does not exist which only is not there yet.
-        loading = asyncio.ensure_future(self._load())
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        quiet(self._loop, self.bounds)
+        loading = asyncio.ensure_future(self._load())
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # another program took the port since it was checked
+            loading.cancel()
+            self.failure = ConfigError(
+                "the server cannot listen there: another program has taken the port", field="port",
+                found=f"{self.config.host}:{self.config.port}", fix="choose another with --port, 0 for any free one",
+            )  # fmt: skip
+            self.should_exit = self.started = True
+            self.servers = []
+            return
         self._tasks.add(asyncio.create_task(self._announce(loading)))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -34,6 +34,7 @@ class Metrics:
         self.success = Counter(
             "vllm:request_success", "Answers that ended, by reason.", [*LABEL, "finished_reason"], registry=self.registry
         )
+        self.replies = Counter("http_requests", "Requests that were answered, by status.", ["status"], registry=self.registry)
         self.first_token = self._histogram("time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN)
         self.next_token = self._histogram("inter_token_latency_seconds", "From one token to the next.", NEXT_TOKEN)
         self.whole = self._histogram("e2e_request_latency_seconds", "From the request to its last token.", REQUEST)
@@ -44,6 +45,9 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"vllm:{name}", text, LABEL, buckets=buckets, registry=self.registry)
+
+    def count_reply(self, status: int) -> None:
+        self.replies.labels(str(status)).inc()
 
     def watch(self, models: Callable[[], Iterable[Base]]) -> None:
         """Adds what is read from the engines themselves at every scrape."""
@@ -85,6 +89,9 @@ class ModelMeter(Meter):
         self.started(waited)
         self.first_token(since_asked, prompt_tokens)
         self.finished("stop", since_asked)
+
+    def scored(self, prompt_tokens: int) -> None:
+        self._prompt_tokens.inc(prompt_tokens)
 
     def finished(self, reason: str, since_asked: float) -> None:
         self._success(reason).inc()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tutelage.data.render import Renderer
 from tutelage.engine.protocol import EngineProtocol
+from tutelage.engine.text_limit import TextLimit
 from tutelage.engine.tool_calls import CallStyle
 from tutelage.engine.tool_choice import call_style
 from tutelage.serve.metrics import Metrics, ModelMeter
@@ -19,6 +22,7 @@ from tutelage.serve.schema import ApiError, unavailable
 from tutelage.serve.stream import EngineThread
 from tutelage.serve.worn import WornThread
 
+T = TypeVar("T")
 Loader = Callable[[Path], tuple[EngineProtocol, Any]]
 """From a model folder to an engine and its renderer; takes its time."""
 
@@ -30,6 +34,7 @@ class Served:
 
     def __init__(self, name: str, renderer: Any, meter: ModelMeter) -> None:
         self.name, self.renderer, self.created, self.meter = name, renderer, int(time.time()), meter
+        self._limit: TextLimit | None = None
         self._style: CallStyle | None = None
         self._busy = 0
         self._idle = asyncio.Event()
@@ -38,6 +43,25 @@ class Served:
     @property
     def engine(self) -> EngineProtocol:
         return self.thread.engine
+
+    @property
+    def limit(self) -> TextLimit:
+        """How long a text may be to be tokenized at all."""
+        if self._limit is None:
+            self._limit = TextLimit(self.renderer.tokenizer, self.engine.vocabulary, self.engine.context_length)
+        return self._limit
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a text to continue. Raises `ContextOverflow` for one that cannot fit, before it is tokenized."""
+        if isinstance(prompt, str):
+            self.limit.check(prompt)
+        return self.engine.encode(prompt)
+
+    @property
+    def turns_renderer(self) -> Renderer:
+        """The renderer of conversations, which refuses what cannot fit before it is tokenized."""
+        found: Renderer = self.renderer.checked(self.limit.check)
+        return found
 
     def call_style(self) -> CallStyle:
         """How the model writes tool calls. Raises `ConfigError` for one whose template has none."""
@@ -141,17 +165,18 @@ class Models:
             served.thread.start()
         return served
 
-    async def load(self, name: str, folder: Path) -> Served:
-        """Serves a model folder once it is read, which does not hold up other requests.
+    async def load(self, name: str, folder: Path, wait: float | None = None) -> Served:
+        """Serves a model folder once it is read, which does not hold up other requests. wait: seconds at most.
 
-        Raises `ApiError` 409 for a name that is taken, `UserError` for a folder that is no model.
+        Raises `ApiError` 503 after that time, `ApiError` 409 for a name that is taken, `UserError` for a folder that is no model.
         """
-        assert self._loader is not None, "this server was made to load nothing"
+        loader = self._loader
+        assert loader is not None, "this server was made to load nothing"
         with self._naming(name):
-            engine, renderer = await asyncio.to_thread(self._loader, folder)
+            engine, renderer = await _loaded(lambda: loader(folder), wait)
             return self.add(name, engine, renderer)
 
-    async def adapt(self, name: str, folder: Path, base: str) -> Served:
+    async def adapt(self, name: str, folder: Path, base: str, wait: float | None = None) -> Served:
         """Serves model `base` with the adapter in a folder, under a name of its own. Where the folder has a tokenizer too, its
         template is used.
 
@@ -161,7 +186,7 @@ class Models:
         if not isinstance(own, Base):
             raise ApiError(400, f"{base!r} is an adapter itself", param="base")
         with self._naming(name), own.working():
-            lora, renderer = await asyncio.to_thread(_read_adapter, own, folder)
+            lora, renderer = await _loaded(lambda: _read_adapter(own, folder), wait)
             served = self._served[name] = Adapted(name, own, lora, renderer)
             return served
 
@@ -206,6 +231,29 @@ class Models:
         stopping = [served.stop() for served in (*self, *self._unloading) if isinstance(served, Base)]
         self._served.clear()
         await asyncio.gather(*stopping)
+
+
+async def _loaded(function: Callable[[], T], wait: float | None) -> T:
+    """What `function` reads, in a thread that ends with the process: a folder on a disk that hangs keeps nothing else waiting,
+    and the server still ends. Raises `ApiError` 503 after `wait` seconds; what comes after that is thrown away."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(error)
+        else:
+            with contextlib.suppress(InvalidStateError):
+                future.set_result(result)
+
+    threading.Thread(target=work, name="loading", daemon=True).start()
+    try:
+        async with asyncio.timeout(wait):
+            return await asyncio.wrap_future(future)
+    except TimeoutError as error:
+        raise unavailable(f"the model was not loaded within {wait:g} s", "loading_timed_out") from error
 
 
 def _read_adapter(base: Base, folder: Path) -> tuple[Any, Any]:

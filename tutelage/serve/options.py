@@ -22,6 +22,9 @@ class Options:
     allow_models: tuple[Path, ...] = ()  # folders that POST /admin/models may load from
     max_waiting: int = 256  # requests are refused with 429 while so many answers of their model wait already
     max_body: int = MAX_BODY  # bytes of a request
+    max_connections: int = 1000  # at a time; fewer where the system allows fewer open files
+    request_seconds: float = 60.0  # how long a client may take to send a request, head and body
+    load_seconds: float = 600.0  # how long POST /admin/models waits for a model
     drain_seconds: float = 30.0  # how long answers may go on after SIGTERM
     engine: str = "tutelage"  # a row of `engines.py`
     slots: int | None = None  # answers of one model that run at a time; the engine's own number where None

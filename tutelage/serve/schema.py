@@ -19,6 +19,7 @@ Request = TypeVar("Request", bound=BaseModel)
 MAX_ANSWERS = 1024  # to one request
 LEFT = ("annotations",)
 """Keys of a message that are taken and left: notes on a text that was given out before; the model reads the text."""
+MAX_STOPS = 64  # OpenAI takes 4; lm-eval sends all of a task's, and some have more
 
 
 class ApiError(Exception):
@@ -107,8 +108,8 @@ class Generation(BaseModel):
         if self.temperature and self.temperature < 1e-3:  # logits over it would not be numbers, for everyone in the batch
             raise ApiError(400, "temperature is 0, or at least 0.001", param="temperature")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > 4:
-            raise ApiError(400, "at most 4 stop texts", param="stop")
+        if len(stop) > MAX_STOPS:
+            raise ApiError(400, f"at most {MAX_STOPS} stop texts", param="stop")
         given: dict[str, Any] = {
             "temperature": self.temperature, "top_p": self.top_p, "n": self.n, "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty, "top_k": self.top_k, "min_p": self.min_p,

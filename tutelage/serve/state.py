@@ -23,13 +23,15 @@ class ServerState:
 
     keys: who may do what. max_waiting: no request is let in while so many jobs of its model wait for their turn.
     allowed: folders that models may be loaded from. loader: loads them; None where the server never loads. store: keeps
-    responses; None where nothing is kept.
+    responses; None where nothing is kept. local_only: requests must name this machine as their host.
+    load_seconds: how long a request to load a model waits for it.
     """
 
     def __init__(
         self, keys: KeyRing, *, max_waiting: int = 256, allowed: Sequence[Path] = (), loader: Loader | None = None,
-        store: ResponseStore | None = None,
+        store: ResponseStore | None = None, local_only: bool = False, load_seconds: float = 600.0,
     ) -> None:  # fmt: skip
+        self.local_only, self.load_seconds = local_only, load_seconds
         self.keys, self.max_waiting, self.store = keys, max_waiting, store
         self.allowed = [folder.resolve() for folder in allowed]
         self.metrics = Metrics()
@@ -57,13 +59,19 @@ class ServerState:
         """
         self.refuse_draining()
         served = self.models.get(name)
-        if served.thread.waiting >= self.max_waiting:
-            raise ApiError(
-                429, f"{served.thread.waiting} answers wait already", code="queue_full", kind="server_busy",
-                headers={"retry-after": "5"},
-            )  # fmt: skip
+        check_queue(served, self.max_waiting, 1)
         request.state.leaving.enter_context(served.working())
         return served
+
+
+def check_queue(served: Served, most: int, answers: int) -> None:
+    """Raises `ApiError` 429 where so many more answers would wait that there were more than `most`. Where none wait, a request of
+    any number is taken: it would never fit otherwise."""
+    waiting = served.thread.waiting
+    if waiting and waiting + answers > most:
+        raise ApiError(
+            429, f"{waiting} answers wait already", code="queue_full", kind="server_busy", headers={"retry-after": "5"}
+        )
 
 
 def state_of(request: Request) -> ServerState:

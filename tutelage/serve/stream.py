@@ -44,6 +44,9 @@ class Meter:
     def embedded(self, waited: float, since_asked: float, prompt_tokens: int) -> None:
         """A text became a vector: it left the queue after `waited`, and was ready after `since_asked`."""
 
+    def scored(self, prompt_tokens: int) -> None:
+        """A prompt was read for its log-probabilities alone."""
+
     def finished(self, reason: str, since_asked: float) -> None:
         """reason: stop, length, abort (the client left) or error."""
 
@@ -166,15 +169,16 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], lora: Any = None) -> Ticket:
-        """Queues answers: (prompt ids, sampling, which of n), with one adapter. All or none: an error leaves nothing behind."""
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "", lora: Any = None) -> Ticket:
+        """Queues answers: (prompt ids, sampling, which of n), for one owner and with one adapter. All or none:
+        an error leaves nothing behind."""
         ticket = Ticket(asyncio.get_running_loop())
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
-                    sequence = engine.submit(ids, sampling, index, lora)
+                    sequence = engine.submit(ids, sampling, index, lora, owner)
                     ticket.sequences.append(sequence)
                     self._answers[id(sequence)] = _Answer(ticket, number, asked)
                     self._queued.add(id(sequence))
@@ -280,7 +284,8 @@ class EngineThread:
 
     def _measure(self, answer: _Answer, event: Event, now: float) -> None:
         if answer.last is None:
-            self.meter.first_token(now - answer.asked, event.sequence.prompt_length)
+            # A prompt counts once, with the first of its n answers, as `usage` has it.
+            self.meter.first_token(now - answer.asked, event.sequence.prompt_length if event.sequence.index == 0 else 0)
         else:
             self.meter.next_token(now - answer.last)
         answer.last = now

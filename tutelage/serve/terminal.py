@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 HISTORY_LINES = 1000
 BLOCK = '"""'
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def chat(
@@ -156,6 +158,12 @@ def line_editing(history: bool) -> Iterator[None]:
         path.chmod(0o600)
 
 
+def visible(text: str) -> str:
+    """A model's text for a terminal: control characters, which could move the cursor or rewrite what stands there, and those
+    that turn the direction of writing, are written as escapes; line breaks and tabs stay."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -12,7 +12,7 @@ from tutelage.engine import Event, Sampling, Sequence
 from tutelage.engine.text import Vocabulary
 from tutelage.serve.models import Served
 from tutelage.serve.requests import GONE, as_api_errors, unless_gone
-from tutelage.serve.state import allowance_of
+from tutelage.serve.state import allowance_of, check_queue, owner_of, state_of
 from tutelage.serve.stream import Ticket
 
 
@@ -42,7 +42,8 @@ class Work:
         with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
             if first is not None:
                 await first()
-            self._ticket = await self.served.thread.submit(wanted)
+            check_queue(self.served, state_of(self.request).max_waiting, len(wanted))
+            self._ticket = await self.served.thread.submit(wanted, owner_of(self.request))
         self.request.state.leaving.callback(self.served.thread.cancel, self._ticket)
 
     async def events(self, whole: bool = False) -> AsyncIterator[tuple[int, Event]]:

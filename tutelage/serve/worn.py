@@ -23,8 +23,8 @@ class WornThread:
     def waiting(self) -> int:
         return self.base.waiting
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]]) -> Ticket:
-        return await self.base.submit(wanted, self.lora)
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "") -> Ticket:
+        return await self.base.submit(wanted, owner, self.lora)
 
     async def grouped(self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS) -> list[T]:
         return await self.base.grouped(prompts, function, tokens, self.lora)

@@ -21,12 +21,14 @@ from typing import Any, TypeVar
 from tutelage.errors import StorageError
 from tutelage.log import say
 from tutelage.serve.responses.items import Item
+from tutelage.serve.schema import ApiError, unavailable
 
 T = TypeVar("T")
 
 APPLICATION = 0x7475746C  # what SQLite keeps in the file's head to tell ours from others
 VERSION = 1
 TEND_SECONDS = 3600.0
+LOCK_SECONDS = 2.0  # that a call waits for another program's lock
 SCHEMA = f"""
 BEGIN IMMEDIATE; -- two servers may open a new file at once
 CREATE TABLE IF NOT EXISTS responses (
@@ -79,6 +81,7 @@ class ResponseStore:
     def __init__(self, path: Path, days: int = 30) -> None:
         self.path, self.days = path, days
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._locked_until, self._warned = 0.0, -60.0
         try:
             self._database = self._thread.submit(self._open).result()
         except BaseException:
@@ -93,7 +96,7 @@ class ResponseStore:
         """Returns when it is on the disk."""
         made = stored.response
         row = (made["id"], owner, stored.previous, made["created_at"], _text(stored.input), _text(made))
-        await self._run(lambda: self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", row))
+        await self._run(lambda: self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", row), True)
 
     async def get(self, response_id: str, owner: str) -> Stored | None:
         rows = await self._rows("SELECT input, response, previous FROM responses WHERE id = ? AND owner = ?", response_id, owner)
@@ -107,12 +110,12 @@ class ResponseStore:
     async def delete(self, response_id: str, owner: str) -> bool:
         """Whether there was one."""
         query = "DELETE FROM responses WHERE id = ? AND owner = ?"
-        return bool(await self._run(lambda: self._database.execute(query, (response_id, owner)).rowcount))
+        return bool(await self._run(lambda: self._database.execute(query, (response_id, owner)).rowcount, True))
 
     async def expire(self) -> int:
         """Removes what is too old, and returns how many."""
         since = int(time.time()) - self.days * 86_400
-        return await self._run(lambda: self._database.execute(EXPIRED, {"since": since}).rowcount)
+        return await self._run(lambda: self._database.execute(EXPIRED, {"since": since}).rowcount, True)
 
     async def _rows(self, query: str, *values: str) -> list[Stored]:
         def read() -> list[Stored]:
@@ -121,13 +124,34 @@ class ResponseStore:
 
         return await self._run(read)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def _run(self, work: Callable[[], T], write: bool = False) -> T:
+        """Raises `ApiError` 503 where the file cannot be used now. While another program has it locked, one call in a while waits
+        for it, and the others are told at once."""
+
+        def guarded() -> T:
+            if write and time.monotonic() < self._locked_until:
+                raise unavailable("the store of responses is locked by another program", "store_unavailable")
+            try:
+                return work()
+            except sqlite3.Error as error:
+                if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    self._locked_until = time.monotonic() + LOCK_SECONDS
+                self._warn(error)
+                raise unavailable(f"the store of responses cannot be used now: {error}", "store_unavailable") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
+
+    def _warn(self, error: sqlite3.Error) -> None:
+        """Once a minute: clients try again, and every request would be in the log."""
+        now = time.monotonic()
+        if now - self._warned >= 60:
+            self._warned = now
+            say(f"the store of responses {self.path} cannot be used: {error} (said once a minute)", style="red")
 
     def _open(self) -> sqlite3.Connection:
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # conversations: for the owner of the server alone
-            database = sqlite3.connect(self.path, timeout=30, isolation_level=None)  # each statement is a transaction
+            database = sqlite3.connect(self.path, timeout=LOCK_SECONDS, isolation_level=None)  # each statement is a transaction
             self._check(database)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
@@ -170,8 +194,8 @@ async def _tend(store: ResponseStore) -> None:
     while True:
         try:
             await store.expire()
-        except sqlite3.Error as error:  # a full disk, or another program's lock: it may be gone in an hour
-            say(f"old responses could not be removed from {store.path}: {error}", style="red")
+        except ApiError:  # a full disk, or another program's lock, which is said by now: it may be gone in an hour
+            say(f"old responses could not be removed from {store.path}", style="red")
         await asyncio.sleep(TEND_SECONDS)
 
 

@@ -18,6 +18,7 @@ from tutelage.serve.models import Served
 from tutelage.serve.requests import GONE, as_api_errors, read_json, unless_gone
 from tutelage.serve.schema import ApiError, Prompts, Whole, one_each, parse
 from tutelage.serve.state import allowance_of, state_of
+from tutelage.serve.tokenizing import tokenized
 
 router = APIRouter()
 
@@ -43,7 +44,7 @@ async def embeddings(request: Request) -> Response:
         raise ApiError(400, f"the vectors of this model have {width} dimensions, no fewer", param="dimensions")
     texts = one_each(asked.input, "input", most=2048)
     with as_api_errors("input"):
-        prompts = await asyncio.to_thread(lambda: [served.engine.encode(text) for text in texts])
+        prompts = await tokenized(request, lambda: [served.encode(text) for text in texts])
         for ids in prompts:
             check_tokens(ids, served.engine.vocab_size)
             check_length(ids, served.engine.context_length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,6 +12,7 @@ from tutelage.serve.requests import as_api_errors, read_json
 from tutelage.serve.schema import ChatRequest, CompletionRequest, parse
 from tutelage.serve.shape import shape_of
 from tutelage.serve.state import state_of
+from tutelage.serve.tokenizing import tokenized
 
 router = APIRouter()
 
@@ -25,7 +25,7 @@ async def chat(request: Request) -> Response:
     sampling = asked.sampling(served.engine.vocab_size)
     turns = asked.turns()
     shape = await shape_of(asked, served)
-    ids = await asyncio.to_thread(_prompt, served.renderer, asked, turns, list(shape.tools) or None)
+    ids = await tokenized(request, lambda: _prompt(served.turns_renderer, asked, turns, list(shape.tools) or None))
     reply = Reply("chat.completion", served.name)
     return await Job(request, served, reply, [ids], shape.sampling(sampling), "messages", shape.style).answer(asked)
 
@@ -37,7 +37,7 @@ async def complete(request: Request) -> Response:
     sampling = (await shape_of(asked, served)).sampling(asked.sampling(served.engine.vocab_size))
     prompts = asked.prompts()
     with as_api_errors("prompt"):
-        ids = await asyncio.to_thread(lambda: [served.engine.encode(prompt) for prompt in prompts])
+        ids = await tokenized(request, lambda: [served.encode(prompt) for prompt in prompts])
     job = Job(request, served, Reply("text_completion", served.name), ids, sampling, "prompt")
     return await job.answer(asked, echo=prompts if asked.echo else ())
 

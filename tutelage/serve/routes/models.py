@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tutelage.models.lora import is_lora
 from tutelage.serve.models import Base
+from tutelage.serve.names import MODEL_NAME
 from tutelage.serve.requests import as_api_errors, read_json
 from tutelage.serve.schema import ApiError, parse
 from tutelage.serve.state import ServerState, state_of
@@ -20,7 +21,7 @@ router = APIRouter()
 class LoadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(pattern=r"^\w[\w.:/@+-]{0,127}$")
+    name: str = Field(pattern=rf"^{MODEL_NAME}$")
     path: str = Field(pattern=r"^[^\x00]{1,4096}$")
     base: str | None = None  # of an adapter: the model that wears it; not needed where there is only one
 
@@ -48,8 +49,8 @@ async def load(request: Request) -> dict[str, Any]:
             if not is_lora(folder):
                 if asked.base is not None:
                     raise ApiError(400, "only an adapter has a base, and this folder holds none", param="base")
-                return (await state.models.load(asked.name, folder)).card
-            return (await state.models.adapt(asked.name, folder, asked.base or _only_base(state))).card
+                return (await state.models.load(asked.name, folder, state.load_seconds)).card
+            return (await state.models.adapt(asked.name, folder, asked.base or _only_base(state), state.load_seconds)).card
     except OSError as error:
         raise ApiError(400, f"the folder cannot be read: {error.strerror}", param="path") from error
 
@@ -77,7 +78,10 @@ def _only_base(state: ServerState) -> str:
 
 def _allowed(state: ServerState, path: str) -> Path:
     """The folder, links followed. Raises `ApiError` 403 for one that is elsewhere, whether it exists or not."""
-    folder = Path(path).resolve()
+    try:
+        folder = Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise ApiError(400, "the path cannot be followed: a link in it leads to itself", param="path") from error
     if not any(folder.is_relative_to(allowed) for allowed in state.allowed):
         raise ApiError(
             403, "models are loaded only by their full path, from folders given by --allow-models", param="path",

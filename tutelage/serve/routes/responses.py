@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -21,6 +20,7 @@ from tutelage.serve.responses.store import ResponseStore, Stored
 from tutelage.serve.schema import ApiError, parse
 from tutelage.serve.shape import shape_of
 from tutelage.serve.state import owner_of, state_of
+from tutelage.serve.tokenizing import tokenized
 from tutelage.serve.work import Work
 
 router = APIRouter()
@@ -55,7 +55,7 @@ async def create(request: Request) -> Response:
         plain, turns = chat.sampling(served.engine.vocab_size), chat.turns()
         shape = await shape_of(chat, served)
     with as_api_errors("input"):
-        ids = await asyncio.to_thread(served.renderer.prompt, turns, list(shape.tools) or None)
+        ids = await tokenized(request, lambda: served.turns_renderer.prompt(turns, list(shape.tools) or None))
     sampling = shape.sampling(plain)
     work = Work(request, served, [ids], sampling, "input")
     reply = Reply(asked, sampling, served.name, stored=store is not None)
@@ -63,7 +63,11 @@ async def create(request: Request) -> Response:
 
     async def keep(response: dict[str, Any]) -> None:
         if store is not None:
-            await store.put(Stored(items, response, asked.previous_response_id), owner_of(request))
+            try:
+                await store.put(Stored(items, response, asked.previous_response_id), owner_of(request))
+            except ApiError as error:  # clients would try again, and pay for each answer
+                error.headers["x-should-retry"] = "false"
+                raise
 
     answer = Answer(work, reply, draft, keep)
     await work.submit()
