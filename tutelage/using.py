@@ -137,7 +137,8 @@ def _check_name(name: str, field: str) -> None:
     if not re.fullmatch(MODEL_NAME, name):
         raise ConfigError(
             "not a name for a model", field=field, found=repr(name),
-            expected="a letter, digit or _, then up to 127 letters, digits or any of _ . : / @ + -", fix="give another, such as my-model",
+            expected="a letter, digit or _, then up to 127 letters, digits or any of _ . : / @ + -",
+            fix="give another, such as my-model",
         )  # fmt: skip
 
 
