@@ -35,8 +35,8 @@ def preferences(data: Path, count: int) -> list[tuple[str, str, str]]:
 
 
 def pairs(args: argparse.Namespace, scratch: Path) -> Any:
-    from tutelage.data.pairs import PairFamilies
-    from tutelage.data.tokens import Segments, tokenize
+    from tutelage.data.groups.pairs import PairFamilies
+    from tutelage.data.tokens.shards import Segments, tokenize
     from tutelage.files import write_json
     from tutelage.records import SCHEMA_VERSION, Message, Preference, dump_line
 
@@ -56,8 +56,8 @@ def pairs(args: argparse.Namespace, scratch: Path) -> Any:
 def static(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """(source, parts, facts) of jobs about pairs."""
     from tutelage.config.train import Tune
-    from tutelage.data.family_source import FamilySource
-    from tutelage.stages.tuning import reference_logprobs
+    from tutelage.data.groups.source import FamilySource
+    from tutelage.setup.answers import reference_logprobs
 
     families, parts, facts = pairs(args, scratch), {"policy": model}, {}
     if args.job == "dpo":
@@ -86,10 +86,10 @@ class Varied:
 
 
 def rollouts(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    from tutelage.chat.render import Renderer
     from tutelage.config.stages import Rl
-    from tutelage.data.render import Renderer
     from tutelage.records import Message, Prompt
-    from tutelage.stages.rollouts import Kit
+    from tutelage.setup.rollouts import Kit
 
     rows = [json.loads(x) for x in (args.data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:512]]
     asked = [

@@ -26,7 +26,7 @@ class RowsSource:
     def next(self, step: int) -> Any:
         import torch
 
-        from tutelage.data.loader import GlobalBatch
+        from tutelage.data.tokens.loader import GlobalBatch
         from tutelage.models.interface import Batch
 
         ids = self.rows[step * self.batch : (step + 1) * self.batch]

@@ -305,7 +305,7 @@ def test_torchrun_prints_one_path(tmp_path: Path, capsys: Capture, monkeypatch: 
 
 def test_results_of_every_stage_have_a_headline() -> None:
     """`report`, `tokens` and `merge`, whose column was empty."""
-    from tutelage.console import headline
+    from tutelage.cli.show import headline
 
     assert headline({"stage": "tokens", "splits": {"train": {"tokens": 1000}, "validation": {"tokens": 24}}}) == "1,024 tokens"
     assert headline({"stage": "report", "bytes": 20480}) == "a page of 20 kB"
@@ -315,7 +315,7 @@ def test_results_of_every_stage_have_a_headline() -> None:
 def test_a_part_file_with_strange_lines_goes_on(tmp_path: Path, capsys: Capture) -> None:
     """`KeyError: 'tokens'` for a line of `generate`'s part file; and a row number that asks for all the memory there is."""
     from tutelage.errors import ConfigError
-    from tutelage.serve.part import PartFile, check_output
+    from tutelage.inference.output_file import PartFile, check_output
 
     for strange in (
         '{"row": 0}',

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from tutelage import __version__, aside, log
-from tutelage.bases import is_adapter
+from tutelage.artifacts import is_adapter
 from tutelage.digests import Digests
 from tutelage.errors import ArtifactError, StorageError, UserError
 from tutelage.files import folder_digest, joint_digest, read_object, recover, storage_errors, whole_file, write_json

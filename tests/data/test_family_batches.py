@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.families import Ending, Family, assemble, bins
+from tutelage.data.groups.groups import Ending, Family, assemble, bins
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.objectives import objective

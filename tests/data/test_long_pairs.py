@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from tutelage.data.pairs import PairFamilies
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.data.groups.pairs import PairFamilies
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.files import write_json
 from tutelage.records import Message, Preference, dump_line
 from tutelage.tokenizer.train import train

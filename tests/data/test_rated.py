@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.families import assemble
-from tutelage.data.family_source import FamilySource
-from tutelage.data.rated import RatedFamilies, rotation, verdicts
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.data.groups.groups import assemble
+from tutelage.data.groups.kto import RatedFamilies, rotation, verdicts
+from tutelage.data.groups.source import FamilySource
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.errors import DataError
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build

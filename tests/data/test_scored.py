@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.guarantees import tiny
-from tutelage.data.families import assemble
-from tutelage.data.family_source import count
-from tutelage.data.pairs import PairFamilies
-from tutelage.data.scored import MOST, ScoredFamilies, aspects_of, ratings_of, step_ends, steps_of
-from tutelage.data.templates import styles
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.chat.templates import styles
+from tutelage.data.groups.groups import assemble
+from tutelage.data.groups.pairs import PairFamilies
+from tutelage.data.groups.ratings import MOST, ScoredFamilies, aspects_of, ratings_of, step_ends, steps_of
+from tutelage.data.groups.source import count
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.errors import DataError
 from tutelage.records import Message, Preference, Rating, to_json
 from tutelage.tokenizer.load import TokenizerFolder

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data.collect import collect
-from tutelage.data.readers import ReadOptions, Rejections, files_of, read, source_digest
+from tutelage.data.clean.collect import collect
+from tutelage.data.sources.readers import ReadOptions, Rejections, files_of, read, source_digest
 from tutelage.errors import ConfigError, DataError
+from tutelage.inference.input_file import Archive
 from tutelage.records import Document
-from tutelage.serve.archive import Archive
 
 GOOD = 30
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.guarantees import tiny
-from tutelage.data import top_tokens
-from tutelage.data.top_tokens import KeptTokens, TaughtSource, keep, likeliest
+from tutelage.data.tokens import teacher_tokens
+from tutelage.data.tokens.teacher_tokens import KeptTokens, TaughtSource, keep, likeliest
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.train.step import Recipe, gradients
@@ -21,7 +21,7 @@ K, CONTEXT = 5, 128
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(top_tokens, "PART", 60)  # several parts of several segments
+    monkeypatch.setattr(teacher_tokens, "PART", 60)  # several parts of several segments
 
 
 def kept(folder: Path, kind: str, temperature: float = 1.0) -> tuple[KeptTokens, torch.nn.Module, int]:

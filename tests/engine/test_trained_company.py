@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from tests.engine import small
-from tutelage.data.loader import GlobalBatch
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.engine import Completion, Engine, Sampling
 from tutelage.engine.runner import FusedRunner
+from tutelage.models.adapters.lora import Lora, LowRank
 from tutelage.models.decoder import Decoder
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
-from tutelage.models.lora import Lora, LowRank
 from tutelage.objectives import objective
 from tutelage.train.step import Recipe, gradients
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tutelage.data.examples import Labels
+from tutelage.data.groups.examples import Labels
 from tutelage.evaluate import classification
 from tutelage.evaluate.classified import Judged, add_baseline, joined
 from tutelage.evaluate.confusion import picture

@@ -16,10 +16,10 @@ from tests.objectives.rollouts import policy as small_policy
 from tests.objectives.test_reward import OUTPUTS
 from tests.objectives.test_reward import families as ratings
 from tutelage.config.adapter import Adapter
-from tutelage.data.families import Ending, Family
-from tutelage.data.family_source import count, family_batch
-from tutelage.data.loader import GlobalBatch
-from tutelage.models.adapters import wear, wear_scorer
+from tutelage.data.groups.groups import Ending, Family
+from tutelage.data.groups.source import count, family_batch
+from tutelage.data.tokens.loader import GlobalBatch
+from tutelage.models.adapters.attach import wear, wear_scorer
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.scorer import build_scorer

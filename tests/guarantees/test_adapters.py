@@ -15,7 +15,7 @@ from tests.guarantees import tiny
 from tests.guarantees.objectives import case
 from tutelage.config.adapter import Adapter
 from tutelage.config.train import Optimizer
-from tutelage.models.adapters import bare, trainable, wear
+from tutelage.models.adapters.attach import bare, trainable, wear
 from tutelage.objectives import TABLE, objective
 from tutelage.train.loop import train
 from tutelage.train.optim import Optimizers

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.guarantees import tiny
-from tutelage.data.loader import eval_batches
+from tutelage.data.tokens.loader import eval_batches
 from tutelage.models import heads, kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import Objective, objective

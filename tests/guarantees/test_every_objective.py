@@ -15,7 +15,7 @@ from tests.guarantees import tiny
 from tests.guarantees.objectives import case
 from tutelage import log
 from tutelage.config.train import Optimizer
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.objectives import TABLE, objective
 from tutelage.train import distributed
 from tutelage.train.loop import train

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.guarantees import tiny
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.errors import TrainingStopped
 from tutelage.objectives import Objective
 from tutelage.objectives.next_token import next_token

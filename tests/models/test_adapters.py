@@ -17,14 +17,14 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.runner import FusedRunner
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models import kernels
-from tutelage.models.adapted import Adapted, LowRankChange, adapted
-from tutelage.models.adapters import Share, bare, beginning, follow, snapshot, trainable, wear, worn
+from tutelage.models.adapters.attach import Share, bare, beginning, follow, snapshot, trainable, wear, worn
+from tutelage.models.adapters.linear import Adapted, LowRankChange, adapted
+from tutelage.models.adapters.merge import merge
+from tutelage.models.adapters.nf4 import BLOCK, VALUES, dequantize, quantize
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
-from tutelage.models.merging import merge
-from tutelage.models.nf4 import BLOCK, VALUES, dequantize, quantize
 from tutelage.models.scorer import build_scorer
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.shapes import SHAPE, reference
-from tutelage.bases import is_scored
+from tutelage.artifacts import is_scored
 from tutelage.config.adapter import Adapter
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.models.adapter_folder import load_adapter, save_adapter
-from tutelage.models.adapters import bare, trainable, wear, wear_scorer
-from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier
+from tutelage.models.adapters.attach import bare, trainable, wear, wear_scorer
+from tutelage.models.adapters.folder import load_adapter, save_adapter
+from tutelage.models.adapters.score_heads import load_scored, save_scored
+from tutelage.models.hf.encoder import PROBLEM, ClassScorer, load_classifier
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
-from tutelage.models.scored_adapter import load_scored, save_scored
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer, score_answers
 
 pytest.importorskip("transformers")
@@ -228,7 +228,7 @@ def test_an_encoder_without_a_place_for_a_prefix_says_so(tmp_path: Path) -> None
 
 def test_virtual_tokens_take_room_from_the_texts(tmp_path: Path) -> None:
     """Positions past the end of a learned table, at the longest text."""
-    from tutelage.models.virtual import room
+    from tutelage.models.adapters.virtual_tokens import room
 
     reference(BASES["gpt2"]).save_pretrained(tmp_path)
     model = wear(load(tmp_path), Adapter(kind="prompt", tokens=5), 0)

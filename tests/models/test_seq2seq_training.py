@@ -12,14 +12,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.pipeline import world  # noqa: F401 (a fixture)
-from tutelage.data.families import Ending, Family, assemble
-from tutelage.data.family_source import FamilySource
-from tutelage.data.translations import Marks, PairedTexts, PairEncoder
+from tutelage.data.groups.groups import Ending, Family, assemble
+from tutelage.data.groups.source import FamilySource
+from tutelage.data.groups.translations import Marks, PairedTexts, PairEncoder
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json
 from tutelage.models.export import save
-from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
+from tutelage.models.hf.seq2seq import Seq2Seq, new_seq2seq
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.objectives import objective

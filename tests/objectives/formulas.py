@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.data.families import Family
+from tutelage.data.groups.groups import Family
 
 Logs = Callable[[Family, int], np.ndarray]  # log-probabilities of the supervised tokens of an ending; -1: of the prompt
 

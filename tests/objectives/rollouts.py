@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Ending, Family
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch

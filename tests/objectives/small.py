@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from tutelage.data.families import Ending, Family, Layout
-from tutelage.data.family_source import FamilySource
+from tutelage.data.groups.groups import Ending, Family, Layout
+from tutelage.data.groups.source import FamilySource
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
 from tutelage.models.heads import LmHead

@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tutelage.config.train import Optimizer, Schedule
-from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder, labels_of, spans_of, tags
-from tutelage.data.families import assemble
-from tutelage.data.family_source import FamilySource
+from tutelage.data.groups.examples import ExampleFamilies, Labels, TextEncoder, labels_of, spans_of, tags
+from tutelage.data.groups.groups import assemble
+from tutelage.data.groups.source import FamilySource
 from tutelage.errors import ConfigError, DataError
-from tutelage.models.encoder import new_classifier
+from tutelage.models.hf.encoder import new_classifier
 from tutelage.objectives import objective
 from tutelage.records import Example, Span
 from tutelage.tokenizer.load import TokenizerFolder

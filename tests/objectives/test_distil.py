@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.guarantees import tiny
-from tutelage.data.families import Ending, Family, assemble
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.groups.groups import Ending, Family, assemble
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.interface import Batch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.objectives import formulas, small
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Ending, Family
 from tutelage.errors import ConfigError
 from tutelage.objectives import TABLE, objective
 from tutelage.train.step import Recipe, StepResult, gradients, measure

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.objectives import small
-from tutelage.data.families import Family
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.groups.groups import Family
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.objectives import objective
 from tutelage.train.step import Recipe, StepResult, gradients, measure, prepared, with_shared
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.objectives import small
 from tutelage.config.train import Optimizer
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Ending, Family
 from tutelage.objectives import objective
 from tutelage.train.optim import Optimizers, Rates
 from tutelage.train.step import Recipe, measure, train_step

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import LONGEST, families, policy, replaced, without
-from tutelage.data.families import Ending, Family, assemble, bins
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Ending, Family, assemble, bins
+from tutelage.data.groups.source import count, family_batch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.interface import Batch, Output

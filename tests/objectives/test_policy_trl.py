@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import LONGEST, SHAPE, VOCABULARY, families, policy, replaced, without
-from tutelage.data.families import Ending, Family
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Ending, Family
+from tutelage.data.groups.source import count, family_batch
 from tutelage.objectives import objective
 from tutelage.rollout.correction import correction
 from tutelage.train.step import Recipe, gradients

@@ -18,8 +18,8 @@ from torch import nn
 
 from tests.data.test_family_batches import SHAPE
 from tutelage.config.train import Optimizer
-from tutelage.data.families import Ending, Family, assemble
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Ending, Family, assemble
+from tutelage.data.groups.source import count, family_batch
 from tutelage.models import kernels
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.objectives import small
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Ending, Family
 from tutelage.models.decoder import Decoder
 from tutelage.models.load import load
 from tutelage.objectives import objective

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.engine import small
-from tutelage.data.families import assemble
-from tutelage.data.render import Renderer
-from tutelage.data.templates import styles
+from tutelage.chat.render import Renderer
+from tutelage.chat.templates import styles
+from tutelage.data.groups.groups import assemble
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.sequence import Completion, TokenScore
 from tutelage.engine.tools import calculator

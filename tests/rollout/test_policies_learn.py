@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import SHAPE, policy
-from tutelage.data.families import Ending, Family, assemble, bins
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Ending, Family, assemble, bins
+from tutelage.data.groups.source import count, family_batch
 from tutelage.engine import Engine, Sampling
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs

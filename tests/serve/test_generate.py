@@ -22,9 +22,9 @@ from tutelage import api, log
 from tutelage.config.stages import Generate
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError, StorageError
-from tutelage.serve.archive import Archive
-from tutelage.serve.batch import Meter, row_seed
-from tutelage.serve.part import PartFile
+from tutelage.inference.batch import Meter, row_seed
+from tutelage.inference.input_file import Archive
+from tutelage.inference.output_file import PartFile
 
 Capture = pytest.CaptureFixture[str]
 ROWS = [{"id": i, "prompt": f"the cat {i} sat {'on the mat ' * (i % 5)}"} for i in range(40)]
@@ -91,7 +91,7 @@ def test_chats_systems_templates_and_columns(model: Path, engine: Engine, tmp_pa
 
 def test_tools_reach_the_template(model: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tools that a row offers and the model never sees."""
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
 
     tools = [{"type": "function", "function": {"name": "meow", "parameters": {}}}]
     seen: list[Any] = []
@@ -368,7 +368,7 @@ def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> 
     page = tutelage(capsys, "generate", "--help", columns=200).out
     assert all(f" --{key} " in page or f" {key} " in page for key in Generate.model_fields)
     code = (
-        "import sys; sys.argv = ['tutelage', 'generate', '--help']\nfrom tutelage.cli import main\n"
+        "import sys; sys.argv = ['tutelage', 'generate', '--help']\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit: print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

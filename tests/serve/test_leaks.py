@@ -16,7 +16,7 @@ from tests.engine import small
 from tests.serve.running import Running
 from tutelage.engine import Sequence
 from tutelage.serve.app import create_app
-from tutelage.serve.stream import Ticket
+from tutelage.serve.engine_thread import Ticket
 
 NAME, CHAT = "tiny", [{"role": "user", "content": "the cat"}]
 REQUESTS: list[tuple[str, dict[str, Any], int]] = [

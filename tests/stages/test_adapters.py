@@ -16,7 +16,7 @@ from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixtur
 from tutelage import api
 from tutelage.config.base import build
 from tutelage.config.stages import Sft
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Ending, Family
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.models.interface import Batch
@@ -175,13 +175,13 @@ def test_a_preference_run_takes_the_base_as_its_reference(world: World, tmp_path
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: World, tmp_path: Path, kind: str) -> None:  # noqa: F811
     """Answers of the base, of weights some steps old, a reference that learns too: promise 16 with an adapter."""
+    from tutelage.chat.render import Renderer
     from tutelage.config.stages import Rl
-    from tutelage.data.render import Renderer
-    from tutelage.models.adapters import trainable
+    from tutelage.models.adapters.attach import trainable
     from tutelage.records import Message, Prompt
-    from tutelage.stages.asking import published
-    from tutelage.stages.fitting import load_start
-    from tutelage.stages.rollouts import Kit
+    from tutelage.setup.rollouts import Kit
+    from tutelage.setup.sampling import published
+    from tutelage.setup.trainer import load_start
 
     folder, cpu = world.made["chat"] / "model", torch.device("cpu")
     config = build(Rl, {
@@ -234,15 +234,15 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
 def test_heads_beside_virtual_tokens_have_a_rate_of_their_own(capsys: Capture) -> None:
     """A head that is trained 1,500 times too fast, as virtual tokens want to be."""
     from tutelage.config.stages import Reward
-    from tutelage.stages import tuning
+    from tutelage.setup import answers
 
-    plain = tuning.rates(build(Reward, {"model": "a", "data": "b"}), 10**6, 1e-6, heads=True)
+    plain = answers.rates(build(Reward, {"model": "a", "data": "b"}), 10**6, 1e-6, heads=True)
     for kind, same in (("prompt", False), ("prefix", False), ("ia3", False), ("lora", True)):
         config = build(Reward, {"model": "a", "data": "b", "adapter": {"kind": kind}})
-        found = tuning.rates(config, 10**6, 1e-6, heads=True)
+        found = answers.rates(config, 10**6, 1e-6, heads=True)
         assert (found.embedding_lr == found.matrix_lr == found.lr) == same
         assert same or (found.embedding_lr == plain.embedding_lr and found.lr != plain.lr)
-        alone = tuning.rates(config, 10**6, 1e-6)
+        alone = answers.rates(config, 10**6, 1e-6)
         assert alone.embedding_lr == alone.lr == found.lr, "nothing else is trained: one rate is said"
     assert "set optimizer.lr" in capsys.readouterr().err
 

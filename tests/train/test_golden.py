@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tests.guarantees import tiny
 from tutelage.config.train import Optimizer, Schedule
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.models import kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective

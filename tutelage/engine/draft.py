@@ -16,8 +16,8 @@ from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import likely
 from tutelage.engine.sequence import Sampling, Sequence
 from tutelage.engine.speculate import Guesser
-from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
+from tutelage.tokenizer.detokenize import TextStream
 
 GUESSES = 4
 """Guesses at a time where nothing else was said."""

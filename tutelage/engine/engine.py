@@ -23,7 +23,6 @@ from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache, token_bytes
 from tutelage.engine.codec import Codec, Prompt
 from tutelage.engine.draft import GUESSES, Draft
 from tutelage.engine.embedding import embed
-from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.limits import answer_limit, check_length, check_start, check_tokens
 from tutelage.engine.memory import Memory
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Work
@@ -33,11 +32,12 @@ from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
 from tutelage.engine.sequence import Completion, Event, Rules, Sampling, Sequence
 from tutelage.engine.speculate import Guesser, Lookup, guesses, note
-from tutelage.engine.text import Vocabulary
 from tutelage.errors import ConfigError
+from tutelage.models.adapters.lora import Lora, applied, read_lora
+from tutelage.models.adapters.virtual_tokens import room, rooms
 from tutelage.models.interface import KVCache
-from tutelage.models.lora import Lora, applied, read_lora
-from tutelage.models.virtual import room, rooms
+from tutelage.structured.grammar import Constraint, Grammar
+from tutelage.tokenizer.detokenize import Vocabulary
 
 
 class Engine:

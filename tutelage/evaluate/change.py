@@ -17,7 +17,7 @@ from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import bits
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.evaluate.intervals import number, ratio, relative_saving
-from tutelage.models.virtual import room
+from tutelage.models.adapters.virtual_tokens import room
 from tutelage.records import Document, read_records, spread
 from tutelage.tokenizer.load import TokenizerFolder
 

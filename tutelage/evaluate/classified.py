@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from tutelage import log
-from tutelage.data.examples import ExampleFamilies, Labels
-from tutelage.engine.classifier import chosen, probabilities, tagged
+from tutelage.data.groups.examples import ExampleFamilies, Labels
 from tutelage.errors import DataError, MissingExtra
 from tutelage.evaluate import classification, confusion
 from tutelage.evaluate.intervals import mcnemar, paired_shares
 from tutelage.evaluate.word_counts import WordCounts
 from tutelage.files import whole_file
+from tutelage.inference.classifier import chosen, probabilities, tagged
 from tutelage.records import Example, Span
 
 

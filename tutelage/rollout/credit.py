@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Ending, Family
 from tutelage.records import Rollout
 from tutelage.rollout.advantages import Estimator, divergence, gae, group_advantages, token_rewards
 from tutelage.rollout.correction import Level, Mode, correction, mismatch

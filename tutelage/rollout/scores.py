@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tutelage.data.families import Ending, Family, Layout, assemble, bins
+from tutelage.data.groups.groups import Ending, Family, Layout, assemble, bins
 from tutelage.models.interface import Batch
 
 Floats = npt.NDArray[np.float32]

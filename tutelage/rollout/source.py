@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutelage import log
-from tutelage.data.families import Ending, Family, Layout, bins
-from tutelage.data.family_source import count, family_batch
-from tutelage.data.loader import GlobalBatch
-from tutelage.data.pack import shuffled
+from tutelage.data.groups.groups import Ending, Family, Layout, bins
+from tutelage.data.groups.source import count, family_batch
+from tutelage.data.tokens.loader import GlobalBatch
+from tutelage.data.tokens.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.records import Prompt, Rollout, dump_line, read_records

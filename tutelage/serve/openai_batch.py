@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from tutelage import log
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import DataError, UserError
+from tutelage.inference.batch import Job, one_line, row_seed
+from tutelage.inference.input_file import Entry
 from tutelage.serve.app import create_app
-from tutelage.serve.archive import Entry
-from tutelage.serve.batch import Job, one_line, row_seed
 from tutelage.serve.responses.request import ResponsesRequest
 from tutelage.serve.routes.embeddings import EmbeddingRequest
 from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, parse

@@ -10,16 +10,16 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.tasks import Classify
-from tutelage.data.examples import Labels, labels_of, named
-from tutelage.data.split import position
+from tutelage.data.clean.split import position
+from tutelage.data.groups.examples import Labels, labels_of, named
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, write
 from tutelage.files import whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying
-from tutelage.stages.classifying import Start
-from tutelage.stages.fitting import choose_device
+from tutelage.setup import classifier
+from tutelage.setup.classifier import Start
+from tutelage.setup.trainer import choose_device
 
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
             f"none of the {len(held):,} held-out examples fits in {start.max_length} tokens: no validation, no held-out scores"
         )
         held = []
-    part, facts = classifying.train(start, run, train, held, keep=True)
+    part, facts = classifier.train(start, run, train, held, keep=True)
     if log.rank() != 0:
         return facts
     if held:
@@ -75,7 +75,7 @@ def weighted(config: Classify, labels: Labels) -> Labels:
 def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> Judged:
     """What a classifier and the baseline say of texts that neither has learnt from."""
     families = start.families(held)
-    classifying.say_report(families)
+    classifier.say_report(families)
     found = judge(part, start.labels, families)
     add_baseline(found, train, start.labels, wanted=start.config.baseline)
     return found
@@ -93,7 +93,7 @@ def cross_validate(start: Start, examples: Sequence[Example]) -> Judged:
             start.run.folder("folds") / f"fold_{fold + 1}", start.run.stage, start.run.digest, start.run.inputs, start.run.seed
         )
         own.path.mkdir(parents=True, exist_ok=True)
-        part, _ = classifying.train(start, own, inside, [], keep=False)
+        part, _ = classifier.train(start, own, inside, [], keep=False)
         found = seen(start, part, inside, outside)
         found.fold[:] = fold
         all_odds.append(found)

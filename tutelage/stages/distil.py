@@ -10,18 +10,18 @@ import torch
 
 from tutelage import log
 from tutelage.config.stages import Distil
-from tutelage.data.loader import StaticSource
-from tutelage.data.tokens import Segments
-from tutelage.data.top_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
+from tutelage.data.tokens.loader import StaticSource
+from tutelage.data.tokens.shards import Segments
+from tutelage.data.tokens.teacher_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
 from tutelage.errors import ConfigError
+from tutelage.models.adapters.virtual_tokens import room
 from tutelage.models.load import load
-from tutelage.models.virtual import room
 from tutelage.objectives import Objective, objective
 from tutelage.objectives.distil import check_vocabularies
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, on_policy, training
-from tutelage.stages.fitting import Work
+from tutelage.setup import extend, hyperparameters, on_policy, text_rows, trainer
+from tutelage.setup.trainer import Work
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -29,20 +29,20 @@ METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
 
 
 def run(config: Distil, run: RunDir) -> dict[str, Any]:
-    device = fitting.choose_device(config)
+    device = trainer.choose_device(config)
     tokenizer = run.input("model")
-    model = fitting.load_start(tokenizer, config, device, run.seed)
+    model = trainer.load_start(tokenizer, config, device, run.seed)
     teacher = load_teacher(run.input("teacher"), tokenizer, model, config, device)
     if config.policy == "on":
         work = on_policy.work_on_answers(config, run, model, teacher, method(config))
-        return fitting.fit(config, run, work, device)
-    parent = extension.parent_of(config, run)
-    segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
-    numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
-    work = training.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+        return trainer.fit(config, run, work, device)
+    parent = extend.parent_of(config, run)
+    segments = text_rows.open_segments(config, run, tokenizer, model.config.vocab_size)
+    numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
+    work = text_rows.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
     work = replace(work, objective=method(config), per_byte=0.0)
     work = taught(work, config, run, teacher, segments, device) if config.top_k else beside(work, teacher)
-    return fitting.fit(config, run, work, device, parent)
+    return trainer.fit(config, run, work, device, parent)
 
 
 def method(config: Distil) -> Objective:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tutelage.chat.render import Renderer
 from tutelage.config.stages import Evaluate
-from tutelage.data.render import Renderer
-from tutelage.data.skills import CHANCE
+from tutelage.data.demo.skills import CHANCE
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError
 from tutelage.evaluate.suite import Subject, evaluate
 from tutelage.files import whole_folder
+from tutelage.models.adapters.virtual_tokens import room
 from tutelage.models.load import load
-from tutelage.models.virtual import room
 from tutelage.records import Conversation
 from tutelage.rundir import RunDir
-from tutelage.stages.fitting import choose_device
+from tutelage.setup.trainer import choose_device
 from tutelage.tokenizer.load import TokenizerFolder
 
 

@@ -15,17 +15,17 @@ import numpy as np
 
 from tutelage import log
 from tutelage.config.stages import Label
-from tutelage.data.examples import Task
-from tutelage.data.labelled import texts_of
-from tutelage.engine.classifier import Classifier
+from tutelage.data.groups.examples import Task
+from tutelage.data.sources.labelled import texts_of
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import storage_errors, whole_file
+from tutelage.inference.batch import Meter
+from tutelage.inference.classifier import Classifier
+from tutelage.inference.input_file import Archive, Entry, opened
+from tutelage.inference.output_file import check_output
+from tutelage.inference.prompts import check_text
 from tutelage.rundir import find
-from tutelage.serve.archive import Archive, Entry, opened
-from tutelage.serve.batch import Meter
-from tutelage.serve.part import check_output
-from tutelage.serve.prompts import check_text
-from tutelage.stages.fitting import choose_device
+from tutelage.setup.trainer import choose_device
 from tutelage.train.hooks import duration
 
 AT_A_TIME = 512  # rows, of which those of like length run together

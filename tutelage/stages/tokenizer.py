@@ -11,7 +11,7 @@ from tutelage.config.stages import Tokenizer
 from tutelage.files import write_json
 from tutelage.records import TURNS, TYPES, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages.reads import type_of
+from tutelage.setup.inputs import type_of
 from tutelage.tokenizer.measure import measure
 from tutelage.tokenizer.train import describe, train
 

@@ -15,21 +15,21 @@ import torch
 
 from tutelage import log
 from tutelage.config.tasks import SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, Translate
-from tutelage.data import left_out
-from tutelage.data.family_source import FamilySource
-from tutelage.data.translations import Marks, PairedTexts, PairEncoder, pair_of
+from tutelage.data.groups import dropped
+from tutelage.data.groups.source import FamilySource
+from tutelage.data.groups.translations import Marks, PairedTexts, PairEncoder, pair_of
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
-from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
-from tutelage.models.virtual import rooms
+from tutelage.models.adapters.virtual_tokens import rooms
+from tutelage.models.hf.seq2seq import Seq2Seq, new_seq2seq
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying, derived, tuning
-from tutelage.stages.fitting import Work, choose_device, fit, load_start, write_model
+from tutelage.setup import answers, classifier, hyperparameters
+from tutelage.setup.trainer import Work, choose_device, fit, load_start, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 from tutelage.train.optim import Rates
@@ -51,8 +51,8 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
                           seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
-    kept = tuning.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
-    epochs = derived.passes(config, len(families))
+    kept = answers.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
+    epochs = hyperparameters.passes(config, len(families))
     steps = math.ceil(epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
     if config.steps == config.epochs == "derived":
         log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} pairs")
@@ -62,7 +62,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     torch.manual_seed(config.seed)  # of dropout
     work = Work(
         parts={"policy": model}, source=source, objective=objective("next_token"), steps=max(1, steps), rates=rates,
-        shape=classifying.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
+        shape=classifier.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
         tokens=tokens * source.per_step * steps,
         numbers={"max_length": length, "max_target": most, "lr": rates.lr, "batch": source.per_step},
         write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
@@ -77,7 +77,7 @@ def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2
     """The model, with its adapter, and its tokenizer's folder. Raises `ArtifactError` for a model that is no encoder-decoder."""
     torch.manual_seed(config.seed)
     if config.model is None:
-        folder = classifying.marked(run, begins=False)
+        folder = classifier.marked(run, begins=False)
         words = TokenizerFolder.open(folder)
         assert words.eos_id is not None  # or it could not have been marked
         pad = words.eos_id if words.pad_id is None else words.pad_id
@@ -115,12 +115,12 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
 
 def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
     if config.model is None:
-        return classifying.rates(config, NEW_RATE, "a small model from scratch")
-    return classifying.rates(config, *classifying.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))
+        return classifier.rates(config, NEW_RATE, "a small model from scratch")
+    return classifier.rates(config, *classifier.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))
 
 
 def say_report(families: PairedTexts) -> None:
-    left_out.say_left_out(families.report, fix="raise max_length or max_target, set too_long=right, or give shorter texts")
+    dropped.say_left_out(families.report, fix="raise max_length or max_target, set too_long=right, or give shorter texts")
 
 
 def compare(

@@ -18,7 +18,7 @@ from tutelage.train import distributed
 from tutelage.train.step import Recipe, StepResult, prepared, with_shared
 
 if TYPE_CHECKING:
-    from tutelage.data.loader import GlobalBatch
+    from tutelage.data.tokens.loader import GlobalBatch
     from tutelage.models.interface import Batch
 
 TENSORS = ("ids", "segments", "positions", "targets", "weights")

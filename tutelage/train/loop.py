@@ -27,7 +27,7 @@ from tutelage.train.step import Recipe, StepResult, gradients, train_step
 from tutelage.train.watch import UpdateWatch
 
 if TYPE_CHECKING:
-    from tutelage.data.loader import GlobalBatch
+    from tutelage.data.tokens.loader import GlobalBatch
 
 WATCHED = 5  # steps after which every trainable tensor has to have moved
 OF_HOOKS = ("best", "samples")  # folders of a run directory in which hooks keep what a child run takes over

@@ -17,7 +17,7 @@ from tutelage.train import distributed
 from tutelage.train.optim import Optimizers
 
 if TYPE_CHECKING:
-    from tutelage.data.loader import GlobalBatch
+    from tutelage.data.tokens.loader import GlobalBatch
     from tutelage.models.interface import Batch
 
 

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from tutelage.log import say
+from tutelage.serve.generation import Work
 from tutelage.serve.replies import sse
 from tutelage.serve.responses.draft import Draft, Told
 from tutelage.serve.responses.reply import Reply, usage
 from tutelage.serve.schema import ApiError, server_error
-from tutelage.serve.work import Work
 
 Keep = Callable[[dict[str, Any]], Awaitable[None]]
 

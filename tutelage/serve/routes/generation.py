@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from tutelage.serve.job import Job
+from tutelage.serve.completions import Job
 from tutelage.serve.replies import Reply
 from tutelage.serve.requests import as_api_errors, read_json
+from tutelage.serve.response_format import shape_of
 from tutelage.serve.schema import ChatRequest, CompletionRequest, parse
-from tutelage.serve.shape import shape_of
 from tutelage.serve.state import state_of
 from tutelage.serve.tokenizing import tokenized
 
