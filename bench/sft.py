@@ -66,9 +66,9 @@ def main() -> None:
         model = pretrain.build(args)
         if args.lora:
             from tutelage.config.adapter import Adapter
-            from tutelage.models.adapters.attach import wear
+            from tutelage.models.adapters.attach import attach_adapter
 
-            wear(model, Adapter(kind="lora", rank=args.lora, alpha=2 * args.lora, quantize=args.quantize), seed=0)
+            attach_adapter(model, Adapter(kind="lora", rank=args.lora, alpha=2 * args.lora, quantize=args.quantize), seed=0)
         steps = common.Steps(args.warmup)
         losses = pretrain.train(source, model, args, steps)
     adapter = (f"_lora{args.lora}" if args.lora else "") + (f"_{args.quantize}" if args.quantize != "none" else "")

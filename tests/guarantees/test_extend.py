@@ -202,10 +202,10 @@ def test_the_plan_of_a_child(runs: Path, capsys: Capture) -> None:
     assert len(list(runs.glob("cli/pretrain-*"))) == 1
 
 
-def parent_with(schedule: Schedule) -> extend.Parent:
+def parent_with(schedule: Schedule) -> extend.ParentRun:
     numbers = {"sequence_length": 64, "batch_tokens": 640, "lr": 0.5, "matrix_lr": 0.25, "embedding_lr": 0.125}
     config = Pretrain(data="x", schedule=schedule, steps=STEPS)
-    return extend.Parent(Path("runs/cli/base-0123456789ab"), {"numbers": numbers, "steps": STEPS}, config)
+    return extend.ParentRun(Path("runs/cli/base-0123456789ab"), {"numbers": numbers, "steps": STEPS}, config)
 
 
 def test_what_was_derived_stays() -> None:
@@ -235,7 +235,7 @@ def test_a_rate_that_jumps_is_said(capsys: Capture) -> None:
 
 def test_energy_is_of_the_child_alone(tmp_path: Path) -> None:
     """Guards against a chain whose energy counts the parent twice: the report adds up what the runs of a chain took."""
-    numbers = text_rows.Numbers(MORE, 64, 10, 2, tiny.RATES)
+    numbers = text_rows.Hyperparameters(MORE, 64, 10, 2, tiny.RATES)
     parent = parent_with(Schedule())
     parent.facts["train_seconds"] = 60.0
     state = State(tiny.job(tmp_path), Progress(step=MORE, seconds=100.0))

@@ -25,7 +25,7 @@ from tutelage.objectives.next_token import next_token
 from tutelage.setup import trainer
 from tutelage.train import checkpoint, distributed, hooks
 from tutelage.train.loop import Job, train
-from tutelage.train.step import Recipe, measure
+from tutelage.train.step import StepConfig, measure
 from tutelage.train.watch import UpdateWatch
 
 CASES = {f"{name}-{'tied' if tied else 'untied'}": (name, tied) for name in ("adamw", "muon") for tied in (True, False)}
@@ -126,7 +126,7 @@ def poison_gradient(folder: Path) -> None:
             folder / "gradient",
             parts={"policy": model},
             data=data,
-            recipe=Recipe({"policy": model}, Objective("overflowing", overflowing)),
+            recipe=StepConfig({"policy": model}, Objective("overflowing", overflowing)),
         )
     )
 

@@ -51,8 +51,8 @@ from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train as train_tokenizer
 from tutelage.train import loop, tensors
 from tutelage.train.loop import Job
-from tutelage.train.optim import Optimizers, Rates
-from tutelage.train.step import Recipe
+from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.step import StepConfig
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
@@ -183,7 +183,7 @@ def source(kind: str = "documents", **change: Any) -> StaticSource:
     return StaticSource(segments(kind), **settings)
 
 
-RATES = Rates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2)
+RATES = LearningRates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2)
 
 
 def job(
@@ -198,7 +198,7 @@ def job(
     """A job of the loop on the tiny model. `change`: other fields of `Job`."""
     parts = dict(parts or {"policy": model()})
     values: dict[str, Any] = {
-        "recipe": Recipe(parts, objective("next_token")),
+        "recipe": StepConfig(parts, objective("next_token")),
         "source": data or source(),
         "optimizers": Optimizers(parts, Optimizer(name=optimizer), RATES),
         "schedule": Schedule(),

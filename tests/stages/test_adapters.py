@@ -16,7 +16,7 @@ from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixtur
 from tutelage import api
 from tutelage.config.base import build
 from tutelage.config.stages import Sft
-from tutelage.data.groups.groups import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.models.interface import Batch
@@ -179,8 +179,8 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
     from tutelage.config.stages import Rl
     from tutelage.models.adapters.attach import trainable
     from tutelage.records import Message, Prompt
-    from tutelage.setup.rollouts import Kit
-    from tutelage.setup.sampling import published
+    from tutelage.setup.rollouts import RolloutSetup
+    from tutelage.setup.sampling import sync_engine_weights
     from tutelage.setup.trainer import load_start
 
     folder, cpu = world.made["chat"] / "model", torch.device("cpu")
@@ -189,11 +189,11 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
         "adapter": {"kind": kind},
     })  # fmt: skip
     run = RunDir(tmp_path, "rl", "", {"model": find(str(folder), "model", tmp_path)})
-    kit = Kit.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
+    kit = RolloutSetup.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
     with torch.no_grad():
         for i, (_, p) in enumerate(trainable(kit.model)):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
-    published(kit.model, kit.engine)()
+    sync_engine_weights(kit.model, kit.engine)()
     prompt = Prompt.make([Message(role="user", content="Where is cat 1?")], source="test")
     ((made,),) = kit.sampler.answer([prompt], 1, seed=0, step=0, version=0)
     text, at = [*made.prompt_ids, *made.ids], len(made.prompt_ids)
@@ -205,7 +205,7 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
         return [float(table[at - 1 + i, t]) for i, t in enumerate(made.ids)]
 
     np.testing.assert_allclose(made.logprobs, logprobs(kit.model), atol=1e-4)
-    family = Family("a", np.array(made.prompt_ids), (Ending(np.array(made.ids)),))
+    family = PromptGroup("a", np.array(made.prompt_ids), (Completion(np.array(made.ids)),))
     (((found,),),) = (kit.scores(kit.reference, start=True)([family]),)
     base = logprobs(load(folder))
     np.testing.assert_allclose(found, base, atol=1e-4)

@@ -25,7 +25,7 @@ PART = 1024
 """Tokens of a text that the small model reads at a time, when it first meets it."""
 
 
-class Draft(Guesser):
+class ModelDrafter(Guesser):
     """A small decoder of ours beside the engine's model. It has a place for every slot, and catches up with a text when it is
     asked about it.
 

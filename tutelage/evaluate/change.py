@@ -17,7 +17,7 @@ from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import bits
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.evaluate.intervals import number, ratio, relative_saving
-from tutelage.models.adapters.virtual_tokens import room
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.records import Document, read_records, spread
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -49,7 +49,7 @@ def measure(model: Any, words: TokenizerFolder, documents: Sequence[Document], d
         bits.Encoded(np.array([marks[0], *words.encode_text(d.text), marks[1]], np.int64), len(d.text.encode()), d.id)
         for d in documents
     )
-    return bits.measure(model, encoded, row_length=min(room(model), WINDOW), device=device)
+    return bits.measure(model, encoded, row_length=min(max_text_tokens(model), WINDOW), device=device)
 
 
 def to_sums(rows: Sequence[Mapping[str, Any]]) -> DocumentSums:

@@ -20,7 +20,7 @@ from tutelage import log
 from tutelage.errors import DataError
 from tutelage.evaluate import bits, change, gains, gallery, questions
 from tutelage.evaluate.intervals import Estimate, number, relative_saving
-from tutelage.evaluate.yardsticks import Yardstick, measure
+from tutelage.evaluate.yardsticks import Baseline, measure
 from tutelage.files import whole_file, write_json
 from tutelage.records import Conversation, Document, read_records, spread
 
@@ -154,7 +154,7 @@ def _documents(
     model_seconds = time.monotonic() - started
     ours = sums.bits_per_byte(seed)
     rows = [_row("model", subject.name, ours, "document", {"window_tokens": row_length, "stride_tokens": step})]
-    measured: list[Yardstick] = []
+    measured: list[Baseline] = []
     if yardsticks:
         train = [d.text for d in read_records(folder / "train.jsonl", Document)]
         measured = measure(train, [d.text for d in held_out], encode=subject.encode, vocabulary=subject.vocabulary)
@@ -174,7 +174,7 @@ def _documents(
     }
 
 
-def verdict(sums: bits.DocumentSums, measured: Sequence[Yardstick], seed: int = 0) -> dict[str, Any]:
+def verdict(sums: bits.DocumentSums, measured: Sequence[Baseline], seed: int = 0) -> dict[str, Any]:
     """The model against the better yardstick, on the same documents, in numbers and in one sentence."""
     ours = sums.bits_per_byte(seed)
     if not measured:

@@ -37,7 +37,7 @@ Encode = Callable[[str], Sequence[int]]
 
 
 @dataclass(slots=True, frozen=True)
-class Yardstick:
+class Baseline:
     """Scores of one yardstick on the validation documents."""
 
     name: str  # xz | kn-bytes | kn-tokens
@@ -61,7 +61,7 @@ def measure(
     max_train_bytes: int = 32_000_000,
     byte_order: int = BYTE_ORDER,
     token_order: int = TOKEN_ORDER,
-) -> list[Yardstick]:
+) -> list[Baseline]:
     """All yardsticks on the same texts; the token n-gram only where `encode` (text to ids below `vocabulary`) is given.
 
     Above `max_train_bytes` they get a random subset of the training documents of that size, and `details` says so
@@ -83,7 +83,7 @@ def measure(
     return results
 
 
-def xz(train: Sequence[str], validation: Sequence[str], *, groups: int = XZ_GROUPS) -> Yardstick:
+def xz(train: Sequence[str], validation: Sequence[str], *, groups: int = XZ_GROUPS) -> Baseline:
     """Bits that the validation documents add to the compressed training text, in `groups` consecutive parts."""
     before = b"".join(x.encode() + SEPARATOR for x in train)
     documents = [x.encode() for x in validation]
@@ -105,19 +105,19 @@ def xz(train: Sequence[str], validation: Sequence[str], *, groups: int = XZ_GROU
     bits = np.diff(totals) * 8
     settings = {"preset": "9e", **XZ_SETTINGS[best]}
     details = {"settings": settings, "bits_per_byte_by_setting": [8 * x / sum(map(len, documents)) for x in added]}
-    return Yardstick("xz", "xz -9e after the training text", bits, sizes, "group of documents", members, details)
+    return Baseline("xz", "xz -9e after the training text", bits, sizes, "group of documents", members, details)
 
 
-def kn_bytes(train: Sequence[str], validation: Sequence[str], max_order: int = BYTE_ORDER) -> Yardstick:
+def kn_bytes(train: Sequence[str], validation: Sequence[str], max_order: int = BYTE_ORDER) -> Baseline:
     """Kneser-Ney over UTF-8 bytes."""
     bits, details = _kneser_ney(_as_bytes(train), _as_bytes(validation), 256, max_order)
     label = f"Kneser-Ney, bytes, order {details['order']}"
-    return Yardstick("kn-bytes", label, bits, _byte_counts(validation), "document", np.arange(len(validation)), details)
+    return Baseline("kn-bytes", label, bits, _byte_counts(validation), "document", np.arange(len(validation)), details)
 
 
 def kn_tokens(
     train: Sequence[str], validation: Sequence[str], encode: Encode, vocabulary: int, max_order: int = TOKEN_ORDER
-) -> Yardstick:
+) -> Baseline:
     """Kneser-Ney over the model's own tokens. Raises `ValueError` for an id outside the vocabulary."""
     before = [np.asarray(encode(x), np.int64) for x in train]
     after = [np.asarray(encode(x), np.int64) for x in validation]
@@ -127,7 +127,7 @@ def kn_tokens(
     bits, details = _kneser_ney(before, after, vocabulary, max_order)
     details["tokens_per_document"] = float(np.mean([len(x) for x in after]))
     label = f"Kneser-Ney, the model's tokens, order {details['order']}"
-    return Yardstick("kn-tokens", label, bits, _byte_counts(validation), "document", np.arange(len(validation)), details)
+    return Baseline("kn-tokens", label, bits, _byte_counts(validation), "document", np.arange(len(validation)), details)
 
 
 def _kneser_ney(

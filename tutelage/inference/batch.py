@@ -15,21 +15,21 @@ from tutelage.engine import Completion, Engine, Sampling, Sequence
 from tutelage.engine.beams import search
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import ConfigError, DataError, UserError
-from tutelage.inference.input_file import Archive, Entry
-from tutelage.inference.output_file import PartFile
-from tutelage.inference.prompts import Asked, Prompting
+from tutelage.inference.input_file import InputFile, InputRow
+from tutelage.inference.output_file import ResumableOutput
+from tutelage.inference.prompts import PromptRow, Prompting
 from tutelage.train.hooks import duration
 
 
-class Kind(Protocol):
+class RowKind(Protocol):
     """What the rows of an archive are, and how they are answered."""
 
     says: str  # for people
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: InputRow) -> None:
         """Raises `DataError` for a row that cannot be asked, as far as that is known without the model."""
 
-    def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
+    def failed(self, entry: InputRow, error: UserError) -> dict[str, Any]:
         """The output row of a row that has no answer."""
 
     def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
@@ -42,11 +42,11 @@ class Job:
     on_error: "stop" raises at the first row that cannot be answered, "skip" writes it with its error.
     """
 
-    def __init__(self, archive: Archive, kind: Kind, part: PartFile, rows: int, on_error: str) -> None:
+    def __init__(self, archive: InputFile, kind: RowKind, part: ResumableOutput, rows: int, on_error: str) -> None:
         self.archive, self.kind, self.part, self.on_error = archive, kind, part, on_error
         self.meter = Meter(rows, part.rows)
 
-    def todo(self) -> Iterator[Entry]:
+    def todo(self) -> Iterator[InputRow]:
         for entry in self.archive.entries():
             if self.part.holds(entry.index):
                 continue
@@ -55,11 +55,11 @@ class Job:
             else:
                 self.refuse(entry, entry.error)
 
-    def take(self, entry: Entry, row: dict[str, Any], prompt_tokens: int, answer_tokens: int) -> None:
+    def take(self, entry: InputRow, row: dict[str, Any], prompt_tokens: int, answer_tokens: int) -> None:
         self.part.append(entry.index, row, [prompt_tokens, answer_tokens])
         self.meter.add(answer_tokens)
 
-    def refuse(self, entry: Entry, error: UserError, row: dict[str, Any] | None = None) -> None:
+    def refuse(self, entry: InputRow, error: UserError, row: dict[str, Any] | None = None) -> None:
         """A row without an answer; `row` where its output is known already."""
         if self.on_error == "stop":
             raise located(error, self.archive, entry)
@@ -68,7 +68,7 @@ class Job:
         self.meter.add(0)
 
 
-def located(error: UserError, archive: Archive, entry: Entry) -> DataError:
+def located(error: UserError, archive: InputFile, entry: InputRow) -> DataError:
     """The error with the row's place, and what can be done about a row among many."""
     fix = f"{error.fix}; or on_error=skip" if error.fix and "on_error" not in error.fix else error.fix
     return DataError(
@@ -81,7 +81,7 @@ def one_line(error: UserError) -> str:
     return "; ".join(" ".join(line.split()) for line in str(error).splitlines())
 
 
-def check(archive: Archive, kind: Kind, on_error: str) -> int:
+def check(archive: InputFile, kind: RowKind, on_error: str) -> int:
     """Reads the archive once before a model does, so that the last row's mistake is told at once. Returns the number of rows."""
     count = 0
     for entry in archive.entries():
@@ -108,7 +108,7 @@ def row_seed(seed: int, index: int) -> int:
 class _Open:
     """A row whose answers are in the making."""
 
-    entry: Entry
+    entry: InputRow
     sequences: list[Sequence]
     left: int  # answers not finished
 
@@ -121,10 +121,10 @@ class Prompts:
         alone = "asked as a user's message" if prompting.chat else "continued as text (chat=true asks it as a user's message)"
         self.says = f"messages are answered, a prompt alone is {alone}"
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: InputRow) -> None:
         self.prompting.ask(entry.fields)
 
-    def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
+    def failed(self, entry: InputRow, error: UserError) -> dict[str, Any]:
         return {**entry.fields, "error": one_line(error)}
 
     def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
@@ -162,12 +162,12 @@ class Prompts:
             for entry, _ in found:
                 self._done(job, entry, list(islice(answers, self.sampling.n)))
 
-    def _submit(self, job: Job, engine: EngineProtocol, entry: Entry) -> dict[Sequence, _Open]:
+    def _submit(self, job: Job, engine: EngineProtocol, entry: InputRow) -> dict[Sequence, _Open]:
         sequences = self._asked(job, engine, entry, engine.submit, self.sampling.n)
         return dict.fromkeys(sequences, _Open(entry, sequences, len(sequences)))
 
     def _asked(
-        self, job: Job, engine: EngineProtocol, entry: Entry, make: Callable[[list[int], Sampling, int], Sequence], count: int = 1
+        self, job: Job, engine: EngineProtocol, entry: InputRow, make: Callable[[list[int], Sampling, int], Sequence], count: int = 1
     ) -> list[Sequence]:
         """The row's sequences, made by `make`; none for a row that cannot be answered."""
         try:
@@ -182,7 +182,7 @@ class Prompts:
             job.refuse(entry, error)
             return []
 
-    def _done(self, job: Job, entry: Entry, done: list[Completion]) -> None:
+    def _done(self, job: Job, entry: InputRow, done: list[Completion]) -> None:
         prompt, made = len(done[0].prompt), sum(len(c.ids) for c in done)
         several = self.sampling.n > 1
         answer = {
@@ -193,7 +193,7 @@ class Prompts:
         job.take(entry, {**entry.fields, **answer}, prompt, made)
 
 
-def encode(engine: EngineProtocol, asked: Asked) -> list[int]:
+def encode(engine: EngineProtocol, asked: PromptRow) -> list[int]:
     """Token ids of a row's prompt. Raises `DataError` for messages that the template refuses, `ArtifactError` without one."""
     if asked.tools and asked.chat:
         return list(engine.renderer.prompt(asked.prompt, asked.tools))

@@ -25,7 +25,7 @@ LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
 
 
 @dataclass(slots=True, frozen=True)
-class Entry:
+class InputRow:
     """One row of an archive.
 
     Example:
@@ -48,7 +48,7 @@ class _Broken(Rejections):
         self.waiting.append(error)
 
 
-class Archive:
+class InputFile:
     """A file of rows. Raises `DataError` where there is none, or one that holds no rows.
 
     key: the field that a line of plain text becomes. blank_lines: they are rows of plain text too.
@@ -72,7 +72,7 @@ class Archive:
     def digest(self) -> str:
         return file_digest(self.path)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[InputRow]:
         """Every row, in order; one pass through the file."""
         report = _Broken()
         index = 0
@@ -81,7 +81,7 @@ class Archive:
             while report.waiting:
                 yield _unreadable(index, report.waiting.pop(0))
                 index += 1
-            yield Entry(index, row.line, row.fields)
+            yield InputRow(index, row.line, row.fields)
             index += 1
         for error in report.waiting:
             yield _unreadable(index, error)
@@ -123,8 +123,8 @@ def _short_lines(rows: Iterator[tuple[bytes, bool]]) -> Iterator[tuple[bytes, bo
         yield from ((line, True) for line in LINE.findall(data)) if whole else ((data, False),)
 
 
-def _unreadable(index: int, error: DataError) -> Entry:
-    return Entry(index, error.line or 0, {}, error)
+def _unreadable(index: int, error: DataError) -> InputRow:
+    return InputRow(index, error.line or 0, {}, error)
 
 
 def _first_byte(path: Path) -> bytes:
@@ -133,15 +133,15 @@ def _first_byte(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(source: str, output: Path, key: str = "prompt", *, blank_lines: bool = False) -> Iterator[Archive]:
+def opened(source: str, output: Path, key: str = "prompt", *, blank_lines: bool = False) -> Iterator[InputFile]:
     """The archive at `source`. Standard input, which is read more than once, is copied beside the output."""
     if source != STDIN:
-        yield Archive(Path(source).expanduser(), key, blank_lines=blank_lines)
+        yield InputFile(Path(source).expanduser(), key, blank_lines=blank_lines)
         return
     copy = output.with_name(f"{output.name}.stdin")
     try:
         with whole_file(copy, "wb", "--output") as f:
             shutil.copyfileobj(sys.stdin.buffer, f)
-        yield Archive(copy, key, blank_lines=blank_lines)
+        yield InputFile(copy, key, blank_lines=blank_lines)
     finally:
         copy.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ def check_output(output: Path, replace: bool) -> None:
         raise ConfigError("this file is there already", file=output, fix="choose another with --output, or --force to replace it")
 
 
-class PartFile:
+class ResumableOutput:
     """The results so far. Used as a context, so that its lock is given back.
 
     identity: what the results depend on. rows: at most so many there are. Raises `ConfigError` where results of another identity,
@@ -128,7 +128,7 @@ class PartFile:
         self.path.unlink()
         self.state.unlink()
 
-    def __enter__(self) -> PartFile:
+    def __enter__(self) -> ResumableOutput:
         return self
 
     def __exit__(self, *_: object) -> None:

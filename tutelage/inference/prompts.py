@@ -18,7 +18,7 @@ ADDED = ("completion", "completions", "finish_reason", "usage", "error")
 
 
 @dataclass(slots=True, frozen=True)
-class Asked:
+class PromptRow:
     """What one row asks.
 
     Example:
@@ -46,7 +46,7 @@ class Prompting:
         self.column, self.system, self.chat = column, system, chat or system is not None
         self.template = None if template is None else parse_template(template)
 
-    def ask(self, fields: Mapping[str, Any]) -> Asked:
+    def ask(self, fields: Mapping[str, Any]) -> PromptRow:
         """Raises `DataError` naming the field that is missing or of another kind, or that the output would overwrite."""
         if taken := [name for name in ADDED if name in fields]:
             raise DataError(
@@ -58,11 +58,11 @@ class Prompting:
         if isinstance(value, str):
             check_text(value, name)
             if not self.chat:
-                return Asked(f"{system}\n\n{value}" if system else value, [])
+                return PromptRow(f"{system}\n\n{value}" if system else value, [])
             value = [{"role": "user", "content": value}]
         elif not isinstance(value, list):
             raise DataError("not a prompt", field=name, found=value, expected="a text, or a list of messages")
-        return Asked(self._messages(value, name, system), _tools(fields.get("tools")))
+        return PromptRow(self._messages(value, name, system), _tools(fields.get("tools")))
 
     def _value(self, fields: Mapping[str, Any]) -> tuple[str, Any]:
         """The field that holds the prompt, and its value."""

@@ -28,15 +28,15 @@ from tutelage.config.tasks import Classify, Translate
 from tutelage.config.train import Loop
 from tutelage.errors import ConfigError
 from tutelage.objectives import TABLE
-from tutelage.preflight.unused_settings import refuse_idle
+from tutelage.preflight.unused_settings import reject_unused
 from tutelage.recipe import Planned
-from tutelage.records import KINDS
+from tutelage.records import RECORD_TYPES
 from tutelage.rewards.build import build
 from tutelage.rollout.environments import Environments
 from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import compares_groups
 from tutelage.setup.hyperparameters import ranks_sharing
-from tutelage.setup.inputs import refuse_others, type_of
+from tutelage.setup.inputs import require_record_type, record_type
 
 WITHOUT = ("model", "data", "add", "rows", "train", "adapter", "shard", "device", "threads", "kernels")  # of train=false
 OFF_POLICY = (  # settings of a distillation that are about given texts
@@ -52,7 +52,7 @@ def data(planned: Planned) -> None:
         "text_field", "split", "chunk_chars", "min_chars", "normalise", "clean", "boilerplate",
     )  # fmt: skip
     only = () if config.kind == "conversations" else ("format",)
-    refuse_idle(config, {f"kind={config.kind}": (*idle, *only)})
+    reject_unused(config, {f"kind={config.kind}": (*idle, *only)})
 
 
 def pretrain(planned: Planned) -> None:
@@ -92,7 +92,7 @@ def sft(planned: Planned) -> None:
 def vocabulary(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Vocabulary)
-    refuse_idle(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
+    reject_unused(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
     _no_adapter(config, "the new rows of the tables are what is trained")
     if config.train and ranks_sharing(config) > 1:
         raise ConfigError(
@@ -105,7 +105,7 @@ def vocabulary(planned: Planned) -> None:
 def adapt(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Adapt)
-    refuse_idle(
+    reject_unused(
         config,
         {
             "vocab_add=0": () if config.vocab_add else ("rows", "warm_steps"),
@@ -119,7 +119,7 @@ def adapt(planned: Planned) -> None:
 def distil(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Distil)
-    refuse_idle(
+    reject_unused(
         config,
         {
             f"policy={config.policy}": ("rollouts",) if config.policy == "off" else OFF_POLICY,
@@ -131,7 +131,7 @@ def distil(planned: Planned) -> None:
 def select(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Select)
-    refuse_idle(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
+    reject_unused(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
     _reads(planned, "answers", "Rollout")
     _reads(planned, "data", "Prompt", "Conversation")
 
@@ -186,7 +186,7 @@ def rl(planned: Planned) -> None:
         f"method={config.method}": () if ppo else ("value", "gamma", "lam", "value_weight"),
         "": ("patience",),
     }
-    refuse_idle(config, idle)
+    reject_unused(config, idle)
     _reads(planned, "data", "Prompt", "Conversation")
     tools_of(config.tools)
     if config.environment:
@@ -291,15 +291,15 @@ def _reads(planned: Planned, key: str, *wanted: str) -> None:
     """Records of the input `key` are of a type that the stage reads, be they there or still to be made. Raises `DataError`."""
     maker = planned.waits_for.get(key)
     if maker is None and key in planned.inputs:
-        refuse_others(type_of(planned.inputs[key].path), wanted, field=key, file=planned.inputs[key].path)
+        require_record_type(record_type(planned.inputs[key].path), wanted, field=key, file=planned.inputs[key].path)
     elif maker is not None and (made := _made_by(maker.config)):
-        refuse_others(made, wanted, field=key, maker=maker.name)
+        require_record_type(made, wanted, field=key, maker=maker.name)
 
 
 def _made_by(config: Section) -> str | None:
     """The type of the records that a stage makes."""
     if isinstance(config, Data):
-        return KINDS[config.kind]
+        return RECORD_TYPES[config.kind]
     if isinstance(config, Select):
         return "Preference" if config.make == "preferences" else "Conversation"
     return "Rollout" if isinstance(config, Sample) else None

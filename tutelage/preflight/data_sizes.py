@@ -41,7 +41,7 @@ QUESTION, PROBLEM = Span(66, 88), Span(28, 60)  # bytes of a conversation: 76; 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Records:
+class RecordSize:
     """What a records artifact holds, by part. Bytes are UTF-8 of the text alone."""
 
     train: Span  # records
@@ -57,7 +57,7 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class SourceSize:
     """What one source of a data stage will give."""
 
     text: Span  # bytes
@@ -68,7 +68,7 @@ class Source:
     kept: Span = KEPT_OF_OURS
 
 
-def records_of(planned: Planned, key: str) -> Records:
+def records_of(planned: Planned, key: str) -> RecordSize:
     """The records that a stage reads. Raises `Unknown` where only a run can tell."""
     if key in planned.inputs:
         return counted(planned.inputs[key].path)
@@ -79,14 +79,14 @@ def records_of(planned: Planned, key: str) -> Records:
         raise Unknown(f"known after {maker.name}") from None
 
 
-def counted(folder: Path) -> Records:
+def counted(folder: Path) -> RecordSize:
     """The amounts of a records artifact: from its card, or by counting lines."""
     conversations = load_json(folder / "schema.json")["type"] != "Document"
     card = folder / "card.json"
     parts = load_json(card).get("parts") if card.exists() else None
     if parts:
         (n, size), (m, held) = ((parts[k]["records"], parts[k]["bytes"]) for k in ("train", "validation"))
-        return Records(
+        return RecordSize(
             train=Span(n, n), held_out=Span(m, m), train_bytes=Span(size, size), held_out_bytes=Span(held, held),
             conversations=conversations,
         )  # fmt: skip
@@ -95,13 +95,13 @@ def counted(folder: Path) -> Records:
         with (folder / f"{part}.jsonl").open("rb") as f:
             rows.append(sum(1 for _ in f))
             sizes.append(Span(0.1, 1) * f.tell())
-    return Records(
+    return RecordSize(
         train=Span(rows[0], rows[0]), held_out=Span(rows[1], rows[1]), train_bytes=sizes[0], held_out_bytes=sizes[1],
         conversations=conversations,
     )  # fmt: skip
 
 
-def expected(planned: Planned) -> Records:
+def expected(planned: Planned) -> RecordSize:
     """What a stage that has not run will make. Raises `Unknown`."""
     config = planned.config
     if not isinstance(config, Data):
@@ -116,34 +116,34 @@ def expected(planned: Planned) -> Records:
             for part, of in (("train", rest), ("held_out", Span(share.low, min(1.0, share.high)))):
                 sums[part] += found.records * found.kept * of
                 sums[f"{part}_bytes"] += found.text * found.kept * of
-    return Records(**sums, conversations=config.kind != "documents")
+    return RecordSize(**sums, conversations=config.kind != "documents")
 
 
-def source(name: str, config: Data) -> Source:
+def source(name: str, config: Data) -> SourceSize:
     """The amounts of one source. Raises `Unknown` for a data set that is not here."""
     scheme, parameters, rest = parse_spec(name)
     if scheme == "hf":
         raise Unknown(f"known after reading {name}")
     if scheme == "python-docs":
-        return Source(text=DOCS, records=_documents(500, DOCS, config), seconds=DOCS_SECONDS)
+        return SourceSize(text=DOCS, records=_documents(500, DOCS, config), seconds=DOCS_SECONDS)
     if scheme == "python-code":
         files = min(int(parameters.get("modules", FILES)), FILES)
-        return Source(text=CODE * files, records=_documents(files, CODE * files, config), seconds=CODE_SECONDS * files)
+        return SourceSize(text=CODE * files, records=_documents(files, CODE * files, config), seconds=CODE_SECONDS * files)
     if scheme == "python-questions":
         questions.read(parameters)  # a mistake in them is told now
         facts = FACTS * min(int(parameters.get("functions", 900)), FUNCTIONS)
         asked = facts * (0.95 * int(parameters.get("phrasings", 3)) + OWN_WORDS)
         held = OWN_WORDS * facts.low / asked.low
-        return Source(text=asked * QUESTION, records=asked, seconds=Span(0, DOCS_SECONDS.high), share=OF_SHARE * held)
+        return SourceSize(text=asked * QUESTION, records=asked, seconds=Span(0, DOCS_SECONDS.high), share=OF_SHARE * held)
     if scheme == "python-areas":
         made = Span(0.8, 1) * AREAS * int(parameters.get("most", 200))
-        return Source(text=made * DOCSTRING, records=made, seconds=Span(0, DOCS_SECONDS.high))
+        return SourceSize(text=made * DOCSTRING, records=made, seconds=Span(0, DOCS_SECONDS.high))
     if scheme == "skill":
         next(skills.read(rest, parameters), None)
         names = len(skills.CHANCE) if rest == "all" else len(rest.split(","))
         count, held = int(parameters.get("count", 1000)), int(parameters.get("held_out", 100))
         made = Span(min(count, 500) + min(held, 50), count + held) * names  # some have few different problems
-        return Source(text=made * PROBLEM, records=made, share=OF_SHARE * (held / max(1, count + held)))
+        return SourceSize(text=made * PROBLEM, records=made, share=OF_SHARE * (held / max(1, count + held)))
     return _files(name, config)
 
 
@@ -155,7 +155,7 @@ def _documents(files: int, text: Span, config: Data) -> Span:
     return Span(max(files, pieces.low), files + pieces.high)
 
 
-def _files(name: str, config: Data) -> Source:
+def _files(name: str, config: Data) -> SourceSize:
     text = records = seconds = NOTHING
     largest = 0
     for path in files_of(name):
@@ -172,7 +172,7 @@ def _files(name: str, config: Data) -> Source:
         else:
             records += _documents(1, own, config)
         largest = max(largest, 0 if reader in (read_jsonl, read_parquet) else size)
-    return Source(text=text, records=records, seconds=seconds, largest=largest, kept=KEPT)
+    return SourceSize(text=text, records=records, seconds=seconds, largest=largest, kept=KEPT)
 
 
 def _rows(path: Path, size: int, text: Span) -> Span:

@@ -27,9 +27,9 @@ from tutelage.plan.parameters import Shape
 from tutelage.plan.shape import Derived
 from tutelage.plan.time import NOTHING, Span
 from tutelage.preflight import data_sizes
-from tutelage.preflight.data_sizes import Records, records_of
+from tutelage.preflight.data_sizes import RecordSize, records_of
 from tutelage.recipe import Estimate, Planned, Unknown
-from tutelage.setup.extend import Parent, parent_of
+from tutelage.setup.extend import ParentRun, parent_of
 from tutelage.setup.hyperparameters import before, check_context, derive_all, micro_rows, new_tokens, passes, ranks_sharing
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -352,7 +352,7 @@ def derived(planned: Planned, corpus_tokens: int) -> Derived:
     return derive_all(config, words.vocab_size, corpus_tokens, None, parent=parent)
 
 
-def _parent(planned: Planned) -> Parent | None:
+def _parent(planned: Planned) -> ParentRun | None:
     """The run that a training stage extends. Raises `Unknown` where its inputs have still to be made."""
     assert isinstance(planned.config, Train)
     if planned.config.extends is not None and planned.run is None:
@@ -378,12 +378,12 @@ def _config_json(model: Path) -> Mapping[str, Any]:
     return read_config_json(whole_of(model) / "config.json")
 
 
-def corpus_tokens(records: Records, vocabulary: int) -> Span:
+def corpus_tokens(records: RecordSize, vocabulary: int) -> Span:
     """Tokens of the training part."""
     return records.train_bytes / parts.bytes_per_token(vocabulary) + records.train * CONTROL[records.conversations]
 
 
-def _encoding(records: Records, workers: int) -> Estimate:
+def _encoding(records: RecordSize, workers: int) -> Estimate:
     few = records.lines.high <= 4 * CHUNK_BYTES  # data/tokens/shards.py: not worth the start of a process
     return parts.encode(records.lines, workers or (1 if few else core_count()))
 

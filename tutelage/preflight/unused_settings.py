@@ -8,7 +8,7 @@ from tutelage.config.base import Section
 from tutelage.errors import ConfigError
 
 
-def refuse_idle(config: Section, idle: Mapping[str, Iterable[str]]) -> None:
+def reject_unused(config: Section, idle: Mapping[str, Iterable[str]]) -> None:
     """Raises `ConfigError` for a setting that is not as it is when left out, though it changes nothing. `idle`: the names of such
     settings, by why they are ("" where that goes without saying).
 

@@ -9,16 +9,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.data.groups.groups import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.records import Rollout
 from tutelage.rollout.advantages import Estimator, divergence, gae, group_advantages, token_rewards
 from tutelage.rollout.correction import Level, Mode, correction, mismatch
-from tutelage.rollout.tally import Tally
+from tutelage.rollout.tally import MetricSums
 from tutelage.rollout.weights import CREDIT, Truncated, cut, weights
 from tutelage.train import distributed
 
 Floats = npt.NDArray[np.float32]
-ByToken = Callable[[Sequence[Family]], list[list[Floats]]]  # a number for each token of each ending
+ByToken = Callable[[Sequence[PromptGroup]], list[list[Floats]]]  # a number for each token of each ending
 Groups = list[list[Rollout]]
 Rewards = npt.NDArray[np.float64]  # [S], answer after answer
 Streams = list[list[Floats]]  # of each family, of each ending: [n]
@@ -42,7 +42,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Credit:
+class AdvantageEstimator:
     """Groups of judged rollouts -> the same with advantages, their families, and what was measured.
 
     `old`: log-probabilities by the trainer's own arithmetic; without it those of the engine are the old ones. `reference`: those
@@ -55,12 +55,12 @@ class Credit:
     values: ByToken | None = None
     comparable: bool = True  # whether trainer and engine speak of one temperature
 
-    def __call__(self, groups: Groups) -> tuple[Groups, list[Family], Tally]:
+    def __call__(self, groups: Groups) -> tuple[Groups, list[PromptGroup], MetricSums]:
         bare = [family_of(group) for group in groups]
         engine = [[np.array(r.logprobs, np.float32) for r in group] for group in groups]
         old = engine if self.old is None else self.old(bare)
         reference = None if self.reference is None else self.reference(bare)
-        measured = Tally()
+        measured = MetricSums()
         if self.old is not None and self.comparable:
             measured += mismatch(_flat(bare, old), _flat(bare, engine))
         if reference is not None:
@@ -96,7 +96,7 @@ class Credit:
 
     def _by_group(
         self,
-        families: list[Family],
+        families: list[PromptGroup],
         rewards: npt.NDArray[np.float64],
         old: list[list[Floats]],
         reference: list[list[Floats]] | None,
@@ -119,7 +119,7 @@ class Credit:
 
     def _by_gae(
         self,
-        families: list[Family],
+        families: list[PromptGroup],
         rewards: npt.NDArray[np.float64],
         old: list[list[Floats]],
         reference: list[list[Floats]] | None,
@@ -157,10 +157,10 @@ class Credit:
         return correction(trainer, engine, mode=s.correction, level=s.correction_level, cap=s.correction_cap).astype(np.float32)
 
 
-def family_of(group: Sequence[Rollout]) -> Family:
+def family_of(group: Sequence[Rollout]) -> PromptGroup:
     """The answers to one prompt, without streams."""
-    endings = tuple(Ending(np.array(r.ids, np.int64), np.array(r.mask, np.uint8)) for r in group)
-    return Family(group[0].prompt, np.array(group[0].prompt_ids, np.int64), endings)
+    endings = tuple(Completion(np.array(r.ids, np.int64), np.array(r.mask, np.uint8)) for r in group)
+    return PromptGroup(group[0].prompt, np.array(group[0].prompt_ids, np.int64), endings)
 
 
 def _whitened(values: Floats, weights: Floats) -> Rewards:
@@ -177,15 +177,15 @@ def _rewards(groups: Groups) -> Rewards:
     return np.array([np.nan if r.reward is None else r.reward for group in groups for r in group], np.float64)
 
 
-def _picked(ending: Ending) -> npt.NDArray[np.bool_]:
+def _picked(ending: Completion) -> npt.NDArray[np.bool_]:
     return np.ones(len(ending.ids), bool) if ending.mask is None else ending.mask > 0
 
 
-def _flat(families: list[Family], values: Streams) -> list[Floats]:
+def _flat(families: list[PromptGroup], values: Streams) -> list[Floats]:
     return [row[_picked(e)] for f, rows in zip(families, values, strict=True) for e, row in zip(f.endings, rows, strict=True)]
 
 
-def _kl(families: list[Family], old: Streams, reference: Streams) -> Tally:
+def _kl(families: list[PromptGroup], old: Streams, reference: Streams) -> MetricSums:
     """Nats a token that the policy is away from the reference: k3, never negative."""
     far = np.concatenate(_flat(families, old)).astype(np.float64) - np.concatenate(_flat(families, reference))
-    return Tally({"kl": (float((np.expm1(-far) + far).sum()), float(len(far)))})
+    return MetricSums({"kl": (float((np.expm1(-far) + far).sum()), float(len(far)))})

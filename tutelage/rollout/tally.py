@@ -9,16 +9,16 @@ from tutelage.train import distributed
 
 
 @dataclass(slots=True, frozen=True)
-class Tally:
+class MetricSums:
     """Means by name, each as its sum and what it is over; and largest values. Every rank has the same names."""
 
     sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     largest: Mapping[str, float] = field(default_factory=dict)
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: MetricSums) -> MetricSums:
         nothing = (0.0, 0.0)
         pairs = {n: (self.sums.get(n, nothing), other.sums.get(n, nothing)) for n in {**self.sums, **other.sums}}
-        return Tally(
+        return MetricSums(
             {name: (a[0] + b[0], a[1] + b[1]) for name, (a, b) in pairs.items()},
             {n: max(t.largest[n] for t in (self, other) if n in t.largest) for n in {**self.largest, **other.largest}},
         )

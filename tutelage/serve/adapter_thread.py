@@ -6,7 +6,7 @@ from typing import Any
 
 from tutelage.engine import Sampling
 from tutelage.engine.protocol import EngineProtocol
-from tutelage.serve.engine_thread import GROUP_TOKENS, EngineThread, Grouped, T, Ticket
+from tutelage.serve.engine_thread import GROUP_TOKENS, EngineThread, Grouped, T, PendingResponse
 
 
 class WornThread:
@@ -23,11 +23,11 @@ class WornThread:
     def waiting(self) -> int:
         return self.base.waiting
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "") -> Ticket:
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "") -> PendingResponse:
         return await self.base.submit(wanted, owner, self.lora)
 
     async def grouped(self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS) -> list[T]:
         return await self.base.grouped(prompts, function, tokens, self.lora)
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: PendingResponse) -> None:
         self.base.cancel(ticket)

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from tutelage.chat.tool_calls import CallStyle, ToolCallStream, finish_reason, parse_calls, showing
 from tutelage.engine import Completion, Event, Sampling, TokenScore
 from tutelage.errors import ConfigError
-from tutelage.serve.generation import Work
+from tutelage.serve.generation import GenerationRequest
 from tutelage.serve.prompt_scores import PromptScores, score_prompts
 from tutelage.serve.registry import Served
 from tutelage.serve.replies import LegacyLogprobs, Reply, chat_logprobs, sse, usage
@@ -21,14 +21,14 @@ NOTHING = Completion(prompt=(), ids=(), text="", finish_reason="length")
 """The answer to a request for none: `max_tokens` is 0."""
 
 
-class Job:
+class CompletionHandler:
     """The prompts of one request, and how they are to be answered. `param`: the request's parameter that the prompts came in."""
 
     def __init__(
         self, request: Request, served: Served, reply: Reply, prompts: list[list[int]], sampling: Sampling, param: str,
         style: CallStyle | None = None,
     ) -> None:  # fmt: skip
-        self.work = Work(request, served, prompts, sampling, param)
+        self.work = GenerationRequest(request, served, prompts, sampling, param)
         self.thread, self.reply = served.thread, reply
         self.prompts, self.sampling = prompts, sampling
         self.style = style  # of tool calls, where the model may make some

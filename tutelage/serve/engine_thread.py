@@ -51,7 +51,7 @@ class Meter:
         """reason: stop, length, abort (the client left) or error."""
 
 
-class Ticket:
+class PendingResponse:
     """The answers to one request, while they come. The engine's thread posts, the loop reads.
 
     The loop is woken only where it listens: while it pauses between two events, what comes is left for it to find.
@@ -110,7 +110,7 @@ def _merged(inbox: list[Delivery]) -> list[tuple[int, Event]]:
 class _Answer:
     """A sequence that is not finished: whose it is, and when things happened to it."""
 
-    ticket: Ticket
+    ticket: PendingResponse
     number: int  # which answer of the ticket
     asked: float
     last: float | None = None  # when the last token came
@@ -169,10 +169,10 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "", lora: Any = None) -> Ticket:
+    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "", lora: Any = None) -> PendingResponse:
         """Queues answers: (prompt ids, sampling, which of n), for one owner and with one adapter. All or none:
         an error leaves nothing behind."""
-        ticket = Ticket(asyncio.get_running_loop())
+        ticket = PendingResponse(asyncio.get_running_loop())
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
@@ -219,11 +219,11 @@ class EngineThread:
         finally:
             self._ordered -= jobs
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: PendingResponse) -> None:
         """Ends what still runs of a request and frees its slots. Returns at once."""
         self._orders.put(lambda: self._drop(ticket, "abort"))
 
-    def _drop(self, ticket: Ticket, reason: str | None) -> None:
+    def _drop(self, ticket: PendingResponse, reason: str | None) -> None:
         for sequence in ticket.sequences:
             answer = self._answers.pop(id(sequence), None)
             self._queued.discard(id(sequence))
@@ -268,7 +268,7 @@ class EngineThread:
 
     def _deliver(self, events: list[Event]) -> None:
         """Hands a step's events over, with one wake-up a loop."""
-        woken: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
+        woken: dict[asyncio.AbstractEventLoop, list[PendingResponse]] = {}
         now = time.monotonic()
         for event in events:
             answer = self._answers.get(id(event.sequence))
@@ -306,7 +306,7 @@ def _stopping() -> ApiError:
     return unavailable("the server stopped before the answer was finished", "shutting_down")
 
 
-def _wake(loop: asyncio.AbstractEventLoop, tickets: list[Ticket]) -> None:
+def _wake(loop: asyncio.AbstractEventLoop, tickets: list[PendingResponse]) -> None:
     def ring() -> None:
         for ticket in tickets:
             ticket.wake()

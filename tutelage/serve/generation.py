@@ -9,20 +9,20 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from tutelage.engine import Event, Sampling, Sequence
-from tutelage.serve.engine_thread import Ticket
+from tutelage.serve.engine_thread import PendingResponse
 from tutelage.serve.registry import Served
 from tutelage.serve.requests import GONE, as_api_errors, unless_gone
 from tutelage.serve.state import allowance_of, check_queue, owner_of, state_of
 from tutelage.tokenizer.detokenize import Vocabulary
 
 
-class Work:
+class GenerationRequest:
     """The prompts of one request. `param`: the request's parameter that they came in."""
 
     def __init__(self, request: Request, served: Served, prompts: list[list[int]], sampling: Sampling, param: str) -> None:
         self.request, self.served, self.prompts, self.sampling, self.param = request, served, prompts, sampling, param
         self.allowance = allowance_of(request)
-        self._ticket: Ticket | None = None
+        self._ticket: PendingResponse | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True, frozen=True)
-class Shape:
+class ResponseFormat:
     """`tools` are shown to the model; `style` is how it writes calls, None where it may make none."""
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -43,7 +43,7 @@ class Shape:
             raise ApiError(400, f"{error.field}: {error.message}", param=error.field) from error
 
 
-async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Shape:
+async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> ResponseFormat:
     """Raises `ApiError` naming the parameter that cannot be honoured. A grammar is compiled when this returns."""
     tools: tuple[dict[str, Any], ...] = ()
     style: CallStyle | None = None
@@ -68,8 +68,8 @@ async def shape_of(asked: ChatRequest | CompletionRequest, served: Served) -> Sh
         raise ApiError(400, f"{' and '.join(formats)} exclude each other", param=next(iter(formats)))
     for param, grammar in formats.items():
         await _apart(param, partial(served.engine.constrain, grammar))
-        return Shape(tools, style, grammar, shown)
-    return Shape(tools, style, shown_ids=shown)
+        return ResponseFormat(tools, style, grammar, shown)
+    return ResponseFormat(tools, style, shown_ids=shown)
 
 
 async def _with_calls(

@@ -18,20 +18,20 @@ from tutelage.config.base import nearest
 from tutelage.config.train import Loop, Tune
 from tutelage.data.groups import dropped
 from tutelage.data.groups.dropped import NothingLeft
-from tutelage.data.groups.groups import assemble, bins
-from tutelage.data.groups.source import Families
+from tutelage.data.groups.groups import collate, bins
+from tutelage.data.groups.source import PromptGroups
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_object, whole_file, write_json
-from tutelage.models.adapters.attach import wear_scorer, with_heads, worn_adapter
-from tutelage.models.adapters.virtual_tokens import room
+from tutelage.models.adapters.attach import wear_scorer, with_heads, adapter_of
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.objectives import TABLE
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
 from tutelage.rundir import RunDir
 from tutelage.setup.hyperparameters import ranks_sharing, tuning_rates
 from tutelage.tokenizer.load import TokenizerFolder
-from tutelage.train.optim import Rates
+from tutelage.train.optim import LearningRates
 
 
 def check_tokens(run: RunDir, name: str) -> None:
@@ -50,7 +50,7 @@ def size_of(model: Any) -> int:
 def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
     """Puts the adapter of the settings under a score head. Virtual tokens that the scorer was loaded with from `folder` are
     trained on, since they can't be merged. Raises `ConfigError` where the settings ask for others, and for shards."""
-    asked, before = config.adapter, worn_adapter(scorer)
+    asked, before = config.adapter, adapter_of(scorer)
     if asked.kind != "none" and ranks_sharing(config) > 1:
         raise ConfigError(
             "an adapter under a score head is not cut over ranks", field="shard", found=config.shard, expected="none"
@@ -59,7 +59,7 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
         if asked.kind == "none":
             return scorer
         wear_scorer(scorer, asked, seed)
-        worn_adapter(scorer).base = folder  # type: ignore[union-attr]
+        adapter_of(scorer).base = folder  # type: ignore[union-attr]
         return scorer
     for name in ("kind", "tokens"):
         wanted, own = getattr(asked, name), getattr(before.config, name)
@@ -124,14 +124,14 @@ def held_out(read: Callable[[], F]) -> F | None:
         return None
 
 
-def rates(config: Loop, parameters: int, at_7b: float, heads: bool = False) -> Rates:
+def rates(config: Loop, parameters: int, at_7b: float, heads: bool = False) -> LearningRates:
     """The settings' rates; those left to derive from the model's size, said with their reason. `heads`: score heads are trained,
     too."""
     found = tuning_rates(config, at_7b, parameters, heads)
     open_rates = [name for name in found if getattr(config.optimizer, name) == "derived"]
     for rate, reason in dict.fromkeys(found[name] for name in open_rates):
         log.say(f"learning rate {rate:g}: {reason}; set optimizer.lr to change it")
-    return Rates(**{n: found[n][0] if n in open_rates else float(getattr(config.optimizer, n)) for n in found})
+    return LearningRates(**{n: found[n][0] if n in open_rates else float(getattr(config.optimizer, n)) for n in found})
 
 
 def steps_of(config: Tune, epochs: float, families: int) -> int:
@@ -151,7 +151,7 @@ def steps_of(config: Tune, epochs: float, families: int) -> int:
 
 def max_length(config: Tune, model: Any) -> int:
     """Raises `ConfigError` for more than the model's context."""
-    most = room(model)
+    most = max_text_tokens(model)
     if config.max_length == "derived":
         return min(most, 2048)
     if config.max_length > most:
@@ -176,7 +176,7 @@ def layout_for(config: Tune, model: Any) -> Any:
 
 
 def reference_logprobs(
-    folder: Path, model: Any, families: Families, config: Tune, layout: Any, device: torch.device
+    folder: Path, model: Any, families: PromptGroups, config: Tune, layout: Any, device: torch.device
 ) -> np.ndarray:
     """Log-probabilities of all answers under `model` as it is now, [families, endings]: made once and kept in `folder`, in parts,
     so that an interrupted run goes on where it was."""
@@ -187,7 +187,7 @@ def reference_logprobs(
     for number, group in enumerate(log.counted(groups, "log-probabilities of the reference")):
         if not done.has(group):
             with torch.inference_mode():
-                found = answer_logprobs(model, assemble([families[i] for i in group], layout).to(device))
+                found = answer_logprobs(model, collate([families[i] for i in group], layout).to(device))
             done.put(group, found.float().cpu().numpy().reshape(len(group), -1), last=number == len(groups) - 1)
     return done.values
 

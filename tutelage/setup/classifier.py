@@ -18,7 +18,7 @@ from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
 from tutelage.config.train import Tune
 from tutelage.data.groups import dropped
 from tutelage.data.groups.examples import ExampleFamilies, Labels, TextEncoder
-from tutelage.data.groups.source import FamilySource
+from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.inference.classifier import longest, separator
@@ -30,10 +30,10 @@ from tutelage.records import Example
 from tutelage.rundir import RunDir
 from tutelage.setup.answers import size_of, wear_under_head
 from tutelage.setup.hyperparameters import ADAPTER_RATES, HEADS_APART, passes
-from tutelage.setup.trainer import Work, fit, write_scores
+from tutelage.setup.trainer import TrainingSpec, run_training, write_scores
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 from tutelage.train import distributed
-from tutelage.train.optim import Rates
+from tutelage.train.optim import LearningRates
 
 TUNE_RATE, TUNE_AT = 5e-5, 110e6  # for BERT base, Devlin et al. 2019; smaller encoders take more, by the square root
 NEW_RATE = 1e-3  # of a small encoder from scratch
@@ -148,7 +148,7 @@ def train(
     say_report(families)
     batch = min(config.batch, len(families))
     unit = "examples"
-    source = FamilySource(
+    source = GroupSource(
         families, per_step=batch, micro_tokens=config.micro_tokens, layout=config.layout, seed=config.seed, rank=log.rank(),
         world=distributed.world(), unit=unit,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def train(
     tokens = int(families.sizes(config.layout).sum())
     name = "token" if start.labels.task == "tag" else "class"
     micro = max(1, config.micro_tokens // start.max_length), start.max_length
-    work = Work(
+    work = TrainingSpec(
         parts={name: part},
         source=source,
         objective=objective("tag" if name == "token" else "classify", label_smoothing=config.label_smoothing),
@@ -178,12 +178,12 @@ def train(
         write=lambda: write_scores(part, run, start.tokenizer, start.words.stop_ids) if keep else None,
         validation=None
         if held_out is None
-        else FamilySource(
+        else GroupSource(
             held_out, per_step=1, micro_tokens=config.micro_tokens, layout=config.layout, seed=0, unit=unit
         ).validation(),
     )
     torch.manual_seed(config.seed)  # of dropout
-    facts = fit(config, run, work, start.device)
+    facts = run_training(config, run, work, start.device)
     return part, facts | {"left_out": dict(families.report)}
 
 
@@ -204,7 +204,7 @@ def say_report(families: ExampleFamilies) -> None:
     dropped.say_left_out(families.report, fix="raise max_length, set too_long=right, or give shorter texts")
 
 
-def rates_of(config: Classify, part: torch.nn.Module) -> Rates:
+def rates_of(config: Classify, part: torch.nn.Module) -> LearningRates:
     """Peak learning rates, those left to derive with their reason."""
     if config.tokenizer is not None:
         return rates(config, NEW_RATE, "a small encoder from scratch")
@@ -226,12 +226,12 @@ def scaled(kind: str, model: torch.nn.Module, rate: float, at: float) -> tuple[f
     return round(rate * factor * (at / size) ** power, 8), f"{rate:g}{times}{grows}"
 
 
-def rates(config: Tune, rate: float, reason: str) -> Rates:
+def rates(config: Tune, rate: float, reason: str) -> LearningRates:
     """The settings' rates; those left to derive are `rate`, which is said with its reason."""
     given = [config.optimizer.lr, config.optimizer.matrix_lr, config.optimizer.embedding_lr]
     if "derived" in given:
         log.say(f"learning rate {rate:.2g}: {reason}")
-    return Rates(*(rate if r == "derived" else float(r) for r in given))
+    return LearningRates(*(rate if r == "derived" else float(r) for r in given))
 
 
 def shape(part: Any, outputs: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tutelage.train.schedule import factor
 
 
 @dataclass(frozen=True, slots=True)
-class Parent:
+class ParentRun:
     """The finished run that a child run extends."""
 
     path: Path  # its run directory
@@ -39,7 +39,7 @@ class Parent:
         return int(self.facts["steps"])
 
 
-def parent_of(config: Train, run: RunDir) -> Parent | None:
+def parent_of(config: Train, run: RunDir) -> ParentRun | None:
     """The run that `run`, of the settings `config`, extends; None if it extends none. Raises `ConfigError` naming the first
     setting or input in which they differ, and `ArtifactError` where there is nothing to go on from."""
     if config.extends is None:
@@ -50,7 +50,7 @@ def parent_of(config: Train, run: RunDir) -> Parent | None:
         raise ConfigError(
             "a run can extend only one of its own stage", field="extends", found=f"{facts['stage']}, {path}", expected=run.stage
         )
-    parent = Parent(path, facts, build(type(config), load_yaml(path / "config.yaml")[0]))
+    parent = ParentRun(path, facts, build(type(config), load_yaml(path / "config.yaml")[0]))
     _check_settings(config, run, parent)
     if facts["stopped_early"]:
         raise ConfigError(
@@ -63,7 +63,7 @@ def parent_of(config: Train, run: RunDir) -> Parent | None:
     return parent
 
 
-def _check_settings(config: Train, run: RunDir, parent: Parent) -> None:
+def _check_settings(config: Train, run: RunDir, parent: ParentRun) -> None:
     """Raises `ConfigError` naming the first setting or input in which a child run differs from its parent and may not."""
     ours, theirs = flat(identity_of(config)), flat(identity_of(parent.config))
     ours |= {key: found.digest[:12] for key, found in run.inputs.items() if key != "extends"}
@@ -79,7 +79,7 @@ def _check_settings(config: Train, run: RunDir, parent: Parent) -> None:
             )
 
 
-def start_of(run: RunDir, parent: Parent) -> Path | None:
+def start_of(run: RunDir, parent: ParentRun) -> Path | None:
     """The parent's last checkpoint; None once the child has one of its own. Raises `ArtifactError` if it is gone."""
     from tutelage.train.checkpoint import latest
 
@@ -98,7 +98,7 @@ def start_of(run: RunDir, parent: Parent) -> Path | None:
     return found
 
 
-def say_rate(parent: Parent, config: Train, steps: int) -> None:
+def say_rate(parent: ParentRun, config: Train, steps: int) -> None:
     """How the learning rate goes on, and a warning where it jumps up."""
     before = factor(parent.config.schedule, parent.steps - 1, parent.steps)
     after = factor(config.schedule, parent.steps, steps)

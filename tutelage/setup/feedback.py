@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from tutelage.config.stages import Reward
-from tutelage.data.groups.groups import assemble, bins
-from tutelage.data.groups.pairs import PairFamilies, margins
-from tutelage.data.groups.ratings import ScoredFamilies, aspects_of, ratings_of, steps_of
+from tutelage.data.groups.groups import collate, bins
+from tutelage.data.groups.pairs import PreferencePairs, margins
+from tutelage.data.groups.ratings import RatedGroups, aspects_of, ratings_of, steps_of
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ConfigError, DataError
 from tutelage.evaluate import scorers
@@ -24,11 +24,11 @@ from tutelage.rundir import RunDir
 from tutelage.setup import answers
 from tutelage.tokenizer.load import TokenizerFolder
 
-Families = PairFamilies | ScoredFamilies
+Families = PreferencePairs | RatedGroups
 
 
 @dataclass(slots=True)
-class Judged:
+class RewardData:
     """The data of a run."""
 
     config: Reward
@@ -46,13 +46,13 @@ class Judged:
         if split == "validation" and not len(segments):
             return None
         found = self._families(segments, self.records / f"{split}.jsonl", length)
-        if split == "train" and isinstance(found, ScoredFamilies) and not found.varies:
+        if split == "train" and isinstance(found, RatedGroups) and not found.varies:
             raise DataError(
                 "all ratings are the same: there is nothing to learn from them", file=self.records / f"{split}.jsonl",
                 expected="ratings that differ", fix="give answers of every worth, the bad ones too",
             )  # fmt: skip
         if split == "train":
-            first = int(found.kept[0]) * 2 if isinstance(found, PairFamilies) else int(found.answers[0])
+            first = int(found.kept[0]) * 2 if isinstance(found, PreferencePairs) else int(found.answers[0])
             answers.show_first(segments, self.words, self.records, first)
         answers.say_left_out(found.report, split, length, self.config.too_long)
         return found
@@ -61,14 +61,14 @@ class Judged:
         rows = read_rows(file)
         too_long = self.config.too_long
         if self.method == "reward":
-            pairs = PairFamilies(segments, length, too_long)
+            pairs = PreferencePairs(segments, length, too_long)
             given = margins(rows)
             if given is not None:
                 pairs.give("margin", given[pairs.kept])
             return pairs
         if self.method == "process":
-            return ScoredFamilies(segments, length, too_long, steps=steps_of(rows, segments, self.words.decode, file))
-        return ScoredFamilies(segments, length, too_long, ratings=ratings_of(rows, self.outputs))
+            return RatedGroups(segments, length, too_long, steps=steps_of(rows, segments, self.words.decode, file))
+        return RatedGroups(segments, length, too_long, ratings=ratings_of(rows, self.outputs))
 
     def measured(self, scorer: Scorer, held_out: Families, layout: Any, device: torch.device) -> dict[str, Any]:
         """What `evaluate.scorers` says of the held-out part."""
@@ -104,24 +104,24 @@ class Judged:
         ]
 
 
-def judged_by(config: Reward, run: RunDir, kind: str, words: TokenizerFolder) -> Judged:
+def load_reward_data(config: Reward, run: RunDir, kind: str, words: TokenizerFolder) -> RewardData:
     """The data of a run, tokenized. The method is the one that is asked for, or else the one that the data is for."""
     records = run.input("data")
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(records), "tokenizer": str(run.input("model"))}).path / "tokens"
     if kind == "Preference":
         _refuse_aspects(config, config.method or "reward")
-        return Judged(config, config.method or "reward", "preferences", "pairs", ("reward",), records, tokens, words)
+        return RewardData(config, config.method or "reward", "preferences", "pairs", ("reward",), records, tokens, words)
     rows = read_rows(records / "train.jsonl")
     method = config.method or ("process" if any(row.get("steps") for row in rows) else "rating")
     if method != "rating":
         _refuse_aspects(config, method)
-        return Judged(config, method, "ratings", "prompts", ("right",), records, tokens, words)
+        return RewardData(config, method, "ratings", "prompts", ("right",), records, tokens, words)
     known = aspects_of(rows)
     for name in config.aspects:
         if name not in known:
             raise ConfigError("no rating has this aspect", field="aspects", found=name, expected=", ".join(known))
-    return Judged(config, method, "ratings", "prompts", tuple(config.aspects) or known, records, tokens, words)
+    return RewardData(config, method, "ratings", "prompts", tuple(config.aspects) or known, records, tokens, words)
 
 
 def _refuse_aspects(config: Reward, method: str) -> None:
@@ -144,7 +144,7 @@ def scored(
     scorer.eval()
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for group in bins(families.sizes(layout).tolist(), room)[0]:
-        batch = assemble([families[i] for i in group], layout).to(device)
+        batch = collate([families[i] for i in group], layout).to(device)
         answers, found = answers_of(batch), scorer(batch)
         if method == "process":
             score = answers.tokens["step_score"]

@@ -17,11 +17,11 @@ from tutelage.errors import ConfigError
 from tutelage.plan.config_json import read_config_json
 from tutelage.plan.parameters import count_config
 from tutelage.plan.shape import Derived, derive
-from tutelage.setup.extend import Parent
+from tutelage.setup.extend import ParentRun
 
 if TYPE_CHECKING:
     from tutelage.data.tokens.shards import Segments
-    from tutelage.setup.text_rows import Numbers
+    from tutelage.setup.text_rows import Hyperparameters
 
 MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger ones, and much leaner
 KEPT = ("sequence_length", "batch_tokens", "lr", "matrix_lr", "embedding_lr")  # a child run takes them from its parent
@@ -93,7 +93,7 @@ def derive_all(
     corpus_tokens: int | None,
     start: Path | None,
     begun: Mapping[str, Any] | None = None,
-    parent: Parent | None = None,
+    parent: ParentRun | None = None,
 ) -> Derived:
     """What the size, or the checkpoint in `start` or of the shape `begun`, stands for, with all that the config gives. A child
     run keeps what was derived for its `parent`. Raises `ConfigError`."""
@@ -143,11 +143,11 @@ def derive_all(
 
 
 def derive_numbers(
-    config: Train, vocabulary: int, segments: Segments, start: Path | None, parent: Parent | None
-) -> tuple[Numbers, dict[str, Any]]:
+    config: Train, vocabulary: int, segments: Segments, start: Path | None, parent: ParentRun | None
+) -> tuple[Hyperparameters, dict[str, Any]]:
     """All numbers of a run and the architecture of a new model. Prints the table of derivations."""
-    from tutelage.setup.text_rows import Numbers
-    from tutelage.train.optim import Rates
+    from tutelage.setup.text_rows import Hyperparameters
+    from tutelage.train.optim import LearningRates
 
     found = derive_all(config, vocabulary, segments.totals["tokens"], start, parent=parent)
     log.console.print(found.table())
@@ -155,8 +155,8 @@ def derive_numbers(
     values = found.values
     row = int(values["sequence_length"])
     rows = max(1, int(values["batch_tokens"]) // row)
-    rates = Rates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
-    return Numbers(int(values["steps"]), row, rows, micro_rows(config, found), rates), found.architecture
+    rates = LearningRates(float(values["lr"]), float(values["matrix_lr"]), float(values["embedding_lr"]))
+    return Hyperparameters(int(values["steps"]), row, rows, micro_rows(config, found), rates), found.architecture
 
 
 def before(config: Loop) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tutelage.errors import ArtifactError, DataError
 from tutelage.files import read_object
-from tutelage.records import KINDS, TYPES
+from tutelage.records import RECORD_TYPES, TYPES
 
 READERS = {
     "Document": "tutelage pretrain", "Conversation": "tutelage sft", "Preference": "tutelage prefer, or tutelage reward",
@@ -16,7 +16,7 @@ READERS = {
 """Which stage learns from records of a type."""
 
 
-def type_of(records: Path) -> str:
+def record_type(records: Path) -> str:
     """The type of the records of an artifact."""
     file = records / "schema.json"
     found = read_object(file).get("type")
@@ -28,11 +28,11 @@ def type_of(records: Path) -> str:
     return found
 
 
-def refuse_others(found: str, wanted: tuple[str, ...], *, maker: str | None = None, **where: Any) -> None:
+def require_record_type(found: str, wanted: tuple[str, ...], *, maker: str | None = None, **where: Any) -> None:
     """Raises `DataError` for records of a type that is none of `wanted`; `maker` is the stage that will make them."""
     if found in wanted:
         return
-    makers = [f"`tutelage data --kind {kind}`" for kind, name in KINDS.items() if name in wanted]
+    makers = [f"`tutelage data --kind {kind}`" for kind, name in RECORD_TYPES.items() if name in wanted]
     other = f"; what learns from these: {READERS[found]}" if found in READERS else ""
     raise DataError(
         "these are other records than this stage reads", found=f"{found}, which {maker} makes" if maker else found,

@@ -11,28 +11,28 @@ import numpy as np
 from tutelage import log
 from tutelage.chat.render import Renderer
 from tutelage.config.stages import Distil
-from tutelage.data.groups.groups import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.errors import ConfigError
-from tutelage.models.adapters.virtual_tokens import room
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.objectives import Objective
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.records import Rollout
 from tutelage.rollout.credit import family_of
 from tutelage.rollout.probe import Measured
 from tutelage.rollout.source import Groups, Plan, RolloutSource
-from tutelage.rollout.tally import Tally
+from tutelage.rollout.tally import MetricSums
 from tutelage.rundir import RunDir
 from tutelage.setup import answers
 from tutelage.setup.hyperparameters import FINE_TUNE_RATE
-from tutelage.setup.sampling import keys_and_values, published, read_prompts, sampler_for, with_room
-from tutelage.setup.trainer import Work, write_model
+from tutelage.setup.sampling import kv_cache_bytes, sync_engine_weights, read_prompts, sampler_for, with_room
+from tutelage.setup.trainer import TrainingSpec, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 
 ROLLOUT_SHARE = 0.3  # time of the answers beside that of training, about
 
 
 @dataclass(slots=True, frozen=True)
-class Verdict:
+class CompletionVerdict:
     """No reward: the teacher says what every token should have been."""
 
     reward: None = None
@@ -41,19 +41,19 @@ class Verdict:
 
 
 class Unjudged:
-    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
-        return [Verdict() for _ in rollouts]
+    def judge(self, rollouts: Sequence[Rollout]) -> list[CompletionVerdict]:
+        return [CompletionVerdict() for _ in rollouts]
 
 
-def uncredited(groups: Groups) -> tuple[Groups, list[Family], Tally]:
-    return groups, [family_of(group) for group in groups], Tally()
+def uncredited(groups: Groups) -> tuple[Groups, list[PromptGroup], MetricSums]:
+    return groups, [family_of(group) for group in groups], MetricSums()
 
 
-def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chosen: Objective) -> Work:
+def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chosen: Objective) -> TrainingSpec:
     """What the loop gets: a source that asks the student, and the teacher as a frozen part."""
     start, how = run.input("model"), config.rollouts
     words = TokenizerFolder.open(start)
-    length = min(room(model), room(teacher), 2048)
+    length = min(max_text_tokens(model), max_text_tokens(teacher), 2048)
     sampler = sampler_for(model, Renderer(words), length, how.max_tokens, how.temperature)
     prompts = with_room(sampler, read_prompts(run, "train"), "train")
     if how.prompts > len(prompts):
@@ -66,18 +66,18 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         layout="tree" if trees else "packed", seed=config.seed,
     )  # fmt: skip
     longest = max((sampler.ids(p) for p in prompts), key=len)
-    ending = Ending(np.zeros(min(how.max_tokens, length - len(longest)), np.int64))
-    blank = Family("blank", np.array(longest, np.int64), (ending,) * how.samples)
+    ending = Completion(np.zeros(min(how.max_tokens, length - len(longest)), np.int64))
+    blank = PromptGroup("blank", np.array(longest, np.int64), (ending,) * how.samples)
     source = RolloutSource(
         prompts=prompts, sampler=sampler, judge=Unjudged(), credit=uncredited, plan=plan, folder=run.folder("rollouts"),
-        published=published(model, sampler.engine), blank=blank, identity={"prompts": len(prompts)},
+        sync_engine_weights=sync_engine_weights(model, sampler.engine), blank=blank, identity={"prompts": len(prompts)},
     )  # fmt: skip
     once = len(prompts) / how.prompts
     steps = max(1, round((config.epochs or 1.0) * once)) if config.steps == "derived" else config.steps
     log.say("\n".join([*source.describe(), f"{steps:,} steps"]))
     shape, rates = model.config.to_hf(), answers.rates(config, sum(p.numel() for p in model.parameters()), FINE_TUNE_RATE)
     each = count_flops(teacher.config.to_hf(), length).forward / train_flops_per_token(shape, length)
-    return Work(
+    return TrainingSpec(
         parts={"policy": model, "teacher": teacher},
         source=source,
         objective=chosen,
@@ -90,6 +90,6 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         numbers={"max_length": length, **asdict(rates)},
         write=lambda: write_model(model, run, start, words.stop_ids),
         hooks=lambda job: {"rollouts": Measured(source)},
-        beside={"cache of rollouts": keys_and_values(sampler.engine, source.texts, source.longest)},
+        beside={"cache of rollouts": kv_cache_bytes(sampler.engine, source.texts, source.longest)},
         forward_share=each + ROLLOUT_SHARE,
     )

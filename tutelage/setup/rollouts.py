@@ -14,17 +14,17 @@ from torch import Tensor
 from tutelage import log
 from tutelage.chat.render import Renderer
 from tutelage.config.stages import Rl
-from tutelage.data.groups.groups import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.engine import Engine
 from tutelage.errors import ConfigError
-from tutelage.models.adapters.attach import beginning
+from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
-from tutelage.rollout.credit import ByToken, Credit, Settings
+from tutelage.rollout.credit import ByToken, AdvantageEstimator, Settings
 from tutelage.rollout.environments import Environments
 from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.scores import by_token
@@ -33,13 +33,13 @@ from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import compares_groups
 from tutelage.rundir import RunDir
 from tutelage.setup import answers
-from tutelage.setup.sampling import keys_and_values, published, sampler_for
+from tutelage.setup.sampling import kv_cache_bytes, sync_engine_weights, sampler_for
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
 
 @dataclass(slots=True, kw_only=True)
-class Kit:
+class RolloutSetup:
     """Everything of one run."""
 
     config: Rl
@@ -60,7 +60,7 @@ class Kit:
     def of(
         cls, config: Rl, run: RunDir, model: Any, renderer: Renderer, device: torch.device, rubric: Any,
         scorer: Scorer | None = None,
-    ) -> Kit:  # fmt: skip
+    ) -> RolloutSetup:  # fmt: skip
         length = answers.max_length(config, model)
         layout = answers.layout_for(config, model)
         plan = Plan(
@@ -90,7 +90,7 @@ class Kit:
         """What is trained."""
         return {"policy": self.model} | ({"value": self.value} if self.value is not None else {})
 
-    def credit(self) -> Credit:
+    def credit(self) -> AdvantageEstimator:
         c = self.config
         old = c.old if c.old != "derived" else "engine" if c.temperature == 1 else "trainer"
         if old == "engine" and c.temperature != 1:
@@ -107,7 +107,7 @@ class Kit:
             kl_in_reward=c.kl if c.kl_in == "reward" else 0.0, kl_estimator=c.kl_estimator or "k1", gamma=c.gamma, lam=c.lam,
             correction=c.correction, correction_cap=c.correction_cap, correction_level=c.correction_level,
         )  # fmt: skip
-        return Credit(
+        return AdvantageEstimator(
             settings,
             old=self.scores(self.model) if old == "trainer" else None,
             comparable=c.temperature == 1,
@@ -121,13 +121,13 @@ class Kit:
         temperature = self.config.temperature
 
         def measure(part: Any, batch: Batch) -> Tensor:
-            with beginning(part) if start else nullcontext():
+            with reference_weights(part) if start else nullcontext():
                 return token_scores(part, batch, temperature)[0]
 
         return self.measured(model, measure)
 
     def measured(self, part: Any, measure: Callable[[Any, Batch], Tensor]) -> ByToken:
-        def ask(families: Sequence[Family]) -> list[list[Any]]:
+        def ask(families: Sequence[PromptGroup]) -> list[list[Any]]:
             was = part.training
             part.eval()
             found = by_token(families, lambda batch: measure(part, batch), self.layout, self.config.micro_tokens, self.device)
@@ -151,13 +151,13 @@ class Kit:
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
             prompts=prompts, sampler=self.sampler, judge=self.rubric, credit=self.credit(), plan=self.plan,
-            folder=self.run.folder("rollouts"), published=published(self.model, self.engine), blank=self.blank(prompts),
+            folder=self.run.folder("rollouts"), published=sync_engine_weights(self.model, self.engine), blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
         )  # fmt: skip
 
     def held(self, source: RolloutSource) -> dict[str, int]:
         """Bytes of what is held beside the parts, by name: models that are asked between steps, and the engine's cache."""
-        out = {"cache of rollouts": keys_and_values(self.engine, source.texts, source.longest)}
+        out = {"cache of rollouts": kv_cache_bytes(self.engine, source.texts, source.longest)}
         own = {p.data_ptr() for p in self.model.parameters()}
         others = {
             "merged copy": [p for p in self.engine.model.parameters() if p.data_ptr() not in own],  # of what an adapter changed
@@ -166,7 +166,7 @@ class Kit:
         }
         return out | {name: size for name, held in others.items() if (size := sum(p.nbytes for p in held))}
 
-    def blank(self, prompts: Sequence[Prompt]) -> Family:
+    def blank(self, prompts: Sequence[Prompt]) -> PromptGroup:
         """The largest family that may come, with every stream an objective may ask for."""
         longest = max((self.sampler.ids(p) for p in prompts), key=len)
         names = ["old", "advantage", "weight"]
@@ -176,8 +176,8 @@ class Kit:
         size = min(
             turns * 2 * self.plan.max_tokens if turns > 1 else self.plan.max_tokens, self.engine.context_length - len(longest)
         )
-        ending = Ending(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
-        return Family("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
+        ending = Completion(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
+        return PromptGroup("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:

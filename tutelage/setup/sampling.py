@@ -13,7 +13,7 @@ from tutelage.config.stages import Rl, Sample
 from tutelage.data.groups.dropped import say_left_out
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import DataError
-from tutelage.models.adapters.attach import follow, worn
+from tutelage.models.adapters.attach import sync_merged_weights, inference_view
 from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.scorer import Scorer, load_scorer, score_answers
 from tutelage.plan.memory import cache
@@ -23,7 +23,7 @@ from tutelage.rewards.rubric import Rubric
 from tutelage.rollout.sampler import Sampler
 from tutelage.rundir import RunDir
 from tutelage.setup import answers
-from tutelage.setup.inputs import refuse_others, type_of
+from tutelage.setup.inputs import require_record_type, record_type
 from tutelage.tokenizer.load import TokenizerFolder
 
 SLOTS = 64  # answers in the making at a time
@@ -32,8 +32,8 @@ SLOTS = 64  # answers in the making at a time
 def read_prompts(run: RunDir, part: str) -> list[Prompt]:
     """The prompts of one part of the data."""
     records = run.input("data")
-    kind = type_of(records)
-    refuse_others(kind, ("Prompt", "Conversation"), file=records)
+    kind = record_type(records)
+    require_record_type(kind, ("Prompt", "Conversation"), file=records)
     file = records / f"{part}.jsonl"
     return list(read_records(file, Prompt)) if kind == "Prompt" else [Prompt.of(c) for c in read_records(file, Conversation)]
 
@@ -60,21 +60,21 @@ def invariant(model: Any) -> bool:
 
 
 def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int, temperature: float) -> Sampler:
-    plain, lora = worn(model)
+    plain, lora = inference_view(model)
     return Sampler(engine_for(plain, renderer, max_length), Sampling(max_tokens=max_tokens, temperature=temperature), lora)
 
 
-def keys_and_values(engine: Engine, texts: int, tokens: int) -> int:
+def kv_cache_bytes(engine: Engine, texts: int, tokens: int) -> int:
     """Bytes of the cache for texts of at most so many tokens; on a GPU all of it is there from the start."""
     whole = engine.device.type != "cpu"
     return cache(engine.model.config.to_hf(), SLOTS if whole else min(SLOTS, texts), engine.context_length if whole else tokens)
 
 
-def published(model: Any, engine: Engine) -> Callable[[], None]:
+def sync_engine_weights(model: Any, engine: Engine) -> Callable[[], None]:
     """Tells an engine of `sampler_for` that training has changed the model's weights."""
 
     def tell() -> None:
-        follow(model, engine.model)
+        sync_merged_weights(model, engine.model)
         engine.weights_changed()
 
     return tell

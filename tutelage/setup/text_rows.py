@@ -16,29 +16,29 @@ from tutelage.config.train import Train
 from tutelage.data.groups.dropped import UNTRAINED, say_left_out
 from tutelage.data.tokens.loader import StaticSource, eval_batches
 from tutelage.data.tokens.shards import Segments
-from tutelage.models.adapters.attach import worn
+from tutelage.models.adapters.attach import inference_view
 from tutelage.models.config import check_vocabulary
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.rundir import RunDir
-from tutelage.setup.extend import Parent, say_rate
-from tutelage.setup.inputs import refuse_others, type_of
-from tutelage.setup.trainer import Work, fit, write_model
+from tutelage.setup.extend import ParentRun, say_rate
+from tutelage.setup.inputs import require_record_type, record_type
+from tutelage.setup.trainer import TrainingSpec, run_training, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Source
-from tutelage.train.optim import Rates
+from tutelage.train.optim import LearningRates
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class Hyperparameters:
     """Settings with nothing left to derive."""
 
     steps: int
     sequence_length: int
     rows_per_step: int
     micro_rows: int
-    rates: Rates
+    rates: LearningRates
 
     @property
     def derived(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Numbers:
 def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data") -> tuple[Segments, Segments]:
     """Tokens of the input `data`, made now or found, as (train, validation). Raises `DataError` for records that are no texts to
     write on: of a preference the rejected answer would be learnt too."""
-    refuse_others(type_of(run.input(data)), ("Document", "Conversation"), field=data, file=run.input(data))
+    require_record_type(record_type(run.input(data)), ("Document", "Conversation"), field=data, file=run.input(data))
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(run.input(data)), "tokenizer": str(tokenizer)})
     folder = tokens.path / "tokens"
@@ -63,16 +63,16 @@ def train_model(
     model: Any,
     segments: tuple[Segments, Segments],
     tokenizer: Path,
-    numbers: Numbers,
+    numbers: Hyperparameters,
     device: torch.device,
-    parent: Parent | None,
+    parent: ParentRun | None,
     source: Source | None = None,
     beside: Mapping[str, Hook] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
     of the run. `source`: where rows come from, if not from `segments` alone; `beside`: more hooks."""
     work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent, source, beside)
-    return fit(config, run, work, device, parent)
+    return run_training(config, run, work, device, parent)
 
 
 def work_on_rows(
@@ -81,11 +81,11 @@ def work_on_rows(
     model: Any,
     segments: tuple[Segments, Segments],
     tokenizer: Path,
-    numbers: Numbers,
-    parent: Parent | None,
+    numbers: Hyperparameters,
+    parent: ParentRun | None,
     source: Source | None = None,
     beside: Mapping[str, Hook] | None = None,
-) -> Work:
+) -> TrainingSpec:
     """Learning to predict the next token of texts."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
@@ -96,7 +96,7 @@ def work_on_rows(
         say_rate(parent, config, numbers.steps)
     row, steps = numbers.sequence_length, numbers.steps - (parent.steps if parent else 0)
     held_out = segments[1]
-    return Work(
+    return TrainingSpec(
         parts={"policy": model},
         source=source or make_source(config, run, segments[0], numbers),
         objective=objective("next_token"),
@@ -114,7 +114,7 @@ def work_on_rows(
     )
 
 
-def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers) -> StaticSource:
+def make_source(config: Train, run: RunDir, segments: Segments, numbers: Hyperparameters) -> StaticSource:
     """The batches of this rank. Says what they are made of and what packing did."""
     source = StaticSource(
         segments,
@@ -134,7 +134,7 @@ def make_source(config: Train, run: RunDir, segments: Segments, numbers: Numbers
     return source
 
 
-def validation(config: Train, held_out: Segments, numbers: Numbers) -> tuple[list[Batch], dict[str, float]] | None:
+def validation(config: Train, held_out: Segments, numbers: Hyperparameters) -> tuple[list[Batch], dict[str, float]] | None:
     """Held-out batches that are measured during a run, with their counts."""
     if not len(held_out) or not held_out.totals["supervised"]:
         return None
@@ -154,7 +154,7 @@ def tokens_per_byte(held_out: Segments) -> float:
     return totals["supervised"] / totals["bytes"] if held_out.kind == "text" and totals["bytes"] else 0.0
 
 
-def sampling(config: Train, model: Any, words: TokenizerFolder, held_out: Segments, numbers: Numbers) -> dict[str, Hook]:
+def sampling(config: Train, model: Any, words: TokenizerFolder, held_out: Segments, numbers: Hyperparameters) -> dict[str, Hook]:
     """The hook that shows what the model says, where it can generate."""
     prompts = sample_prompts(held_out, words)
     if not prompts or not (getattr(model, "supports_cache", False) or getattr(model, "virtual", None) is not None):
@@ -179,7 +179,7 @@ def samples(model: Any, words: TokenizerFolder, prompts: list[list[int]], limit:
 
     answer = min(40, limit // 2)
     model.eval()
-    plain, lora = worn(model)
+    plain, lora = inference_view(model)
     engine = Engine(plain, slots=len(prompts), max_length=limit)
     prompts = [p[-(limit - answer) :] for p in prompts]
     done = engine.generate(prompts, Sampling(max_tokens=answer, temperature=0.0, stop_ids=words.stop_ids), lora)

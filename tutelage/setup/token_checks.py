@@ -10,13 +10,13 @@ import torch
 from tutelage import log
 from tutelage.config.train import Loop
 from tutelage.data.tokens.shards import Segments
-from tutelage.models.adapters.virtual_tokens import room
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.interface import Batch
 
 SAMPLE = 8  # texts
 
 
-def warn_of_unread_tokens(config: Loop, model: Any, segments: Segments, stop_ids: tuple[int, ...]) -> None:
+def warn_untrained_tokens(config: Loop, model: Any, segments: Segments, stop_ids: tuple[int, ...]) -> None:
     """Says so where only an adapter is trained and the base finds the end of a turn less likely than a guess would: its tables
     have nothing for the template's control tokens, and low-rank changes of its layers make up for little of that."""
     adapter = config.adapter
@@ -37,7 +37,7 @@ def cost_of(model: Any, segments: Segments, stop_ids: tuple[int, ...]) -> float:
     """Nats that the supervised tokens which end a turn cost, on average; 0 where there are none."""
     costs: list[float] = []
     device = next(model.parameters()).device
-    most = min(room(model), 512)
+    most = min(max_text_tokens(model), 512)
     for i in range(min(SAMPLE, len(segments))):
         ids, mask = segments.ids(i)[:most], segments.mask(i)[:most]
         at = [t for t in range(1, len(ids)) if mask[t] and int(ids[t]) in stop_ids]

@@ -20,7 +20,7 @@ from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
-from tutelage.models.adapters.attach import Share, worn_adapter
+from tutelage.models.adapters.attach import ParameterCount, adapter_of
 from tutelage.models.adapters.folder import save_adapter
 from tutelage.models.adapters.merge import merge
 from tutelage.models.adapters.score_heads import VIRTUAL, save_scored
@@ -40,23 +40,23 @@ from tutelage.plan.memory import Memory, frozen
 from tutelage.plan.memory import estimate as memory
 from tutelage.plan.time import explain
 from tutelage.rundir import RunDir
-from tutelage.setup.extend import Parent, start_of
+from tutelage.setup.extend import ParentRun, start_of
 from tutelage.setup.hyperparameters import ranks_sharing
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Job, Source, State, train
-from tutelage.train.optim import Optimizers, Rates
-from tutelage.train.step import Recipe
+from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.step import StepConfig
 
 
 @dataclass(slots=True, kw_only=True)
-class Work:
+class TrainingSpec:
     """What one training stage brings to the loop."""
 
     parts: dict[str, nn.Module]  # what is trained, and frozen parts that the objective asks
     source: Source
     objective: Objective
     steps: int
-    rates: Rates
+    rates: LearningRates
     shape: dict[str, Any]  # config.json of the model, for the count of its operations
     length: int  # tokens of a text, for the same
     micro: tuple[int, int]  # rows and tokens of a row in the largest forward pass
@@ -72,7 +72,7 @@ class Work:
     forward_share: float = 0.0  # work beside training, as a share of it: rollouts, a teacher
 
 
-def fit(config: Loop, run: RunDir, work: Work, device: torch.device, parent: Parent | None = None) -> dict[str, Any]:
+def run_training(config: Loop, run: RunDir, work: TrainingSpec, device: torch.device, parent: ParentRun | None = None) -> dict[str, Any]:
     """Trains in the run's folder, resuming what is there, lets `work` write its artifact and returns the facts of the run."""
     for part in work.parts.values():
         part.train(any(p.requires_grad for p in part.parameters()))
@@ -84,7 +84,7 @@ def fit(config: Loop, run: RunDir, work: Work, device: torch.device, parent: Par
     machine = measure_machine()
     say_plan(config, work, machine, device)
     job = Job(
-        recipe=Recipe(
+        recipe=StepConfig(
             work.parts, work.objective, work.weights, clip=config.optimizer.clip, dtype=getattr(torch, config.dtype),
             device=device,
         ),
@@ -144,15 +144,15 @@ def load_start(folder: Path, config: Loop, device: torch.device, seed: int = 0) 
 
 def write_model(model: Any, run: RunDir, tokenizer: Path, stop_ids: Sequence[int] = ()) -> None:
     """Writes `model/`, or of a model with an adapter `adapter/`, with the files of `tokenizer`. Called on every rank."""
-    if worn_adapter(model) is None:
+    if adapter_of(model) is None:
         save(model, run.folder("model"), tokenizer, stop_ids=stop_ids)
         return
-    save_adapter(model, run.folder("adapter"), base=model.worn_adapter.base, tokenizer=tokenizer)
+    save_adapter(model, run.folder("adapter"), base=model.attached_adapter.base, tokenizer=tokenizer)
 
 
 def write_scores(part: Any, run: RunDir, tokenizer: Path, stop_ids: Sequence[int] = ()) -> None:
     """Writes `model/` with its score head; under virtual tokens, which can't be merged, `adapter/`."""
-    wearing = worn_adapter(part)
+    wearing = adapter_of(part)
     if wearing is not None and wearing.config.kind in VIRTUAL:
         save_scored(part, run.folder("adapter"), base=wearing.base or tokenizer, tokenizer=tokenizer)
         return
@@ -191,7 +191,7 @@ def place(model: nn.Module, config: Loop, device: torch.device) -> None:
         log.say("shard: full changes nothing, there is one rank; start several with torchrun")
 
 
-def identity(config: Loop, run: RunDir, work: Work) -> str:
+def identity(config: Loop, run: RunDir, work: TrainingSpec) -> str:
     """Digest of what may not change between the attempts of a run."""
     covered = {
         "config": identity_of(config),
@@ -201,7 +201,7 @@ def identity(config: Loop, run: RunDir, work: Work) -> str:
     return hashlib.sha256(json.dumps(covered, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def make_hooks(config: Loop, job: Job, run: RunDir, work: Work) -> dict[str, Hook]:
+def make_hooks(config: Loop, job: Job, run: RunDir, work: TrainingSpec) -> dict[str, Hook]:
     display = hooks.Display(run.path.name.rsplit("-", 1)[0], headline=work.headline)
     out: dict[str, Hook] = {"record": hooks.Record(), "display": display}
     validate = None
@@ -218,12 +218,12 @@ def make_hooks(config: Loop, job: Job, run: RunDir, work: Work) -> dict[str, Hoo
     return out
 
 
-def say_plan(config: Loop, work: Work, machine: Machine, device: torch.device) -> None:
+def say_plan(config: Loop, work: TrainingSpec, machine: Machine, device: torch.device) -> None:
     """Time and memory, before the first step (promise 11)."""
     flops = work.tokens * operations(config, work) * (1 + work.forward_share)
     log.say(f"time: {explain(flops, machine.peak_flops(device.type, config.dtype), device.type)}")
     rows, row = work.micro
-    shares = {name: Share.of(part) for name, part in work.parts.items() if worn_adapter(part) is not None}
+    shares = {name: ParameterCount.of(part) for name, part in work.parts.items() if adapter_of(part) is not None}
     for name, share in shares.items():
         log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
     need: Memory | None = None
@@ -245,12 +245,12 @@ def say_plan(config: Loop, work: Work, machine: Machine, device: torch.device) -
     log.say(f"memory: {need.explain()}; {here / 1e9:,.0f} GB here{'' if need.low <= here else ': IT WILL NOT FIT'}")
 
 
-def operations(config: Loop, work: Work) -> float:
+def operations(config: Loop, work: TrainingSpec) -> float:
     """FLOPs of training on one token. Frozen weights have no gradient: two of three products are left."""
     return train_flops_per_token(work.shape, work.length, frozen=config.adapter.kind != "none")
 
 
-def facts(state: State, shape: dict[str, Any], numbers: Mapping[str, Any], cpu: str, parent: Parent | None) -> dict[str, Any]:
+def facts(state: State, shape: dict[str, Any], numbers: Mapping[str, Any], cpu: str, parent: ParentRun | None) -> dict[str, Any]:
     """The run's numbers for run.json. Those of a child run include its parent's, but for the energy, which chains add up."""
     progress = state.progress
     own_seconds = progress.seconds - (parent.facts["train_seconds"] if parent else 0.0)

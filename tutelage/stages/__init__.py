@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tutelage.recipe import Kind
+from tutelage.recipe import StageSpec
 
-STAGES: dict[str, Kind] = {
-    "data": Kind(
+STAGES: dict[str, StageSpec] = {
+    "data": StageSpec(
         "Data",
         "tutelage.stages.data",
         "collect, clean, deduplicate and split text or conversations",
@@ -14,21 +14,21 @@ STAGES: dict[str, Kind] = {
         outside="tutelage.stages.sources:digest",
         check="tutelage.preflight.checks:data",
     ),
-    "tokenizer": Kind(
+    "tokenizer": StageSpec(
         "Tokenizer",
         "tutelage.stages.tokenizer",
         "train a byte-level BPE tokenizer and measure it",
         "tutelage.preflight.estimates:tokenizer",
         makes="tokenizer",
     ),
-    "tokens": Kind(
+    "tokens": StageSpec(
         "Tokens",
         "tutelage.stages.tokens",
         "turn records into memory-mapped token shards",
         "tutelage.preflight.estimates:tokens",
         makes="tokens",
     ),
-    "pretrain": Kind(
+    "pretrain": StageSpec(
         "Pretrain",
         "tutelage.stages.pretrain",
         "train on plain text, from scratch or on from a checkpoint",
@@ -37,7 +37,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:pretrain",
     ),
-    "sft": Kind(
+    "sft": StageSpec(
         "Sft",
         "tutelage.stages.sft",
         "fine-tune a checkpoint on conversations",
@@ -46,7 +46,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:sft",
     ),
-    "reward": Kind(
+    "reward": StageSpec(
         "Reward",
         "tutelage.stages.reward",
         "train a model that scores answers as people did",
@@ -55,7 +55,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:reward",
     ),
-    "sample": Kind(
+    "sample": StageSpec(
         "Sample",
         "tutelage.stages.sample",
         "answer each prompt several times and judge the answers",
@@ -64,7 +64,7 @@ STAGES: dict[str, Kind] = {
         outside="tutelage.stages.sources:code",
         check="tutelage.preflight.checks:sample",
     ),
-    "select": Kind(
+    "select": StageSpec(
         "Select",
         "tutelage.stages.select",
         "choose good answers, or the best and the worst, to train on",
@@ -72,7 +72,7 @@ STAGES: dict[str, Kind] = {
         makes="records",
         check="tutelage.preflight.checks:select",
     ),
-    "distil": Kind(
+    "distil": StageSpec(
         "Distil",
         "tutelage.stages.distil",
         "train a model on what a larger one predicts",
@@ -81,7 +81,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:distil",
     ),
-    "vocabulary": Kind(
+    "vocabulary": StageSpec(
         "Vocabulary",
         "tutelage.stages.vocabulary",
         "give a checkpoint new tokens for the texts of a field",
@@ -90,7 +90,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:vocabulary",
     ),
-    "adapt": Kind(
+    "adapt": StageSpec(
         "Adapt",
         "tutelage.stages.adapt",
         "adapt a checkpoint to a field with replay, and measure gain and loss",
@@ -99,7 +99,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:adapt",
     ),
-    "prefer": Kind(
+    "prefer": StageSpec(
         "Prefer",
         "tutelage.stages.prefer",
         "train a model towards preferred answers: DPO and its family",
@@ -108,7 +108,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:prefer",
     ),
-    "rl": Kind(
+    "rl": StageSpec(
         "Rl",
         "tutelage.stages.rl",
         "train a model on its own answers, by rewards: GRPO and its family, PPO",
@@ -118,7 +118,7 @@ STAGES: dict[str, Kind] = {
         outside="tutelage.stages.sources:code",
         check="tutelage.preflight.checks:rl",
     ),
-    "merge": Kind(
+    "merge": StageSpec(
         "Merge",
         "tutelage.stages.merge",
         "make an adapter part of its base: a whole model",
@@ -126,7 +126,7 @@ STAGES: dict[str, Kind] = {
         makes="model",
         check="tutelage.preflight.checks:merge",
     ),
-    "classify": Kind(
+    "classify": StageSpec(
         "Classify",
         "tutelage.stages.classify",
         "train a classifier of texts, or of their parts, and measure it",
@@ -135,7 +135,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:classify",
     ),
-    "translate": Kind(
+    "translate": StageSpec(
         "Translate",
         "tutelage.stages.translate",
         "train an encoder-decoder on pairs of texts",
@@ -144,7 +144,7 @@ STAGES: dict[str, Kind] = {
         ranks=True,
         check="tutelage.preflight.checks:translate",
     ),
-    "evaluate": Kind(
+    "evaluate": StageSpec(
         "Evaluate",
         "tutelage.stages.evaluate",
         "measure a model on held-out text and questions",
@@ -152,7 +152,7 @@ STAGES: dict[str, Kind] = {
         makes="scores",
         check="tutelage.preflight.checks:evaluate",
     ),
-    "report": Kind(
+    "report": StageSpec(
         "Report",
         "tutelage.stages.report",
         "one HTML page about a run and all it came from",

@@ -24,7 +24,7 @@ from tutelage.preflight.checks import WITHOUT
 from tutelage.records import Document
 from tutelage.rundir import RunDir
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
-from tutelage.setup.text_rows import Numbers
+from tutelage.setup.text_rows import Hyperparameters
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Hook
@@ -96,7 +96,7 @@ def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]
     return made.folder("model"), made.folder("words"), {**{k: made.facts[k] for k in keys}, "vocabulary": made.path.name}
 
 
-def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, numbers: Numbers) -> MixSource:
+def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, numbers: Hyperparameters) -> MixSource:
     """Rows of the field with the share of general ones between them."""
     sources = {name: text_rows.make_source(config, run, part, numbers) for name, part in (("field", field), ("general", general))}
     shares = {"field": 1 - config.replay_share, "general": config.replay_share}
@@ -119,7 +119,7 @@ def drawn(mix: MixSource, steps: int) -> dict[str, dict[str, float]]:
     return {name: {"rows": rows, "epochs": round(rows / each[name], 4)} for name, rows in mix.drawn(steps).items()}
 
 
-def forgetting(config: Adapt, general: Segments, numbers: Numbers) -> dict[str, Hook]:
+def forgetting(config: Adapt, general: Segments, numbers: Hyperparameters) -> dict[str, Hook]:
     """The loss on held-out general text, measured as often as that of the field."""
     batches = text_rows.validation(config, general, numbers)
     assert batches is not None, "`held_out` has refused general text without a held-out part"

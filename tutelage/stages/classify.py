@@ -13,7 +13,7 @@ from tutelage.config.tasks import Classify
 from tutelage.data.clean.split import position
 from tutelage.data.groups.examples import Labels, labels_of, named
 from tutelage.errors import ConfigError, DataError
-from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, write
+from tutelage.evaluate.classified import ClassifiedTexts, add_baseline, joined, judge, write
 from tutelage.files import whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
@@ -32,7 +32,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
     if config.class_weights == "balanced":
         start.labels = labels = replace(labels, weights=start.families(train).balanced())
         log.say(f"weights in the loss: {', '.join(f'{name} {weight:.3g}' for name, weight in labels.weights.items())}")
-    judged: dict[str, Judged] = {}
+    judged: dict[str, ClassifiedTexts] = {}
     short = start.short_enough(train) or train  # where none is, training says so
     if config.folds:
         judged["cross_validation"] = cross_validate(start, short)
@@ -72,7 +72,7 @@ def weighted(config: Classify, labels: Labels) -> Labels:
     return replace(labels, weights=dict(config.class_weights))
 
 
-def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> Judged:
+def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> ClassifiedTexts:
     """What a classifier and the baseline say of texts that neither has learnt from."""
     families = start.families(held)
     classifier.say_report(families)
@@ -81,10 +81,10 @@ def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Examp
     return found
 
 
-def cross_validate(start: Start, examples: Sequence[Example]) -> Judged:
+def cross_validate(start: Start, examples: Sequence[Example]) -> ClassifiedTexts:
     """Out-of-fold predictions. A fold that is done stays done when the run is resumed."""
     folds, number = start.config.folds, fold_numbers(examples, start)
-    all_odds: list[Judged] = []
+    all_odds: list[ClassifiedTexts] = []
     for fold in range(folds):
         log.say(f"fold {fold + 1} of {folds}")
         inside = [e for e, f in zip(examples, number, strict=True) if f != fold]

@@ -13,9 +13,9 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import ConfigError
 from tutelage.files import storage_errors
-from tutelage.inference.batch import Job, Kind, Prompts, check
-from tutelage.inference.input_file import Archive, opened
-from tutelage.inference.output_file import PartFile
+from tutelage.inference.batch import Job, RowKind, Prompts, check
+from tutelage.inference.input_file import InputFile, opened
+from tutelage.inference.output_file import ResumableOutput
 from tutelage.inference.prompts import Prompting
 from tutelage.models.load import load
 from tutelage.rundir import Artifact, find
@@ -48,13 +48,13 @@ def run(config: Generate, runs: Path = Path("runs"), *, force: bool = False, dry
         if dry_run:
             log.say(f"{rows:,} rows: {kind.says}")
             return {"rows": rows}
-        with PartFile(output, identity, force, rows) as part:
+        with ResumableOutput(output, identity, force, rows) as part:
             before = f", {part.rows:,} of them there already" if part.rows else ""
             log.say(f"{rows:,} rows{before}: {kind.says}")
             return _answer(config, Job(archive, kind, part, rows, config.on_error), model)
 
 
-def kind_of(archive: Archive, config: Generate, model: Artifact, prompts: Prompts) -> Kind:
+def kind_of(archive: InputFile, config: Generate, model: Artifact, prompts: Prompts) -> RowKind:
     """What the archive's first readable row says that all of them are."""
     first = next((entry.fields for entry in archive.entries() if entry.error is None), {})
     if not {"custom_id", "body"} <= first.keys():

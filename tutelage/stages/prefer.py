@@ -9,19 +9,19 @@ import torch
 
 from tutelage import log
 from tutelage.config.stages import Prefer
-from tutelage.data.groups.kto import RatedFamilies, verdicts
-from tutelage.data.groups.pairs import PairFamilies, margins
-from tutelage.data.groups.source import FamilySource
+from tutelage.data.groups.kto import KtoGroups, verdicts
+from tutelage.data.groups.pairs import PreferencePairs, margins
+from tutelage.data.groups.source import GroupSource
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ConfigError
-from tutelage.models.adapters.attach import beginning
+from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load
 from tutelage.objectives import TABLE, Objective, method, objective
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
 from tutelage.setup.feedback import read_rows
-from tutelage.setup.trainer import Work
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -33,7 +33,7 @@ RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method le
 UNITS = {"preferences": "pairs", "ratings": "answers"}
 RATE_AT_7B = 1e-6
 
-Families = PairFamilies | RatedFamilies
+Families = PreferencePairs | KtoGroups
 
 
 def run(config: Prefer, run: RunDir) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     source = source_of(train, config, layout, UNITS[kind], config.batch)
     log.say("\n".join(source.describe()))
     rates = answers.rates(config, answers.size_of(model), RATE_AT_7B)
-    work = Work(
+    work = TrainingSpec(
         parts={"policy": model},
         source=source,
         objective=chosen,
@@ -69,7 +69,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         write=lambda: trainer.write_model(model, run, start, words.stop_ids),
         validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
-    return {**trainer.fit(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
+    return {**trainer.run_training(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
 
 
 def chosen_method(config: Prefer) -> Objective:
@@ -93,10 +93,10 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
         return None
     rows = read_rows(run.input("data") / f"{part}.jsonl")
     if rated:
-        families: Families = RatedFamilies(segments, verdicts(rows), length, config.too_long)
+        families: Families = KtoGroups(segments, verdicts(rows), length, config.too_long)
         log.say(f"{part}: {families.balance(config.desirable_weight or 1.0, config.undesirable_weight or 1.0)}")  # type: ignore[union-attr]
     else:
-        families = PairFamilies(segments, length, config.too_long)
+        families = PreferencePairs(segments, length, config.too_long)
         given = margins(rows)
         if config.offset and given is None:
             raise ConfigError(
@@ -124,13 +124,13 @@ def give_reference(
     for name, families in parts.items():
         if families is not None:
             folder = run.folder("reference") / name
-            with beginning(other):
+            with reference_weights(other):
                 families.give("reference", answers.reference_logprobs(folder, other, families, config, layout, device))
 
 
-def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> FamilySource:
+def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> GroupSource:
     alone = per_step == 1
-    return FamilySource(
+    return GroupSource(
         families, per_step=per_step, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=unit,
         rank=0 if alone else log.rank(), world=1 if alone else distributed.world(),
     )  # fmt: skip

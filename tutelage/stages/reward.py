@@ -8,7 +8,7 @@ from typing import Any
 from tutelage import log
 from tutelage.artifacts import is_scored, whole_of
 from tutelage.config.stages import Reward
-from tutelage.data.groups.source import FamilySource
+from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ConfigError
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load, read_config, scores
@@ -16,10 +16,10 @@ from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
-from tutelage.setup.feedback import Judged, judged_by
+from tutelage.setup.feedback import RewardData, load_reward_data
 from tutelage.setup.hyperparameters import ranks_sharing
-from tutelage.setup.inputs import type_of
-from tutelage.setup.trainer import Work
+from tutelage.setup.inputs import record_type
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -28,11 +28,11 @@ RATE_AT_7B = 9e-6  # Ouyang et al. 2022, appendix C.2: of a 6B model
 
 
 def run(config: Reward, run: RunDir) -> dict[str, Any]:
-    kind = type_of(run.input("data"))
+    kind = record_type(run.input("data"))
     device = trainer.choose_device(config)
     start = run.input("model")
     words = TokenizerFolder.open(start)
-    data = judged_by(config, run, kind, words)
+    data = load_reward_data(config, run, kind, words)
     chosen = chosen_method(config, data)
     scorer = answers.wear_under_head(start_of(config, run, data.outputs, device), config, start, config.seed)
     check_vocabulary(scorer.config, words.vocab_size, start)
@@ -41,7 +41,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     train, held_out = data.families("train", length), answers.held_out(lambda: data.families("validation", length))
     assert train is not None
     steps = answers.steps_of(config, config.epochs, len(train))
-    source = FamilySource(
+    source = GroupSource(
         train, per_step=config.batch, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=data.unit,
         rank=log.rank(), world=distributed.world(),
     )  # fmt: skip
@@ -49,7 +49,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     rates = answers.rates(config, answers.size_of(scorer), RATE_AT_7B, heads=True)
     validation = None
     if held_out is not None:
-        validation = FamilySource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)
+        validation = GroupSource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)
     found: dict[str, Any] = {}
 
     def write() -> None:
@@ -57,7 +57,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
             found.update(data.measured(scorer, held_out, layout, device))
         trainer.write_scores(scorer, run, start, words.stop_ids)
 
-    work = Work(
+    work = TrainingSpec(
         parts={"reward": scorer},
         source=source,
         objective=chosen,
@@ -71,13 +71,13 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
         write=write,
         validation=None if validation is None else validation.validation(),
     )
-    facts = trainer.fit(config, run, work, device)
+    facts = trainer.run_training(config, run, work, device)
     for line in data.told(found):
         log.say(line)
     return {**facts, "method": data.method, "outputs": list(data.outputs), "packing": train.report, "held_out": found or None}
 
 
-def chosen_method(config: Reward, data: Judged) -> Objective:
+def chosen_method(config: Reward, data: RewardData) -> Objective:
     """The objective of the settings. Raises `ConfigError` for one that does not learn from such data."""
     names = [name for name, row in TABLE.items() if row.part == "reward" and row.data == data.kind]
     answers.check_method(data.method, names, f"learns from {data.kind}")

@@ -17,9 +17,9 @@ from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
-from tutelage.setup.rollouts import Kit
+from tutelage.setup.rollouts import RolloutSetup
 from tutelage.setup.sampling import read_prompts, reward_model_of, rubric_of, with_room
-from tutelage.setup.trainer import Work
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 
 RATE_AT_7B = 1e-6
@@ -37,7 +37,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     rubric = rubric_of(config, words, scorer)
     with contextlib.ExitStack() as ends:
         ends.callback(rubric.close)
-        kit = Kit.of(config, run, model, Renderer(words), device, rubric, scorer)
+        kit = RolloutSetup.of(config, run, model, Renderer(words), device, rubric, scorer)
         ends.callback(kit.close)
         try:
             return learn(config, run, kit, chosen, words)
@@ -46,7 +46,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
                 log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
 
 
-def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
+def learn(config: Rl, run: RunDir, kit: RolloutSetup, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
     """Trains with what is there."""
     prompts, held_out = (with_room(kit.sampler, read_prompts(run, part), part) for part in ("train", "validation"))
     if config.batch > len(prompts):
@@ -61,7 +61,7 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
     every = config.evaluate_every or max(1, steps // 5)
     asked = held_out[: config.probes]
     probe = Probe(asked, kit.sampler, kit.rubric, every, run.folder("probes")) if asked else None
-    work = Work(
+    work = TrainingSpec(
         parts=kit.parts,
         source=source,
         objective=chosen,
@@ -79,7 +79,7 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
         beside=kit.held(source),
         forward_share=0.5,
     )
-    facts = trainer.fit(config, run, work, kit.device)
+    facts = trainer.run_training(config, run, work, kit.device)
     return {
         **facts,
         "method": config.method,

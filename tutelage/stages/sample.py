@@ -12,7 +12,7 @@ from tutelage import log
 from tutelage.chat.render import Renderer
 from tutelage.config.stages import Sample
 from tutelage.files import whole_file, whole_folder, write_json
-from tutelage.models.adapters.virtual_tokens import room
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.load import load
 from tutelage.records import SCHEMA_VERSION, Prompt, Rollout, dump_line
 from tutelage.rollout.sampler import Sampler
@@ -31,7 +31,7 @@ def run(config: Sample, run: RunDir) -> dict[str, Any]:
     device = trainer.choose_device(config)
     model: Any = load(run.input("model"), device=device)
     words = TokenizerFolder.open(run.input("model"))
-    length = min(room(model), 2048)
+    length = min(max_text_tokens(model), 2048)
     sampler = sampler_for(model, Renderer(words), length, config.max_tokens, config.temperature)
     prompts = with_room(sampler, asked, config.part)
     prompts = prompts[: config.max_prompts or None]

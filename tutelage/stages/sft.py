@@ -15,7 +15,7 @@ from tutelage.data.tokens.shards import Segments
 from tutelage.files import whole_folder, write_json
 from tutelage.rundir import RunDir
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
-from tutelage.setup.token_checks import warn_of_unread_tokens
+from tutelage.setup.token_checks import warn_untrained_tokens
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 
 
@@ -28,7 +28,7 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     totals = segments[0].totals
     check_supervision(totals["supervised"], totals["tokens"], "chat")
     log.say(f"{totals['supervised']:,} of {totals['tokens']:,} tokens supervised ({totals['supervised'] / totals['tokens']:.0%})")
-    warn_of_unread_tokens(config, model, segments[0], tuple(TokenizerFolder.open(tokenizer).stop_ids))
+    warn_untrained_tokens(config, model, segments[0], tuple(TokenizerFolder.open(tokenizer).stop_ids))
     numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
     shown = text_rows.first_kept(segments[0], numbers.sequence_length, config.too_long)
     show_sample(segments[0], shown, tokenizer)

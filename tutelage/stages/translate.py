@@ -16,23 +16,23 @@ import torch
 from tutelage import log
 from tutelage.config.tasks import SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, Translate
 from tutelage.data.groups import dropped
-from tutelage.data.groups.source import FamilySource
+from tutelage.data.groups.source import GroupSource
 from tutelage.data.groups.translations import Marks, PairedTexts, PairEncoder, pair_of
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
-from tutelage.models.adapters.virtual_tokens import rooms
+from tutelage.models.adapters.virtual_tokens import max_source_target_tokens
 from tutelage.models.hf.seq2seq import Seq2Seq, new_seq2seq
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, classifier, hyperparameters
-from tutelage.setup.trainer import Work, choose_device, fit, load_start, write_model
+from tutelage.setup.trainer import TrainingSpec, choose_device, run_training, load_start, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
-from tutelage.train.optim import Rates
+from tutelage.train.optim import LearningRates
 
 TUNE_RATE, TUNE_AT = 1e-4, 220e6  # for T5 base; smaller models take more, by the square root
 NEW_RATE = 2e-3  # of a small T5 from scratch
@@ -48,7 +48,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     encode = PairEncoder(words, Marks(model.start, model.ends or words.stop_ids))
     families = PairedTexts(train, encode, length, most, cut=config.too_long == "right")
     say_report(families)
-    source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
+    source = GroupSource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
                           seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
     kept = answers.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
@@ -58,16 +58,16 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
         log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} pairs")
     tokens = float(families.sizes("pairs").mean())
     rates = rates_of(config, model)
-    checked = None if kept is None else FamilySource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
+    checked = None if kept is None else GroupSource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
     torch.manual_seed(config.seed)  # of dropout
-    work = Work(
+    work = TrainingSpec(
         parts={"policy": model}, source=source, objective=objective("next_token"), steps=max(1, steps), rates=rates,
         shape=classifier.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
         tokens=tokens * source.per_step * steps,
         numbers={"max_length": length, "max_target": most, "lr": rates.lr, "batch": source.per_step},
         write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
     )  # fmt: skip
-    facts = fit(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
+    facts = run_training(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
     if kept is None or log.rank() != 0:
         return facts
     return facts | compare(model, words, kept, config.max_questions or len(kept), most, run.folder("scores"))
@@ -94,7 +94,7 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
     """Tokens that a source and a target may have: T5's positions have no end, other models' do. Raises `ConfigError` for more
     than the model has room for."""
     found = []
-    for name, own, usual in zip(("max_length", "max_target"), rooms(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True):
+    for name, own, usual in zip(("max_length", "max_target"), max_source_target_tokens(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True):
         asked = getattr(config, name)
         if asked == "derived":
             told = words.max_length or own if name == "max_length" else own
@@ -113,7 +113,7 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
     return found[0], found[1]
 
 
-def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
+def rates_of(config: Translate, model: torch.nn.Module) -> LearningRates:
     if config.model is None:
         return classifier.rates(config, NEW_RATE, "a small model from scratch")
     return classifier.rates(config, *classifier.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))

@@ -25,7 +25,7 @@ from torch import Tensor
 from tutelage.errors import ConfigError, MissingExtra
 from tutelage.structured.json_schema import MAX_VALUES, Bounds, prepare
 from tutelage.structured.patterns import check_pattern
-from tutelage.structured.trial import Trials
+from tutelage.structured.trial import GrammarProbe
 from tutelage.tokenizer.detokenize import Vocabulary
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class GrammarCompiler:
             wrapped, n_vocab=max(vocab_size, len(self._tokens.tokens)), eos_token=self._tokens.ends
         )
         self._limits = llguidance.LLParserLimits(**LIMITS)
-        self._trials = Trials(
+        self._trials = GrammarProbe(
             {
                 "tokens": [token.decode("latin-1") for token in self._tokens.tokens],
                 "special": self._tokens.special_token_ids, "ends": self._tokens.ends,

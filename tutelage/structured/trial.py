@@ -26,7 +26,7 @@ PATIENCE = 4  # times the processor time that a grammar may take, on a machine t
 START_SECONDS = 60.0  # until the process has read the vocabulary
 
 
-class Trials:
+class GrammarProbe:
     """Up to `most` processes that try grammars for one tokenizer. Safe to use from several threads.
 
     told: `tokens` (bytes of each), `special` (ids of those that are no text), `ends`, `vocab_size`, `limits` of the library.

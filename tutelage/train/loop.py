@@ -23,7 +23,7 @@ from tutelage.train.checkpoint import Progress
 from tutelage.train.failure import stop_with_rows
 from tutelage.train.optim import Optimizers
 from tutelage.train.schedule import factor
-from tutelage.train.step import Recipe, StepResult, gradients, train_step
+from tutelage.train.step import StepConfig, StepResult, gradients, train_step
 from tutelage.train.watch import UpdateWatch
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Hook(Protocol):
 class Job:
     """Everything a training run is made of."""
 
-    recipe: Recipe
+    recipe: StepConfig
     source: Source
     optimizers: Optimizers
     schedule: Schedule

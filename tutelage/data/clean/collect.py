@@ -25,7 +25,7 @@ from tutelage.data.sources.readers import ReadOptions, Row, source_digest
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import write_json
 from tutelage.records import (
-    KINDS,
+    RECORD_TYPES,
     SCHEMA_VERSION,
     TURNS,
     Conversation,
@@ -82,8 +82,8 @@ def collect(
 
     Raises `DataError` for input that cannot be used, `ConfigError` for a setting that means nothing.
     """
-    if kind not in KINDS:
-        raise ConfigError("unknown kind of records", field="kind", found=kind, expected=" | ".join(KINDS))
+    if kind not in RECORD_TYPES:
+        raise ConfigError("unknown kind of records", field="kind", found=kind, expected=" | ".join(RECORD_TYPES))
     if dedup not in ("none", "exact", "near"):
         raise ConfigError("unknown deduplication", field="dedup", found=dedup, expected="none | exact | near")
     if boilerplate not in ("keep", "drop"):
@@ -367,7 +367,7 @@ class _Collection:
                       "chunk_chars": self.options.chunk_chars, "split": self.options.split, "seed": self.seed},
         )  # fmt: skip
         write_json(out / "card.json", facts)
-        write_json(out / "schema.json", {"type": KINDS[self.options.kind], "version": SCHEMA_VERSION})
+        write_json(out / "schema.json", {"type": RECORD_TYPES[self.options.kind], "version": SCHEMA_VERSION})
         self.spool.close()
         return facts
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tutelage.config.base import nearest
-from tutelage.data.groups.groups import Ending, Family, Layout
+from tutelage.data.groups.groups import Completion, PromptGroup, Layout
 from tutelage.errors import ConfigError, DataError
 from tutelage.records import Example, Span
 from tutelage.tokenizer.load import TokenizerFolder
@@ -196,7 +196,7 @@ class ExampleFamilies:
     def sizes(self, layout: Layout) -> np.ndarray:
         return np.array([len(e.ids) for e in self.encoded])
 
-    def __getitem__(self, i: int) -> Family:
+    def __getitem__(self, i: int) -> PromptGroup:
         example, found = self.examples[i], self.encoded[i]
         answer = self._answer(example, found)
         if self.labels.task != "tag":
@@ -204,17 +204,17 @@ class ExampleFamilies:
             whole = {"labels" if self.labels.task == "many" else "label": answer, "weight": 1.0}
             if self.labels.task == "class":
                 whole["weight"] = weights.get(str(example.label), 1.0)
-            return Family(example.id, ids, (Ending(ids[:0], whole=whole),))
+            return PromptGroup(example.id, ids, (Completion(ids[:0], whole=whole),))
         return self._tagged(example.id, np.array(found.ids), answer)
 
-    def _tagged(self, name: str, ids: np.ndarray, tags: dict[int, int]) -> Family:
+    def _tagged(self, name: str, ids: np.ndarray, tags: dict[int, int]) -> PromptGroup:
         """The first token, a control token, is the prompt; all others may be tagged."""
         mask = np.zeros(len(ids) - 1, np.uint8)
         label, weight = np.zeros(len(ids) - 1, np.float32), np.ones(len(ids) - 1, np.float32)
         for token, tag in tags.items():
             kind = kind_of(self.labels.names[tag])
             mask[token - 1], label[token - 1], weight[token - 1] = 1, tag, self.labels.weights.get(kind, 1.0)
-        return Family(name, ids[:1], (Ending(ids[1:], mask, {"label": label, "weight": weight}),))
+        return PromptGroup(name, ids[:1], (Completion(ids[1:], mask, {"label": label, "weight": weight}),))
 
     def balanced(self) -> dict[str, float]:
         """Weights that give every class the same share of the loss, of a tagger every kind of span and O; their mean over the

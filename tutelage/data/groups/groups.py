@@ -21,7 +21,7 @@ Layout = Literal["tree", "packed", "rows", "pairs"]
 
 
 @dataclass(slots=True, frozen=True)
-class Ending:
+class Completion:
     """One answer: the tokens that follow the prompt, and what is known of them."""
 
     ids: npt.NDArray[Any]  # [n] integers
@@ -35,12 +35,12 @@ class Ending:
 
 
 @dataclass(slots=True, frozen=True)
-class Family:
+class PromptGroup:
     """A prompt and the answers to it. All endings of a batch bring the same streams."""
 
     name: str  # of its record
     prompt: npt.NDArray[Any]  # [p] integers, at least one
-    endings: tuple[Ending, ...]
+    endings: tuple[Completion, ...]
 
     def size(self, layout: Layout) -> int:
         """Tokens that a forward pass reads, padding not counted."""
@@ -48,7 +48,7 @@ class Family:
         return tails + len(self.prompt) * (1 if layout == "tree" else len(self.endings))
 
 
-def assemble(families: Sequence[Family], layout: Layout) -> Batch:
+def collate(families: Sequence[PromptGroup], layout: Layout) -> Batch:
     """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once; of pairs,
     whose prompts are read and never predicted, those of the endings."""
     build = {"tree": _tree, "packed": _packed, "rows": _rows, "pairs": _pairs}[layout]
@@ -64,7 +64,7 @@ def assemble(families: Sequence[Family], layout: Layout) -> Batch:
 Firsts = list[tuple[int, int]]
 
 
-def _tree(families: Sequence[Family]) -> tuple[Batch, Firsts]:
+def _tree(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
     batch = Batch.of_families([(f.prompt.tolist(), [e.ids.tolist() for e in f.endings]) for f in families])
     firsts, at = [], 0
     for family in families:
@@ -76,7 +76,7 @@ def _tree(families: Sequence[Family]) -> tuple[Batch, Firsts]:
     return batch, firsts
 
 
-def _packed(families: Sequence[Family]) -> tuple[Batch, Firsts]:
+def _packed(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
     texts: list[tuple[list[int], list[list[int]]]] = [
         (f.prompt.tolist() + e.ids.tolist(), []) for f in families for e in f.endings
     ]
@@ -89,7 +89,7 @@ def _packed(families: Sequence[Family]) -> tuple[Batch, Firsts]:
     return Batch.of_families(texts), firsts
 
 
-def _rows(families: Sequence[Family]) -> tuple[Batch, Firsts]:
+def _rows(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
     batch = Batch.of([f.prompt.tolist() + e.ids.tolist() for f in families for e in f.endings])
     width = batch.shape[1]
     firsts: Firsts = []
@@ -100,7 +100,7 @@ def _rows(families: Sequence[Family]) -> tuple[Batch, Firsts]:
     return batch, firsts
 
 
-def _prompts(families: Sequence[Family], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _prompts(families: Sequence[PromptGroup], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets [B,T] and weights [B,T]: where the next token is one of a prompt. A prompt's first token is never predicted."""
     targets, weights = torch.zeros(shape[0] * shape[1], dtype=torch.int64), torch.zeros(shape[0] * shape[1])
     number = 0
@@ -113,7 +113,7 @@ def _prompts(families: Sequence[Family], firsts: Firsts, shape: tuple[int, int])
     return targets.view(shape), weights.view(shape)
 
 
-def _pairs(families: Sequence[Family]) -> tuple[Batch, Firsts]:
+def _pairs(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
     pairs = [(f.prompt.tolist(), e) for f in families for e in f.endings]
     masks = [np.ones(len(e.ids)) if e.mask is None else e.mask for _, e in pairs]
     batch = Batch.of([e.ids.tolist() for _, e in pairs], supervised=[m.tolist() for m in masks])
@@ -122,7 +122,7 @@ def _pairs(families: Sequence[Family]) -> tuple[Batch, Firsts]:
     return replace(batch, source_ids=sources.ids, source_segments=sources.segments), firsts
 
 
-def _answers(families: Sequence[Family], firsts: Firsts) -> Answers:
+def _answers(families: Sequence[PromptGroup], firsts: Firsts) -> Answers:
     endings = [e for f in families for e in f.endings]
     places, targets, owner, last = [], [], [], []
     tokens: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in endings[0].tokens}

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.groups.dropped import TOO_LONG, UNTRAINED, cut, nothing_left
-from tutelage.data.groups.groups import Ending, Family, Layout
+from tutelage.data.groups.groups import Completion, PromptGroup, Layout
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import DataError
 
@@ -25,7 +25,7 @@ FAIR = (1.0, 4 / 3)  # between these, weight times number of good answers over t
 Ints = npt.NDArray[np.int64]
 
 
-class RatedFamilies:
+class KtoGroups:
     """Families of two endings over the tokens of ratings. `desirable` [segments]: 1 or 0. `whole`: named numbers of each answer,
     [families, 2] (`reference`).
 
@@ -78,16 +78,16 @@ class RatedFamilies:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, i: int) -> Family:
+    def __getitem__(self, i: int) -> PromptGroup:
         good = float(self.desirable[i])
         endings = []
         for side, j in enumerate((i, (i - self.shift) % len(self))):
             number, cut = int(self.kept[j]), int(self._cuts[j])
             stop = cut + int(self._sizes[i, side])
             whole = {"desirable": good} | {name: float(values[i, side]) for name, values in self._whole.items()}
-            endings.append(Ending(self.segments.ids(number)[cut:stop], self.segments.mask(number)[cut:stop], whole=whole))
+            endings.append(Completion(self.segments.ids(number)[cut:stop], self.segments.mask(number)[cut:stop], whole=whole))
         name = self.segments.record_id(int(self.kept[i]))
-        return Family(name, self._prompt(i), tuple(endings))
+        return PromptGroup(name, self._prompt(i), tuple(endings))
 
     def sizes(self, layout: Layout) -> Ints:
         return self._sizes.sum(1) + (self._cuts - self._starts) * (1 if layout == "tree" else 2)

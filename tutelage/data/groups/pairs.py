@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.groups.dropped import ALIKE, TOO_LONG, UNTRAINED, cut, nothing_left
-from tutelage.data.groups.groups import Ending, Family, Layout
+from tutelage.data.groups.groups import Completion, PromptGroup, Layout
 from tutelage.data.tokens.shards import Segments
 
 
-class PairFamilies:
+class PreferencePairs:
     """Families of two endings over the tokens of preferences. What both texts begin with, up to the first supervised token, is
     the prompt; an answer ends with its last supervised token, since no model writes what a template puts behind it. `whole`:
     named numbers of each answer, [pairs, 2] (`reference`, `margin`).
@@ -66,15 +66,15 @@ class PairFamilies:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, i: int) -> Family:
+    def __getitem__(self, i: int) -> PromptGroup:
         pair, cut = int(self.kept[i]), int(self._prompts[i])
         texts = [(self.segments.ids(n), self.segments.mask(n)) for n in (2 * pair, 2 * pair + 1)]
         endings = []
         for side, (ids, mask) in enumerate(texts):
             stop = cut + int(self._sizes[i, side])
             whole = {name: float(values[i, side]) for name, values in self._whole.items()}
-            endings.append(Ending(ids[cut:stop], mask[cut:stop], whole=whole))
-        return Family(self.segments.record_id(2 * pair), texts[0][0][int(self._starts[i]) : cut], tuple(endings))
+            endings.append(Completion(ids[cut:stop], mask[cut:stop], whole=whole))
+        return PromptGroup(self.segments.record_id(2 * pair), texts[0][0][int(self._starts[i]) : cut], tuple(endings))
 
     def sizes(self, layout: Layout) -> npt.NDArray[np.int64]:
         return self._sizes.sum(1) + (self._prompts - self._starts) * (1 if layout == "tree" else 2)

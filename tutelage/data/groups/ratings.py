@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.groups.dropped import TOO_LONG, UNSCORED, UNTRAINED, cut, nothing_left
-from tutelage.data.groups.groups import Ending, Family, Layout
+from tutelage.data.groups.groups import Completion, PromptGroup, Layout
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import DataError
 
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-class ScoredFamilies:
+class RatedGroups:
     """Families over the tokens of ratings, of all answers with the same prompt. Either `ratings` [segments, K], NaN where an
     aspect was not rated, or `steps` [segments]: a stream over each one's tokens, the score at each step's last token, NaN
     elsewhere.
@@ -93,17 +93,17 @@ class ScoredFamilies:
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, i: int) -> Family:
+    def __getitem__(self, i: int) -> PromptGroup:
         first = self.members[i][0]
-        return Family(self.segments.record_id(first), self._prompt(first), tuple(self._ending(j) for j in self.members[i]))
+        return PromptGroup(self.segments.record_id(first), self._prompt(first), tuple(self._ending(j) for j in self.members[i]))
 
-    def _ending(self, i: int) -> Ending:
+    def _ending(self, i: int) -> Completion:
         part = slice(int(self._cuts[i]), int(self._stops[i]))
         ids, mask = self.segments.ids(i)[part], self.segments.mask(i)[part]
         if self.ratings is not None:
-            return Ending(ids, mask, whole={"ratings": self.ratings[i].tolist()})
+            return Completion(ids, mask, whole={"ratings": self.ratings[i].tolist()})
         assert self.steps is not None
-        return Ending(ids, mask, {"step_score": self.steps[i][part]})
+        return Completion(ids, mask, {"step_score": self.steps[i][part]})
 
     def _prompt(self, i: int) -> npt.NDArray[Any]:
         return self.segments.ids(i)[int(self._starts[i]) : int(self._cuts[i])]

@@ -8,24 +8,24 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutelage.config.base import flat
-from tutelage.data.groups.groups import Family, Layout, assemble, bins
+from tutelage.data.groups.groups import PromptGroup, Layout, collate, bins
 from tutelage.data.tokens.loader import GlobalBatch, fingerprint
 from tutelage.data.tokens.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models.interface import Batch
 
 
-class Families(Protocol):
+class PromptGroups(Protocol):
     """Families by number. `sizes` are their tokens by layout, so that packing reads nothing."""
 
     @property
     def digest(self) -> str: ...  # of all that an objective sees
     def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> Family: ...
+    def __getitem__(self, i: int) -> PromptGroup: ...
     def sizes(self, layout: Layout) -> np.ndarray: ...
 
 
-class FamilySource:
+class GroupSource:
     """`per_step` families make a global batch, over all ranks and all accumulation; so many go through the model at a time that
     they have at most `micro_tokens` tokens (one alone may have more). Every epoch has its own order, a function of the seed.
 
@@ -35,7 +35,7 @@ class FamilySource:
     """
 
     def __init__(
-        self, families: Families, *, per_step: int, micro_tokens: int, layout: Layout, seed: int, rank: int = 0, world: int = 1,
+        self, families: PromptGroups, *, per_step: int, micro_tokens: int, layout: Layout, seed: int, rank: int = 0, world: int = 1,
         unit: str = "sequences",
     ) -> None:  # fmt: skip
         if not 0 < per_step <= len(families) or per_step % world:
@@ -78,7 +78,7 @@ class FamilySource:
         groups = bins(self._sizes.tolist(), self.micro_tokens)[0]
         families = [self.families[i] for i in numbers]
         counts = count(families, self.layout) | {self.unit: float(len(families))}
-        return [assemble([families[i] for i in group], self.layout) for group in groups], counts
+        return [collate([families[i] for i in group], self.layout) for group in groups], counts
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.families.digest, "seed": self.seed, "per_step": self.per_step}
@@ -106,7 +106,7 @@ class FamilySource:
                 f"[{fingerprint(self.identity())}]"]  # fmt: skip
 
 
-def count(families: list[Family], layout: Layout) -> dict[str, float]:
+def count(families: list[PromptGroup], layout: Layout) -> dict[str, float]:
     """The units that every batch of families has: `chosen_tokens` are the supervised tokens of each family's first ending,
     `chosen_text_tokens` these and its prompt's but the first. Ratings, judged steps and judged answers are counted where there
     are such streams; NaN is no rating."""
@@ -130,8 +130,8 @@ def count(families: list[Family], layout: Layout) -> dict[str, float]:
     return out
 
 
-def family_batch(groups: list[list[Family]], counts: dict[str, float], layout: Layout) -> GlobalBatch:
+def family_batch(groups: list[list[PromptGroup]], counts: dict[str, float], layout: Layout) -> GlobalBatch:
     """A global batch of this rank's micro-batches."""
-    apart: Callable[[int], list[Batch]] = lambda i: [assemble([f], layout) for f in groups[i]]  # noqa: E731
+    apart: Callable[[int], list[Batch]] = lambda i: [collate([f], layout) for f in groups[i]]  # noqa: E731
     names = [tuple(f.name for f in group) for group in groups]
-    return GlobalBatch([assemble(group, layout) for group in groups], counts, names, apart)
+    return GlobalBatch([collate(group, layout) for group in groups], counts, names, apart)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tutelage.data.groups.dropped import NothingLeft
-from tutelage.data.groups.groups import Ending, Family, Layout
+from tutelage.data.groups.groups import Completion, PromptGroup, Layout
 from tutelage.errors import DataError
 from tutelage.records import Conversation
 from tutelage.tokenizer.load import TokenizerFolder
@@ -68,7 +68,7 @@ class PairedTexts:
     ) -> None:
         self.report = Counter(pairs=len(records))
         self.records: list[Conversation] = []
-        self.families: list[Family] = []
+        self.families: list[PromptGroup] = []
         seen, lengths = hashlib.sha256(), []
         for record in records:
             source, target = pair_of(record)
@@ -83,7 +83,7 @@ class PairedTexts:
                 continue
             self.report["source too long, cut at the right"] += over
             self.records.append(record)
-            self.families.append(Family(record.id, np.array(ids), (Ending(np.array(made), np.array(mask, np.uint8)),)))
+            self.families.append(PromptGroup(record.id, np.array(ids), (Completion(np.array(made), np.array(mask, np.uint8)),)))
             seen.update(f"{record.id} {ids} {made}\n".encode())
         if not self.families:
             why = [f"{count:,} {what}" for what, count in self.report.items() if count]
@@ -98,7 +98,7 @@ class PairedTexts:
     def __len__(self) -> int:
         return len(self.families)
 
-    def __getitem__(self, i: int) -> Family:
+    def __getitem__(self, i: int) -> PromptGroup:
         return self.families[i]
 
     def sizes(self, layout: Layout) -> np.ndarray:

@@ -26,7 +26,7 @@ from tutelage.models.adapters.embeddings import base_tables, train_tables
 from tutelage.models.adapters.linear import Adapted, LowRankChange, Rescaling, adapted, put_in_place
 from tutelage.models.adapters.lora import Lora, LowRank, linear_layers
 from tutelage.models.adapters.nf4 import Packed
-from tutelage.models.adapters.virtual_tokens import VirtualTokens, room
+from tutelage.models.adapters.virtual_tokens import VirtualTokens, max_text_tokens
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded
@@ -36,7 +36,7 @@ IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.d
 
 
 @dataclass(slots=True)
-class Worn:
+class AttachedAdapter:
     """What a model wears: kept at the model as `worn_adapter`."""
 
     config: Adapter
@@ -48,19 +48,19 @@ class Worn:
     start: dict[str, Tensor] | None = None  # what an adapter that is trained on began with; None for a new one
 
 
-def worn_adapter(model: Any) -> Worn | None:
+def adapter_of(model: Any) -> AttachedAdapter | None:
     """What a model wears, if anything; of a scorer what the model under its head does."""
     held = model.__dict__.get("backbone", model).__dict__
-    found: Worn | None = held.get("worn_adapter")
+    found: AttachedAdapter | None = held.get("attached_adapter")
     return found
 
 
-def wear(model: Any, config: Adapter, seed: int) -> Any:
+def attach_adapter(model: Any, config: Adapter, seed: int) -> Any:
     """Freezes the model and puts a new adapter on it, in place. Its first values depend on the seed and the layers' names alone.
 
     Raises `ConfigError` for targets that the model does not have, and for a model that wears an adapter already.
     """
-    if (before := worn_adapter(model)) is not None:
+    if (before := adapter_of(model)) is not None:
         raise ConfigError(
             "one adapter at a time: the model wears one that can't be merged", field="adapter.kind", found=config.kind,
             expected=f"its own, {before.config.kind}", fix="start from the base",
@@ -70,7 +70,7 @@ def wear(model: Any, config: Adapter, seed: int) -> Any:
         quantize(model)
     if config.kind in ("prompt", "prefix"):
         _wear_virtual(model, config, seed)
-        model.worn_adapter = Worn(config, ())
+        model.attached_adapter = AttachedAdapter(config, ())
         return model
     layers = linear_layers(model)
     targets, inputs = chosen(config, list(layers))
@@ -80,13 +80,13 @@ def wear(model: Any, config: Adapter, seed: int) -> Any:
         else:
             _wear_low_rank(model, name, layers[name], config, config.rank, scale_of(config, config.rank, config.alpha), seed)
     tables = train_tables(model) if config.embeddings else {}
-    model.worn_adapter = Worn(config, tuple(targets), tuple(inputs), tables=tables)
+    model.attached_adapter = AttachedAdapter(config, tuple(targets), tuple(inputs), tables=tables)
     return model
 
 
 def wear_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
     """The same for the model under a score head, or under those of an encoder's classes, which are trained whole."""
-    wear(scorer.__dict__.get("backbone", scorer), config, seed)
+    attach_adapter(scorer.__dict__.get("backbone", scorer), config, seed)
     return with_heads(scorer)
 
 
@@ -202,7 +202,7 @@ def _wear_virtual(model: Any, config: Adapter, seed: int) -> None:
     if config.init != "random":
         values = prefix_of(model, ids.to(device)) if prefix else table_of(model)[ids.to(device)].float()
     model.virtual = VirtualTokens(values.to(device), layers, heads).train(model.training)
-    if room(model) < 1:
+    if max_text_tokens(model) < 1:
         raise ConfigError(
             "virtual tokens leave no room for a text", field="adapter.tokens", found=config.tokens,
             expected=f"fewer than the model's context of {shape.max_position_embeddings}",
@@ -247,7 +247,7 @@ def prefix_of(model: Any, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def bare(model: Any) -> Iterator[None]:
+def adapter_disabled(model: Any) -> Iterator[None]:
     """The model without its adapter, inside."""
     parts: list[Any] = [module for _, module in adapted(model)]
     if getattr(model, "virtual", None) is not None:
@@ -255,7 +255,7 @@ def bare(model: Any) -> Iterator[None]:
     before = [part.bare for part in parts]
     for part in parts:
         part.bare = True
-    wearing = worn_adapter(model)
+    wearing = adapter_of(model)
     try:
         with base_tables(model.__dict__.get("backbone", model), wearing.tables if wearing else {}):
             yield
@@ -265,14 +265,14 @@ def bare(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def beginning(model: Any) -> Iterator[None]:
+def reference_weights(model: Any) -> Iterator[None]:
     """The model as it was before this training, inside: a reference. That is the base, or for an adapter that is trained on the
     base with what the adapter began with."""
-    wearing = worn_adapter(model)
+    wearing = adapter_of(model)
     if wearing is None:
         yield
     elif wearing.start is None:
-        with bare(model):
+        with adapter_disabled(model):
             yield
     else:
         now = snapshot(model)
@@ -300,7 +300,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ParameterCount:
     """How much of a model is trained, and the bytes that each part takes."""
 
     trained: int  # values
@@ -309,7 +309,7 @@ class Share:
     adapter_bytes: int
 
     @classmethod
-    def of(cls, model: Any) -> Share:
+    def of(cls, model: Any) -> ParameterCount:
         own = {id(p): p for _, p in trainable(model)}.values()
         held = {id(p): p for p in model.parameters() if not p.requires_grad}.values()
         packed = [m.packed for _, m in adapted(model) if m.packed is not None]
@@ -326,7 +326,7 @@ class Share:
 
 
 @torch.no_grad()
-def worn(model: Any) -> tuple[Any, Lora | None]:
+def inference_view(model: Any) -> tuple[Any, Lora | None]:
     """A model and an adapter for `Engine(plain)` and `lora=`. They share tensors with `model`, which may be trained in place:
     call `engine.weights_changed()` then.
 
@@ -334,7 +334,7 @@ def worn(model: Any) -> tuple[Any, Lora | None]:
     Virtual tokens, a base in 4 bits, shards and models of `transformers` give (model, None): the engine runs these operation by
     operation.
     """
-    wearing = worn_adapter(model)
+    wearing = adapter_of(model)
     if wearing is None:
         return model, None
     layers = adapted(model)
@@ -360,7 +360,7 @@ def worn(model: Any) -> tuple[Any, Lora | None]:
 
 
 @torch.no_grad()
-def follow(model: Any, plain: Any) -> None:
+def sync_merged_weights(model: Any, plain: Any) -> None:
     """Writes what training has changed to the merged layers of `plain`, which `worn(model)` gave. Nothing to do where tensors are
     shared."""
     if plain is model:

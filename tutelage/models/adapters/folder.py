@@ -24,7 +24,7 @@ from tutelage.config.adapter import Adapter
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object, whole_folder, write_json
 from tutelage.models.adapters import attach
-from tutelage.models.adapters.attach import Worn, wear, worn_adapter
+from tutelage.models.adapters.attach import AttachedAdapter, attach_adapter, adapter_of
 from tutelage.models.adapters.embeddings import put_tables, token_tables
 from tutelage.models.adapters.linear import Adapted, LowRankChange, Rescaling
 from tutelage.models.adapters.lora import CONFIG, WEIGHTS, check_plain, linear_layers, module_scale, read_tensors
@@ -47,7 +47,7 @@ def save_adapter(model: Any, folder: Path, *, base: Path, tokenizer: Path | None
     writes."""
     from tutelage.models.export import tokenizer_files
 
-    wearing = worn_adapter(model)
+    wearing = adapter_of(model)
     assert wearing is not None, "this model wears no adapter"
     copied = () if tokenizer is None else tokenizer_files(tokenizer)
     whole = collected(tensors_of(model, wearing).items())
@@ -70,7 +70,7 @@ def write_adapter(
             shutil.copyfile(file, out / file.name)
 
 
-def peft_config(model: Any, wearing: Worn) -> dict[str, Any]:
+def peft_config(model: Any, wearing: AttachedAdapter) -> dict[str, Any]:
     """The object of adapter_config.json, without the base."""
     config = wearing.config
     task = "SEQ_2_SEQ_LM" if getattr(model, "is_encoder_decoder", False) else "CAUSAL_LM"
@@ -123,7 +123,7 @@ def _transposed(model: Any, targets: tuple[str, ...]) -> bool:
     return any(getattr(model.get_submodule(layers[name][0]), "transposed", False) for name in targets)
 
 
-def tensors_of(model: Any, wearing: Worn) -> dict[str, Tensor]:
+def tensors_of(model: Any, wearing: AttachedAdapter) -> dict[str, Tensor]:
     """The adapter's tensors by `peft`'s names."""
     if wearing.config.kind in ("prompt", "prefix"):
         spread = model.virtual.is_prefix and getattr(model, "is_encoder_decoder", False)
@@ -234,7 +234,7 @@ def put_adapter(folder: Path, model: Any, raw: dict[str, Any], tensors: dict[str
             "the adapter has tensors that are not known here", file=folder / WEIGHTS, found=", ".join(sorted(tensors)[:3])
         )
     patterns = {key: raw[key] for key in ("rank_pattern", "alpha_pattern") if raw.get(key)}
-    model.worn_adapter = Worn(config, tuple(ordered), tuple(inputs), patterns, tables, start=attach.snapshot(model))
+    model.attached_adapter = AttachedAdapter(config, tuple(ordered), tuple(inputs), patterns, tables, start=attach.snapshot(model))
     return model
 
 
@@ -333,7 +333,7 @@ def _load_virtual(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dic
     if values is not None and both and kind == "prefix":
         values = _as_read(values, int(raw.get("num_layers") or 1), attach.place_of_prefix(model)[0])
     config = Adapter(kind=kind, quantize=held, tokens=1 if values is None else len(values), init="random")  # type: ignore[arg-type]
-    wear(model, config, 0)
+    attach_adapter(model, config, 0)
     expected = model.virtual.values.shape
     if values is None or values.shape != expected:
         raise ArtifactError(
@@ -342,7 +342,7 @@ def _load_virtual(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dic
             fix="take the base that its adapter_config.json names",
         )  # fmt: skip
     model.virtual.values.copy_(values)
-    model.worn_adapter.start = attach.snapshot(model)
+    model.attached_adapter.start = attach.snapshot(model)
     return model
 
 

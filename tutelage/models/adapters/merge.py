@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tutelage import log
 from tutelage.errors import ArtifactError
 from tutelage.models.adapters.linear import Adapted, adapted, put_in_place
-from tutelage.models.adapters.virtual_tokens import room
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.interface import Batch
 
 PROBE_TOKENS = 48
@@ -33,7 +33,7 @@ def merge(model: Any, dtype: torch.dtype | None = None, *, quiet: bool = False) 
         kind = dtype or (own.packed.dtype if own.packed is not None else own.weight.dtype)
         put_in_place(model, name, _plain_like(own, own.whole_weight().to(kind), own.whole_bias()))
     for wearing in (model, model.__dict__.get("backbone", model)):  # a scorer's layers are those of the model that it was made of
-        wearing.__dict__.pop("worn_adapter", None)
+        wearing.__dict__.pop("attached_adapter", None)
     model.requires_grad_(True)
     if dtype is not None:
         model.to(dtype)
@@ -59,7 +59,7 @@ def _plain_like(own: Adapted, weight: Tensor, bias: Tensor | None) -> nn.Module:
 def probe(model: Any) -> Tensor:
     """Logits [1,T,V] float32 of some tokens, the same for every model of one vocabulary; of a scorer its scores [T,K].
     An encoder-decoder writes what it has read."""
-    length = min(PROBE_TOKENS, room(model))
+    length = min(PROBE_TOKENS, max_text_tokens(model))
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(7)).tolist()
     if getattr(model, "is_encoder_decoder", False):
         return model.read([ids], [[*model.start, *ids]]).float().cpu()  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tutelage.artifacts import SCORED, base_of, is_scored, weights_digest, whole_of
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object
-from tutelage.models.adapters.attach import with_heads, worn_adapter
+from tutelage.models.adapters.attach import with_heads, adapter_of
 from tutelage.models.adapters.folder import (
     OURS,
     PREFIX,
@@ -45,7 +45,7 @@ _WIDER = "base_model."  # before the heads of a folder with virtual tokens
 def save_scored(part: Scorer | ClassScorer, folder: Path, *, base: Path, tokenizer: Path) -> None:
     """Writes what `part` wears, and its heads, so that `PeftModel.from_pretrained` on the classification model of `base` with as
     many labels gives its scores."""
-    wearing = worn_adapter(part)
+    wearing = adapter_of(part)
     assert wearing is not None, "this scorer wears no adapter"
     body, virtual = _body(part), wearing.config.kind in VIRTUAL
     root = _WIDER if virtual else PREFIX

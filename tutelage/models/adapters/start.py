@@ -11,7 +11,7 @@ from tutelage import log
 from tutelage.artifacts import base_of, is_adapter
 from tutelage.config.adapter import Adapter
 from tutelage.errors import ConfigError
-from tutelage.models.adapters.attach import wear
+from tutelage.models.adapters.attach import attach_adapter
 from tutelage.models.adapters.folder import OURS, adapter_section, check_base, kind_of, load_adapter, quantized_as, read_config
 from tutelage.models.adapters.merge import merge
 
@@ -35,8 +35,8 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
             expected="false", fix="use shard=none",
         )  # fmt: skip
     if not is_adapter(folder):
-        model = wear(load(folder, device=device), config, seed)
-        model.worn_adapter.base = folder
+        model = attach_adapter(load(folder, device=device), config, seed)
+        model.attached_adapter.base = folder
         return model
     kind, raw = kind_of(folder), read_config(folder)
     held = adapter_section(raw, kind, quantized_as(folder))
@@ -54,7 +54,7 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
     quantize = config.quantize if config.quantize != "none" else held.quantize
     log.say(f"training on the adapter of {folder} ({kind}), on its base {base}")
     model = load_adapter(folder, load(base, device=device), quantize=quantize)
-    model.worn_adapter.base = base
+    model.attached_adapter.base = base
     return model
 
 

@@ -56,19 +56,19 @@ class Prefix:
         return torch.where(mask, own[0], k), torch.where(mask, own[1], v)
 
 
-def room(model: Any) -> int:
+def max_text_tokens(model: Any) -> int:
     """Tokens that a text may have: the model's context, less the virtual tokens that stand before it."""
     tokens = getattr(model, "virtual", None)
     return int(model.config.max_position_embeddings) - (0 if tokens is None else len(tokens))
 
 
-def rooms(model: Any) -> tuple[int, int]:
+def max_source_target_tokens(model: Any) -> tuple[int, int]:
     """Tokens that a source and a target of an encoder-decoder may have: a prompt stands before its sources, a prefix before its
     targets."""
     context, tokens = int(model.config.max_position_embeddings), getattr(model, "virtual", None)
     if tokens is None:
         return context, context
-    return (context, room(model)) if tokens.is_prefix else (room(model), context)
+    return (context, max_text_tokens(model)) if tokens.is_prefix else (max_text_tokens(model), context)
 
 
 def with_virtual(batch: Batch, count: int) -> Batch:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from tutelage.chat.tool_calls import CallStyle, showing
-from tutelage.serve.generation import Work
+from tutelage.serve.generation import GenerationRequest
 from tutelage.serve.registry import Served
 from tutelage.serve.requests import as_api_errors, read_json
 from tutelage.serve.response_format import shape_of
@@ -57,7 +57,7 @@ async def create(request: Request) -> Response:
     with as_api_errors("input"):
         ids = await tokenized(request, lambda: served.turns_renderer.prompt(turns, list(shape.tools) or None))
     sampling = shape.sampling(plain)
-    work = Work(request, served, [ids], sampling, "input")
+    work = GenerationRequest(request, served, [ids], sampling, "input")
     reply = Reply(asked, sampling, served.name, stored=store is not None)
     draft = Draft(shape.style, _scores(served, shape.style) if asked.logprobs else None)
 
