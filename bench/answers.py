@@ -142,7 +142,7 @@ def train(source: Any, parts: dict[str, Any], args: argparse.Namespace, steps: c
     from tutelage.objectives import objective
     from tutelage.train.loop import Job
     from tutelage.train.loop import train as loop
-    from tutelage.train.optim import Optimizers, LearningRates
+    from tutelage.train.optim import LearningRates, Optimizers
     from tutelage.train.step import StepConfig
 
     clock = pretrain.Clock(steps)

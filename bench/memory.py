@@ -38,7 +38,7 @@ def measure(size: str, rows: int, length: int, optimizer: str, checkpointing: st
     from tutelage.objectives import objective
     from tutelage.plan.memory import compare, estimate, peak_rss
     from tutelage.plan.shape import derive
-    from tutelage.train.optim import Optimizers, LearningRates
+    from tutelage.train.optim import LearningRates, Optimizers
 
     own.use(kernels)
     on = own.available()

@@ -84,7 +84,7 @@ def train(source: Any, model: Any, args: argparse.Namespace, steps: common.Steps
     from tutelage.objectives import objective
     from tutelage.train.loop import Job
     from tutelage.train.loop import train as loop
-    from tutelage.train.optim import Optimizers, LearningRates
+    from tutelage.train.optim import LearningRates, Optimizers
     from tutelage.train.step import StepConfig
 
     parts, config = {"policy": model}, Optimizer(name=args.optimizer)

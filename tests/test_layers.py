@@ -20,9 +20,9 @@ LAYERS = [
     {"web"},
     {"improve"},
     {"serve", "audit", "explain", "compress"},
-    {"annotate", "retrieve", "inference"},
+    {"annotate", "retrieve"},
     {"evaluate", "rollout"},
-    {"rewards"},
+    {"inference", "rewards"},
     {"train", "engine"},
     {"data", "safety", "structured", "objectives"},
     {"chat", "tokenizer"},
@@ -34,7 +34,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     "cli.main", "cli.show", "recipe", "rundir", "records", "config.stages", "data.clean.collect", "data.tokens.shards",
-    "data.tokens.pack", "chat.render", "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks",
+    "data.tokens.pack", "chat.render", "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", 
+    "evaluate.baselines",
     "evaluate.intervals", "preflight.estimates", "preflight.checks", "sandbox.sandbox", "config.rewards", "rewards.build",
     "rewards.check", "rewards.judge", "rewards.model",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.base import SourceLocations, Section, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
+from tutelage.config.base import Section, SourceLocations, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
 from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError, UserError
 from tutelage.plan.code import code_digest
@@ -297,7 +297,9 @@ def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[st
     return out
 
 
-def _settings(values: dict[str, Any], settings: list[tuple[str, Any]], places: SourceLocations) -> Iterator[tuple[str, Any, int | str]]:
+def _settings(
+    values: dict[str, Any], settings: list[tuple[str, Any]], places: SourceLocations
+) -> Iterator[tuple[str, Any, int | str]]:
     """(key, value, line or words of the command line) of the asked scale, then of each `--set`."""
     scales = values.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):

@@ -260,7 +260,9 @@ def read_run(path: Path) -> dict[str, Any]:
         if not (isinstance(parent, dict) and isinstance(parent.get(key), kind))
     ]
     made = row.get("artifact")
-    if made is not None and not (isinstance(made, dict) and made.get("path") in ARTIFACT_TYPES and isinstance(made.get("digest"), str)):
+    if made is not None and not (
+        isinstance(made, dict) and made.get("path") in ARTIFACT_TYPES and isinstance(made.get("digest"), str)
+    ):
         lacks.append("artifact")
     if lacks:
         raise ArtifactError("this run.json is damaged", file=file, field=lacks[0], expected="as a stage wrote it", fix=AGAIN)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.groups.groups import Completion, PromptGroup, collate, bins
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.objectives import objective

@@ -14,8 +14,8 @@ from torch import nn
 
 from tutelage.errors import DataError
 from tutelage.evaluate import suite
+from tutelage.evaluate.baselines import Baseline
 from tutelage.evaluate.bits import DocumentSums
-from tutelage.evaluate.yardsticks import Baseline
 from tutelage.models.heads import LmHead
 from tutelage.models.interface import Batch, Output
 from tutelage.records import Conversation, Document, Message, dump_line

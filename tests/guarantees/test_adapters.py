@@ -15,7 +15,7 @@ from tests.guarantees import tiny
 from tests.guarantees.objectives import case
 from tutelage.config.adapter import Adapter
 from tutelage.config.train import Optimizer
-from tutelage.models.adapters.attach import adapter_disabled, trainable, attach_adapter
+from tutelage.models.adapters.attach import adapter_disabled, attach_adapter, trainable
 from tutelage.objectives import TABLE, objective
 from tutelage.train.loop import train
 from tutelage.train.optim import Optimizers
@@ -107,7 +107,9 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
     second = train_step(recipe, batch, optimizers)
     if layout != "tree" and name not in EXAMPLES:
         tree = case(name, Adapter(**KINDS[kind]), "tree")
-        expected = train_step(StepConfig(tree[0], objective(name), clip=1.0), tree[1], Optimizers(tree[0], Optimizer(), tiny.RATES))
+        expected = train_step(
+            StepConfig(tree[0], objective(name), clip=1.0), tree[1], Optimizers(tree[0], Optimizer(), tiny.RATES)
+        )
         assert first.loss == pytest.approx(expected.loss, rel=1e-4)
         assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
     assert np.isfinite(second.loss)

@@ -105,8 +105,8 @@ def run(name: str, folder: Path, stop: int | None = None) -> dict[str, torch.Ten
     torch.manual_seed(0)
     parts, batch = case(name)
     job = tiny.job(
-        folder, parts=parts, data=Same(batch), steps=STEPS, recipe=StepConfig(parts, objective(name), clip=1.0), checkpoint_every=1,
-        keep_checkpoints=STEPS,
+        folder, parts=parts, data=Same(batch), steps=STEPS, recipe=StepConfig(parts, objective(name), clip=1.0),
+        checkpoint_every=1, keep_checkpoints=STEPS,
     )  # fmt: skip
     train(job)
     for checkpoint in (folder / "checkpoints").glob("step_*") if stop is not None else ():

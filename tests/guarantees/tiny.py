@@ -51,7 +51,7 @@ from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train as train_tokenizer
 from tutelage.train import loop, tensors
 from tutelage.train.loop import Job
-from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig
 
 SHAPE: dict[str, Any] = {

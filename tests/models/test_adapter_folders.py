@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.models.shapes import SHAPE, reference
 from tutelage.config.adapter import Adapter
 from tutelage.errors import ArtifactError
-from tutelage.models.adapters.attach import trainable, attach_adapter
+from tutelage.models.adapters.attach import attach_adapter, trainable
 from tutelage.models.adapters.folder import OURS, load_adapter, save_adapter
 from tutelage.models.interface import Batch
 from tutelage.models.load import load

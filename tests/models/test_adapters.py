@@ -17,7 +17,16 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.runner import FusedRunner
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models import kernels
-from tutelage.models.adapters.attach import ParameterCount, adapter_disabled, reference_weights, sync_merged_weights, snapshot, trainable, attach_adapter, inference_view
+from tutelage.models.adapters.attach import (
+    ParameterCount,
+    adapter_disabled,
+    attach_adapter,
+    inference_view,
+    reference_weights,
+    snapshot,
+    sync_merged_weights,
+    trainable,
+)
 from tutelage.models.adapters.linear import Adapted, LowRankChange, adapted
 from tutelage.models.adapters.merge import merge
 from tutelage.models.adapters.nf4 import BLOCK, VALUES, dequantize, quantize

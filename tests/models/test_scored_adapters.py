@@ -18,7 +18,7 @@ from tutelage.config.adapter import Adapter
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.models.adapters.attach import adapter_disabled, trainable, attach_adapter, wear_scorer
+from tutelage.models.adapters.attach import adapter_disabled, attach_adapter, trainable, wear_scorer
 from tutelage.models.adapters.folder import load_adapter, save_adapter
 from tutelage.models.adapters.score_heads import load_scored, save_scored
 from tutelage.models.hf.encoder import PROBLEM, ClassScorer, load_classifier

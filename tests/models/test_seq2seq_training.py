@@ -47,7 +47,9 @@ class Made(Sequence[PromptGroup]):
         g = torch.Generator().manual_seed(2)
         texts = [[torch.randint(5, 97, (n,), generator=g).numpy() for n in (3 + 2 * i, 9 - i)] for i in range(6)]
         self.families = [
-            PromptGroup(f"p{i}", source, (Completion(np.array([start, *target, end]), np.array([0, *[1] * (len(target) + 1)], np.uint8)),))
+            PromptGroup(
+                f"p{i}", source, (Completion(np.array([start, *target, end]), np.array([0, *[1] * (len(target) + 1)], np.uint8)),)
+            )
             for i, (source, target) in enumerate(texts)
         ]
 

@@ -73,7 +73,9 @@ def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[
 
 def changed(made: list[PromptGroup], change: Any) -> list[PromptGroup]:
     """The families with the streams that `change(family, ending)` gives."""
-    return [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, change(f, e), e.whole) for e in f.endings)) for f in made]
+    return [
+        PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, change(f, e), e.whole) for e in f.endings)) for f in made
+    ]
 
 
 def without(made: list[PromptGroup], *names: str) -> list[PromptGroup]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tutelage.data.groups.groups import Completion, PromptGroup, Layout
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup
 from tutelage.data.groups.source import GroupSource
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
@@ -65,7 +65,9 @@ def pairs(count: int = 8) -> list[PromptGroup]:
             mask = None if i % 3 else np.array([j == 0 or (i + j + side) % 4 != 0 for j in range(size)]).astype(np.uint8)
             supervised = size if mask is None else int(mask.sum())
             reference = -3.4 * supervised + ((i * 5 + side * 3) % 7 - 3) * 0.9
-            endings.append(Completion(text(i, side, 1, size=size), mask, whole={"reference": reference, "margin": 0.25 * (i % 4)}))
+            endings.append(
+                Completion(text(i, side, 1, size=size), mask, whole={"reference": reference, "margin": 0.25 * (i % 4)})
+            )
         out.append(PromptGroup(f"p{i}", text(i, size=1 + (i * 5) % 8), tuple(endings)))
     return out
 
@@ -77,7 +79,9 @@ def rated(count: int = 8, wanted: Sequence[int] = (1, 0, 1, 1, 0)) -> list[Promp
     for i in range(count):
         good = wanted[i % len(wanted)]
         endings = tuple(
-            Completion(answers[k], whole={"reference": -4.5 * len(answers[k]) + ((i * 5 + n * 3) % 7 - 3) * 0.5, "desirable": good})
+            Completion(
+                answers[k], whole={"reference": -4.5 * len(answers[k]) + ((i * 5 + n * 3) % 7 - 3) * 0.5, "desirable": good}
+            )
             for n, k in enumerate((i, i - 1))
         )
         out.append(PromptGroup(f"r{i}", text(i, size=1 + (i * 5) % 8), endings))

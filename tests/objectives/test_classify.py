@@ -20,7 +20,7 @@ from tutelage.models.hf.encoder import new_classifier
 from tutelage.objectives import objective
 from tutelage.records import Example, Span
 from tutelage.tokenizer.load import TokenizerFolder
-from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.schedule import factor
 from tutelage.train.step import StepConfig, gradients, train_step
 

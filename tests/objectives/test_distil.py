@@ -52,7 +52,9 @@ def families(top: int = 0) -> list[PromptGroup]:
         return Completion(ids, mask, {"top_ids": best.numpy(), "top_logprobs": logprobs.numpy()})
 
     prompts = [[(r * 11 + i * 5) % 97 for i in range(3 + 4 * r)] for r in range(4)]
-    return [PromptGroup(f"r{r}", np.array(p), tuple(ending(p, 3 * r + i) for i in range(1 + r % 3))) for r, p in enumerate(prompts)]
+    return [
+        PromptGroup(f"r{r}", np.array(p), tuple(ending(p, 3 * r + i) for i in range(1 + r % 3))) for r, p in enumerate(prompts)
+    ]
 
 
 def batch(layout: str = "tree", sizes: tuple[int, ...] = (4,), top: int = 0) -> GlobalBatch:

@@ -15,7 +15,7 @@ from tests.objectives import formulas, small
 from tutelage.config.train import Optimizer
 from tutelage.models import kernels
 from tutelage.objectives import objective
-from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig, train_step
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "preferences.json"

@@ -12,7 +12,7 @@ from tests.objectives import small
 from tutelage.config.train import Optimizer
 from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.objectives import objective
-from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig, measure, train_step
 
 STEPS = 30

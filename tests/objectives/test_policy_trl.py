@@ -83,7 +83,9 @@ def inputs(made: list[PromptGroup]) -> dict[str, torch.Tensor]:
 def ours(name: str, made: list[PromptGroup], **settings: Any) -> tuple[float, torch.Tensor, dict[str, float]]:
     model = policy()
     groups = [[f] for f in made]
-    result = gradients(StepConfig({"policy": model}, objective(name, **settings)), family_batch(groups, count(made, "tree"), "tree"))
+    result = gradients(
+        StepConfig({"policy": model}, objective(name, **settings)), family_batch(groups, count(made, "tree"), "tree")
+    )
     names = sorted(n for n, _ in model.named_parameters())
     return result.loss, torch.cat([model.get_parameter(n).grad.flatten() for n in names]), result.terms
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import Value, families, policy, replaced
-from tutelage.data.groups.groups import Completion, PromptGroup, collate, bins
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
 from tutelage.data.groups.source import count, family_batch
 from tutelage.models import kernels
 from tutelage.models.interface import Batch

@@ -26,7 +26,7 @@ from tutelage.models.init import build
 from tutelage.models.interface import Batch
 from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.objectives import objective
-from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig, gradients, train_step
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "reward.json"
@@ -179,7 +179,9 @@ def test_layout_and_accumulation_change_nothing(name: str) -> None:
     for layout, groups in (("tree", [made]), ("packed", [made]), ("rows", [made]), ("tree", [made[:1], made[1:]]),
                            ("packed", [[f] for f in made])):  # fmt: skip
         part.zero_grad()
-        result = gradients(StepConfig({"reward": part}, objective(name, **METHODS[name])), family_batch(groups, counts(made), layout))
+        result = gradients(
+            StepConfig({"reward": part}, objective(name, **METHODS[name])), family_batch(groups, counts(made), layout)
+        )
         found.append((result.loss, torch.cat([p.grad.flatten() for p in part.parameters()])))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-6)

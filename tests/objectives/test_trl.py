@@ -117,7 +117,9 @@ def pair_batch(made: list[PromptGroup]) -> dict[str, torch.Tensor]:
     return out
 
 
-def their_pair_loss(trl: Any, method: str, settings: dict[str, Any], made: list[PromptGroup], folders: list[Path], tmp: Path) -> Any:
+def their_pair_loss(
+    trl: Any, method: str, settings: dict[str, Any], made: list[PromptGroup], folders: list[Path], tmp: Path
+) -> Any:
     """TRL's loss and its model with gradients."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -150,7 +152,9 @@ def their_pair_loss(trl: Any, method: str, settings: dict[str, Any], made: list[
     return loss.item(), model
 
 
-def compare(method: str, settings: dict[str, Any], made: list[PromptGroup], loss: float, peer: torch.nn.Module, folder: Path) -> None:
+def compare(
+    method: str, settings: dict[str, Any], made: list[PromptGroup], loss: float, peer: torch.nn.Module, folder: Path
+) -> None:
     policy = ours(folder)
     found = gradients(
         StepConfig({"policy": policy}, objective(method, **settings)), small.source(method, made, layout="tree").next(0)
@@ -174,7 +178,10 @@ def test_pairs(trl, folders, tmp_path, method):
     if method == "orpo":
         made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, whole=e.whole) for e in f.endings)) for f in made]
     if method == "cdpo":
-        made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, whole={"reference": 0.0}) for e in f.endings)) for f in made]
+        made = [
+            PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, whole={"reference": 0.0}) for e in f.endings))
+            for f in made
+        ]
     else:
         made = referred(made, folders[1])
     loss, peer = their_pair_loss(trl, method, settings, made, folders, tmp_path)
@@ -223,5 +230,8 @@ def _as_theirs(made: list[PromptGroup], rows: list[dict[str, Any]]) -> Iterator[
     for family, row in zip(made, rows, strict=True):
         assert family.prompt.tolist() == row["prompt_ids"]
         whole = family.endings[0].whole
-        endings = (Completion(np.array(row["completion_ids"]), whole=whole), Completion(np.array(row["KL_completion_ids"]), whole=whole))
+        endings = (
+            Completion(np.array(row["completion_ids"]), whole=whole),
+            Completion(np.array(row["KL_completion_ids"]), whole=whole),
+        )
         yield PromptGroup(family.name, family.prompt, endings)

@@ -19,7 +19,7 @@ from tutelage.engine.sequence import Completion, TokenScore
 from tutelage.engine.tools import calculator
 from tutelage.objectives.answers import token_logprobs
 from tutelage.records import Conversation, Message, Prompt
-from tutelage.rollout.credit import family_of
+from tutelage.rollout.advantage_estimator import family_of
 from tutelage.rollout.environments import Environments
 from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.sampler import Sampler

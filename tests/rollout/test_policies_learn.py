@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import SHAPE, policy
-from tutelage.data.groups.groups import Completion, PromptGroup, collate, bins
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
 from tutelage.data.groups.source import count, family_batch
 from tutelage.engine import Engine, Sampling
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
 from tutelage.rollout.advantages import gae, group_advantages, token_rewards, whiten
 from tutelage.rollout.correction import correction, mismatch
-from tutelage.rollout.tally import MetricSums
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.weights import CREDIT, cut, weights
 from tutelage.train.step import StepConfig, gradients
 
@@ -69,7 +69,9 @@ def step(name, parts, engine, optimizer, number):
             streams |= {"value_old": values[i], "return": worth[i][1]}
         return Completion(np.array(made[i].ids), None, streams)
 
-    families = [PromptGroup(f.name, f.prompt, tuple(ending(i * SAMPLES + s) for s in range(SAMPLES))) for i, f in enumerate(plain)]
+    families = [
+        PromptGroup(f.name, f.prompt, tuple(ending(i * SAMPLES + s) for s in range(SAMPLES))) for i, f in enumerate(plain)
+    ]
     cuts = bins([f.size("tree") for f in families], 150)[0]
     batch = family_batch([[families[i] for i in g] for g in cuts], count(families, "tree"), "tree")
     for _ in range(2 if TABLE[name].fixed.get("form") != "none" else 1):

@@ -7,7 +7,7 @@ import pytest
 
 from tutelage.objectives import TABLE
 from tutelage.rollout.correction import correction, mismatch
-from tutelage.rollout.tally import MetricSums
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.weights import CREDIT, UNITS, cut, weights
 
 

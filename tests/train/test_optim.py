@@ -9,7 +9,7 @@ from torch import nn
 from tests.guarantees import tiny
 from tutelage.config.train import Optimizer
 from tutelage.train.muon import Muon
-from tutelage.train.optim import Optimizers, LearningRates, groups
+from tutelage.train.optim import LearningRates, Optimizers, groups
 
 RATES = LearningRates(lr=0.1, matrix_lr=0.2, embedding_lr=0.3)
 

@@ -161,7 +161,7 @@ def headline(row: dict[str, Any]) -> str:
         return f"held-out reward {before:.3f} to {after:.3f}, gain {said(gain)}"
     gains = (row.get("gains") or {}).get("questions")
     if gains:  # of an evaluation beside an earlier one
-        from tutelage.evaluate.gains import verdict
+        from tutelage.evaluate.comparison import verdict
 
         return verdict(gains[-1])
     if row.get("correct"):  # of an evaluation

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from tutelage.config.base import SourceLocations, Section, build, nearest, setting
+from tutelage.config.base import Section, SourceLocations, build, nearest, setting
 from tutelage.config.train import Count, Positive
 from tutelage.errors import ConfigError
 
@@ -160,8 +160,9 @@ def terms_of(rewards: Mapping[str, Any], *, places: SourceLocations | None = Non
         if kind not in REWARD_TYPES:
             near = nearest(str(kind), list(REWARD_TYPES))
             raise ConfigError(
-                f"no such kind of reward: `{kind}`", field=f"{prefix}{name}", **(places or SourceLocations()).of(f"{prefix}{name}"),
-                expected=f"one of: {', '.join(KINDS)}",
+                f"no such kind of reward: `{kind}`", field=f"{prefix}{name}",
+                **(places or SourceLocations()).of(f"{prefix}{name}"),
+                expected=f"one of: {', '.join(REWARD_TYPES)}",
                 fix=f"did you mean `{near}`?" if near else f"say which: {name}: {{kind: …}}" if ":" not in str(kind) else
                 f"of a function of yours: {{mine: {{kind: function, path: {kind}}}}}",
             )  # fmt: skip

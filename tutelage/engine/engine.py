@@ -34,7 +34,7 @@ from tutelage.engine.sequence import Completion, Event, Rules, Sampling, Sequenc
 from tutelage.engine.speculate import Guesser, Lookup, guesses, note
 from tutelage.errors import ConfigError
 from tutelage.models.adapters.lora import Lora, applied, read_lora
-from tutelage.models.adapters.virtual_tokens import max_text_tokens, max_source_target_tokens
+from tutelage.models.adapters.virtual_tokens import max_source_target_tokens, max_text_tokens
 from tutelage.models.interface import KVCache
 from tutelage.structured.grammar import Constraint, Grammar
 from tutelage.tokenizer.detokenize import Vocabulary
@@ -64,7 +64,11 @@ class Engine:
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
         self.encodes: bool = getattr(model, "is_encoder_decoder", False)
-        self.rooms = tuple(min(self.context_length, r) for r in max_source_target_tokens(model)) if self.encodes else (self.context_length,) * 2
+        self.rooms = (
+            tuple(min(self.context_length, r) for r in max_source_target_tokens(model))
+            if self.encodes
+            else (self.context_length,) * 2
+        )
         self.device = next(model.parameters()).device
         with torch.inference_mode(), evaluating(model):
             cache = make_cache(model, slots, self.context_length, cache_bytes)

@@ -52,7 +52,9 @@ def add_baseline(found: ClassifiedTexts, train: Sequence[Example], labels: Label
 
 
 def joined(parts: Sequence[ClassifiedTexts]) -> ClassifiedTexts:
-    out = ClassifiedTexts([e for p in parts for e in p.examples], [o for p in parts for o in p.odds], [s for p in parts for s in p.spans])
+    out = ClassifiedTexts(
+        [e for p in parts for e in p.examples], [o for p in parts for o in p.odds], [s for p in parts for s in p.spans]
+    )
     out.fold = np.concatenate([p.fold for p in parts])
     out.why_not = next((p.why_not for p in parts if p.why_not), "")
     if not out.why_not:
@@ -102,7 +104,9 @@ def write(found: ClassifiedTexts, labels: Labels, out: Path, name: str) -> dict[
     return facts
 
 
-def compared(found: ClassifiedTexts, truth: np.ndarray, odds: np.ndarray, theirs: dict[str, Any], labels: Labels) -> dict[str, Any]:
+def compared(
+    found: ClassifiedTexts, truth: np.ndarray, odds: np.ndarray, theirs: dict[str, Any], labels: Labels
+) -> dict[str, Any]:
     """The baseline's measures, and whether the classifier is better on the same texts."""
     assert found.baseline is not None
     if labels.task == "class":

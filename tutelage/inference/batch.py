@@ -17,7 +17,7 @@ from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import ConfigError, DataError, UserError
 from tutelage.inference.input_file import InputFile, InputRow
 from tutelage.inference.output_file import ResumableOutput
-from tutelage.inference.prompts import PromptRow, Prompting
+from tutelage.inference.prompts import Prompting, PromptRow
 from tutelage.train.hooks import duration
 
 
@@ -167,7 +167,12 @@ class Prompts:
         return dict.fromkeys(sequences, _Open(entry, sequences, len(sequences)))
 
     def _asked(
-        self, job: Job, engine: EngineProtocol, entry: InputRow, make: Callable[[list[int], Sampling, int], Sequence], count: int = 1
+        self,
+        job: Job,
+        engine: EngineProtocol,
+        entry: InputRow,
+        make: Callable[[list[int], Sampling, int], Sequence],
+        count: int = 1,
     ) -> list[Sequence]:
         """The row's sequences, made by `make`; none for a row that cannot be answered."""
         try:

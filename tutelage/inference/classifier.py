@@ -137,7 +137,11 @@ def separator(words: TokenizerFolder) -> int | None:
 
 def longest(words: TokenizerFolder, part: ClassScorer | Scorer) -> int:
     """Tokens of a text: what the model reads, and what its tokenizer says where that is less."""
-    most = context(part.hf) - (0 if part.virtual is None else len(part.virtual)) if isinstance(part, ClassScorer) else max_text_tokens(part)
+    most = (
+        context(part.hf) - (0 if part.virtual is None else len(part.virtual))
+        if isinstance(part, ClassScorer)
+        else max_text_tokens(part)
+    )
     return min(most, words.max_length or 1 << 20)
 
 

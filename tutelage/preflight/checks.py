@@ -36,7 +36,8 @@ from tutelage.rollout.environments import Environments
 from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import compares_groups
 from tutelage.setup.hyperparameters import ranks_sharing
-from tutelage.setup.inputs import require_record_type, record_type
+from tutelage.setup.inputs import record_type, require_record_type
+from tutelage.setup.methods import policy_method, preference_method, reward_method
 
 WITHOUT = ("model", "data", "add", "rows", "train", "adapter", "shard", "device", "threads", "kernels")  # of train=false
 OFF_POLICY = (  # settings of a distillation that are about given texts
@@ -141,19 +142,14 @@ def reward(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Reward)
     if config.method is not None:
-        from tutelage.objectives import objective
-        from tutelage.stages.reward import SETTINGS
-
-        objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
+        reward_method(config, None, config.method)
     _reads(planned, "data", "Preference", "Rating")
 
 
 def prefer(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Prefer)
-    from tutelage.stages.prefer import chosen_method
-
-    chosen_method(config)
+    preference_method(config)
     _reads(planned, "data", "Rating" if TABLE[config.method].data == "ratings" else "Preference")
 
 
@@ -167,9 +163,7 @@ def sample(planned: Planned) -> None:
 def rl(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Rl)
-    from tutelage.stages.rl import chosen_method
-
-    chosen_method(config)
+    policy_method(config)
     if compares_groups(config.method) and config.samples < 2:
         raise ConfigError(
             "one answer has nothing to be compared with", field="samples", found=1, expected=f"2 or more for {config.method}"

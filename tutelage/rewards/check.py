@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tutelage.errors import RewardError
 from tutelage.records import Prompt, Rollout
-from tutelage.rewards.rubric import Rubric, RewardResult
+from tutelage.rewards.rubric import RewardResult, Rubric
 
 
 @dataclass(slots=True, frozen=True)

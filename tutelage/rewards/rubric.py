@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tutelage.errors import RewardError, UserError
 from tutelage.records import Rollout
-from tutelage.rewards import TermScore, Reward
+from tutelage.rewards import Reward, TermScore
 
 
 @dataclass(slots=True, frozen=True)

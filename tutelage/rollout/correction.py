@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.rollout.tally import MetricSums
+from tutelage.rollout.metric_sums import MetricSums
 
 Mode = Literal["truncate", "mask"]
 Level = Literal["token", "sequence"]

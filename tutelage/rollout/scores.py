@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tutelage.data.groups.groups import Completion, PromptGroup, Layout, collate, bins
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup, bins, collate
 from tutelage.models.interface import Batch
 
 Floats = npt.NDArray[np.float32]

@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutelage import log
-from tutelage.data.groups.groups import Completion, PromptGroup, Layout, bins
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup, bins
 from tutelage.data.groups.source import count, family_batch
 from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.data.tokens.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.records import Prompt, Rollout, dump_line, read_records
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.scores import pieces
-from tutelage.rollout.tally import MetricSums
 from tutelage.train import distributed
 
 Groups = list[list[Rollout]]  # answers to one prompt together
@@ -82,8 +82,8 @@ Credited = Callable[[Groups], tuple[Groups, list[PromptGroup], MetricSums]]
 
 @dataclass(slots=True)
 class RolloutSource:
-    """The source of reinforcement learning. `credit` makes families of judged groups; `published` runs when the weights have
-    changed; rollouts are written to `folder`, a file an iteration."""
+    """The batch source of reinforcement learning. `credit` turns scored rollouts into prompt groups; `sync_engine_weights` runs
+    after each weight update; rollouts are written to `folder`, one file per iteration."""
 
     prompts: Sequence[Prompt]
     sampler: Answering
@@ -91,7 +91,7 @@ class RolloutSource:
     credit: Credited
     plan: Plan
     folder: Path
-    published: Callable[[], None]
+    sync_engine_weights: Callable[[], None]
     blank: PromptGroup  # as large as a family can become, with all its streams: for the largest batch
     identity: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)  # of the last iteration, over all ranks
@@ -246,7 +246,7 @@ class RolloutSource:
 
     def on_weights(self, version: int) -> None:
         self._version = version
-        self.published()
+        self.sync_engine_weights()
 
     def state_dict(self) -> dict[str, Any]:
         """Between iterations nothing but the settings. Within one its families are kept too, since their weights are gone: each
@@ -287,7 +287,7 @@ class RolloutSource:
         own = [p for p in rows if p % self.plan.prompts % distributed.world() == log.rank()]  # of any number of ranks before
         self.families = {p: _unpacked(rows[p]) for p in own}
         self.iteration = state["iteration"] if state["within"] else -1
-        self.published()
+        self.sync_engine_weights()
 
     def describe(self) -> list[str]:
         p = self.plan

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tutelage.engine.tools import Tool, calculator
 from tutelage.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tutelage.engine.tools import Tool
 
 PYTHON_SECONDS = 5.0
 
 
 def tools_of(names: Sequence[str]) -> list[Tool]:
     """Raises `ConfigError` for an unknown name, and what the sandbox raises where it cannot hold code."""
+    from tutelage.engine.tools import calculator
+
     makers = {"calculator": lambda: calculator, "python": python_tool}
     for name in names:
         if name not in makers:
@@ -21,6 +26,7 @@ def tools_of(names: Sequence[str]) -> list[Tool]:
 
 def python_tool() -> Tool:
     """Runs a program in the sandbox and gives what it printed."""
+    from tutelage.engine.tools import Tool
     from tutelage.sandbox.limits import Limits
     from tutelage.sandbox.sandbox import Sandbox
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tutelage.engine import Sampling
 from tutelage.engine.protocol import EngineProtocol
-from tutelage.serve.engine_thread import GROUP_TOKENS, EngineThread, Grouped, T, PendingResponse
+from tutelage.serve.engine_thread import GROUP_TOKENS, EngineThread, Grouped, PendingResponse, T
 
 
 class WornThread:

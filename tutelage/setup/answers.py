@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,18 +14,16 @@ import torch
 from tutelage import log
 from tutelage.artifacts import base_of, whole_of
 from tutelage.chat.render import Rendered, coloured_sample
-from tutelage.config.base import nearest
 from tutelage.config.train import Loop, Tune
 from tutelage.data.groups import dropped
 from tutelage.data.groups.dropped import NothingLeft
-from tutelage.data.groups.groups import collate, bins
+from tutelage.data.groups.groups import bins, collate
 from tutelage.data.groups.source import PromptGroups
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_object, whole_file, write_json
-from tutelage.models.adapters.attach import wear_scorer, with_heads, adapter_of
+from tutelage.models.adapters.attach import adapter_of, wear_scorer, with_heads
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
-from tutelage.objectives import TABLE
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
 from tutelage.rundir import RunDir
@@ -74,20 +72,6 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
 
 
 F = TypeVar("F")
-ALSO_CALLED = {"sigmoid": "dpo", "bradley_terry": "reward"}
-
-
-def check_method(name: str, names: Sequence[str], what: str = "is of this stage") -> None:
-    """Raises `ConfigError` for a method that is none of `names`."""
-    if name not in names:
-        near = ALSO_CALLED.get(name) or nearest(name, list(names))
-        known = " (it is a method of another stage)" if name in TABLE else ""
-        raise ConfigError(
-            f"no method of this name {what}{known}", field="method", found=name, expected=", ".join(names),
-            fix=f"did you mean `{near}`?" if near in names else None,
-        )  # fmt: skip
-
-
 FEW = 20  # held-out families; at 20 a 95% interval of an accuracy is up to 40 points wide
 
 

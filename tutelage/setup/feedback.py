@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tutelage.config.stages import Reward
-from tutelage.data.groups.groups import collate, bins
+from tutelage.data.groups.groups import bins, collate
 from tutelage.data.groups.pairs import PreferencePairs, margins
 from tutelage.data.groups.ratings import RatedGroups, aspects_of, ratings_of, steps_of
 from tutelage.data.tokens.shards import Segments

@@ -17,14 +17,14 @@ from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.objectives import Objective
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.records import Rollout
-from tutelage.rollout.credit import family_of
+from tutelage.rollout.advantage_estimator import family_of
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.probe import Measured
 from tutelage.rollout.source import Groups, Plan, RolloutSource
-from tutelage.rollout.tally import MetricSums
 from tutelage.rundir import RunDir
 from tutelage.setup import answers
 from tutelage.setup.hyperparameters import FINE_TUNE_RATE
-from tutelage.setup.sampling import kv_cache_bytes, sync_engine_weights, read_prompts, sampler_for, with_room
+from tutelage.setup.sampling import kv_cache_bytes, read_prompts, sampler_for, sync_engine_weights, with_room
 from tutelage.setup.trainer import TrainingSpec, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 

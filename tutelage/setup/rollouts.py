@@ -24,7 +24,7 @@ from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread
-from tutelage.rollout.credit import ByToken, AdvantageEstimator, Settings
+from tutelage.rollout.advantage_estimator import AdvantageEstimator, ByToken, Settings
 from tutelage.rollout.environments import Environments
 from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.scores import by_token
@@ -33,7 +33,7 @@ from tutelage.rollout.tools import tools_of
 from tutelage.rollout.weights import compares_groups
 from tutelage.rundir import RunDir
 from tutelage.setup import answers
-from tutelage.setup.sampling import kv_cache_bytes, sync_engine_weights, sampler_for
+from tutelage.setup.sampling import kv_cache_bytes, sampler_for, sync_engine_weights
 
 CHECKED = 8  # prompts whose answers are judged before training starts
 
@@ -151,7 +151,8 @@ class RolloutSetup:
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
             prompts=prompts, sampler=self.sampler, judge=self.rubric, credit=self.credit(), plan=self.plan,
-            folder=self.run.folder("rollouts"), published=sync_engine_weights(self.model, self.engine), blank=self.blank(prompts),
+            folder=self.run.folder("rollouts"), sync_engine_weights=sync_engine_weights(self.model, self.engine),
+            blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
         )  # fmt: skip
 

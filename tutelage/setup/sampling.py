@@ -13,7 +13,7 @@ from tutelage.config.stages import Rl, Sample
 from tutelage.data.groups.dropped import say_left_out
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import DataError
-from tutelage.models.adapters.attach import sync_merged_weights, inference_view
+from tutelage.models.adapters.attach import inference_view, sync_merged_weights
 from tutelage.models.kernels.decoder import FusedDecoder
 from tutelage.models.scorer import Scorer, load_scorer, score_answers
 from tutelage.plan.memory import cache
@@ -23,7 +23,7 @@ from tutelage.rewards.rubric import Rubric
 from tutelage.rollout.sampler import Sampler
 from tutelage.rundir import RunDir
 from tutelage.setup import answers
-from tutelage.setup.inputs import require_record_type, record_type
+from tutelage.setup.inputs import record_type, require_record_type
 from tutelage.tokenizer.load import TokenizerFolder
 
 SLOTS = 64  # answers in the making at a time

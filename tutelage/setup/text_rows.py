@@ -22,7 +22,7 @@ from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.rundir import RunDir
 from tutelage.setup.extend import ParentRun, say_rate
-from tutelage.setup.inputs import require_record_type, record_type
+from tutelage.setup.inputs import record_type, require_record_type
 from tutelage.setup.trainer import TrainingSpec, run_training, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks

@@ -44,7 +44,7 @@ from tutelage.setup.extend import ParentRun, start_of
 from tutelage.setup.hyperparameters import ranks_sharing
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Job, Source, State, train
-from tutelage.train.optim import Optimizers, LearningRates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig
 
 
@@ -72,7 +72,9 @@ class TrainingSpec:
     forward_share: float = 0.0  # work beside training, as a share of it: rollouts, a teacher
 
 
-def run_training(config: Loop, run: RunDir, work: TrainingSpec, device: torch.device, parent: ParentRun | None = None) -> dict[str, Any]:
+def run_training(
+    config: Loop, run: RunDir, work: TrainingSpec, device: torch.device, parent: ParentRun | None = None
+) -> dict[str, Any]:
     """Trains in the run's folder, resuming what is there, lets `work` write its artifact and returns the facts of the run."""
     for part in work.parts.values():
         part.train(any(p.requires_grad for p in part.parameters()))

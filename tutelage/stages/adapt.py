@@ -16,7 +16,7 @@ from tutelage import log
 from tutelage.config.stages import Adapt, Vocabulary
 from tutelage.data.tokens.loader import MixSource
 from tutelage.data.tokens.shards import Segments
-from tutelage.evaluate import change
+from tutelage.evaluate import adaptation_effect
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.files import read_json, write_json
 from tutelage.models.load import load
@@ -62,7 +62,7 @@ def held_out(config: Adapt, run: RunDir) -> dict[str, list[Document]]:
             "how much it forgets is not measured, as the held-out part of general text would do",
             style="yellow",
         )
-    return {kind: change.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
+    return {kind: adaptation_effect.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
 
 
 def measured(
@@ -73,11 +73,11 @@ def measured(
     if not file.exists():
         log.say(f"measuring {sum(map(len, texts.values())):,} held-out documents {name} training")
         words, loaded = TokenizerFolder.open(model), load(model, device=device)
-        found = {kind: change.measure(loaded, words, documents, str(device)) for kind, documents in texts.items()}
+        found = {kind: adaptation_effect.measure(loaded, words, documents, str(device)) for kind, documents in texts.items()}
         if log.rank() != 0:
             return found
         write_json(file, {kind: sums.to_json() for kind, sums in found.items()})
-    return {kind: change.to_sums(rows) for kind, rows in read_json(file).items()}
+    return {kind: adaptation_effect.to_sums(rows) for kind, rows in read_json(file).items()}
 
 
 def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]:
@@ -129,8 +129,8 @@ def forgetting(config: Adapt, general: Segments, numbers: Hyperparameters) -> di
 
 def report(before: dict[str, DocumentSums], after: dict[str, DocumentSums], seed: int) -> dict[str, Any]:
     """Gain and loss as facts, printed."""
-    rows = {kind: change.change(before[kind], after[kind], seed) for kind in after}
-    log.console.print(change.table(rows))
-    verdict = "; ".join(change.verdict(kind, found) for kind, found in rows.items())
+    rows = {kind: adaptation_effect.change(before[kind], after[kind], seed) for kind in after}
+    log.console.print(adaptation_effect.table(rows))
+    verdict = "; ".join(adaptation_effect.verdict(kind, found) for kind, found in rows.items())
     log.say(verdict)
     return {"change": rows, "verdict": verdict, "bits_per_byte": rows["field"]["after"]["value"]}

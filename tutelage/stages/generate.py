@@ -13,7 +13,7 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import ConfigError
 from tutelage.files import storage_errors
-from tutelage.inference.batch import Job, RowKind, Prompts, check
+from tutelage.inference.batch import Job, Prompts, RowKind, check
 from tutelage.inference.input_file import InputFile, opened
 from tutelage.inference.output_file import ResumableOutput
 from tutelage.inference.prompts import Prompting

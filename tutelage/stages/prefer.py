@@ -17,18 +17,15 @@ from tutelage.errors import ConfigError
 from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load
-from tutelage.objectives import TABLE, Objective, method, objective
+from tutelage.objectives import method
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
 from tutelage.setup.feedback import read_rows
+from tutelage.setup.methods import preference_method
 from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
-# Settings of this stage that are given to the method
-SETTINGS = (
-    "beta", "label_smoothing", "offset", "gamma", "sft", "tau", "average", "prompts", "desirable_weight", "undesirable_weight",
-)  # fmt: skip
 RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method learns from -> the records that hold it
 UNITS = {"preferences": "pairs", "ratings": "answers"}
 RATE_AT_7B = 1e-6
@@ -37,7 +34,7 @@ Families = PreferencePairs | KtoGroups
 
 
 def run(config: Prefer, run: RunDir) -> dict[str, Any]:
-    chosen = chosen_method(config)
+    chosen = preference_method(config)
     kind = method(config.method).data
     device = trainer.choose_device(config)
     start = run.input("model")
@@ -69,17 +66,12 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         write=lambda: trainer.write_model(model, run, start, words.stop_ids),
         validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
-    return {**trainer.run_training(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
-
-
-def chosen_method(config: Prefer) -> Objective:
-    """The objective of the settings. Raises `ConfigError` for a method that is about something else."""
-    names = [name for name, row in TABLE.items() if row.data in RECORDS and row.part == "policy"]
-    answers.check_method(config.method, names)
-    chosen = objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
-    if config.reference is not None and not method(config.method).reference:
-        raise ConfigError("this method keeps no reference", field="reference", found=config.method, fix="leave `reference` out")
-    return chosen
+    return {
+        **trainer.run_training(config, run, work, device),
+        "method": config.method,
+        "answers": len(train),
+        "packing": train.report,
+    }
 
 
 def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int) -> Families | None:

@@ -13,17 +13,16 @@ from tutelage.errors import ConfigError
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load, read_config, scores
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
-from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
-from tutelage.setup.feedback import RewardData, load_reward_data
+from tutelage.setup.feedback import load_reward_data
 from tutelage.setup.hyperparameters import ranks_sharing
 from tutelage.setup.inputs import record_type
+from tutelage.setup.methods import reward_method
 from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
-SETTINGS = ("centring", "loss", "delta")  # of this stage, that are given to the method
 RATE_AT_7B = 9e-6  # Ouyang et al. 2022, appendix C.2: of a 6B model
 
 
@@ -33,7 +32,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     start = run.input("model")
     words = TokenizerFolder.open(start)
     data = load_reward_data(config, run, kind, words)
-    chosen = chosen_method(config, data)
+    chosen = reward_method(config, data.kind, data.method)
     scorer = answers.wear_under_head(start_of(config, run, data.outputs, device), config, start, config.seed)
     check_vocabulary(scorer.config, words.vocab_size, start)
     length = answers.max_length(config, scorer)
@@ -75,13 +74,6 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     for line in data.told(found):
         log.say(line)
     return {**facts, "method": data.method, "outputs": list(data.outputs), "packing": train.report, "held_out": found or None}
-
-
-def chosen_method(config: Reward, data: RewardData) -> Objective:
-    """The objective of the settings. Raises `ConfigError` for one that does not learn from such data."""
-    names = [name for name, row in TABLE.items() if row.part == "reward" and row.data == data.kind]
-    answers.check_method(data.method, names, f"learns from {data.kind}")
-    return objective(data.method, **{key: getattr(config, key) for key in SETTINGS})
 
 
 def start_of(config: Reward, run: RunDir, outputs: tuple[str, ...], device: Any) -> Scorer:

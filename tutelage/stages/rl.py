@@ -13,21 +13,21 @@ from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError
 from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
-from tutelage.objectives import TABLE, Objective, objective
+from tutelage.objectives import Objective
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
+from tutelage.setup.methods import policy_method
 from tutelage.setup.rollouts import RolloutSetup
 from tutelage.setup.sampling import read_prompts, reward_model_of, rubric_of, with_room
 from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 
 RATE_AT_7B = 1e-6
-CALLED = {"kl_weight": "kl", "kl": "kl_estimator", "entropy_weight": "entropy"}  # settings that an objective has other names for
 
 
 def run(config: Rl, run: RunDir) -> dict[str, Any]:
-    chosen = chosen_method(config)
+    chosen = policy_method(config)
     device = trainer.choose_device(config)
     start = run.input("model")
     model = trainer.load_start(start, config, device, run.seed)
@@ -105,15 +105,3 @@ def gain(probe: Probe | None, within: tuple[float, float] | None = None) -> dict
     said = "  ".join(f"{name} {e.said()}" for name, e in found.items())
     log.say(f"held-out reward, {both} greedy answers: {said}")
     return {f"held_out_{name}": e.to_json() for name, e in found.items()}
-
-
-def chosen_method(config: Rl) -> Objective:
-    """The objective of the settings. Raises `ConfigError` for one that does not learn from rollouts."""
-    names = [name for name, row in TABLE.items() if row.data == "rollouts"]
-    answers.check_method(config.method, names)
-    return objective(
-        config.method, CALLED, clip_low=config.clip_low, clip_high=config.clip_high,
-        kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,
-        kl=config.kl_estimator if config.kl_in == "loss" else None, delta=config.delta, value_clip=config.value_clip,
-        entropy_weight=config.entropy or None, temperature=None if config.temperature == 1 else config.temperature,
-    )  # fmt: skip

@@ -29,7 +29,7 @@ from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, classifier, hyperparameters
-from tutelage.setup.trainer import TrainingSpec, choose_device, run_training, load_start, write_model
+from tutelage.setup.trainer import TrainingSpec, choose_device, load_start, run_training, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 from tutelage.train.optim import LearningRates
@@ -94,7 +94,9 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
     """Tokens that a source and a target may have: T5's positions have no end, other models' do. Raises `ConfigError` for more
     than the model has room for."""
     found = []
-    for name, own, usual in zip(("max_length", "max_target"), max_source_target_tokens(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True):
+    for name, own, usual in zip(
+        ("max_length", "max_target"), max_source_target_tokens(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True
+    ):
         asked = getattr(config, name)
         if asked == "derived":
             told = words.max_length or own if name == "max_length" else own

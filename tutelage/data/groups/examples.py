@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tutelage.config.base import nearest
-from tutelage.data.groups.groups import Completion, PromptGroup, Layout
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup
 from tutelage.errors import ConfigError, DataError
 from tutelage.records import Example, Span
 from tutelage.tokenizer.load import TokenizerFolder

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tutelage.data.groups.dropped import TOO_LONG, UNTRAINED, cut, nothing_left
-from tutelage.data.groups.groups import Completion, PromptGroup, Layout
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import DataError
 

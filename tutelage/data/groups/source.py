@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutelage.config.base import flat
-from tutelage.data.groups.groups import PromptGroup, Layout, collate, bins
+from tutelage.data.groups.groups import Layout, PromptGroup, bins, collate
 from tutelage.data.tokens.loader import GlobalBatch, fingerprint
 from tutelage.data.tokens.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
@@ -35,8 +35,8 @@ class GroupSource:
     """
 
     def __init__(
-        self, families: PromptGroups, *, per_step: int, micro_tokens: int, layout: Layout, seed: int, rank: int = 0, world: int = 1,
-        unit: str = "sequences",
+        self, families: PromptGroups, *, per_step: int, micro_tokens: int, layout: Layout, seed: int, rank: int = 0,
+        world: int = 1, unit: str = "sequences",
     ) -> None:  # fmt: skip
         if not 0 < per_step <= len(families) or per_step % world:
             raise ConfigError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tutelage.data.groups.dropped import NothingLeft
-from tutelage.data.groups.groups import Completion, PromptGroup, Layout
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup
 from tutelage.errors import DataError
 from tutelage.records import Conversation
 from tutelage.tokenizer.load import TokenizerFolder

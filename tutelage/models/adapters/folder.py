@@ -24,7 +24,7 @@ from tutelage.config.adapter import Adapter
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object, whole_folder, write_json
 from tutelage.models.adapters import attach
-from tutelage.models.adapters.attach import AttachedAdapter, attach_adapter, adapter_of
+from tutelage.models.adapters.attach import AttachedAdapter, adapter_of, attach_adapter
 from tutelage.models.adapters.embeddings import put_tables, token_tables
 from tutelage.models.adapters.linear import Adapted, LowRankChange, Rescaling
 from tutelage.models.adapters.lora import CONFIG, WEIGHTS, check_plain, linear_layers, module_scale, read_tensors
@@ -234,7 +234,9 @@ def put_adapter(folder: Path, model: Any, raw: dict[str, Any], tensors: dict[str
             "the adapter has tensors that are not known here", file=folder / WEIGHTS, found=", ".join(sorted(tensors)[:3])
         )
     patterns = {key: raw[key] for key in ("rank_pattern", "alpha_pattern") if raw.get(key)}
-    model.attached_adapter = AttachedAdapter(config, tuple(ordered), tuple(inputs), patterns, tables, start=attach.snapshot(model))
+    model.attached_adapter = AttachedAdapter(
+        config, tuple(ordered), tuple(inputs), patterns, tables, start=attach.snapshot(model)
+    )
     return model
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tutelage.artifacts import SCORED, base_of, is_scored, weights_digest, whole_of
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object
-from tutelage.models.adapters.attach import with_heads, adapter_of
+from tutelage.models.adapters.attach import adapter_of, with_heads
 from tutelage.models.adapters.folder import (
     OURS,
     PREFIX,

@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from tutelage.errors import ArtifactError, DataError
-from tutelage.evaluate import change
+from tutelage.evaluate import adaptation_effect
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.evaluate.intervals import accuracy, number, paired_shares
 from tutelage.evaluate.questions import RECOGNISABLE, Prediction
@@ -42,7 +42,7 @@ class Earlier:
             found = read_json(folder / "scores.json")
             with (folder / "predictions.jsonl").open(encoding="utf-8") as f:
                 predictions = [Prediction(**json.loads(line)) for line in f]
-            documents = change.to_sums(found["documents"]["per_document"]) if found.get("documents") else None
+            documents = adaptation_effect.to_sums(found["documents"]["per_document"]) if found.get("documents") else None
             return cls(folder, found["model"]["name"], predictions, documents, found.get("how") or {})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(
@@ -92,7 +92,7 @@ class Earlier:
             together = [pair for found in pairs.values() for pair in found]
             out["questions"].append(_row(ALL, "its task's measure", together))
         if documents and self.documents:
-            out["documents"] = change.change(self.documents, documents, seed=seed)
+            out["documents"] = adaptation_effect.change(self.documents, documents, seed=seed)
         return out
 
 

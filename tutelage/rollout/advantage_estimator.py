@@ -13,7 +13,7 @@ from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.records import Rollout
 from tutelage.rollout.advantages import Estimator, divergence, gae, group_advantages, token_rewards
 from tutelage.rollout.correction import Level, Mode, correction, mismatch
-from tutelage.rollout.tally import MetricSums
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.weights import CREDIT, Truncated, cut, weights
 from tutelage.train import distributed
 
