@@ -109,6 +109,10 @@ class Sft(Train):
     data: str = artifact("conversations", kind="records")
     epochs: float | None = setting(2.0, "passes over the data", gt=0)
     template: str | None = setting(None, "chat template to give a checkpoint that has none, or to replace its own")
+    general: str | None = general_text()
+    replay_share: float = replay_share()
+    replay_weight: Positive = replay_weight()
+    max_documents: int = general_documents()
     seed: int = setting(0, "of the data order")
 
 
@@ -337,6 +341,10 @@ class Prefer(Tune):
     too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
     epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
     reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
+    general: str | None = general_text()
+    replay_share: float = replay_share()
+    replay_weight: Positive = replay_weight()
+    max_documents: int = general_documents()
     seed: int = setting(0, "of the data order")
 
 
@@ -413,4 +421,8 @@ class Rl(Tune):
     )
     max_rounds: Count = setting(4, "answers of the model in one episode, with tools or an environment")
     probes: int = setting(200, "held-out prompts asked greedily before, during and after; 0: none", ge=0, identity=False)
+    general: str | None = general_text()
+    replay_share: float = replay_share()
+    replay_weight: Positive = replay_weight()
+    max_documents: int = general_documents()
     seed: int = setting(0, "of the order of prompts and of every answer")

@@ -124,6 +124,26 @@ class Tune(Loop):
     )
 
 
+def general_text() -> Any:
+    return artifact(
+        "Documents of the kind the checkpoint knows: a share of them is replayed, and their held-out part measures what is forgotten",
+        kind="records",
+        default=None,
+    )
+
+
+def replay_share() -> Any:
+    return setting(0.2, "Share of each step's tokens that are general text; 0: forgetting is only measured", ge=0, lt=1)
+
+
+def replay_weight() -> Any:
+    return setting(1.0, "Weight of the mean loss on replayed tokens, next to the mean loss of what is taught")
+
+
+def general_documents() -> Any:
+    return setting(100, "Held-out general documents that are measured before and after; 0: all", ge=0)
+
+
 T = TypeVar("T", bound=Train)
 HOW_FAR = {"steps": "derived", "tokens": "derived", "epochs": None}  # one of them ends a run; what they are when they do not
 MAY_CHANGE = (*HOW_FAR, "schedule")  # settings that a child run need not share with the run that it extends
