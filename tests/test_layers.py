@@ -27,7 +27,7 @@ LAYERS = [
     {"models"},
     {"recipe", "plan"},
     {"store", "sandbox"},
-    {"config", "records", "rundir", "bases", "files", "log", "errors"},
+    {"config", "records", "rundir", "bases", "gguf", "files", "log", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [

@@ -29,7 +29,9 @@ import yaml
 from tutelage import __version__, log
 from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError, StorageError, UserError
-from tutelage.files import folder_digest, read_json, recover, storage_errors, whole_file, write_json
+from tutelage.files import file_digest, folder_digest, read_json, recover, storage_errors, whole_file, write_json
+from tutelage.gguf.folder import model_folder, names, packaged
+from tutelage.gguf.reader import is_gguf
 
 KINDS = {
     # kind of artifact: the file that proves a folder to be one
@@ -51,6 +53,7 @@ class Artifact:
     path: Path
     digest: str  # SHA-256 of the content
     run: Path | None = None  # the run directory that it lies in, if it lies in one
+    file: Path | None = None  # the GGUF file that `path` was opened from
 
     @property
     def name(self) -> str:
@@ -180,7 +183,7 @@ class RunDir:
                     "name": n,
                     "kind": a.kind,
                     "stage": _stage_of(a),
-                    "path": _relative(a.run or a.path, self.path),
+                    "path": _relative(a.run or a.file or a.path, self.path),
                     "digest": a.digest,
                 }
                 for n, a in self.inputs.items()
@@ -221,10 +224,15 @@ def matching(reference: str, root: Path, proof: str) -> list[Path]:
 
 
 def find(reference: str, kind: str, root: Path) -> Artifact:
-    """The artifact that a path or `recipe/stage` names. Raises `ArtifactError` saying what is there instead."""
+    """The artifact that a reference names: a folder, a run's directory, `recipe/stage`, a GGUF file, or the short name of one in a
+    package. Raises `ArtifactError` saying what is there instead."""
     path = Path(reference).expanduser()
+    if kind in ("model", "tokenizer") and is_gguf(path):
+        return _of_gguf(path, kind)
     if not path.exists():
         matches = matching(reference, root, "DONE")
+        if not matches and kind in ("model", "tokenizer") and (file := packaged(reference)) is not None:
+            return _of_gguf(file, kind)
         if not matches:
             unfinished = matching(reference, root, "run.json")
             if unfinished:
@@ -248,6 +256,10 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
     raise ArtifactError(
         f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path), fix=_how_to_make(kind)
     )
+
+
+def _of_gguf(file: Path, kind: str) -> Artifact:
+    return Artifact(kind, model_folder(file), file_digest(file), file=file)
 
 
 def _of_run(path: Path, kind: str) -> Artifact:
@@ -280,7 +292,7 @@ def _how_to_make(kind: str) -> str | None:
         "records": "make one with `tutelage data --sources YOUR_FILES`",
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
         "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
-        "model": "give a Hugging Face model folder, or a finished pretrain or sft run",
+        "model": f"give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or {' or '.join(names())}",
         "adapter": "give a folder that peft wrote, or a finished run with adapter.kind set",
     }.get(kind)
 

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tutelage.errors import ArtifactError
 from tutelage.files import read_json
+from tutelage.gguf.folder import model_folder
 
 if TYPE_CHECKING:
     from tutelage.tokenizer.fast import CorpusEncoder
@@ -47,7 +48,7 @@ class TokenizerFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+        self.folder = model_folder(folder)
         self._text = _read_tokenizer(self.folder)
         config = _optional(self.folder / "tokenizer_config.json")
         named = {**_optional(self.folder / "special_tokens_map.json"), **config}
@@ -71,7 +72,7 @@ class TokenizerFolder:
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenizerFolder:
-        """The tokenizer in `folder`. Raises `ArtifactError` when there is none or it cannot be read."""
+        """The tokenizer in `folder`, or in a GGUF file. Raises `ArtifactError` when there is none or it cannot be read."""
         return cls(Path(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
