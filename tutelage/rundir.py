@@ -30,7 +30,7 @@ from tutelage import __version__, log
 from tutelage.bases import is_adapter
 from tutelage.errors import ArtifactError, StorageError, UserError
 from tutelage.files import file_digest, folder_digest, read_json, recover, storage_errors, whole_file, write_json
-from tutelage.gguf.folder import model_folder, names, packaged
+from tutelage.gguf.folder import model_folder, packaged, short_names
 from tutelage.gguf.reader import is_gguf
 
 KINDS = {
@@ -253,9 +253,11 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None
         return Artifact(kind, path, folder_digest(path), run)
+    inside = sorted(path.glob("*.gguf")) if kind in ("model", "tokenizer") and path.is_dir() else []
     raise ArtifactError(
-        f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path), fix=_how_to_make(kind)
-    )
+        f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path),
+        fix=f"give the GGUF file itself: {inside[0]}" if inside else _how_to_make(kind),
+    )  # fmt: skip
 
 
 def _of_gguf(file: Path, kind: str) -> Artifact:
@@ -292,7 +294,7 @@ def _how_to_make(kind: str) -> str | None:
         "records": "make one with `tutelage data --sources YOUR_FILES`",
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
         "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
-        "model": f"give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or {' or '.join(names())}",
+        "model": f"give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or {' or '.join(short_names())}",
         "adapter": "give a folder that peft wrote, or a finished run with adapter.kind set",
     }.get(kind)
 

@@ -62,7 +62,7 @@ def reference_to(folder: Path) -> str:
     file = file_of(folder)
     if file is None:
         return str(folder.resolve())
-    return next((name for name in names() if _installed(name) == file), str(file))
+    return next((name for name in short_names() if _installed(name) == file), str(file))
 
 
 def header_of(folder: Path) -> Gguf:
@@ -85,7 +85,7 @@ def _packages() -> dict[str, dict[str, str]]:
     return table
 
 
-def names() -> tuple[str, ...]:
+def short_names() -> tuple[str, ...]:
     """Short names of models in packages."""
     return tuple(_packages())
 
@@ -93,7 +93,7 @@ def names() -> tuple[str, ...]:
 def packaged(name: str) -> Path | None:
     """The GGUF file that a short name stands for; None for what is no short name. Raises `ArtifactError` where the package, or the
     file in it, is missing."""
-    if name not in names():
+    if name not in short_names():
         return None
     found, row = _installed(name), _packages()[name]
     if found is None:
@@ -129,7 +129,7 @@ def _opened(path: Path) -> Path:
     """The folder of a file, made where it is not there yet."""
     link = {"file": str(path), **_state(path), "format": FORMAT}
     key = hashlib.sha256(json.dumps(link, sort_keys=True).encode()).hexdigest()[:16]
-    name = next((short for short in names() if _installed(short) == path), path.stem)
+    name = next((short for short in short_names() if _installed(short) == path), path.stem)
     for root in (_cache_folder(), _temporary):
         folder = (root if isinstance(root, Path) else root()) / key / name
         if (folder / LINK).is_file():

@@ -42,10 +42,10 @@ class Vocabulary:
         tokens = _list(file, "tokens", str)
         if not tokens:
             raise file.wrong("the file has no tokens", f"{PREFIX}tokens", None, "a list of texts")
-        own = cls(file, model, tokens, _list(file, "token_type", int, len(tokens)))
-        if not own.kinds:
-            special = {own.id_of(name) for name in ("bos", "eos", "unknown", "padding")}
-            own.kinds.extend(CONTROL if i in special else NORMAL for i in range(len(tokens)))
+        own = cls(file, model, tokens, list(_list(file, "token_type", int, len(tokens))) or [NORMAL] * len(tokens))
+        for i in {own.id_of(name) for name in NAMED} | {i for i, text in enumerate(tokens) if text in ENDS}:
+            if i is not None and own.kinds[i] != UNKNOWN:
+                own.kinds[i] = CONTROL  # some files call them ordinary tokens, which any text could contain then
         return own
 
     def id_of(self, name: str) -> int | None:
@@ -87,6 +87,8 @@ class Vocabulary:
         return list(dict.fromkeys([*(i for i in named if i is not None), *known]))
 
 
+NAMED = ("bos", "eos", "eot", "eom", "padding", "mask", "seperator")
+"""Purposes of control tokens that the metadata names (sic)."""
 SENTENCEPIECE = {"bos": 1, "eos": 2, "unknown": 0}
 """What llama.cpp takes where a file of this kind does not say."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tutelage.bases import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.errors import ArtifactError
-from tutelage.gguf.folder import LINK, header_of, model_folder, source_of
+from tutelage.gguf.folder import LINK, file_of, header_of, model_folder, source_of
 from tutelage.gguf.reader import AGAIN
 from tutelage.gguf.weights import GgufTensors
 from tutelage.models import families
@@ -68,13 +68,19 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The configuration of a model folder that another library is to read. Raises `ArtifactError` for what is never read here:
     pickled weights, code of the model's own."""
     raw = read_config(folder)
+    if (file := file_of(folder)) is not None:
+        raise ArtifactError(
+            "a GGUF file is read by our own decoder alone", file=file,
+            fix="train from it, or merge an adapter on it: what comes of it is an ordinary model folder",
+        )  # fmt: skip
     _refuse_code(folder, raw)
     _Files.find(folder)
     return raw
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in `folder`/config.json. Raises ArtifactError when `folder` is not a model folder."""
+    """The object in `folder`/config.json, or of a GGUF file. Raises ArtifactError when `folder` is not a model folder."""
+    folder = model_folder(folder)
     path = folder / "config.json"
     fix = "give the folder that holds config.json and model.safetensors"
     if not folder.is_dir():

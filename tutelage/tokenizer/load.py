@@ -49,11 +49,11 @@ class TokenizerFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = model_folder(folder)
-        self._text = _read_tokenizer(self.folder)
+        self._text, tokenizer = _read_tokenizer(self.folder)
         config = _optional(self.folder / "tokenizer_config.json")
         named = {**_optional(self.folder / "special_tokens_map.json"), **config}
         self.special_tokens = {key: _content(named[key]) for key in _NAMED if named.get(key)}
-        self.tokenizer = _complete(Tokenizer.from_str(self._text), config)
+        self.tokenizer = _complete(tokenizer, config)
         facts = _optional(self.folder / "tutelage.json")
         self.template: str | None = _template(self.folder, config)
         self.history: str | None = facts.get("history")
@@ -189,7 +189,8 @@ class TokenizerFolder:
         return tuple(i for i in ids if i is not None)
 
 
-def _read_tokenizer(folder: Path) -> str:
+def _read_tokenizer(folder: Path) -> tuple[str, Tokenizer]:
+    """The text of tokenizer.json, and what it describes."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ArtifactError(
@@ -200,7 +201,7 @@ def _read_tokenizer(folder: Path) -> str:
         )
     text = file.read_text(encoding="utf-8")
     try:
-        Tokenizer.from_str(text)
+        return text, Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
         raise ArtifactError(
             f"tokenizer.json cannot be read ({error})",
@@ -208,7 +209,6 @@ def _read_tokenizer(folder: Path) -> str:
             expected="a file that `tokenizers` wrote",
             fix="copy it again, or train it again with --force",
         ) from error
-    return text
 
 
 def _optional(file: Path) -> dict[str, Any]:
