@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,17 @@ def read(path: Path | str) -> Gguf:
     and for tensors of a type that is not read."""
     path = Path(path)
     try:
+        found = path.stat()
+    except OSError as error:
+        raise ArtifactError(f"the file cannot be read ({error.strerror or error})", file=path) from error
+    return _read(path, (found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)  # a model's configuration, tokenizer and weights ask one after the other
+def _read(path: Path, state: tuple[int, int]) -> Gguf:
+    try:
         with path.open("rb") as f:
-            if not path.stat().st_size:
+            if not state[0]:
                 raise ArtifactError("an empty file, not a GGUF file", file=path, fix=AGAIN)
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Header(path, data).read()
@@ -172,10 +182,26 @@ class _Header:
             return list(struct.unpack_from(f"<{count}{form}", self.data, start))
         if count * 8 > self.size - self.at:  # a text takes 8 bytes at least, an array 12
             self.need(count * 8, key)
-        return [self.text(key) for _ in range(count)] if inner == STRING else self.lists(inner, count, key, depth)
+        return self.texts(count, key) if inner == STRING else [self.value(inner, key, depth + 1) for _ in range(count)]
 
-    def lists(self, inner: int, count: int, key: str, depth: int) -> list[Any]:
-        return [self.value(inner, key, depth + 1) for _ in range(count)]
+    def texts(self, count: int, key: str) -> list[str]:
+        """`text` of each, in one loop: vocabularies have hundreds of thousands."""
+        data, size, at, length_at = self.data, self.size, self.at, struct.Struct("<Q").unpack_from
+        out = []
+        for _ in range(count):
+            end = at + 8
+            if end <= size:
+                end += length_at(data, at)[0]
+            if end > size:
+                self.at = at
+                self.need(end - at, key)
+            out.append(data[at + 8 : end])
+            at = end
+        self.at = at
+        try:
+            return [text.decode("utf-8") for text in out]
+        except UnicodeDecodeError as error:
+            raise self.damaged("a text that is not UTF-8", field=key, found=error.object[:40]) from error
 
     def row(self) -> tuple[str, tuple[int, ...], int, int]:
         """One row of the table of tensors: name, shape, number of the type, offset."""

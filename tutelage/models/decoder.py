@@ -27,16 +27,11 @@ class Backbone(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = _table(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
-            self.embed_positions = _table(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
-
-
-def _table(rows: int, width: int) -> nn.Embedding:
-    # The same values as torch's own start. Drawn by `normal_` on "meta", they would import all of torch's compiler: two seconds.
-    return nn.Embedding(rows, width, _weight=torch.randn(rows, width))
 
 
 class Decoder(nn.Module):

@@ -25,6 +25,7 @@ from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Model
 from tutelage.models.names import Stored, stored
+from tutelage.models.unfilled import unfilled
 
 __all__ = ["check_folder", "check_vocabulary", "load", "read_config"]
 
@@ -131,7 +132,7 @@ def _refuse_code(folder: Path, raw: dict[str, Any]) -> None:
 
 def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Decoder:
     config = DecoderConfig.from_hf(raw, folder / "config.json")
-    with torch.device("meta"):
+    with unfilled():
         model = Decoder(config).to(dtype)
     fill(model, folder, config, device, dtype)
     model.tie()
