@@ -56,6 +56,7 @@ def _family(file: Gguf) -> tuple[str, dict[str, Any]]:
 
 # The configuration
 
+COUNTS = ("_length", "_count", "head_count_kv")  # ends of keys whose numbers are whole
 
 def config_of(file: Gguf) -> dict[str, Any]:
     """The object of a config.json. Raises `ArtifactError` for an architecture that is not read, and for keys that are missing or
@@ -103,8 +104,9 @@ def _number(file: Gguf, key: str, needed: bool = False) -> Any:
         value = value[0]
     if value is None and not needed:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise file.wrong("the metadata lacks a number, or has a wrong one", key, value, "a number, not negative")
+    bare = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not bare or value < 0 or (needed and not value) or (isinstance(value, float) and key.endswith(COUNTS)):
+        raise file.wrong("the metadata lacks a number, or has a wrong one", key, value, "a number above 0, whole where it counts")
     return shortest(value) if isinstance(value, float) else value
 
 
