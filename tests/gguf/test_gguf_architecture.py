@@ -54,7 +54,7 @@ def test_the_factors_of_llama_3_are_recognised(tmp_path: Path) -> None:
         ({"llama__embedding_length": 32}, "another shape"),
         ({"llama__feed_forward_length": [32, 16]}, "layers of different shapes"),
         ({"llama__attention__head_count": 0}, "head_count"),
-        ({"llama__attention__head_count": 3, "llama__attention__head_count_kv": 3}, "shape"),
+        ({"llama__attention__head_count": 4, "llama__attention__head_count_kv": 4}, "another shape"),
         ({"llama__attention__value_length": 4}, "value_length"),
         ({"llama__rope__dimension_count": 4}, "dimension_count"),
         ({"llama__rope__scaling__type": "spiral"}, "spiral"),
