@@ -3,8 +3,8 @@
     python bench/gguf_open.py --model smollm2 --rounds 5
 
 Each run is a fresh process, the sides in turn; libraries are imported and our kernels compiled before the clock starts, and the
-file is in the page cache. `first` opens the file for the first time, as transformers does every time; `again` finds what an earlier
-opening left. Prints medians, and the median of the rounds' ratios.
+file is in the page cache. `first` opens the file for the first time, as transformers does every time; `again` finds what an
+earlier opening left. Prints medians, and the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of the base that an adapter is for: what its settings name (a folder, a GGUF file or a short name), or the model that the run which wrote it had.
+    """The folder of the base that an adapter is for: what its settings name (a folder, a GGUF file or a short name), or the
+    model that the run which wrote it had.
 
     Raises `ArtifactError` where neither is there.
     """

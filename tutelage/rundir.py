@@ -224,8 +224,8 @@ def matching(reference: str, root: Path, proof: str) -> list[Path]:
 
 
 def find(reference: str, kind: str, root: Path) -> Artifact:
-    """The artifact that a reference names: a folder, a run's directory, `recipe/stage`, a GGUF file, or the short name of one in a
-    package. Raises `ArtifactError` saying what is there instead."""
+    """The artifact that a reference names: a folder, a run's directory, `recipe/stage`, a GGUF file, or the short name of one in
+    a package. Raises `ArtifactError` saying what is there instead."""
     path = Path(reference).expanduser()
     if kind in ("model", "tokenizer") and is_gguf(path):
         return _of_gguf(path, kind)
@@ -253,10 +253,10 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None
         return Artifact(kind, path, folder_digest(path), run)
-    inside = sorted(path.glob("*.gguf")) if kind in ("model", "tokenizer") and path.is_dir() else []
+    models = sorted(path.glob("*.gguf")) if kind in ("model", "tokenizer") and path.is_dir() else []
     raise ArtifactError(
         f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path),
-        fix=f"give the GGUF file itself: {inside[0]}" if inside else _how_to_make(kind),
+        fix=f"give the GGUF file itself: {models[0]}" if models else _how_to_make(kind),
     )  # fmt: skip
 
 
@@ -294,7 +294,8 @@ def _how_to_make(kind: str) -> str | None:
         "records": "make one with `tutelage data --sources YOUR_FILES`",
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
         "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
-        "model": f"give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or {' or '.join(short_names())}",
+        "model": "give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or "
+        + " or ".join(f"`{name}`" for name in short_names()),
         "adapter": "give a folder that peft wrote, or a finished run with adapter.kind set",
     }.get(kind)
 

@@ -1,4 +1,4 @@
-"""Opened GGUF files go to a folder of the tests; real files are skipped, with the command that gets them, where they are absent."""
+"""Opened files go to a folder of the test; tests of real files skip, with the command that gets them, where they are absent."""
 
 from __future__ import annotations
 

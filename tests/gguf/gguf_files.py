@@ -146,8 +146,8 @@ def _metadata(raw: dict[str, Any], name: str) -> dict[str, Any]:
         out |= {"rope.scaling.type": main["rope_type"], "rope.scaling.factor": main["factor"]}
         if main["rope_type"] == "yarn":
             out["rope.scaling.original_context_length"] = main["original_max_position_embeddings"]
-    for key, theirs in (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping", "final_logit_softcapping"),
-                        ("sliding_window", "attention.sliding_window")):  # fmt: skip
+    softcaps = ("attn_logit_softcapping", "final_logit_softcapping")
+    for key, theirs in ((softcaps[0],) * 2, (softcaps[1],) * 2, ("sliding_window", "attention.sliding_window")):
         if name in ("gemma2", "gemma3") and raw.get(key):
             out[theirs] = raw[key]
     return {"general.architecture": name, **{f"{name}.{k}": v for k, v in out.items()}}
@@ -172,7 +172,8 @@ def _numbered_tokens(raw: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer of as many tokens as the model has embeddings."""
     tokens = ["<pad>", "<s>", "</s>", *(chr(0x4E00 + i) for i in range(raw["vocab_size"] - 3))]
     return {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
         "tokenizer.ggml.token_type": [3, 3, 3, *[1] * (len(tokens) - 3)], "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 0,
     }  # fmt: skip

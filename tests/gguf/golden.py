@@ -59,13 +59,13 @@ def as_float32(file: Path, out: Path) -> Path:
 
 
 def log_probabilities(file: Path) -> tuple[list[int], list[float]]:
-    """llama.cpp's ids of the scored text, and the log-probability of each after those before it. The cache is float32: its default,
-    half precision, is off by more than a hundredth."""
+    """llama.cpp's ids of the scored text, and the log-probability of each after those before it. The cache is float32: its
+    default, half precision, is off by more than a hundredth."""
     from llama_cpp import Llama
 
     model = Llama(str(file), n_ctx=512, n_batch=512, logits_all=True, type_k=0, type_v=0, verbose=False)
-    ids = model.tokenize(scored_text().encode(), add_bos=model.metadata.get("tokenizer.ggml.add_bos_token") == "true", special=False)
-    ids = ids[: POSITIONS + 1]
+    adds_bos = model.metadata.get("tokenizer.ggml.add_bos_token") == "true"
+    ids = model.tokenize(scored_text().encode(), add_bos=adds_bos, special=False)[: POSITIONS + 1]
     model.eval(ids)
     scores = np.array(model.scores[: len(ids)], np.float64)
     scores -= scores.max(-1, keepdims=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_files import of_folder, tiny
-from tests.models.shapes import CASES, LLAMA3, SHAPE, reference_logits, written
 
+from tests.models.shapes import CASES, LLAMA3, SHAPE, reference_logits, written
 from tutelage.errors import ArtifactError
 from tutelage.gguf import reader
 from tutelage.gguf.architecture import config_of, shortest
@@ -16,9 +16,11 @@ from tutelage.models.interface import Batch
 from tutelage.models.load import load
 
 REAL_LLAMA3 = {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+SAME = ("llama", "llama-biased-tied", "llama-llama3", "llama-linear", "llama-yarn", "qwen2", "qwen3", "gemma")
 FAMILIES = {
-    **{name: CASES[name] for name in ("llama", "llama-biased-tied", "llama-llama3", "llama-linear", "llama-yarn", "qwen2", "qwen3", "gemma")},
-    "llama-3.1": {"model_type": "llama", **SHAPE, "head_dim": 64, "max_position_embeddings": 131072, "rope_parameters": REAL_LLAMA3},
+    **{name: CASES[name] for name in SAME},
+    "llama-3.1": {"model_type": "llama", **SHAPE, "head_dim": 64, "max_position_embeddings": 131072,
+                  "rope_parameters": REAL_LLAMA3},
     "gemma2": {**CASES["gemma2"], "query_pre_attn_scalar": 8},
     "gemma3": {**CASES["gemma3"], "query_pre_attn_scalar": 8, "sliding_window_pattern": 6,
                "layer_types": ["sliding_attention"] * 4},

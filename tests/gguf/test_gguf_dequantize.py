@@ -14,8 +14,18 @@ from tutelage.gguf.dequantize import CHUNK, UNPACK, dequantize
 
 # SHA-256, first 16 digits, of what gguf 0.19.0 makes of `_blocks`; NaN counts as 0.
 RECORDED = {
-    "F32": "81831c86a6161e40", "F16": "bd581662c8177dff", "BF16": "b174ad6af1a15d8c", "Q4_0": "b32a5e87b52b7d5d", "Q4_1": "691b53142b64af3d", "Q5_0": "58afc04eeff8d7b0", "Q5_1": "603ccaa8e10c00fb", "Q8_0": "3f4a799b8be35b21", "Q4_K": "12882d774f11b56f", "Q5_K": "91db580374f6480f", "Q6_K": "cb66191705b70b7d",
-}  # fmt: skip
+    "F32": "81831c86a6161e40",
+    "F16": "bd581662c8177dff",
+    "BF16": "b174ad6af1a15d8c",
+    "Q4_0": "b32a5e87b52b7d5d",
+    "Q4_1": "691b53142b64af3d",
+    "Q5_0": "58afc04eeff8d7b0",
+    "Q5_1": "603ccaa8e10c00fb",
+    "Q8_0": "3f4a799b8be35b21",
+    "Q4_K": "12882d774f11b56f",
+    "Q5_K": "91db580374f6480f",
+    "Q6_K": "cb66191705b70b7d",
+}
 
 
 def _blocks(number: int) -> np.ndarray:
@@ -25,7 +35,9 @@ def _blocks(number: int) -> np.ndarray:
 
 
 def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=np.inf, neginf=-np.inf).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=np.inf, neginf=-np.inf).tobytes()).hexdigest()[
+        :16
+    ]
 
 
 @pytest.mark.parametrize("number", BLOCKS, ids=lambda n: BLOCKS[n].name)

@@ -1,4 +1,4 @@
-"""The real files: SmolLM2-135M-Instruct and Gemma 3 270M, against llama.cpp and `transformers`. `make test-models` installs them."""
+"""The real files, SmolLM2-135M-Instruct and Gemma 3 270M, against llama.cpp and `transformers`: `make test-models`."""
 
 from __future__ import annotations
 
@@ -134,4 +134,6 @@ def test_smollm2_written_is_what_transformers_opens(smollm2: Path, tmp_path: Pat
     ids = torch.tensor([words("The quick brown fox jumps over the lazy dog.").input_ids])
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(Batch.of(ids.tolist())).view(1, ids.shape[1], -1), other(ids).logits, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            model.logits(Batch.of(ids.tolist())).view(1, ids.shape[1], -1), other(ids).logits, atol=1e-3, rtol=1e-3
+        )

@@ -7,9 +7,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from gguf_files import byte_tokens, plain, tiny, write
-
 import torch
+from gguf_files import byte_tokens, plain, tiny, write
 
 from tutelage.errors import ArtifactError, UserError
 from tutelage.gguf.reader import is_gguf, read

@@ -62,7 +62,7 @@ def _sentencepiece(**changed: Any) -> dict[str, Any]:
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
-    """Guards scores as merges, bytes of unknown characters, the space before a text, and BOS, which llama.cpp adds unless told."""
+    """Guards scores as merges, bytes of unknown characters, the space before a text, and BOS, which is added unless told."""
     words = TokenizerFolder.open(tiny(tmp_path / "m.gguf", _sentencepiece()))
     assert words.tokenizer.encode("ab ab", add_special_tokens=False).tokens == ["▁ab", "▁ab"]
     assert words.tokenizer.encode("é\n\nb", add_special_tokens=False).tokens == ["▁", "<0xC3>", "<0xA9>", "\n\n", "▁", "b"]

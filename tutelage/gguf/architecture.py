@@ -37,7 +37,7 @@ def _table() -> dict[str, Any]:
 
 
 def _family(file: Gguf) -> tuple[str, dict[str, Any]]:
-    """The name and the row of a file's architecture. Raises `ArtifactError` for one that is not read, and for a part of a model."""
+    """The name and the row of a file's architecture. Raises `ArtifactError` for one that is not read, and for parts of models."""
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise file.wrong(
             "one of several files that make a model", "split.count", file.metadata["split.count"], "a model in one file",
@@ -45,7 +45,7 @@ def _family(file: Gguf) -> tuple[str, dict[str, Any]]:
         )  # fmt: skip
     if file.metadata.get("general.type", "model") != "model":
         raise file.wrong("not a model", "general.type", file.metadata["general.type"], "model", fix="give the model's file")
-    name, known = file.metadata.get("general.architecture"), _table()["architectures"]
+    name, known = str(file.metadata.get("general.architecture")), _table()["architectures"]
     if name not in known:
         raise file.wrong(
             "no model of a family that is read from GGUF", "general.architecture", name, f"one of {', '.join(known)}",
@@ -57,6 +57,7 @@ def _family(file: Gguf) -> tuple[str, dict[str, Any]]:
 # The configuration
 
 COUNTS = ("_length", "_count", "head_count_kv")  # ends of keys whose numbers are whole
+
 
 def config_of(file: Gguf) -> dict[str, Any]:
     """The object of a config.json. Raises `ArtifactError` for an architecture that is not read, and for keys that are missing or
@@ -97,14 +98,14 @@ def _biases(file: Gguf, kind: str) -> dict[str, Any]:
 
 def _number(file: Gguf, key: str, needed: bool = False) -> Any:
     """A number of the metadata; one that is given layer by layer has to be the same for all."""
-    value = file.metadata.get(key)
+    value: Any = file.metadata.get(key)
     if isinstance(value, list) and value:
         if len(set(map(str, value))) > 1:
             raise file.wrong("layers of different shapes are not read", key, value, "the same for all layers")
         value = value[0]
     if value is None and not needed:
         return None
-    bare = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    bare = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
     if not bare or value < 0 or (needed and not value) or (isinstance(value, float) and key.endswith(COUNTS)):
         raise file.wrong("the metadata lacks a number, or has a wrong one", key, value, "a number above 0, whole where it counts")
     return shortest(value) if isinstance(value, float) else value

@@ -81,7 +81,9 @@ def header_of(folder: Path) -> Gguf:
 
 @cache
 def _packages() -> dict[str, dict[str, str]]:
-    table: dict[str, dict[str, str]] = yaml.safe_load(files("tutelage.gguf").joinpath("packages.yaml").read_text(encoding="utf-8"))
+    table: dict[str, dict[str, str]] = yaml.safe_load(
+        files("tutelage.gguf").joinpath("packages.yaml").read_text(encoding="utf-8")
+    )
     return table
 
 
@@ -91,8 +93,8 @@ def short_names() -> tuple[str, ...]:
 
 
 def packaged(name: str) -> Path | None:
-    """The GGUF file that a short name stands for; None for what is no short name. Raises `ArtifactError` where the package, or the
-    file in it, is missing."""
+    """The GGUF file that a short name stands for; None for what is no short name. Raises `ArtifactError` where the package, or
+    the file in it, is missing."""
     if name not in short_names():
         return None
     found, row = _installed(name), _packages()[name]

@@ -160,7 +160,9 @@ class _Header:
         try:
             return self.data[start : start + length].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.damaged("a text that is not UTF-8", field=what, found=self.data[start : start + min(length, 40)]) from error
+            raise self.damaged(
+                "a text that is not UTF-8", field=what, found=self.data[start : start + min(length, 40)]
+            ) from error
 
     def name(self, what: str) -> str:
         name = self.text(what)
@@ -208,7 +210,9 @@ class _Header:
         name = self.name("the table of tensors")
         count = self.number("<I", name)
         if count > MOST_DIMENSIONS:
-            raise self.damaged("a tensor with too many dimensions", field=name, found=count, expected=f"at most {MOST_DIMENSIONS}")
+            raise self.damaged(
+                "a tensor with too many dimensions", field=name, found=count, expected=f"at most {MOST_DIMENSIONS}"
+            )
         shape = tuple(self.number("<Q", name) for _ in range(count))[::-1]
         return name, shape, self.number("<I", name), self.number("<Q", name)
 
@@ -229,7 +233,9 @@ class _Header:
                 expected = f"no zero, and rows of a multiple of {kind.values} values ({kind.name})"
                 raise self.damaged("a tensor's shape does not fit its type", field=name, found=list(shape), expected=expected)
             if offset % alignment:
-                raise self.damaged("a tensor that is not aligned", field=name, found=offset, expected=f"a multiple of {alignment}")
+                raise self.damaged(
+                    "a tensor that is not aligned", field=name, found=offset, expected=f"a multiple of {alignment}"
+                )
             size = kind.bytes_of(prod(shape))
             if base + offset + size > self.size:
                 raise ArtifactError(
@@ -249,5 +255,9 @@ class _Header:
             )  # fmt: skip
         return BLOCKS[number]
 
-    def damaged(self, message: str, *, field: str | None = None, found: object = None, expected: str | None = None) -> ArtifactError:
-        return ArtifactError(f"a damaged GGUF file: {message}", file=self.path, field=field, found=found, expected=expected, fix=AGAIN)
+    def damaged(
+        self, message: str, *, field: str | None = None, found: object = None, expected: str | None = None
+    ) -> ArtifactError:
+        return ArtifactError(
+            f"a damaged GGUF file: {message}", file=self.path, field=field, found=found, expected=expected, fix=AGAIN
+        )

@@ -52,7 +52,9 @@ class GgufTensors:
         place = row.place
         values = dequantize(self._data[place.start : place.start + place.size], place.type).view(place.shape)
         if not values.sum().isfinite() and not values.isfinite().all():
-            raise ArtifactError("a damaged GGUF file: values that are not finite", file=self.gguf.path, field=place.name, fix=AGAIN)
+            raise ArtifactError(
+                "a damaged GGUF file: values that are not finite", file=self.gguf.path, field=place.name, fix=AGAIN
+            )
         return _hugging_face(values, row)
 
 

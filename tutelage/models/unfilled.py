@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class _NoStart(TorchFunctionMode):
-    """Leaves out torch's own first values. On "meta", where they are nothing, each kind of them imports a part of torch's compiler:
-    sympy for the uniform ones, all of it for the normal ones, which takes seconds."""
+    """Leaves out torch's own first values. On "meta", where they are nothing, each kind of them imports a part of torch's
+    compiler: sympy for the uniform ones, all of it for the normal ones, which takes seconds."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -66,7 +66,9 @@ async def unload(request: Request, name: str) -> dict[str, Any]:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ApiError(400, "there is no such folder or GGUF file; the path is one of this machine, not a run's name", param="path")
+        raise ApiError(
+            400, "there is no such folder or GGUF file; the path is one of this machine, not a run's name", param="path"
+        )
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ApiError(400, "this folder holds neither a model (config.json) nor an adapter (adapter_config.json)", param="path")
 
