@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -241,7 +241,8 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
                 f"no {kind} there",
                 file=reference,
                 fix=f"give a folder, or a finished run as recipe/stage (`tutelage runs --runs {root}` lists them"
-                + ("; `tutelage run recipes/quickstart.yaml` makes this one)" if reference.startswith("quickstart/") else ")"),
+                + ("; `tutelage run recipes/quickstart.yaml` makes this one)" if reference.startswith("quickstart/") else ")")
+                + (f"; a GGUF file, or {_quoted(short_names())}" if kind in ("model", "tokenizer") else ""),
             )
         path = matches[-1]
     if (path / "run.json").exists():
@@ -289,13 +290,16 @@ def _contents(path: Path) -> str:
     return ", ".join(names) or "an empty folder"
 
 
+def _quoted(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
 def _how_to_make(kind: str) -> str | None:
     return {
         "records": "make one with `tutelage data --sources YOUR_FILES`",
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
         "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
-        "model": "give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or "
-        + " or ".join(f"`{name}`" for name in short_names()),
+        "model": "give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or " + _quoted(short_names()),
         "adapter": "give a folder that peft wrote, or a finished run with adapter.kind set",
     }.get(kind)
 
