@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tutelage.gguf.blocks import BLOCKS
-from tutelage.gguf.dequantize import CHUNK, UNPACK, dequantize
+from tutelage.gguf.dequantize import UNPACK, dequantize
 
 # SHA-256, first 16 digits, of what gguf 0.19.0 makes of `_blocks`; NaN counts as 0.
 RECORDED = {
@@ -31,7 +31,7 @@ RECORDED = {
 def _blocks(number: int) -> np.ndarray:
     """Random bytes of more values than are unpacked together: every pattern of bits, infinite scales too."""
     kind = BLOCKS[number]
-    return np.random.default_rng(number).integers(0, 256, kind.bytes_of(CHUNK + 5 * 256), dtype=np.uint8)
+    return np.random.default_rng(number).integers(0, 256, kind.bytes_of((1 << 18) + 5 * 256), dtype=np.uint8)
 
 
 def _digest(values: np.ndarray) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tutelage.gguf.blocks import BlockType
 
-CHUNK = 1 << 18  # values that are unpacked together: what a core's second-level cache holds
+CHUNK = 1 << 14
+"""Values that are unpacked together: they stay in a core's cache, and are few enough for torch to use one thread. With several,
+each of the many small steps waits for all of them, which takes ten times as long on a machine that others use too."""
 
 
 def dequantize(raw: Tensor, kind: BlockType) -> Tensor:
