@@ -27,7 +27,7 @@ LAYERS = [
     {"models"},
     {"recipe", "plan"},
     {"store", "sandbox"},
-    {"config", "records", "rundir", "bases", "aside", "digests", "files", "log", "errors", "unicode"},
+    {"config", "records", "rundir", "bases", "gguf", "aside", "digests", "files", "log", "errors", "unicode"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [

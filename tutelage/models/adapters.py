@@ -29,6 +29,7 @@ from tutelage.models.lora import Lora, LowRank, linear_layers
 from tutelage.models.nf4 import Packed
 from tutelage.models.shard import is_sharded
 from tutelage.models.tables import base_tables, train_tables
+from tutelage.models.unfilled import unfilled
 from tutelage.models.virtual import VirtualTokens, room
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
@@ -341,7 +342,7 @@ def worn(model: Any) -> tuple[Any, Lora | None]:
     alone = isinstance(model, Decoder) and model.virtual is None and not is_sharded(model)
     if not alone or any(m.quantized for _, m in layers):
         return model, None
-    with torch.device("meta"):
+    with unfilled():
         plain = Decoder(model.config)
     lora: dict[str, LowRank] = {}
     state = {name: p.detach() for name, p in model.named_parameters() if ".change." not in name}
