@@ -35,8 +35,8 @@ def preferences(data: Path, count: int) -> list[tuple[str, str, str]]:
 
 
 def pairs(args: argparse.Namespace, scratch: Path) -> Any:
-    from tutelage.data.pairs import PairFamilies
-    from tutelage.data.tokens import Segments, tokenize
+    from tutelage.data.groups.pairs import PreferencePairs
+    from tutelage.data.tokens.shards import Segments, tokenize
     from tutelage.files import write_json
     from tutelage.records import SCHEMA_VERSION, Message, Preference, dump_line
 
@@ -50,14 +50,14 @@ def pairs(args: argparse.Namespace, scratch: Path) -> Any:
         (records / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
     write_json(records / "schema.json", {"type": "Preference", "version": SCHEMA_VERSION})
     tokenize(records, args.tokenizer, scratch / "tokens", workers=1)
-    return PairFamilies(Segments.open(scratch / "tokens" / "train"), common.SEQUENCE, "right")
+    return PreferencePairs(Segments.open(scratch / "tokens" / "train"), common.SEQUENCE, "right")
 
 
 def static(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """(source, parts, facts) of jobs about pairs."""
     from tutelage.config.train import Tune
-    from tutelage.data.family_source import FamilySource
-    from tutelage.stages.tuning import reference_logprobs
+    from tutelage.data.groups.source import GroupSource
+    from tutelage.setup.answers import reference_logprobs
 
     families, parts, facts = pairs(args, scratch), {"policy": model}, {}
     if args.job == "dpo":
@@ -69,7 +69,7 @@ def static(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, di
         from tutelage.models.scorer import build_scorer
 
         parts = {"reward": build_scorer(model)}
-    source = FamilySource(
+    source = GroupSource(
         families, per_step=args.batch, micro_tokens=args.micro_tokens, layout=args.layout, seed=0, unit="pairs"
     )  # fmt: skip
     return source, parts, facts
@@ -86,10 +86,10 @@ class Varied:
 
 
 def rollouts(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    from tutelage.chat.render import Renderer
     from tutelage.config.stages import Rl
-    from tutelage.data.render import Renderer
     from tutelage.records import Message, Prompt
-    from tutelage.stages.rollouts import Kit
+    from tutelage.setup.rollouts import RolloutSetup
 
     rows = [json.loads(x) for x in (args.data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:512]]
     asked = [
@@ -101,7 +101,7 @@ def rollouts(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, 
         max_tokens=args.length, max_length=common.SEQUENCE, micro_tokens=args.micro_tokens, layout=args.layout,
     )  # fmt: skip
     run = type("Run", (), {"folder": staticmethod(lambda name: scratch / name)})
-    kit = Kit.of(config, run, model, Renderer(args.tokenizer), model.device, Varied())  # type: ignore[arg-type]
+    kit = RolloutSetup.of(config, run, model, Renderer(args.tokenizer), model.device, Varied())  # type: ignore[arg-type]
     return kit.source(asked), kit.parts, {}
 
 
@@ -142,16 +142,16 @@ def train(source: Any, parts: dict[str, Any], args: argparse.Namespace, steps: c
     from tutelage.objectives import objective
     from tutelage.train.loop import Job
     from tutelage.train.loop import train as loop
-    from tutelage.train.optim import Optimizers, Rates
-    from tutelage.train.step import Recipe
+    from tutelage.train.optim import LearningRates, Optimizers
+    from tutelage.train.step import StepConfig
 
     clock = pretrain.Clock(steps)
     mark, steps.mark = steps.mark, lambda amount: mark(args.batch)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as scratch:
         metrics = log.Metrics(Path(scratch) / "metrics.jsonl")
         job = Job(
-            recipe=Recipe(parts, objective(args.job)), source=source,
-            optimizers=Optimizers(parts, Optimizer(name=args.optimizer), Rates(1e-4, 1e-4, 1e-4)),
+            recipe=StepConfig(parts, objective(args.job)), source=source,
+            optimizers=Optimizers(parts, Optimizer(name=args.optimizer), LearningRates(1e-4, 1e-4, 1e-4)),
             schedule=Schedule(name="constant", warmup=0), steps=args.warmup + args.steps, folder=Path(scratch), metrics=metrics,
             hooks={"clock": clock}, checkpoint_seconds=1e9,
         )  # fmt: skip

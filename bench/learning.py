@@ -51,8 +51,8 @@ def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
 
 def compare(start: Path, trained: Path, data: Any, seed: int, questions: int) -> dict[str, Any]:
     """Both models' answers to the held-out questions, judged by the rule."""
+    from tutelage.chat.render import Renderer
     from tutelage.config.rewards import terms_of
-    from tutelage.data.render import Renderer
     from tutelage.engine import Engine, Sampling
     from tutelage.evaluate.intervals import wilson
     from tutelage.models.load import load

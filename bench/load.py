@@ -81,7 +81,7 @@ class Server:
     """`tutelage serve` as a process of its own."""
 
     def __init__(self, model: Path) -> None:
-        command = [sys.executable, "-m", "tutelage.cli", "serve", str(model), "--name", NAME, "--port", "0"]
+        command = [sys.executable, "-m", "tutelage", "serve", str(model), "--name", NAME, "--port", "0"]
         self.process = subprocess.Popen([*command, "--max-waiting", "4096"], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         said = ""
@@ -194,7 +194,7 @@ async def drive(server: Server, jobs: list[Job], clients: int, seconds: float) -
 
 def check(model: Path, jobs: list[Job], tally: Tally) -> dict[str, Any]:
     """Every finished stream against its job run alone."""
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
     from tutelage.models.load import load
 

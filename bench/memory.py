@@ -38,7 +38,7 @@ def measure(size: str, rows: int, length: int, optimizer: str, checkpointing: st
     from tutelage.objectives import objective
     from tutelage.plan.memory import compare, estimate, peak_rss
     from tutelage.plan.shape import derive
-    from tutelage.train.optim import Optimizers, Rates
+    from tutelage.train.optim import LearningRates, Optimizers
 
     own.use(kernels)
     on = own.available()
@@ -49,7 +49,7 @@ def measure(size: str, rows: int, length: int, optimizer: str, checkpointing: st
     model.train()
     model.checkpointing = checkpointing
     parts: dict[str, torch.nn.Module] = {"policy": model}
-    optimizers = Optimizers(parts, Optimizer(name=optimizer), Rates(1e-3, 1e-3, 1e-3))  # type: ignore[arg-type]
+    optimizers = Optimizers(parts, Optimizer(name=optimizer), LearningRates(1e-3, 1e-3, 1e-3))  # type: ignore[arg-type]
     for step in range(2):
         ids = torch.randint(common.VOCAB, (rows, length), generator=torch.Generator().manual_seed(step))
         batch = Batch.of(ids.tolist())

@@ -51,8 +51,8 @@ def eight_bits(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     from tutelage.engine import Engine
     from tutelage.engine.runner import Work
     from tutelage.engine.sequence import Sampling, Sequence
-    from tutelage.engine.text import TextStream
     from tutelage.models.load import load
+    from tutelage.tokenizer.detokenize import TextStream
 
     out: dict[str, float] = {}
     best = {}
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     args = parser.parse_args()
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
     from tutelage.models import kernels
     from tutelage.models.load import load

@@ -26,7 +26,7 @@ class RowsSource:
     def next(self, step: int) -> Any:
         import torch
 
-        from tutelage.data.loader import GlobalBatch
+        from tutelage.data.tokens.loader import GlobalBatch
         from tutelage.models.interface import Batch
 
         ids = self.rows[step * self.batch : (step + 1) * self.batch]
@@ -84,17 +84,17 @@ def train(source: Any, model: Any, args: argparse.Namespace, steps: common.Steps
     from tutelage.objectives import objective
     from tutelage.train.loop import Job
     from tutelage.train.loop import train as loop
-    from tutelage.train.optim import Optimizers, Rates
-    from tutelage.train.step import Recipe
+    from tutelage.train.optim import LearningRates, Optimizers
+    from tutelage.train.step import StepConfig
 
     parts, config = {"policy": model}, Optimizer(name=args.optimizer)
     clock = Clock(steps)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         metrics = log.Metrics(folder / "metrics.jsonl")
-        recipe = Recipe(parts, objective("next_token"), clip=1.0, dtype=getattr(torch, args.dtype))
+        recipe = StepConfig(parts, objective("next_token"), clip=1.0, dtype=getattr(torch, args.dtype))
         job = Job(
-            recipe=recipe, source=source, optimizers=Optimizers(parts, config, Rates(1e-3, 1e-3, 1e-3)),
+            recipe=recipe, source=source, optimizers=Optimizers(parts, config, LearningRates(1e-3, 1e-3, 1e-3)),
             schedule=Schedule(name="constant", warmup=0), steps=args.warmup + args.steps, folder=folder, metrics=metrics,
             hooks={"clock": clock}, checkpoint_seconds=1e9,
         )  # fmt: skip

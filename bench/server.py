@@ -90,7 +90,7 @@ async def _clients(port: int, repeat: int, stream: bool) -> dict[str, float]:
 
 def outside(weights: Path, repeat: int, stream: bool) -> dict[str, float]:
     """The same through `tutelage serve`, asked by this process."""
-    command = [sys.executable, "-m", "tutelage.cli", "serve", str(weights), "--name", "m", "--port", "0"]
+    command = [sys.executable, "-m", "tutelage", "serve", str(weights), "--name", "m", "--port", "0"]
     options = ["--no-prefix-cache", "--slots", str(CLIENTS), "--max-length", str(PROMPT + NEW)]
     server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

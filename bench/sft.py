@@ -39,8 +39,8 @@ def write_records(source: Path, folder: Path) -> None:
 
 
 def source_of(args: argparse.Namespace, scratch: Path) -> Any:
-    from tutelage.data.loader import StaticSource
-    from tutelage.data.tokens import Segments, tokenize
+    from tutelage.data.tokens.loader import StaticSource
+    from tutelage.data.tokens.shards import Segments, tokenize
 
     write_records(args.data / "gsm8k" / "train.jsonl", scratch / "records")
     tokenize(scratch / "records", args.tokenizer, scratch / "tokens", workers=1)
@@ -66,9 +66,9 @@ def main() -> None:
         model = pretrain.build(args)
         if args.lora:
             from tutelage.config.adapter import Adapter
-            from tutelage.models.adapters import wear
+            from tutelage.models.adapters.attach import attach_adapter
 
-            wear(model, Adapter(kind="lora", rank=args.lora, alpha=2 * args.lora, quantize=args.quantize), seed=0)
+            attach_adapter(model, Adapter(kind="lora", rank=args.lora, alpha=2 * args.lora, quantize=args.quantize), seed=0)
         steps = common.Steps(args.warmup)
         losses = pretrain.train(source, model, args, steps)
     adapter = (f"_lora{args.lora}" if args.lora else "") + (f"_{args.quantize}" if args.quantize != "none" else "")

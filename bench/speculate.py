@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
     from tutelage.models.load import load
     from tutelage.rundir import find

@@ -16,7 +16,7 @@ import time
 
 import common
 
-START = [sys.executable, "-c", "from tutelage.cli import main; main()"]
+START = [sys.executable, "-c", "from tutelage.cli.main import main; main()"]
 
 
 def command() -> list[str]:

@@ -94,7 +94,7 @@ def run_peer(work: Path, save: Path | None) -> float:
 def run_ours(work: Path, out: Path) -> float:
     """Seconds from the records folder to finished shards, imports of the package included."""
     begin = time.perf_counter()
-    from tutelage.data.tokens import tokenize
+    from tutelage.data.tokens.shards import tokenize
 
     tokenize(work / "records", work / "tokenizer", out)
     return time.perf_counter() - begin
@@ -102,7 +102,7 @@ def run_ours(work: Path, out: Path) -> float:
 
 def equal_ids(out: Path, reference: Path) -> bool:
     """Whether the documents' ids, less the tokens before and after each, are those of encode_batch."""
-    from tutelage.data.tokens import Segments
+    from tutelage.data.tokens.shards import Segments
 
     segments = Segments.open(out / "train")
     ours = np.concatenate([segments.ids(i)[1:-1] for i in range(len(segments))])

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from tutelage import cli
+from tutelage.cli import main
 
 ANIMALS = ("cat", "dog", "horse", "owl", "fox", "hen", "goat", "mouse", "swan", "bee")
 PLACES = ("mat", "door", "hill", "barn", "river", "field", "tower", "bridge")
@@ -76,7 +76,7 @@ def tutelage(capsys: pytest.CaptureFixture[str], *arguments: object, columns: in
     words = [str(a) for a in arguments]
     with mock.patch.object(sys, "argv", ["tutelage", *words]), mock.patch.dict(os.environ, {"COLUMNS": str(columns)}):
         try:
-            cli.main()
+            main.main()
             code = 0
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
@@ -86,7 +86,7 @@ def tutelage(capsys: pytest.CaptureFixture[str], *arguments: object, columns: in
 
 def spawn(*arguments: object, **how: Any) -> subprocess.Popen[str]:
     """The same command in a process of its own."""
-    line = [sys.executable, "-m", "tutelage.cli", *map(str, arguments)]
+    line = [sys.executable, "-m", "tutelage", *map(str, arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **how)
 
 

@@ -305,7 +305,7 @@ def test_torchrun_prints_one_path(tmp_path: Path, capsys: Capture, monkeypatch: 
 
 def test_results_of_every_stage_have_a_headline() -> None:
     """`report`, `tokens` and `merge`, whose column was empty."""
-    from tutelage.console import headline
+    from tutelage.cli.show import headline
 
     assert headline({"stage": "tokens", "splits": {"train": {"tokens": 1000}, "validation": {"tokens": 24}}}) == "1,024 tokens"
     assert headline({"stage": "report", "bytes": 20480}) == "a page of 20 kB"
@@ -315,7 +315,7 @@ def test_results_of_every_stage_have_a_headline() -> None:
 def test_a_part_file_with_strange_lines_goes_on(tmp_path: Path, capsys: Capture) -> None:
     """`KeyError: 'tokens'` for a line of `generate`'s part file; and a row number that asks for all the memory there is."""
     from tutelage.errors import ConfigError
-    from tutelage.serve.part import PartFile, check_output
+    from tutelage.inference.output_file import ResumableOutput, check_output
 
     for strange in (
         '{"row": 0}',
@@ -324,16 +324,16 @@ def test_a_part_file_with_strange_lines_goes_on(tmp_path: Path, capsys: Capture)
         '{"row": 1, "tokens": 3, "result": {}}',
     ):
         out = tmp_path / "out.jsonl"
-        with PartFile(out, {"seed": 0}, force=True, rows=3) as part:
+        with ResumableOutput(out, {"seed": 0}, force=True, rows=3) as part:
             part.append(0, {"text": "a"}, [1, 2])
         with part.path.open("a") as f:
             f.write(strange + "\n" + json.dumps({"row": 2, "tokens": [1, 1], "result": {}}) + "\n")
-        with PartFile(out, {"seed": 0}, rows=3) as part:
+        with ResumableOutput(out, {"seed": 0}, rows=3) as part:
             assert part.rows == 1 and part.holds(0) and not part.holds(2)
         assert "out.jsonl.part:2: a damaged line; from here on 2 rows" in capsys.readouterr().err
     part.state.write_text("{")
     with pytest.raises(ArtifactError) as caught:
-        PartFile(out, {"seed": 0})
+        ResumableOutput(out, {"seed": 0})
     assert caught.value.file == part.state and "--force" in str(caught.value.fix)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="a device or a pipe"):

@@ -109,7 +109,7 @@ def test_what_is_there_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.Mo
     def refuse(config: Any) -> None:
         raise ConfigError("not today", field="kind")
 
-    monkeypatch.setattr("tutelage.stages.checks.data", refuse)
+    monkeypatch.setattr("tutelage.preflight.checks.data", refuse)
     run_recipe(loaded, Runner(STAGES, tmp_path / "runs", loaded.name))
     with pytest.raises(ConfigError, match="not today"):
         run_recipe(loaded, Runner(STAGES, tmp_path / "runs", loaded.name, force=True))

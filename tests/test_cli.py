@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline import TRAIN, World, environment, inside, tutelage, world, write_recipe, write_sources  # noqa: F401 (a fixture)
 from tutelage import __version__, api
-from tutelage.cli import STAGE_HELP
+from tutelage.cli.main import STAGE_HELP
 from tutelage.config.base import known_keys, subsection
 from tutelage.errors import DataError
 from tutelage.files import read_json, write_json
@@ -25,7 +25,7 @@ Capture = pytest.CaptureFixture[str]
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     """A help page that takes seconds, since torch is imported to print it."""
     code = (
-        f"import sys; sys.argv = ['tutelage', *{words!r}]\nfrom tutelage.cli import main\n"
+        f"import sys; sys.argv = ['tutelage', *{words!r}]\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit as left: assert not left.code\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'tokenizers', 'jinja2', 'fastapi'} & set(sys.modules)))\n"
         "print('pydantic' in sys.modules)"
@@ -268,7 +268,7 @@ def test_pipes_get_whole_lines(tmp_path: Path) -> None:
     api.data(sources=[tmp_path / "texts"], runs=root)
     environ = {k: v for k, v in environment().items() if k != "COLUMNS"}
     done = subprocess.run(
-        [sys.executable, "-m", "tutelage.cli", "runs", "--runs", str(root)],
+        [sys.executable, "-m", "tutelage", "runs", "--runs", str(root)],
         capture_output=True, text=True, env=environ, check=True,
     )  # fmt: skip
     assert str(next(root.glob("cli/data-*"))) in done.stdout

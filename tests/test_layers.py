@@ -14,26 +14,30 @@ PACKAGE = Path(__file__).parent.parent / "tutelage"
 # Left imports right; names on one line may import one another.
 LAYERS = [
     {"__main__"},
-    {"cli", "api", "console", "options", "removal", "rollouts_shown", "using"},
+    {"cli", "api"},
     {"stages"},
+    {"setup", "preflight"},
     {"web"},
     {"improve"},
     {"serve", "audit", "explain", "compress"},
-    {"annotate", "retrieve"},
+    {"annotate", "retrieve", "inference"},
     {"evaluate", "rollout"},
     {"rewards"},
     {"train", "engine"},
-    {"data", "safety", "tokenizer", "objectives"},
+    {"data", "safety", "structured", "objectives"},
+    {"chat", "tokenizer"},
     {"models"},
     {"recipe", "plan"},
-    {"store", "sandbox"},
-    {"config", "records", "rundir", "bases", "gguf", "aside", "digests", "files", "log", "errors", "unicode"},
+    {"store", "sandbox", "workers"},
+    {"config", "records", "artifacts", "rundir", "aside", "digests", "unicode", "files", "log", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
-    "cli", "console", "recipe", "rundir", "records", "config.stages", "data.collect", "data.tokens", "data.render", "data.pack",
-    "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", "evaluate.yardsticks", "evaluate.intervals",
-    "stages.estimates", "sandbox.sandbox", "config.rewards", "rewards.build", "rewards.check", "rewards.judge", "rewards.model",
+    "cli.main", "cli.show", "recipe", "rundir", "records", "config.stages", "data.clean.collect", "data.tokens.shards",
+    "data.tokens.pack", "chat.render", "tokenizer.train", "tokenizer.load", "plan.shape", "plan.time", "plan.memory", 
+    "evaluate.baselines",
+    "evaluate.intervals", "preflight.estimates", "preflight.checks", "sandbox.sandbox", "config.rewards", "rewards.build",
+    "rewards.check", "rewards.judge", "rewards.model",
 ]  # fmt: skip
 
 

@@ -213,13 +213,13 @@ def test_code_that_makes_a_stage_is_in_its_digest(tmp_path: Path, monkeypatch: p
     before = digests()
     assert before["data"] == real
     for name, changed in (
-        ("data/filters.py", {"data"}),
-        ("data/words.txt", {"data"}),
-        ("data/templates/chatml.jinja", {"tokenizer", "pretrain"}),
+        ("data/clean/filters.py", {"data"}),
+        ("data/demo/words.txt", {"data"}),
+        ("chat/templates/chatml.jinja", {"tokenizer", "pretrain"}),
         ("plan/dial.yaml", {"pretrain"}),
         ("models/kernels/loss.cpp", {"pretrain"}),
         ("evaluate/report.html.jinja", {"report"}),
-        ("cli.py", set()),
+        ("cli/main.py", set()),
         ("config/stages.py", set()),
         ("plan/prices.yaml", set()),
     ):

@@ -10,7 +10,7 @@ import pytest
 
 from tutelage.config.base import build, load_yaml
 from tutelage.config.stages import Data
-from tutelage.data.collect import collect
+from tutelage.data.clean.collect import collect
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import named_folder
 from tutelage.unicode import half_character, printable

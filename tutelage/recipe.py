@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.base import Places, Section, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
+from tutelage.config.base import Section, SourceLocations, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
 from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError, UserError
 from tutelage.plan.code import code_digest
@@ -26,7 +26,7 @@ from tutelage.rundir import Artifact, RunDir, find
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class StageSpec:
     """A row of the table of stages. Strings are imported when used, so that the table itself costs nothing."""
 
     section: str  # name of the class in config/stages.py
@@ -96,7 +96,7 @@ class Planned:
 class Runner:
     """Runs stages of one recipe below `root/recipe/`."""
 
-    def __init__(self, table: Mapping[str, Kind], root: Path, recipe: str = "cli", *, force: bool = False) -> None:
+    def __init__(self, table: Mapping[str, StageSpec], root: Path, recipe: str = "cli", *, force: bool = False) -> None:
         self.table, self.root, self.recipe, self.force = table, root, recipe, force
         self.finished: dict[str, RunDir] = {}
         self.planned: dict[str, Planned] = {}
@@ -228,7 +228,7 @@ class Recipe:
     about: str
     stages: dict[str, tuple[str, Section]]  # name -> (kind, config)
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what `--extend` asks of its finished run
-    places: Places = field(default_factory=Places)
+    places: SourceLocations = field(default_factory=SourceLocations)
 
     def plan(self, name: str, runner: Runner) -> Planned:
         """Raises what the settings of this stage alone are wrong in, with its name and place."""
@@ -246,12 +246,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def load_recipe(
-    path: Path, table: Mapping[str, Kind], settings: list[tuple[str, Any]], extend: Sequence[tuple[str, Any]] = ()
+    path: Path, table: Mapping[str, StageSpec], settings: list[tuple[str, Any]], extend: Sequence[tuple[str, Any]] = ()
 ) -> Recipe:
     """Reads a recipe, applies `--set` (`scale=NAME`, `stage.key=value`) and `--extend`, and checks every key. Raises
     `ConfigError`."""
     values, lines = load_yaml(path)
-    places = Places(path, lines)
+    places = SourceLocations(path, lines)
     for key in values:
         if key not in TOP:
             raise ConfigError(
@@ -297,7 +297,9 @@ def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[st
     return out
 
 
-def _settings(values: dict[str, Any], settings: list[tuple[str, Any]], places: Places) -> Iterator[tuple[str, Any, int | str]]:
+def _settings(
+    values: dict[str, Any], settings: list[tuple[str, Any]], places: SourceLocations
+) -> Iterator[tuple[str, Any, int | str]]:
     """(key, value, line or words of the command line) of the asked scale, then of each `--set`."""
     scales = values.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):
@@ -325,7 +327,7 @@ def _typed(key: str, value: Any) -> str:
 
 
 def _stage(
-    name: str, raw: Any, table: Mapping[str, Kind], places: Places, before: Mapping[str, tuple[str, Section]]
+    name: str, raw: Any, table: Mapping[str, StageSpec], places: SourceLocations, before: Mapping[str, tuple[str, Section]]
 ) -> tuple[str, Section]:
     here = f"stages.{name}"
     if not isinstance(raw, dict) or "stage" not in raw:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tutelage.errors import DataError
 
 SCHEMA_VERSION = 1
-KINDS = {
+RECORD_TYPES = {
     "documents": "Document",
     "conversations": "Conversation",
     "preferences": "Preference",

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from tutelage import __version__, aside, log
-from tutelage.bases import is_adapter
+from tutelage.artifacts import is_adapter
 from tutelage.digests import Digests
 from tutelage.errors import ArtifactError, StorageError, UserError
 from tutelage.files import file_digest, folder_digest, joint_digest, read_object, recover, storage_errors, whole_file, write_json
@@ -35,7 +35,7 @@ from tutelage.gguf.folder import model_folder, packaged, short_names
 from tutelage.gguf.reader import is_gguf
 from tutelage.unicode import printable
 
-KINDS = {
+ARTIFACT_TYPES = {
     # kind of artifact: the file that proves a folder to be one
     "records": "schema.json",
     "tokenizer": "tokenizer.json",
@@ -202,7 +202,7 @@ class RunDir:
         if log.rank() != 0:
             return
         old = _earlier(self.path)
-        made = next((k for k, proof in KINDS.items() if (self.path / k / proof).exists()), None)
+        made = next((k for k, proof in ARTIFACT_TYPES.items() if (self.path / k / proof).exists()), None)
         before = float(old.get("seconds", 0.0)) if old.get("status") in ("interrupted", "running") else 0.0
         row: dict[str, Any] = {
             "stage": self.stage,
@@ -263,7 +263,9 @@ def read_run(path: Path) -> dict[str, Any]:
         if not (isinstance(parent, dict) and isinstance(parent.get(key), kind))
     ]
     made = row.get("artifact")
-    if made is not None and not (isinstance(made, dict) and made.get("path") in KINDS and isinstance(made.get("digest"), str)):
+    if made is not None and not (
+        isinstance(made, dict) and made.get("path") in ARTIFACT_TYPES and isinstance(made.get("digest"), str)
+    ):
         lacks.append("artifact")
     if lacks:
         raise ArtifactError("this run.json is damaged", file=file, field=lacks[0], expected="as a stage wrote it", fix=AGAIN)
@@ -363,9 +365,9 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
         path = matches[-1]
     if (path / "run.json").exists():
         return _of_run(path, kind)
-    wanted = KINDS.get(kind)
+    wanted = ARTIFACT_TYPES.get(kind)
     if kind in ("model", "tokenizer") and not (path / str(wanted)).exists() and is_adapter(path):
-        wanted = KINDS["adapter"]  # a base and what is beside it are a model too
+        wanted = ARTIFACT_TYPES["adapter"]  # a base and what is beside it are a model too
     if wanted and (path / wanted).exists():
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None

@@ -9,8 +9,8 @@ from typing import Literal, get_origin
 import pytest
 
 from tutelage.config.base import (
-    Places,
     Section,
+    SourceLocations,
     assign,
     build,
     identity_of,
@@ -97,7 +97,12 @@ def test_unknown_keys_name_the_nearest() -> None:
 def test_wrong_values_say_what_was_expected(values: dict[str, object], key: str, found: object, says: str) -> None:
     """Names of pydantic's inner types (`steps.constrained-int`) that no user can look up."""
     with pytest.raises(ConfigError) as caught:
-        build(Pretrain, {"data": "d", "tokenizer": "t", **values}, places=Places(Path("r.yaml"), {"s.steps": 7}), prefix="s.")
+        build(
+            Pretrain,
+            {"data": "d", "tokenizer": "t", **values},
+            places=SourceLocations(Path("r.yaml"), {"s.steps": 7}),
+            prefix="s.",
+        )
     error = caught.value
     assert error.field == "s." + key and error.found == found and says in error.message and error.expected
     assert error.line == (7 if key == "steps" else None) and error.file == Path("r.yaml")

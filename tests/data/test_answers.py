@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.rewards.rollouts import rollout, rubric
-from tutelage.data.collect import collect
-from tutelage.data.formats import to_conversation
+from tutelage.data.clean.collect import collect
+from tutelage.data.sources.conversations import to_conversation
 from tutelage.errors import DataError, RewardError
 from tutelage.evaluate.questions import grade
 from tutelage.records import Conversation, Prompt, read_records

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.data import card
-from tutelage.data.collect import collect
-from tutelage.data.split import position, side
+from tutelage.data.clean import card
+from tutelage.data.clean.collect import collect
+from tutelage.data.clean.split import position, side
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import folder_digest
 from tutelage.records import Conversation, Document, read_records
@@ -78,7 +78,8 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(gather: Collecte
     other = tmp_path / "other"
     other.mkdir()
     program = (
-        f"from pathlib import Path; from tutelage.data.collect import collect; collect([{str(source)!r}], Path({str(other)!r}))"
+        "from pathlib import Path; from tutelage.data.clean.collect import collect; "
+        f"collect([{str(source)!r}], Path({str(other)!r}))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     assert folder_digest(out) == folder_digest(other)
@@ -87,7 +88,8 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(gather: Collecte
 def test_collecting_imports_no_torch() -> None:
     """Importing torch costs two seconds before the first file is read."""
     program = (
-        "import sys, tutelage.data.collect, tutelage.data.questions, tutelage.data.skills; assert 'torch' not in sys.modules"
+        "import sys, tutelage.data.clean.collect, tutelage.data.demo.questions, tutelage.data.demo.skills; "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

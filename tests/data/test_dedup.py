@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from tutelage.data.dedup import band_keys, found_elsewhere, jaccard, near_duplicates, shingles
+from tutelage.data.clean.dedup import band_keys, found_elsewhere, jaccard, near_duplicates, shingles
 
 WORDS = [f"word{i}" for i in range(400)]
 
@@ -44,7 +44,7 @@ def test_shingles_do_not_depend_on_batch_case_or_white_space() -> None:
 
 def test_hashes_are_the_same_in_another_process() -> None:
     """Python's own hash() is salted per process: with it, two runs would drop different documents."""
-    program = "from tutelage.data.dedup import band_keys; print(band_keys(['a b c d e f g']).tolist())"
+    program = "from tutelage.data.clean.dedup import band_keys; print(band_keys(['a b c d e f g']).tolist())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": s}

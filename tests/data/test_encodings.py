@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data import encodings
-from tutelage.data.readers import ReadOptions, Rejections, read
+from tutelage.data.sources import encodings
+from tutelage.data.sources.readers import ReadOptions, Rejections, read
 from tutelage.errors import ConfigError, DataError
 from tutelage.records import Document
 

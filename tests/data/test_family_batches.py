@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.families import Ending, Family, assemble, bins
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.objectives import objective
@@ -26,15 +26,15 @@ def model():
     return build(DecoderConfig.from_hf(SHAPE), 0)
 
 
-def families(count: int = 4, masked: bool = False) -> list[Family]:
+def families(count: int = 4, masked: bool = False) -> list[PromptGroup]:
     rng = np.random.default_rng(1)
 
-    def ending() -> Ending:
+    def ending() -> Completion:
         ids = rng.integers(0, 100, rng.integers(2, 9))
         mask = rng.integers(0, 2, len(ids)).astype(np.uint8) if masked else None
-        return Ending(ids, mask, {"old": rng.normal(size=len(ids))}, {"reference": float(rng.normal() - 20)})
+        return Completion(ids, mask, {"old": rng.normal(size=len(ids))}, {"reference": float(rng.normal() - 20)})
 
-    return [Family(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (ending(), ending())) for i in range(count)]
+    return [PromptGroup(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (ending(), ending())) for i in range(count)]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -44,7 +44,7 @@ def test_every_layout_gives_one_loss_and_one_gradient(model, layout, masked):
     found = {}
     for how in ("tree", layout):
         model.zero_grad()
-        terms = objective("dpo", beta=0.5)({"policy": model}, assemble(families(masked=masked), how))
+        terms = objective("dpo", beta=0.5)({"policy": model}, collate(families(masked=masked), how))
         terms["loss"].sum.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         found[how] = terms["loss"].sum.item(), gradient
@@ -56,7 +56,7 @@ def test_every_layout_gives_one_loss_and_one_gradient(model, layout, masked):
 def test_logprobs_are_those_of_each_text_alone(model, layout):
     """Against a plain forward pass over each text by itself; only what the mask names is scored, in order, with its streams."""
     made = families(masked=True)
-    batch = assemble(made, layout)
+    batch = collate(made, layout)
     got = token_logprobs(model, batch)
     expected, streams = [], []
     for family in made:

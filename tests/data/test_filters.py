@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutelage.data.filters import FilterOptions, LineCounter, clean, reason_against, repetition, symbol_share, without_lines
+from tutelage.data.clean.filters import FilterOptions, LineCounter, clean, reason_against, repetition, symbol_share, without_lines
 from tutelage.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.formats import sniff, to_conversation, to_messages
+from tutelage.data.sources.conversations import sniff, to_conversation, to_messages
 from tutelage.errors import ConfigError, DataError
 from tutelage.records import Conversation
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.collect import collect
-from tutelage.data.judged import read
+from tutelage.data.clean.collect import collect
+from tutelage.data.sources.feedback import read
 from tutelage.errors import DataError
 from tutelage.records import Preference, Rating, read_records
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.data import labelled, python_areas
-from tutelage.data.collect import collect
+from tutelage.data.clean.collect import collect
+from tutelage.data.demo import python_areas
+from tutelage.data.sources import labelled
 from tutelage.errors import DataError
 from tutelage.records import Example, Span, dump_line, read_records
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tutelage.data.left_out import TOO_LONG, UNTRAINED, percent, say_left_out
+from tutelage.data.groups.dropped import TOO_LONG, UNTRAINED, percent, say_left_out
 
 
 def test_much_is_a_warning_with_share_and_fix(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.encode import SEGMENT
-from tutelage.data.loader import MIX_BLOCK, MixSource, StaticSource, eval_batches
-from tutelage.data.tokens import Segments
+from tutelage.data.tokens.encode import SEGMENT
+from tutelage.data.tokens.loader import MIX_BLOCK, MixSource, StaticSource, eval_batches
+from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models.interface import Batch
 

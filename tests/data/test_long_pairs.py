@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from tutelage.data.pairs import PairFamilies
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.data.groups.pairs import PreferencePairs
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.files import write_json
 from tutelage.records import Message, Preference, dump_line
 from tutelage.tokenizer.train import train
@@ -39,7 +39,7 @@ def segments(tmp_path_factory: pytest.TempPathFactory) -> Segments:
 def test_nothing_is_longer_and_sizes_are_true(segments: Segments, too_long: str, most: int) -> None:
     """Guards against answers that are cut away whole (a loss over nothing), prompts beyond the context, and sizes of which
     micro-batches are made that are not those of the texts."""
-    families = PairFamilies(segments, most, too_long)
+    families = PreferencePairs(segments, most, too_long)
     counted = families.report["left out, too long"] + len(families)
     assert counted == 3
     for layout in ("tree", "packed"):

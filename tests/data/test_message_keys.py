@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.collect import collect
-from tutelage.data.formats import to_conversation
-from tutelage.data.judged import read
+from tutelage.data.clean.collect import collect
+from tutelage.data.sources.conversations import to_conversation
+from tutelage.data.sources.feedback import read
 from tutelage.errors import DataError
 from tutelage.records import Conversation, Message, read_records
 

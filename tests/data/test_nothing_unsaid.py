@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tutelage.data import card
-from tutelage.data.collect import collect
-from tutelage.data.dedup import found_elsewhere, jaccard, shingles, word_count
-from tutelage.data.filters import repetition
+from tutelage.data.clean import card
+from tutelage.data.clean.collect import collect
+from tutelage.data.clean.dedup import found_elsewhere, jaccard, shingles, word_count
+from tutelage.data.clean.filters import repetition
 
 Gather = Callable[..., tuple[list[dict[str, Any]], dict[str, Any]]]
 RULES = " ".join(f"Rule {i}: members keep item {i} for {i + 2} days and pay {i} euros when it is late." for i in range(1, 11))

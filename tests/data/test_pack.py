@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tutelage.data.pack import POLICIES, RowOrder, eval_rows, mixed_bits, plan_rows, shuffled
+from tutelage.data.tokens.pack import POLICIES, RowOrder, eval_rows, mixed_bits, plan_rows, shuffled
 from tutelage.errors import ConfigError, DataError
 
 LENGTHS = np.concatenate([np.arange(1, 40), [64, 65, 127, 128, 129, 500], np.full(20, 7)]).astype(np.int64)

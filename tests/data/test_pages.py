@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data import html_text, pdf_text
-from tutelage.data.readers import Rejections, read
+from tutelage.data.sources import html_text, pdf_text
+from tutelage.data.sources.readers import Rejections, read
 from tutelage.errors import DataError
 from tutelage.records import Document
 

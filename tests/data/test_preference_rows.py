@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tutelage.data.judged import read
+from tutelage.data.sources.feedback import read
 from tutelage.errors import DataError
 from tutelage.records import Preference
 

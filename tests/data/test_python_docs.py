@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data import python_docs
-from tutelage.data.filters import clean
+from tutelage.data.clean.filters import clean
+from tutelage.data.demo import python_docs
 from tutelage.errors import DataError
 from tutelage.records import Document
 

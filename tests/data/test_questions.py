@@ -8,8 +8,8 @@ from datetime import date, datetime
 
 import pytest
 
-from tutelage.data import python_docs, questions, skills
-from tutelage.data.readers import ReadOptions, read
+from tutelage.data.demo import python_docs, questions, skills
+from tutelage.data.sources.readers import ReadOptions, read
 from tutelage.errors import ConfigError
 from tutelage.records import Conversation
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tutelage.data.families import assemble
-from tutelage.data.family_source import FamilySource
-from tutelage.data.rated import RatedFamilies, rotation, verdicts
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.data.groups.groups import collate
+from tutelage.data.groups.kto import KtoGroups, rotation, verdicts
+from tutelage.data.groups.source import GroupSource
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.errors import DataError
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
@@ -20,7 +20,7 @@ from tutelage.objectives import objective
 from tutelage.records import Message, Rating, dump_line
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 
 def rating(i: int, *, words: int = 3, prompt: str = "") -> Rating:
@@ -52,9 +52,9 @@ def segments(tokenizer, tmp_path):
     return made
 
 
-def families(segments, rows: list[Rating], max_length: int = 64, too_long: str = "drop") -> RatedFamilies:
+def families(segments, rows: list[Rating], max_length: int = 64, too_long: str = "drop") -> KtoGroups:
     said = verdicts([json.loads(dump_line(r)) for r in rows])
-    return RatedFamilies(segments(rows), said, max_length, too_long)
+    return KtoGroups(segments(rows), said, max_length, too_long)
 
 
 def test_each_prompt_has_its_answer_and_anothers(segments, tokenizer):
@@ -116,9 +116,9 @@ def test_a_batch_counts_what_the_loss_divides_by(segments):
     before = made.digest
     made.give("reference", np.full((9, 2), -12.5))
     assert made.digest != before
-    other = RatedFamilies(made.segments, 1 - verdicts([json.loads(dump_line(r)) for r in rows]), 64)
+    other = KtoGroups(made.segments, 1 - verdicts([json.loads(dump_line(r)) for r in rows]), 64)
     assert other.digest not in (before, made.digest)
-    source = FamilySource(made, per_step=9, micro_tokens=60, layout="tree", seed=0, unit="answers")
+    source = GroupSource(made, per_step=9, micro_tokens=60, layout="tree", seed=0, unit="answers")
     batch = source.next(0)
     assert len(batch.micro) > 1
     wanted = {"answers": 9, "desirable": 3, "undesirable": 6, "sequences": 18}
@@ -129,9 +129,9 @@ def test_a_batch_counts_what_the_loss_divides_by(segments):
         "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
     }  # fmt: skip
     policy = build(DecoderConfig.from_hf(shape), 0)
-    result = gradients(Recipe({"policy": policy}, objective("kto")), batch)
+    result = gradients(StepConfig({"policy": policy}, objective("kto")), batch)
     assert 0 < result.loss < 1 and result.grad_norm > 0
-    first = assemble([made[0]], "tree").answers
+    first = collate([made[0]], "tree").answers
     assert first.whole["reference"].tolist() == [-12.5, -12.5] and torch.equal(first.whole["desirable"], torch.ones(2))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data.readers import ReadOptions, Rejections, Row, files_of, read, source_digest
-from tutelage.data.readers_base import chunks
+from tutelage.data.sources.readers import ReadOptions, Rejections, Row, files_of, read, source_digest
+from tutelage.data.sources.readers_base import chunks
 from tutelage.errors import ConfigError, DataError, MissingExtra
 from tutelage.records import Document
 

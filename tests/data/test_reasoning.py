@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.data.test_render import CHAT, CORPUS, TOOLS
-from tutelage.data.formats import to_conversation
-from tutelage.data.plain_messages import plain_messages
-from tutelage.data.render import Renderer
-from tutelage.data.templates import styles
+from tutelage.chat.messages import plain_messages
+from tutelage.chat.render import Renderer
+from tutelage.chat.templates import styles
+from tutelage.data.sources.conversations import to_conversation
 from tutelage.errors import ArtifactError, DataError
 from tutelage.tokenizer.train import train
 

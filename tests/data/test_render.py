@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from tutelage.data.formats import to_conversation
-from tutelage.data.plain_messages import plain_messages
-from tutelage.data.render import Renderer, check_supervision, coloured_sample
-from tutelage.data.templates import compile_template, style, styles, variables
+from tutelage.chat.messages import plain_messages
+from tutelage.chat.render import Renderer, check_supervision, coloured_sample
+from tutelage.chat.templates import compile_template, style, styles, variables
+from tutelage.data.sources.conversations import to_conversation
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.records import Conversation, Message
 from tutelage.tokenizer.load import TokenizerFolder

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tutelage.data import formats, judged
-from tutelage.data.collect import collect
-from tutelage.data.readers import ReadOptions, Rejections, Row, read
+from tutelage.data.clean.collect import collect
+from tutelage.data.sources import conversations, feedback
+from tutelage.data.sources.readers import ReadOptions, Rejections, Row, read
 from tutelage.errors import DataError
 from tutelage.records import Document
 
@@ -249,10 +249,10 @@ def test_fields_take_paths_into_nested_rows() -> None:
     """Self-instruct's seed tasks keep the answer at instances.0.output, which no mapping could name."""
     row = {"instruction": "Add.", "instances": [{"input": "", "output": "Four."}], "a.b": "whole"}
     fields = {"prompt": "instruction", "completion": "instances.0.output"}
-    assert formats.to_conversation(row, fields=fields).messages[1].content == "Four."
+    assert conversations.to_conversation(row, fields=fields).messages[1].content == "Four."
     place: dict[str, Any] = {"file": "a.jsonl", "line": 1, "source": "a"}
     names = {"question": "a.b", "answer": "instances.0.output"}
-    found = judged.read("prompts", row, fields=names, **place)
+    found = feedback.read("prompts", row, fields=names, **place)
     assert (found.messages[0].content, found.answer) == ("whole", "Four.")
     for path, said in (
         ("instances.1.output", "no item '1'"),
@@ -260,20 +260,20 @@ def test_fields_take_paths_into_nested_rows() -> None:
         ("a.c", "no key 'a'"),
     ):
         with pytest.raises(DataError, match=said) as caught:
-            judged.read("prompts", row, fields={"question": path}, **place)
+            feedback.read("prompts", row, fields={"question": path}, **place)
         assert caught.value.field == "fields.question"
     assert [d.text for d in _documents(row)] == ["Four."]  # type: ignore[union-attr]
 
 
 def _documents(row: dict[str, Any]) -> list[Any]:
-    from tutelage.data.readers_files import _item
+    from tutelage.data.sources.readers_files import _item
 
     return list(_item(row, "a", "a", 1, ReadOptions(text_field="instances.0.output"), Rejections()))
 
 
 def test_numbers_are_answers_of_dialogues() -> None:
     """`{"question": "2+2?", "answer": 4}` was told to remove images."""
-    assert formats.to_conversation({"question": "2+2?", "answer": 4}).messages[1].content == "4"
-    assert formats.to_conversation({"instruction": "2+2.5?", "output": 4.5}).messages[1].content == "4.5"
+    assert conversations.to_conversation({"question": "2+2?", "answer": 4}).messages[1].content == "4"
+    assert conversations.to_conversation({"instruction": "2+2.5?", "output": 4.5}).messages[1].content == "4.5"
     with pytest.raises(DataError, match="write it as text"):
-        formats.to_conversation({"question": 4, "answer": "4"})
+        conversations.to_conversation({"question": 4, "answer": "4"})

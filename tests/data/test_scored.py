@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.guarantees import tiny
-from tutelage.data.families import assemble
-from tutelage.data.family_source import count
-from tutelage.data.pairs import PairFamilies
-from tutelage.data.scored import MOST, ScoredFamilies, aspects_of, ratings_of, step_ends, steps_of
-from tutelage.data.templates import styles
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.chat.templates import styles
+from tutelage.data.groups.groups import collate
+from tutelage.data.groups.pairs import PreferencePairs
+from tutelage.data.groups.ratings import MOST, RatedGroups, aspects_of, ratings_of, step_ends, steps_of
+from tutelage.data.groups.source import count
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.errors import DataError
 from tutelage.records import Message, Preference, Rating, to_json
 from tutelage.tokenizer.load import TokenizerFolder
@@ -93,7 +93,7 @@ def test_ratings_of_one_prompt_are_a_family(tmp_path: Path) -> None:
     aspects = aspects_of(records)
     ratings = ratings_of(records, aspects)
     assert aspects == ("good", "kind") and math.isnan(ratings[0, 1]) and ratings[1].tolist() == [1.0, 1.0]
-    made = ScoredFamilies(found, 64, ratings=ratings)
+    made = RatedGroups(found, 64, ratings=ratings)
     families = [made[i] for i in range(len(made))]
     assert [len(f.endings) for f in families] == [3, 3, 3] and made.members[0] == [0, 3, 6]
     assert sorted(e.whole["ratings"][0] for f in families for e in f.endings) == list(range(9))
@@ -101,11 +101,11 @@ def test_ratings_of_one_prompt_are_a_family(tmp_path: Path) -> None:
         assert (
             made.sizes(layout).tolist()
             == [f.size(layout) for f in families]
-            == [assemble([f], layout).ids.numel() for f in families]
+            == [collate([f], layout).ids.numel() for f in families]
         )  # type: ignore[arg-type]
     assert count(families, "tree")["ratings"] == 9 + 4
     many = [Rating.make(asked("?"), said(f"it is {i}"), source="t", scores={"good": 1}) for i in range(MOST + 3)]
-    split = ScoredFamilies(segments(many, tmp_path / "many"), 64, ratings=np.ones((MOST + 3, 1), np.float32))
+    split = RatedGroups(segments(many, tmp_path / "many"), 64, ratings=np.ones((MOST + 3, 1), np.float32))
     assert [len(m) for m in split.members] == [MOST, 3]
 
 
@@ -116,20 +116,20 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     ]
     found = segments(rows, tmp_path)
     ratings = np.array([[1.0], [2.0], [np.nan], [4.0]], np.float32)
-    made = ScoredFamilies(found, 16, ratings=ratings)
+    made = RatedGroups(found, 16, ratings=ratings)
     assert made.report == {
         "ratings": 4, "left out, too long": 1, "left out, without a supervised token": 0,
         "left out, without a score": 1,
     }  # fmt: skip
     assert [made[i].endings[0].whole["ratings"] for i in range(len(made))] == [[1.0], [4.0]]
     for policy in ("left", "right"):
-        cut = ScoredFamilies(found, 16, policy, ratings=ratings)
+        cut = RatedGroups(found, 16, policy, ratings=ratings)
         assert cut.report["left out, without a score"] == 1 and len(cut) == 3
         assert max(len(f.prompt) + len(e.ids) for f in (cut[i] for i in range(3)) for e in f.endings) <= 16
         assert cut.digest != made.digest
-    assert made.digest != ScoredFamilies(found, 16, ratings=ratings + 1).digest
+    assert made.digest != RatedGroups(found, 16, ratings=ratings + 1).digest
     with pytest.raises(DataError, match="no rating is left"):
-        ScoredFamilies(found, 3, ratings=ratings)
+        RatedGroups(found, 3, ratings=ratings)
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "default"])
@@ -138,10 +138,10 @@ def test_answers_end_where_a_model_would_end_them(template: str, tmp_path: Path)
     scored, which ends with the end token: the reward model would never have been trained at that place."""
     words = TokenizerFolder.open(tiny.tokenizer(template))
     rows = [Rating.make(asked("?"), said(f"it is {i}"), source="t", scores={"a": 1}) for i in range(2)]
-    made = ScoredFamilies(segments(rows, tmp_path, template), 64, ratings=np.ones((2, 1), np.float32))
+    made = RatedGroups(segments(rows, tmp_path, template), 64, ratings=np.ones((2, 1), np.float32))
     assert {int(e.ids[-1]) for e in made[0].endings} <= set(words.stop_ids)
     pairs = [Preference.make(asked("?"), said("two"), said("one"), source="t")]
-    two = PairFamilies(segments(pairs, tmp_path / "pairs", template), 64)
+    two = PreferencePairs(segments(pairs, tmp_path / "pairs", template), 64)
     assert {int(e.ids[-1]) for e in two[0].endings} <= set(words.stop_ids)
     assert two.sizes("tree")[0] == two[0].size("tree") and two.sizes("rows")[0] == two[0].size("rows")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tutelage.data.collect import collect
-from tutelage.data.readers import ReadOptions, Rejections, files_of, read, source_digest
+from tutelage.data.clean.collect import collect
+from tutelage.data.sources.readers import ReadOptions, Rejections, files_of, read, source_digest
 from tutelage.errors import ConfigError, DataError
+from tutelage.inference.input_file import InputFile
 from tutelage.records import Document
-from tutelage.serve.archive import Archive
 
 GOOD = 30
 
@@ -198,10 +198,10 @@ def test_mail_and_office_documents_are_no_text(tmp_path: Path) -> None:
 def test_rows_to_answer_are_read_alike(tmp_path: Path) -> None:
     """`generate` and `label` ended in a traceback at a row that nests without end, and cut lines of wide characters in two."""
     (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n{"prompt": ' + "[" * 100_000 + '\n{"prompt": "two"}\n')
-    first, deep, last = Archive(tmp_path / "a.jsonl").entries()
+    first, deep, last = InputFile(tmp_path / "a.jsonl").entries()
     assert (first.fields, last.fields) == ({"prompt": "one"}, {"prompt": "two"}) and "nested" in str(deep.error)
     (tmp_path / "b.txt").write_text("Zürich\n\u0a0a\n", encoding="utf-16")
-    assert [entry.fields["prompt"] for entry in Archive(tmp_path / "b.txt").entries()] == ["Zürich", "\u0a0a"]
+    assert [entry.fields["prompt"] for entry in InputFile(tmp_path / "b.txt").entries()] == ["Zürich", "\u0a0a"]
     (tmp_path / "c.jsonl.gz").write_bytes(_flipped())
     with pytest.raises(DataError, match="broken gzip"):
-        list(Archive(tmp_path / "c.jsonl.gz").entries())
+        list(InputFile(tmp_path / "c.jsonl.gz").entries())

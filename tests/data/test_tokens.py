@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tutelage.data import encode
-from tutelage.data.render import Renderer
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.chat.render import Renderer
+from tutelage.data.tokens import encode
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.errors import ArtifactError, DataError
 from tutelage.files import folder_digest
 from tutelage.records import Conversation, Document, Message, dump_line
@@ -162,7 +162,7 @@ def test_killed_and_resumed_equals_straight_with_any_number_of_workers(documents
 def test_parts_of_other_input_are_not_used(documents, tokenizer, tmp_path, monkeypatch):
     """Guards against resuming with the tokens of another corpus."""
     out = tmp_path / "out"
-    monkeypatch.setattr("tutelage.data.tokens._join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("tutelage.data.tokens.shards._join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tokenize(documents, tokenizer, out)
     assert list((out / "parts").glob("train_*.npy"))

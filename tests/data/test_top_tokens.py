@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from tests.guarantees import tiny
-from tutelage.data import top_tokens
-from tutelage.data.top_tokens import KeptTokens, TaughtSource, keep, likeliest
+from tutelage.data.tokens import teacher_tokens
+from tutelage.data.tokens.teacher_tokens import KeptTokens, TaughtSource, keep, likeliest
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 K, CONTEXT = 5, 128
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(top_tokens, "PART", 60)  # several parts of several segments
+    monkeypatch.setattr(teacher_tokens, "PART", 60)  # several parts of several segments
 
 
 def kept(folder: Path, kind: str, temperature: float = 1.0) -> tuple[KeptTokens, torch.nn.Module, int]:
@@ -76,7 +76,7 @@ def test_rows_bring_them(tmp_path: Path, kind: str, micro_rows: int) -> None:
     found = []
     for batch, parts in ((source.next(3), {"teacher": teacher}), (taught.next(3), {})):
         model = tiny.model()
-        result = gradients(Recipe({"policy": model, **parts}, objective("forward_kl", cross_entropy=0.2)), batch)
+        result = gradients(StepConfig({"policy": model, **parts}, objective("forward_kl", cross_entropy=0.2)), batch)
         found.append((tiny.gradients_of(model), result.terms))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
     assert tiny.furthest(found[0][0], found[1][0]) < 1e-3

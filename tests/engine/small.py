@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder

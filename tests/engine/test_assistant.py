@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.engine import small
-from tutelage.data.render import Renderer
-from tutelage.data.templates import styles
+from tutelage.chat.render import Renderer
+from tutelage.chat.templates import styles
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.assistant import Assistant
 from tutelage.engine.tools import Tool, Transcript, calculator, run_with_tools

@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from tests.engine import small
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Completion, Engine, Event, Sampling, Sequence
-from tutelage.engine.grammar import Grammar
 from tutelage.engine.limits import ContextOverflow
 from tutelage.engine.protocol import EngineProtocol
-from tutelage.engine.vllm import VllmEngine
+from tutelage.engine.vllm.engine import VllmEngine
 from tutelage.errors import ConfigError, DataError, UserError
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
+from tutelage.structured.grammar import Grammar
 
 CONTEXT = 96
 GREEDY = Sampling(12, temperature=0, ignore_eos=True)

@@ -12,7 +12,7 @@ import torch
 from tests.engine import small
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.blocks import token_bytes
-from tutelage.engine.draft import Draft
+from tutelage.engine.draft import ModelDrafter
 from tutelage.errors import ConfigError
 from tutelage.models.decoder import Decoder
 from tutelage.models.init import build
@@ -98,6 +98,6 @@ def test_a_draft_forgets_what_memory_was_taken_for() -> None:
     want = [c.ids for c in Engine(large, slots=4).generate(texts(), how)]
     engine = Engine(large, slots=4, draft=draft, cache_bytes=(token_bytes(large) + token_bytes(draft)) * 400)
     assert [c.ids for c in engine.generate(texts(), how)] == want and engine.preemptions > 0
-    assert isinstance(engine.guesser, Draft)
+    assert isinstance(engine.guesser, ModelDrafter)
     engine.guesser.trim(0, 3)
     assert engine.guesser._readers[0].cached <= 3

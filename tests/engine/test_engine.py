@@ -13,9 +13,9 @@ import torch
 from tests.engine import small
 from tutelage.engine import Engine, Sampling, Sequence, TokenScore
 from tutelage.engine.limits import ContextOverflow
-from tutelage.engine.text import TextStream, Vocabulary
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models.interface import Batch
+from tutelage.tokenizer.detokenize import TextStream, Vocabulary
 
 VOCAB = 97
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from tests.engine import small
-from tutelage.data.render import Renderer
-from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler, GrammarsBusy
-from tutelage.engine.json_schema import Bounds, prepare
-from tutelage.engine.patterns import places
-from tutelage.engine.text import Vocabulary
+from tutelage.chat.render import Renderer
 from tutelage.errors import ConfigError, MissingExtra
 from tutelage.models.interface import Batch
+from tutelage.structured.grammar import Constraint, Grammar, GrammarCompiler, GrammarsBusy
+from tutelage.structured.json_schema import Bounds, prepare
+from tutelage.structured.patterns import places
+from tutelage.tokenizer.detokenize import Vocabulary
 
 PERSON = {
     "$defs": {"animal": {"type": "object", "properties": {"kind": {"enum": ["cat", "dog", None, 3]}}, "required": ["kind"]}},

@@ -17,7 +17,7 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner
 from tutelage.models import families, kernels
-from tutelage.models.hf import Adapter
+from tutelage.models.hf.causal import Adapter
 from tutelage.models.load import load
 
 TOKENS, NEAR = 26, 2e-4

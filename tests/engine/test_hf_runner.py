@@ -12,7 +12,7 @@ from tests.models.shapes import reference
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.runner import RecomputingRunner
-from tutelage.models.hf import Adapter
+from tutelage.models.hf.causal import Adapter
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

@@ -16,8 +16,8 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.runner import CachedRunner, FusedRunner
 from tutelage.errors import ArtifactError
 from tutelage.models import kernels
+from tutelage.models.adapters.lora import Lora, read_lora
 from tutelage.models.load import load
-from tutelage.models.lora import Lora, read_lora
 
 GREEDY = Sampling(10, temperature=0, logprobs=0)
 BASES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.blocks import token_bytes
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
-from tutelage.models.hf import Adapter
+from tutelage.models.hf.causal import Adapter
 
 VOCAB = 97
 GREEDY = Sampling(50, temperature=0, logprobs=0, ignore_eos=True)

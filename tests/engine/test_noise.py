@@ -12,9 +12,9 @@ from torch import Tensor
 from tutelage.engine.noise import draw, gumbel, philox, words
 from tutelage.engine.sampler import choose, likely
 from tutelage.engine.sequence import Sampling, Sequence
-from tutelage.engine.text import TextStream
 from tutelage.models import kernels
 from tutelage.models.kernels import build, calls
+from tutelage.tokenizer.detokenize import TextStream
 
 # kat_vectors of Random123, philox4x32 10: four words of counter, two of key, four that come out.
 KNOWN = (

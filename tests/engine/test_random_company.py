@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.engine import small
 from tutelage.engine import Completion, Engine, Sampling, Sequence
-from tutelage.engine.grammar import Grammar
 from tutelage.engine.runner import FusedRunner
+from tutelage.structured.grammar import Grammar
 
 LONG = int(os.environ.get("TUTELAGE_FUZZ_EXAMPLES", "0"))
 BEGINNINGS = [list(range(40, 40 + n)) for n in (1, 9, 33, 60)]  # each begins the next

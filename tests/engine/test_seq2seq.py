@@ -16,7 +16,7 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError, DataError
-from tutelage.models.hf_seq2seq import Seq2Seq
+from tutelage.models.hf.seq2seq import Seq2Seq
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 
@@ -217,7 +217,7 @@ def test_texts_are_read_and_written_as_the_tokenizer_does(folder: Path) -> None:
     """A source without its end, a sentinel taken for letters, an answer that begins with a space."""
     from transformers import AutoTokenizer
 
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
 
     theirs, engine = AutoTokenizer.from_pretrained(folder), Engine(load(folder), Renderer(folder), max_length=40)
     for text in ("the cat sat", "on <extra_id_0> mat", ""):
@@ -234,7 +234,7 @@ def test_the_server_answers_from_sources(folder: Path) -> None:
     """Usage that counts the decoder's start for the prompt; echo's scores, which an encoder-decoder has none of, as a crash."""
     from fastapi.testclient import TestClient
 
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.serve.app import create_app
 
     renderer = Renderer(folder)

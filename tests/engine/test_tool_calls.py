@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.engine import small
-from tutelage.data.render import Renderer
-from tutelage.data.templates import styles
-from tutelage.engine.grammar import GrammarCompiler, json_text
-from tutelage.engine.text import TextStream, Vocabulary
-from tutelage.engine.tool_calls import STYLES, CallStyle, Delta, ToolCall, ToolCallStream, finish_reason, parse_calls, showing
-from tutelage.engine.tool_choice import call_style, strict_grammar, tool_grammar
+from tutelage.chat.render import Renderer
+from tutelage.chat.templates import styles
+from tutelage.chat.tool_calls import STYLES, CallStyle, Delta, ToolCall, ToolCallStream, finish_reason, parse_calls, showing
 from tutelage.errors import ConfigError
+from tutelage.structured.grammar import GrammarCompiler, json_text
+from tutelage.structured.tool_choice import call_style, strict_grammar, tool_grammar
+from tutelage.tokenizer.detokenize import TextStream, Vocabulary
 from tutelage.tokenizer.train import train
 
 STYLE = {style.name: style for style in STYLES}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tutelage.chat.tool_calls import ToolCall
 from tutelage.engine.calculator import calculate
-from tutelage.engine.tool_calls import ToolCall
 from tutelage.engine.tools import Reply, Tool, calculator, run_with_tools
 from tutelage.errors import DataError
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from tests.engine import small
-from tutelage.data.loader import GlobalBatch
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.engine import Completion, Engine, Sampling
 from tutelage.engine.runner import FusedRunner
+from tutelage.models.adapters.lora import Lora, LowRank
 from tutelage.models.decoder import Decoder
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
-from tutelage.models.lora import Lora, LowRank
 from tutelage.objectives import objective
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 CLOSE, NEAR, TOKENS = 1e-4, 2e-4, 24
 GREEDY = Sampling(TOKENS, temperature=0, logprobs=2, ignore_eos=True)
@@ -216,7 +216,7 @@ def test_trainer_and_engine_agree(trained: Trained) -> None:
     engine = trained.engine()
     answers = engine.generate(trained.prompts, SAMPLED)
     texts = [[*a.prompt, *a.ids] for a in answers]
-    recipe = Recipe({"policy": trained.model}, objective("next_token"))
+    recipe = StepConfig({"policy": trained.model}, objective("next_token"))
 
     def loss(rows: list[list[int]], supervised: list[list[float]] | None) -> float:
         """Nats in all, as a step of the loop measures them."""

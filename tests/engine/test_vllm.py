@@ -11,10 +11,10 @@ import pytest
 
 from tests.engine import small
 from tutelage.engine import Sampling
-from tutelage.engine.grammar import Grammar
-from tutelage.engine.vllm import VllmEngine
-from tutelage.engine.vllm_sampling import check, seed_of
+from tutelage.engine.vllm.engine import VllmEngine
+from tutelage.engine.vllm.sampling import check, seed_of
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
+from tutelage.structured.grammar import Grammar
 
 
 @pytest.mark.parametrize(

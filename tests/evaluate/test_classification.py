@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tutelage.data.examples import Labels
+from tutelage.data.groups.examples import Labels
 from tutelage.evaluate import classification
-from tutelage.evaluate.classified import Judged, add_baseline, joined
+from tutelage.evaluate.classified import ClassifiedTexts, add_baseline, joined
 from tutelage.evaluate.confusion import picture
 from tutelage.evaluate.texts import edits, similarity
 from tutelage.records import Example, Span
@@ -76,7 +76,7 @@ def test_a_baseline_of_texts_without_words_is_said_and_not_computed() -> None:
         Example.make(face * (i + 1), source="t", label=name) for i in range(6) for name, face in (("happy", ":)"), ("sad", ":("))
     ]
     odds = [np.array([0.9, 0.1])] * len(faces)
-    silent, said = Judged(faces, odds, []), Judged(faces, odds, [])
+    silent, said = ClassifiedTexts(faces, odds, []), ClassifiedTexts(faces, odds, [])
     add_baseline(silent, faces, labels, wanted=True)
     assert silent.baseline is None and "no text to learn from has a word" in silent.why_not
     worded = [*faces, *(Example.make(f"{name} day {name}", source="t", label=name) for name in labels.names)]

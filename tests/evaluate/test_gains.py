@@ -12,7 +12,7 @@ import pytest
 from tests.pipeline import World, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.errors import ArtifactError, DataError
-from tutelage.evaluate import gains
+from tutelage.evaluate import comparison
 from tutelage.evaluate.intervals import paired_shares
 from tutelage.evaluate.questions import Prediction
 from tutelage.files import read_json, write_json
@@ -25,10 +25,10 @@ def predictions(right: str, task: str = "add") -> list[Prediction]:
     return [Prediction(f"{task}{i}", task, "?", "4", "4", c == "x", float(c == "x")) for i, c in enumerate(right)]
 
 
-def earlier(folder: Path, rows: list[Prediction]) -> gains.Earlier:
+def earlier(folder: Path, rows: list[Prediction]) -> comparison.Earlier:
     (folder / "predictions.jsonl").write_text("".join(json.dumps(p.to_json()) + "\n" for p in rows), encoding="utf-8")
     write_json(folder / "scores.json", {"model": {"name": "chat-1"}})
-    return gains.Earlier.read(folder)
+    return comparison.Earlier.read(folder)
 
 
 def test_the_gain_is_that_of_pairs(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_gain_is_that_of_pairs(tmp_path: Path) -> None:
         row["gain"]["value"] == pytest.approx(0.15) and row["gain"]["low"] == pytest.approx(expected.low) and expected.low > 0.05
     )
     assert (row["before"]["value"], row["after"]["value"]) == (0.3, 0.45)
-    assert gains.verdict(row).startswith("add: 30.0% to 45.0% right, gain 15.0 points (")
+    assert comparison.verdict(row).startswith("add: 30.0% to 45.0% right, gain 15.0 points (")
 
 
 def test_several_tasks_have_a_row_together(tmp_path: Path) -> None:
@@ -48,9 +48,9 @@ def test_several_tasks_have_a_row_together(tmp_path: Path) -> None:
     near = [replace(p, correct=False) for p in predictions("xx--", "define")]  # recognisable, not equal
     before = [*predictions("------"), *[replace(p, score=0.0) for p in near]]
     found = earlier(tmp_path, before).gains([*predictions("xx----"), *near], NOW, None)
-    assert [r["task"] for r in found["questions"]] == ["add", "define", gains.ALL] and found["model"] == "chat-1"
+    assert [r["task"] for r in found["questions"]] == ["add", "define", comparison.ALL] and found["model"] == "chat-1"
     assert [r["gain"]["value"] for r in found["questions"]] == pytest.approx([2 / 6, 2 / 4, 4 / 10])
-    assert gains.verdict(found["questions"][0]).endswith("no clear change")
+    assert comparison.verdict(found["questions"][0]).endswith("no clear change")
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_evaluate_did_not_write_is_refused(name: str, text: str | None, tmp
     if text is not None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match="no scores of `tutelage evaluate`"):
-        gains.Earlier.read(tmp_path)
+        comparison.Earlier.read(tmp_path)
 
 
 def test_the_stage_says_what_was_gained(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.rewards.rollouts import rollout, rubric
-from tutelage.data.skills import generate, skills
+from tutelage.data.demo.skills import generate, skills
 from tutelage.errors import DataError
 from tutelage.evaluate import questions as qs
 from tutelage.records import Conversation, Message

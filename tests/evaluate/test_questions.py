@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tutelage.errors import DataError
-from tutelage.evaluate import gallery
 from tutelage.evaluate import questions as qs
+from tutelage.evaluate import samples
 from tutelage.records import Conversation, Message
 
 
@@ -117,7 +117,7 @@ def test_gallery_shows_what_really_follows_and_does_not_pick() -> None:
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
         return ["!" for _ in prompts]
 
-    rows = gallery.continuations(
+    rows = samples.continuations(
         generate, lambda t: list(t.encode()), [0], documents=[text, "Other words begin this one.\n"] * 9, documents_used=3
     )
     assert [r["prompt"] for r in rows if r["kind"] == "prompt"] == ["word0 word1 word2", "Other words begin"]
@@ -125,7 +125,7 @@ def test_gallery_shows_what_really_follows_and_does_not_pick() -> None:
     assert len(rows) == 2 + 3 and len(held) == 3
     assert all(text.startswith(r["prompt"] + r["truth"]) and len(r["prompt"]) >= 20 for r in held)
     predictions = [qs.grade(conversation(f"q{i}", "a", task="t"), "a" if i % 2 else "b") for i in range(40)]
-    shown = gallery.answers(predictions, most=5)
+    shown = samples.answers(predictions, most=5)
     assert [r["prompt"] for r in shown] == ["q0", "q8", "q16", "q24", "q32"]
     many = [qs.grade(conversation(f"q{i}", "a", task=f"t{i % 30}"), "a") for i in range(300)]
-    assert len(gallery.answers(many)) == 60
+    assert len(samples.answers(many)) == 60

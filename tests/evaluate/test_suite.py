@@ -14,8 +14,8 @@ from torch import nn
 
 from tutelage.errors import DataError
 from tutelage.evaluate import suite
+from tutelage.evaluate.baselines import Baseline
 from tutelage.evaluate.bits import DocumentSums
-from tutelage.evaluate.yardsticks import Yardstick
 from tutelage.models.heads import LmHead
 from tutelage.models.interface import Batch, Output
 from tutelage.records import Conversation, Document, Message, dump_line
@@ -95,8 +95,8 @@ def test_verdict_compares_on_the_units_of_the_yardstick(factor: float, starts: s
     members = np.repeat(np.arange(8), 5)
     ours = rng.lognormal(7, 0.3, size=40)
     noise = 1 + (0.02 * (-1.0) ** np.arange(8) if factor == 1.0 else 0)
-    xz = Yardstick("xz", "xz", np.bincount(members, weights=ours) / factor * noise, np.full(8, 500.0), "group", members)
-    weak = Yardstick("kn", "kn", ours * 3, np.full(40, 100.0), "document", np.arange(40))
+    xz = Baseline("xz", "xz", np.bincount(members, weights=ours) / factor * noise, np.full(8, 500.0), "group", members)
+    weak = Baseline("kn", "kn", ours * 3, np.full(40, 100.0), "document", np.arange(40))
     sums = DocumentSums((ours * math.log(2)).tolist(), [100] * 40, [100] * 40, [""] * 40)
     verdict = suite.verdict(sums, [weak, xz])
     assert verdict["better_yardstick"] == "xz"

@@ -7,7 +7,7 @@ import lzma
 import numpy as np
 import pytest
 
-from tutelage.evaluate import yardsticks as ys
+from tutelage.evaluate import baselines as ys
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 

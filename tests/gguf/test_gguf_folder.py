@@ -13,7 +13,7 @@ import torch
 from gguf_files import tiny
 from typer.testing import CliRunner
 
-from tutelage.bases import base_of, weights_digest, whole_of
+from tutelage.artifacts import base_of, weights_digest, whole_of
 from tutelage.errors import ArtifactError
 from tutelage.files import file_digest
 from tutelage.gguf import folder as opened
@@ -113,12 +113,12 @@ def load_words(folder: Path, text: str) -> list[int]:
 def test_an_adapter_finds_its_base_again(tmp_path: Path) -> None:
     """Guards `base_model_name_or_path`: it names the file, not the folder in a cache that may be gone tomorrow."""
     from tutelage.config.adapter import Adapter
-    from tutelage.models.adapter_folder import save_adapter
-    from tutelage.models.adapters import wear
+    from tutelage.models.adapters.attach import attach_adapter
+    from tutelage.models.adapters.folder import save_adapter
 
     file = tiny(tmp_path / "model.gguf")
     base = model_folder(file)
-    model = wear(load(base), Adapter(kind="lora", rank=2), 0)
+    model = attach_adapter(load(base), Adapter(kind="lora", rank=2), 0)
     save_adapter(model, tmp_path / "adapter", base=base, tokenizer=base)
     named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(file) == reference_to(base)
@@ -141,7 +141,7 @@ def test_other_libraries_are_not_given_a_gguf_file(tmp_path: Path) -> None:
 
 def test_chat_with_a_file(tmp_path: Path) -> None:
     """Guards `tutelage chat model.gguf`, from the file to an answer."""
-    from tutelage.cli import app
+    from tutelage.cli.main import app
 
     template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
     file = tiny(tmp_path / "model.gguf", tokenizer__chat_template=template)

@@ -113,7 +113,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
     """Guards the whole way: file, template, tokens, weights, end of turn."""
     from typer.testing import CliRunner
 
-    from tutelage.cli import app
+    from tutelage.cli.main import app
 
     for reference in (str(smollm2), "smollm2"):
         done = CliRunner().invoke(app, ["chat", reference, "--message", "What is the capital of France?"])

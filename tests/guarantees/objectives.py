@@ -16,10 +16,10 @@ from tests.objectives.rollouts import policy as small_policy
 from tests.objectives.test_reward import OUTPUTS
 from tests.objectives.test_reward import families as ratings
 from tutelage.config.adapter import Adapter
-from tutelage.data.families import Ending, Family
-from tutelage.data.family_source import count, family_batch
-from tutelage.data.loader import GlobalBatch
-from tutelage.models.adapters import wear, wear_scorer
+from tutelage.data.groups.groups import Completion, PromptGroup
+from tutelage.data.groups.source import count, family_batch
+from tutelage.data.tokens.loader import GlobalBatch
+from tutelage.models.adapters.attach import attach_adapter, wear_scorer
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.scorer import build_scorer
@@ -29,19 +29,19 @@ from tutelage.objectives import TABLE
 def dressed(part: Any, adapter: Adapter | None) -> Any:
     if adapter is None:
         return part
-    return wear_scorer(part, adapter, 0) if hasattr(part, "score") or hasattr(part, "heads") else wear(part, adapter, 0)
+    return wear_scorer(part, adapter, 0) if hasattr(part, "score") or hasattr(part, "heads") else attach_adapter(part, adapter, 0)
 
 
-def pairs() -> list[Family]:
+def pairs() -> list[PromptGroup]:
     """Two answers a prompt, chosen and rejected, with log-probabilities that a reference might give."""
 
-    def ending(ids: np.ndarray, good: bool) -> Ending:
-        return Ending(ids, None, {}, {"reference": -4.1 * len(ids) - good, "desirable": float(good)})
+    def ending(ids: np.ndarray, good: bool) -> Completion:
+        return Completion(ids, None, {}, {"reference": -4.1 * len(ids) - good, "desirable": float(good)})
 
-    return [Family(f.name, f.prompt, tuple(ending(e.ids, i == 0) for i, e in enumerate(f.endings))) for f in rollouts()]
+    return [PromptGroup(f.name, f.prompt, tuple(ending(e.ids, i == 0) for i, e in enumerate(f.endings))) for f in rollouts()]
 
 
-def of_families(made: list[Family], layout: Any) -> GlobalBatch:
+def of_families(made: list[PromptGroup], layout: Any) -> GlobalBatch:
     cut = max(1, len(made) // 3)  # shares of unequal size: a mean of their means is another number
     halves = [made[:cut], made[cut:]]
     unit = {name: float(len(made)) for name in ("pairs", "examples", "desirable", "undesirable")}

@@ -8,7 +8,7 @@ import torch
 from tests.guarantees import tiny
 from tutelage.models import kernels
 from tutelage.objectives import objective
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 ROWS = 8
 
@@ -17,7 +17,7 @@ def gradient_of(micro_rows: int, kind: str = "conversations") -> tuple[dict[str,
     model = tiny.model()
     batch = tiny.source(kind, rows_per_step=ROWS, micro_rows=micro_rows, row_length=32).next(0)
     assert len(batch.micro) == -(-ROWS // micro_rows)
-    result = gradients(Recipe({"policy": model}, objective("next_token")), batch)
+    result = gradients(StepConfig({"policy": model}, objective("next_token")), batch)
     return tiny.gradients_of(model), result.loss
 
 

@@ -130,9 +130,9 @@ def test_a_child_run_goes_on_with_the_new_tokens(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tutelage.stages import fitting
+    from tutelage.setup import trainer
 
-    monkeypatch.setattr(fitting, "measure_machine", lambda: tiny.MACHINE)
+    monkeypatch.setattr(trainer, "measure_machine", lambda: tiny.MACHINE)
 
 
 NO_TOKENS: dict[str, Any] = {"vocab_add": 0, "warm_steps": 100}  # the steps as they are when left out

@@ -15,11 +15,11 @@ from tests.guarantees import tiny
 from tests.guarantees.objectives import case
 from tutelage.config.adapter import Adapter
 from tutelage.config.train import Optimizer
-from tutelage.models.adapters import bare, trainable, wear
+from tutelage.models.adapters.attach import adapter_disabled, attach_adapter, trainable
 from tutelage.objectives import TABLE, objective
 from tutelage.train.loop import train
 from tutelage.train.optim import Optimizers
-from tutelage.train.step import Recipe, gradients, train_step
+from tutelage.train.step import StepConfig, gradients, train_step
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4}, "dora": {"kind": "dora", "rank": 4}, "ia3": {"kind": "ia3"},
@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def worn(kind: str) -> Any:
-    return wear(tiny.model(), Adapter(**KINDS[kind]), 0)
+    return attach_adapter(tiny.model(), Adapter(**KINDS[kind]), 0)
 
 
 # Resume
@@ -79,7 +79,7 @@ def test_accumulated_is_whole(kind: str) -> None:
         with torch.no_grad():
             for i, (_, p) in enumerate(trainable(model)):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
-        gradients(Recipe({"policy": model}, objective("next_token")), tiny.source("conversations", micro_rows=micro).next(0))
+        gradients(StepConfig({"policy": model}, objective("next_token")), tiny.source("conversations", micro_rows=micro).next(0))
         found.append(tiny.gradients_of(model))
     assert found[0].keys() == dict(trainable(model)).keys()
     assert max(tiny.furthest(found[0], other) for other in found[1:]) < 1e-4
@@ -99,7 +99,7 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
     """Guards against methods that reach past the adapter, or that some layout does without it: two steps move every tensor of it
     and none of the base, and layouts agree."""
     parts, batch = case(name, Adapter(**KINDS[kind]), layout)
-    recipe = Recipe(parts, objective(name), clip=1.0)
+    recipe = StepConfig(parts, objective(name), clip=1.0)
     every = {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}
     before = {n: p.detach().clone() for n, p in every.items()}
     optimizers = Optimizers(parts, Optimizer(), tiny.RATES)
@@ -107,7 +107,9 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
     second = train_step(recipe, batch, optimizers)
     if layout != "tree" and name not in EXAMPLES:
         tree = case(name, Adapter(**KINDS[kind]), "tree")
-        expected = train_step(Recipe(tree[0], objective(name), clip=1.0), tree[1], Optimizers(tree[0], Optimizer(), tiny.RATES))
+        expected = train_step(
+            StepConfig(tree[0], objective(name), clip=1.0), tree[1], Optimizers(tree[0], Optimizer(), tiny.RATES)
+        )
         assert first.loss == pytest.approx(expected.loss, rel=1e-4)
         assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
     assert np.isfinite(second.loss)
@@ -123,9 +125,9 @@ def test_every_objective_trains_every_kind(name: str, kind: str, layout: str) ->
 def test_the_watch_knows_that_half_of_a_low_rank_change_moves_later(tmp_path: Path, kind: str, steps: int) -> None:
     """Guards against a false alarm: while B is zero, A has no gradient."""
     model = worn(kind)
-    with bare(model), torch.no_grad():
+    with adapter_disabled(model), torch.no_grad():
         batch = tiny.source().next(0).micro[0]
         base = model.logits(batch)
     assert train(tiny.job(tmp_path, parts={"policy": model}, steps=steps)).progress.step == steps
-    with bare(model), torch.no_grad():
+    with adapter_disabled(model), torch.no_grad():
         assert torch.equal(model.logits(batch), base)

@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.guarantees import tiny
-from tutelage.data.loader import eval_batches
+from tutelage.data.tokens.loader import eval_batches
 from tutelage.models import heads, kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import Objective, objective
 from tutelage.objectives.next_token import next_token
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Job, State
-from tutelage.train.step import Recipe, measure
+from tutelage.train.step import StepConfig, measure
 
 
 class Watching(TorchDispatchMode):
@@ -49,7 +49,7 @@ def batches(count: int) -> tuple[list[Batch], dict[str, float]]:
 
 def evaluated(count: int, function: Any = None) -> Watching:
     many, counts = batches(count)
-    recipe = Recipe({"policy": tiny.model()}, Objective("kept", function) if function else objective("next_token"))
+    recipe = StepConfig({"policy": tiny.model()}, Objective("kept", function) if function else objective("next_token"))
     with Watching() as watching:
         measure(recipe, many, counts)
     return watching
@@ -89,7 +89,7 @@ def test_evaluation_keeps_no_graph():
 
     model = tiny.model().train()
     many, counts = batches(2)
-    measure(Recipe({"policy": model}, Objective("spying", spying)), many, counts)
+    measure(StepConfig({"policy": model}, Objective("spying", spying)), many, counts)
     assert seen == [False, False] and model.training
 
 

@@ -15,12 +15,12 @@ from tests.guarantees import tiny
 from tests.guarantees.objectives import case
 from tutelage import log
 from tutelage.config.train import Optimizer
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.objectives import TABLE, objective
 from tutelage.train import distributed
 from tutelage.train.loop import train
 from tutelage.train.optim import Optimizers
-from tutelage.train.step import Recipe, train_step
+from tutelage.train.step import StepConfig, train_step
 
 pytest.importorskip("transformers")  # of encoders
 STEPS = 4
@@ -57,7 +57,7 @@ def steps_of(name: str, rank: int | None) -> dict[str, Any]:
         assert len(batch.micro) == 2
         batch = replace(batch, micro=batch.micro[rank : rank + 1])
     optimizers = Optimizers(parts, Optimizer(name="adamw"), tiny.RATES)
-    recipe = Recipe(parts, objective(name), clip=1.0)
+    recipe = StepConfig(parts, objective(name), clip=1.0)
     results = [train_step(recipe, batch, optimizers) for _ in range(2)]
     return {
         "loss": [r.loss for r in results], "norm": [r.grad_norm for r in results], "terms": [r.terms for r in results],
@@ -105,7 +105,7 @@ def run(name: str, folder: Path, stop: int | None = None) -> dict[str, torch.Ten
     torch.manual_seed(0)
     parts, batch = case(name)
     job = tiny.job(
-        folder, parts=parts, data=Same(batch), steps=STEPS, recipe=Recipe(parts, objective(name), clip=1.0), checkpoint_every=1,
+        folder, parts=parts, data=Same(batch), steps=STEPS, recipe=StepConfig(parts, objective(name), clip=1.0), checkpoint_every=1,
         keep_checkpoints=STEPS,
     )  # fmt: skip
     train(job)

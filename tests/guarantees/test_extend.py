@@ -22,7 +22,7 @@ from tutelage.errors import ConfigError
 from tutelage.files import read_json, write_json
 from tutelage.plan import machine
 from tutelage.rundir import find, lineage
-from tutelage.stages import derived, extension, fitting, training
+from tutelage.setup import extend, hyperparameters, text_rows, trainer
 from tutelage.train.checkpoint import Progress
 from tutelage.train.loop import State, train
 
@@ -34,7 +34,7 @@ STEPS, MORE = 6, 10
 @pytest.fixture(autouse=True)
 def machine_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes seconds and proves nothing here."""
-    monkeypatch.setattr(fitting, "measure_machine", lambda: tiny.MACHINE)
+    monkeypatch.setattr(trainer, "measure_machine", lambda: tiny.MACHINE)
     monkeypatch.setattr(machine, "measure", lambda: tiny.MACHINE)
 
 
@@ -202,20 +202,20 @@ def test_the_plan_of_a_child(runs: Path, capsys: Capture) -> None:
     assert len(list(runs.glob("cli/pretrain-*"))) == 1
 
 
-def parent_with(schedule: Schedule) -> extension.Parent:
+def parent_with(schedule: Schedule) -> extend.ParentRun:
     numbers = {"sequence_length": 64, "batch_tokens": 640, "lr": 0.5, "matrix_lr": 0.25, "embedding_lr": 0.125}
     config = Pretrain(data="x", schedule=schedule, steps=STEPS)
-    return extension.Parent(Path("runs/cli/base-0123456789ab"), {"numbers": numbers, "steps": STEPS}, config)
+    return extend.ParentRun(Path("runs/cli/base-0123456789ab"), {"numbers": numbers, "steps": STEPS}, config)
 
 
 def test_what_was_derived_stays() -> None:
     """Guards against a batch and rates that follow the larger budget: another run from step 7 on."""
     parent = parent_with(Schedule())
     longer = Pretrain(data="x", extends="x", steps=5000, size="3m")
-    found = derived.derive_all(longer, 4096, None, None, parent=parent)
+    found = hyperparameters.derive_all(longer, 4096, None, None, parent=parent)
     assert {k: found.values[k] for k in parent.numbers} == parent.numbers and found.values["steps"] == 5000
     assert found.because["lr"] == "as in cli/base-0123456789ab" and "lr" not in found.given
-    budget = derived.derive_all(
+    budget = hyperparameters.derive_all(
         longer.model_copy(update={"steps": "derived", "tokens": 64_000.0}), 4096, None, None, parent=parent
     )
     assert budget.values["steps"] == 100
@@ -224,25 +224,25 @@ def test_what_was_derived_stays() -> None:
 def test_a_rate_that_jumps_is_said(capsys: Capture) -> None:
     """Guards against a decayed run that is thrown back to a high rate without a word."""
     decaying = Pretrain(data="x", schedule=Schedule(name="wsd", decay=0.5))
-    extension.say_rate(parent_with(Schedule(name="constant")), decaying, MORE)
+    extend.say_rate(parent_with(Schedule(name="constant")), decaying, MORE)
     said = capsys.readouterr().err
     assert "was 1.000 of its peak" in said and "0.820 at step 7 of 10" in said and "warning" not in said
     cosine = Schedule(warmup=0)
-    extension.say_rate(parent_with(cosine), Pretrain(data="x", schedule=cosine), MORE)
+    extend.say_rate(parent_with(cosine), Pretrain(data="x", schedule=cosine), MORE)
     said = capsys.readouterr().err
     assert "was 0.160 of its peak" in said and "0.411 at step 7 of 10" in said and "jumps up, to 2.6 times" in said
 
 
 def test_energy_is_of_the_child_alone(tmp_path: Path) -> None:
     """Guards against a chain whose energy counts the parent twice: the report adds up what the runs of a chain took."""
-    numbers = training.Numbers(MORE, 64, 10, 2, tiny.RATES)
+    numbers = text_rows.Hyperparameters(MORE, 64, 10, 2, tiny.RATES)
     parent = parent_with(Schedule())
     parent.facts["train_seconds"] = 60.0
     state = State(tiny.job(tmp_path), Progress(step=MORE, seconds=100.0))
-    child = fitting.facts(state, {}, numbers.derived, "test", parent)
+    child = trainer.facts(state, {}, numbers.derived, "test", parent)
     state.progress.seconds = 40.0
     assert (
-        child["energy"] == fitting.facts(state, {}, numbers.derived, "test", None)["energy"] and child["train_seconds"] == 100.0
+        child["energy"] == trainer.facts(state, {}, numbers.derived, "test", None)["energy"] and child["train_seconds"] == 100.0
     )
 
 

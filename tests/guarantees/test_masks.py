@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.guarantees import tiny
-from tutelage.data.render import check_supervision, coloured_sample
+from tutelage.chat.render import check_supervision, coloured_sample
 from tutelage.errors import DataError
 from tutelage.records import Conversation, Message
 

@@ -13,7 +13,7 @@ from tutelage.objectives import Objective, Term
 from tutelage.objectives.next_token import next_token
 from tutelage.train import checkpoint
 from tutelage.train.loop import train
-from tutelage.train.step import Recipe
+from tutelage.train.step import StepConfig
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def test_a_gradient_alone_that_is_not_finite_stops_too(tmp_path):
 
     before = weights(model)
     job = tiny.job(
-        tmp_path, parts={"policy": model}, data=data, recipe=Recipe({"policy": model}, Objective("overflowing", overflowing))
+        tmp_path, parts={"policy": model}, data=data, recipe=StepConfig({"policy": model}, Objective("overflowing", overflowing))
     )
     with pytest.raises(TrainingStopped, match="the gradient of step 0 is not finite"):
         train(job)

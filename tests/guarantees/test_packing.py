@@ -15,7 +15,7 @@ from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
 from tutelage.objectives.next_token import next_token
 from tutelage.records import Conversation, Message
-from tutelage.stages import training
+from tutelage.setup import text_rows
 
 
 @pytest.fixture(params=["kernels", "torch"], autouse=True)
@@ -115,7 +115,7 @@ def test_the_end_token_is_supervised_where_padding_has_its_id():
         for i in range(len(data)):
             assert end in data.ids(i)[data.mask(i).astype(bool)].tolist()
         settings = {"row_length": 128, "rows_per_step": 4, "micro_rows": 4, "seed": 0}
-        (batch,) = training.StaticSource(data, **settings).next(0).micro
+        (batch,) = text_rows.StaticSource(data, **settings).next(0).micro
         pieces = sum(int(row.max()) for row in batch.segments)
         assert int((batch.targets[batch.weights > 0] == end).sum()) == pieces
         filled = replace(batch, ids=torch.where(batch.segments == 0, words.pad_id, batch.ids))
@@ -149,11 +149,11 @@ def test_what_is_cut_or_dropped_is_counted_and_said(policy, expected, tmp_path, 
     """Guards against silent truncation: the policy decides, the report counts, the console says, no row is without a target."""
     segments = tiny.chat_segments(long_and_short(), tmp_path)
     assert segments.totals["unsupervised"] == (1 if len(segments) == 9 else 0)
-    source = training.StaticSource(segments, row_length=48, rows_per_step=4, micro_rows=2, seed=0, policy=policy)
+    source = text_rows.StaticSource(segments, row_length=48, rows_per_step=4, micro_rows=2, seed=0, policy=policy)
     report = source.report
     for key, value in expected.items():
         assert report[key] == value, (key, report)
-    training.say_packing(report)
+    text_rows.say_packing(report)
     said = capsys.readouterr().err
     assert all(f"{key}: " in said for key in expected)
     for step in range(2 * source.rows_per_epoch // 4 + 1):
@@ -165,4 +165,4 @@ def test_data_without_any_target_is_refused(tmp_path):
     """Guards against a run with loss 0.0 that "succeeds": when every answer is cut off there is no row, and that is an error."""
     segments = tiny.chat_segments(long_and_short()[5:8], tmp_path)
     with pytest.raises(DataError, match="no row to train on"):
-        training.StaticSource(segments, row_length=48, rows_per_step=4, micro_rows=2, seed=0, policy="right")
+        text_rows.StaticSource(segments, row_length=48, rows_per_step=4, micro_rows=2, seed=0, policy="right")

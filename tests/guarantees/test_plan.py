@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.guarantees import tiny
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.errors import TrainingStopped
 from tutelage.objectives import Objective
 from tutelage.objectives.next_token import next_token
 from tutelage.train import hooks
 from tutelage.train.loop import train
-from tutelage.train.step import Recipe
+from tutelage.train.step import StepConfig
 
 
 def test_time_and_memory_are_said_before_the_first_step():
@@ -66,7 +66,7 @@ def test_a_largest_batch_that_does_not_fit_stops_before_step_1(tmp_path, fail):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(TrainingStopped, match="the largest batch does not fit in memory") as error:
         validate = {"validate": hooks.Validate([data.inner.next(0).micro[0]], {"tokens": 1.0}, every=1)}
-        recipe = Recipe({"policy": model}, Objective("given", objective))
+        recipe = StepConfig({"policy": model}, Objective("given", objective))
         train(tiny.job(tmp_path, parts={"policy": model}, data=data, recipe=recipe, hooks=validate))
     assert tiny.metrics(tmp_path) == []
     assert "micro_rows" in str(error.value) and "checkpointing=layer" in str(error.value)
@@ -82,7 +82,7 @@ def test_other_errors_of_the_largest_batch_are_not_called_memory(tmp_path):
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        train(tiny.job(tmp_path, parts={"policy": model}, recipe=Recipe({"policy": model}, Objective("broken", broken))))
+        train(tiny.job(tmp_path, parts={"policy": model}, recipe=StepConfig({"policy": model}, Objective("broken", broken))))
 
 
 def test_the_largest_batch_runs_backward_and_leaves_no_trace(tmp_path):
@@ -102,7 +102,7 @@ def test_the_largest_batch_runs_backward_and_leaves_no_trace(tmp_path):
             parts={"policy": model},
             data=data,
             steps=2,
-            recipe=Recipe({"policy": model}, Objective("spying", spying)),
+            recipe=StepConfig({"policy": model}, Objective("spying", spying)),
         )
     )
     assert data.asked == ["largest", 0, 1]

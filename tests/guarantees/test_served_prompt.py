@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.engine import small
-from tutelage.data.render import Renderer
-from tutelage.data.templates import styles
+from tutelage.chat.render import Renderer
+from tutelage.chat.templates import styles
 from tutelage.engine import Engine
 from tutelage.records import Conversation, Message
 from tutelage.serve.app import create_app

@@ -22,10 +22,10 @@ from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded, local, shard, whole
 from tutelage.objectives import Objective, Term
 from tutelage.objectives.next_token import next_token
-from tutelage.stages import fitting
+from tutelage.setup import trainer
 from tutelage.train import checkpoint, distributed, hooks
 from tutelage.train.loop import Job, train
-from tutelage.train.step import Recipe, measure
+from tutelage.train.step import StepConfig, measure
 from tutelage.train.watch import UpdateWatch
 
 CASES = {f"{name}-{'tied' if tied else 'untied'}": (name, tied) for name in ("adamw", "muon") for tied in (True, False)}
@@ -126,7 +126,7 @@ def poison_gradient(folder: Path) -> None:
             folder / "gradient",
             parts={"policy": model},
             data=data,
-            recipe=Recipe({"policy": model}, Objective("overflowing", overflowing)),
+            recipe=StepConfig({"policy": model}, Objective("overflowing", overflowing)),
         )
     )
 
@@ -234,6 +234,6 @@ def test_killed_in_shards_goes_on_on_any_ranks(tmp_path: Path) -> None:
 def test_one_rank_has_nothing_to_shard(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a process group of one, or a setting that is ignored in silence."""
     model = tiny.model()
-    fitting.place(model, Train(shard="full"), CPU)
+    trainer.place(model, Train(shard="full"), CPU)
     assert not is_sharded(model) and type(model.lm_head.weight) is nn.Parameter
     assert "shard: full changes nothing" in capsys.readouterr().err

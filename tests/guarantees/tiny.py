@@ -27,16 +27,16 @@ import torch
 import torch.utils.tensorboard
 from torch import nn
 
-import tutelage.cli
-import tutelage.console
+import tutelage.cli.main
+import tutelage.cli.show
 import tutelage.engine
 import tutelage.stages.pretrain
 import tutelage.stages.sft
 from tutelage import log
+from tutelage.chat.render import Renderer
 from tutelage.config.train import Optimizer, Schedule
-from tutelage.data.loader import GlobalBatch, StaticSource
-from tutelage.data.render import Renderer
-from tutelage.data.tokens import Segments, tokenize
+from tutelage.data.tokens.loader import GlobalBatch, StaticSource
+from tutelage.data.tokens.shards import Segments, tokenize
 from tutelage.errors import TrainingStopped
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
@@ -46,13 +46,13 @@ from tutelage.objectives import objective
 from tutelage.plan.code import code_digest
 from tutelage.plan.machine import Machine
 from tutelage.records import Conversation, Document, Message, dump_line
-from tutelage.stages import fitting
+from tutelage.setup import trainer
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.train import train as train_tokenizer
 from tutelage.train import loop, tensors
 from tutelage.train.loop import Job
-from tutelage.train.optim import Optimizers, Rates
-from tutelage.train.step import Recipe
+from tutelage.train.optim import LearningRates, Optimizers
+from tutelage.train.step import StepConfig
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
@@ -183,7 +183,7 @@ def source(kind: str = "documents", **change: Any) -> StaticSource:
     return StaticSource(segments(kind), **settings)
 
 
-RATES = Rates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2)
+RATES = LearningRates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2)
 
 
 def job(
@@ -198,7 +198,7 @@ def job(
     """A job of the loop on the tiny model. `change`: other fields of `Job`."""
     parts = dict(parts or {"policy": model()})
     values: dict[str, Any] = {
-        "recipe": Recipe(parts, objective("next_token")),
+        "recipe": StepConfig(parts, objective("next_token")),
         "source": data or source(),
         "optimizers": Optimizers(parts, Optimizer(name=optimizer), RATES),
         "schedule": Schedule(),
@@ -332,7 +332,7 @@ def _run(spec: dict[str, Any]) -> None:
     sys.stdout = sys.stderr = log.console.file = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.update(spec["env"])
     torch.set_num_threads(1)
-    fitting.measure_machine = lambda: MACHINE  # two seconds of products that prove nothing here
+    trainer.measure_machine = lambda: MACHINE  # two seconds of products that prove nothing here
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _deaths(**spec["die"])
     code = 1
@@ -341,7 +341,7 @@ def _run(spec: dict[str, Any]) -> None:
             spec["call"](*spec["args"])
         else:
             sys.argv = ["tutelage", *spec["argv"]]
-            tutelage.cli.main()
+            tutelage.cli.main.main()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -392,6 +392,6 @@ PLACES: dict[str, tuple[Any, str]] = {
     "metrics": (log.Metrics, "write"),
     "checkpoint": (loop.checkpoint, "write_json"),  # weights and state are written, the checkpoint is not whole yet
     "prune": (loop.checkpoint, "prune"),
-    "export": (fitting, "save"),
+    "export": (trainer, "save"),
     "shard": (tensors, "save_file"),  # a rank's part of a checkpoint
 }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tests.models.shapes import SHAPE, reference
 from tutelage.config.adapter import Adapter
 from tutelage.errors import ArtifactError
-from tutelage.models.adapter_folder import OURS, load_adapter, save_adapter
-from tutelage.models.adapters import trainable, wear
+from tutelage.models.adapters.attach import attach_adapter, trainable
+from tutelage.models.adapters.folder import OURS, load_adapter, save_adapter
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 
@@ -97,7 +97,7 @@ def test_peft_opens_what_we_write(base: Path, kind: str, tmp_path: Path) -> None
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = wear(load(base), Adapter(**KINDS[kind]), seed=0)
+    model = attach_adapter(load(base), Adapter(**KINDS[kind]), seed=0)
     plain = ours(load(base))
     disturb([p for _, p in trainable(model)])
     save_adapter(model, tmp_path / "adapter", base=base)
@@ -150,7 +150,7 @@ def test_we_open_what_peft_writes(base: Path, kind: str, tmp_path: Path) -> None
 
 def test_an_adapter_for_another_base_is_refused(qwen3: Path, tmp_path: Path) -> None:
     """Weights of the same shapes take any adapter: the digest of the base tells, or the answers are nonsense."""
-    save_adapter(wear(load(qwen3), Adapter(kind="lora", rank=2), 0), tmp_path / "adapter", base=qwen3)
+    save_adapter(attach_adapter(load(qwen3), Adapter(kind="lora", rank=2), 0), tmp_path / "adapter", base=qwen3)
     other = tmp_path / "other"
     shutil.copytree(qwen3, other)
     model = reference(BASES["qwen3"])
@@ -168,7 +168,7 @@ def test_an_adapter_for_another_base_is_refused(qwen3: Path, tmp_path: Path) -> 
 def test_a_base_that_is_gone_is_named(qwen3: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(qwen3, base)
-    save_adapter(wear(load(base), Adapter(kind="lora", rank=2), 0), tmp_path / "adapter", base=base)
+    save_adapter(attach_adapter(load(base), Adapter(kind="lora", rank=2), 0), tmp_path / "adapter", base=base)
     shutil.rmtree(base)
     with pytest.raises(ArtifactError, match="base of this adapter is not there"):
         load(tmp_path / "adapter")

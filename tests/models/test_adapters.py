@@ -17,14 +17,23 @@ from tutelage.engine import Engine, Sampling
 from tutelage.engine.runner import FusedRunner
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models import kernels
-from tutelage.models.adapted import Adapted, LowRankChange, adapted
-from tutelage.models.adapters import Share, bare, beginning, follow, snapshot, trainable, wear, worn
+from tutelage.models.adapters.attach import (
+    ParameterCount,
+    adapter_disabled,
+    attach_adapter,
+    inference_view,
+    reference_weights,
+    snapshot,
+    sync_merged_weights,
+    trainable,
+)
+from tutelage.models.adapters.linear import Adapted, LowRankChange, adapted
+from tutelage.models.adapters.merge import merge
+from tutelage.models.adapters.nf4 import BLOCK, VALUES, dequantize, quantize
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
-from tutelage.models.merging import merge
-from tutelage.models.nf4 import BLOCK, VALUES, dequantize, quantize
 from tutelage.models.scorer import build_scorer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -60,7 +69,7 @@ def disturbed(model: Any, seed: int = 5) -> Any:
 
 
 def dressed(kind: str, **change: Any) -> Any:
-    return disturbed(wear(base(**change), Adapter(**KINDS[kind]), seed=0))
+    return disturbed(attach_adapter(base(**change), Adapter(**KINDS[kind]), seed=0))
 
 
 def texts() -> list[list[int]]:
@@ -176,7 +185,7 @@ def test_few_tokens_and_many_agree() -> None:
 
 def test_dropout_leaves_out_inputs_of_the_change_alone() -> None:
     """Dropout that is ignored, that is left on in evaluation, or that touches the base."""
-    model = wear(base(), Adapter(kind="lora", rank=4, dropout=0.5), 0)
+    model = attach_adapter(base(), Adapter(kind="lora", rank=4, dropout=0.5), 0)
     plain = base().logits(Batch.of(texts()))
     model.train()
     torch.testing.assert_close(model.logits(Batch.of(texts())), plain)  # B is zero: there is only the base
@@ -192,10 +201,10 @@ def test_dropout_leaves_out_inputs_of_the_change_alone() -> None:
 def test_bare_is_the_base(kind: str) -> None:
     """A reference that has what was trained in it, or a policy that stays without it."""
     model, batch = dressed(kind), Batch.of(texts())
-    plain = wear(base(), Adapter(kind="lora", rank=1, quantize="nf4"), 0) if kind.startswith("q") else base()
+    plain = attach_adapter(base(), Adapter(kind="lora", rank=1, quantize="nf4"), 0) if kind.startswith("q") else base()
     with torch.no_grad():
         with_adapter = model.logits(batch)
-        with bare(model), bare(model):
+        with adapter_disabled(model), adapter_disabled(model):
             assert torch.equal(model.logits(batch), plain.logits(batch)) or kind.startswith("q")
             torch.testing.assert_close(model.logits(batch), plain.logits(batch))
         assert torch.equal(model.logits(batch), with_adapter)
@@ -204,13 +213,13 @@ def test_bare_is_the_base(kind: str) -> None:
 def test_beginning_is_what_a_continued_adapter_began_with() -> None:
     """A reference that forgets the adapter that training went on from: it is part of the model that was there."""
     model = dressed("lora")
-    model.worn_adapter.start = snapshot(model)
+    model.attached_adapter.start = snapshot(model)
     batch = Batch.of(texts())
     with torch.no_grad():
         start = model.logits(batch)
         disturbed(model, seed=9)
         now = model.logits(batch)
-        with beginning(model):
+        with reference_weights(model):
             assert torch.equal(model.logits(batch), start)
         assert torch.equal(model.logits(batch), now) and not torch.equal(now, start)
 
@@ -257,12 +266,12 @@ def scored(engine: Engine, lora: Any) -> list[np.ndarray]:
 def test_the_engine_says_what_is_trained(kind: str) -> None:
     """Rollouts of the base, or of the adapter as it was some steps ago: tensors are shared, copies are brought up to date."""
     model = dressed(kind)
-    plain, lora = worn(model)
+    plain, lora = inference_view(model)
     engine = Engine(plain, slots=4, max_length=96)
     assert isinstance(engine.runner, FusedRunner) == (kind in MERGED[:6]) or not kernels.available()
     for seed in (11, 12):
         disturbed(model, seed)
-        follow(model, plain)
+        sync_merged_weights(model, plain)
         engine.weights_changed()
         done = engine.generate(texts()[:2], Sampling(6, temperature=0, logprobs=0), lora)
         for prompt, made in zip(texts()[:2], done, strict=True):
@@ -275,13 +284,13 @@ def test_the_engine_says_what_is_trained(kind: str) -> None:
 
 def test_only_the_adapter_is_trained() -> None:
     """Gradients, and their memory, for weights that stay; a share that is reported wrongly."""
-    model = wear(base(), Adapter(kind="lora", rank=4, targets=["q_proj", "down_proj"]), 0)
+    model = attach_adapter(base(), Adapter(kind="lora", rank=4, targets=["q_proj", "down_proj"]), 0)
     loss_of(model, packed()).backward()
     names = {name for name, p in model.named_parameters() if p.grad is not None}
     assert names == {n for n, _ in trainable(model)} and all(".q_proj.change." in n or ".down_proj.change." in n for n in names)
     layer = 4 * (32 + 64) + 4 * (48 + 32)  # q_proj 32 -> 64, down_proj 48 -> 32
-    assert Share.of(model).trained == 4 * layer
-    assert Share.of(model).whole == sum(p.numel() for p in base().parameters()) + 4 * layer
+    assert ParameterCount.of(model).trained == 4 * layer
+    assert ParameterCount.of(model).whole == sum(p.numel() for p in base().parameters()) + 4 * layer
 
 
 @pytest.mark.parametrize(
@@ -293,7 +302,7 @@ def test_only_the_adapter_is_trained() -> None:
 )
 def test_targets_that_are_not_there(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        wear(base(), Adapter(**settings), 0)
+        attach_adapter(base(), Adapter(**settings), 0)
 
 
 # Four bits
@@ -340,11 +349,11 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
 
 def test_a_base_in_four_bits_is_smaller_and_learns() -> None:
     """Weights that are quantized but also kept, in memory or for the backward pass."""
-    model = wear(base(hidden_size=64, intermediate_size=192), Adapter(kind="lora", rank=4, quantize="nf4"), 0)
+    model = attach_adapter(base(hidden_size=64, intermediate_size=192), Adapter(kind="lora", rank=4, quantize="nf4"), 0)
     plain = base(hidden_size=64, intermediate_size=192)
     matrices = sum(m.weight.numel() for m in plain.modules() if isinstance(m, nn.Linear))
     rest = sum(p.nbytes for p in plain.parameters()) - 4 * matrices
-    assert Share.of(model).base_bytes == pytest.approx(rest + matrices * (0.5 + 4 / BLOCK))
+    assert ParameterCount.of(model).base_bytes == pytest.approx(rest + matrices * (0.5 + 4 / BLOCK))
     kept: list[int] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -373,9 +382,9 @@ def test_a_transformers_model_wears_them_too(tmp_path: Path) -> None:
         batch = packed()
         with torch.no_grad():
             plain = model.logits(batch)
-        disturbed(wear(model, Adapter(**KINDS[kind]), 0))
+        disturbed(attach_adapter(model, Adapter(**KINDS[kind]), 0))
         same(gradients(model, batch), gradients(model, *(Batch.of([t]) for t in texts())), share=1e-3)
-        with torch.no_grad(), bare(model):
+        with torch.no_grad(), adapter_disabled(model):
             real = batch.segments != 0
             got = model.logits(batch)
             assert kind.startswith("q") or torch.allclose(got[real], plain[real], atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tutelage.models import heads
 from tutelage.models.divergence import Distillation, Teacher, TopTokens, divergence
 from tutelage.models.heads import LmHead
-from tutelage.models.hf import LogitsHead
+from tutelage.models.hf.causal import LogitsHead
 
 V, N = 53, 150
 KINDS = ["forward", "reverse", "jsd"]

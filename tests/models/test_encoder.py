@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.models.encoder import ClassScorer, context, load_classifier, load_encoder, new_classifier
 from tutelage.models.export import save
+from tutelage.models.hf.encoder import ClassScorer, context, load_classifier, load_encoder, new_classifier
 from tutelage.models.interface import Batch
 
 transformers = pytest.importorskip("transformers")

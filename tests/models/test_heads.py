@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tutelage.models import heads
 from tutelage.models.heads import LmHead
-from tutelage.models.hf import LogitsHead
+from tutelage.models.hf.causal import LogitsHead
 
 
 @pytest.fixture(autouse=True)

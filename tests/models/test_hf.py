@@ -15,7 +15,7 @@ from tutelage import log
 from tutelage.errors import MissingExtra
 from tutelage.models.export import save
 from tutelage.models.heads import LmHead
-from tutelage.models.hf import Adapter, LogitsHead, pieces
+from tutelage.models.hf.causal import Adapter, LogitsHead, pieces
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.models.shard import is_shard, layers, shard, whole

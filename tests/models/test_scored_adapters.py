@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.shapes import SHAPE, reference
-from tutelage.bases import is_scored
+from tutelage.artifacts import is_scored
 from tutelage.config.adapter import Adapter
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.models.adapter_folder import load_adapter, save_adapter
-from tutelage.models.adapters import bare, trainable, wear, wear_scorer
-from tutelage.models.encoder import PROBLEM, ClassScorer, load_classifier
+from tutelage.models.adapters.attach import adapter_disabled, attach_adapter, trainable, wear_scorer
+from tutelage.models.adapters.folder import load_adapter, save_adapter
+from tutelage.models.adapters.score_heads import load_scored, save_scored
+from tutelage.models.hf.encoder import PROBLEM, ClassScorer, load_classifier
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
-from tutelage.models.scored_adapter import load_scored, save_scored
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer, score_answers
 
 pytest.importorskip("transformers")
@@ -131,7 +131,7 @@ def test_peft_opens_what_we_write(base: Path, kind: str, tmp_path: Path) -> None
     disturb(part)
     save_scored(part, tmp_path / "adapter", base=base, tokenizer=base)
     expected = ours(part)
-    with bare(part):
+    with adapter_disabled(part):
         assert max(float((a - b).abs().max()) for a, b in zip(ours(part), expected, strict=True)) > 0.01
     same(expected, their_scores(peft.PeftModel.from_pretrained(theirs(base), tmp_path / "adapter").eval(), base))
     again = load_scored(tmp_path / "adapter")
@@ -188,14 +188,14 @@ def test_a_scored_adapter_writes_no_text_and_a_language_models_has_no_score(tmp_
     reference(BASES["qwen3"]).save_pretrained(base)
     (base / "tokenizer.json").write_text("{}")
     save_scored(wear_scorer(start(base), Adapter(kind="prompt"), 0), tmp_path / "scored", base=base, tokenizer=base)
-    save_adapter(wear(load(base), Adapter(kind="prompt"), 0), tmp_path / "writes", base=base)
+    save_adapter(attach_adapter(load(base), Adapter(kind="prompt"), 0), tmp_path / "writes", base=base)
     with pytest.raises(ArtifactError, match="writes no text") as refused:
         load(tmp_path / "scored")
     assert refused.value.field == "task_type"
     with pytest.raises(ArtifactError, match="of a language model: it has no score head"):
         load_scorer(tmp_path / "writes")
     with pytest.raises(ConfigError, match="one adapter at a time"):
-        wear(load(tmp_path / "writes"), Adapter(kind="lora"), 0)
+        attach_adapter(load(tmp_path / "writes"), Adapter(kind="lora"), 0)
 
 
 def test_heads_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -228,11 +228,11 @@ def test_an_encoder_without_a_place_for_a_prefix_says_so(tmp_path: Path) -> None
 
 def test_virtual_tokens_take_room_from_the_texts(tmp_path: Path) -> None:
     """Positions past the end of a learned table, at the longest text."""
-    from tutelage.models.virtual import room
+    from tutelage.models.adapters.virtual_tokens import max_text_tokens
 
     reference(BASES["gpt2"]).save_pretrained(tmp_path)
-    model = wear(load(tmp_path), Adapter(kind="prompt", tokens=5), 0)
-    assert room(model) == 59
+    model = attach_adapter(load(tmp_path), Adapter(kind="prompt", tokens=5), 0)
+    assert max_text_tokens(model) == 59
     assert torch.isfinite(model.logits(Batch.of([list(range(3, 62))]))).all()
     engine = Engine(model, None)
     assert engine.context_length == 59
@@ -240,7 +240,7 @@ def test_virtual_tokens_take_room_from_the_texts(tmp_path: Path) -> None:
     with pytest.raises(ContextOverflow):
         engine.generate([list(range(3, 40))], Sampling(max_tokens=23))
     with pytest.raises(ConfigError, match="no room for a text"):
-        wear(load(tmp_path), Adapter(kind="prompt", tokens=64), 0)
+        attach_adapter(load(tmp_path), Adapter(kind="prompt", tokens=64), 0)
 
 
 # Encoder-decoders
@@ -273,7 +273,7 @@ def test_a_translators_virtual_tokens_are_those_of_peft(name: str, kind: str, tm
 
     base = tmp_path / "base"
     made(PAIRS[name], "AutoModelForSeq2SeqLM").save_pretrained(base)
-    model: Any = wear(load(base), Adapter(**KINDS[kind]), 0)
+    model: Any = attach_adapter(load(base), Adapter(**KINDS[kind]), 0)
     before = written(load(base))
     disturb(model)
     expected = written(model)

@@ -12,20 +12,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.pipeline import world  # noqa: F401 (a fixture)
-from tutelage.data.families import Ending, Family, assemble
-from tutelage.data.family_source import FamilySource
-from tutelage.data.translations import Marks, PairedTexts, PairEncoder
+from tutelage.data.groups.groups import Completion, PromptGroup, collate
+from tutelage.data.groups.source import GroupSource
+from tutelage.data.groups.translations import Marks, PairedTexts, PairEncoder
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json
 from tutelage.models.export import save
-from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
+from tutelage.models.hf.seq2seq import Seq2Seq, new_seq2seq
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
 from tutelage.objectives import objective
 from tutelage.records import Conversation, Message
 from tutelage.tokenizer.load import TokenizerFolder
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Made(Sequence[Family]):
+class Made(Sequence[PromptGroup]):
     """Pairs of unequal lengths."""
 
     digest = "made"
@@ -47,7 +47,9 @@ class Made(Sequence[Family]):
         g = torch.Generator().manual_seed(2)
         texts = [[torch.randint(5, 97, (n,), generator=g).numpy() for n in (3 + 2 * i, 9 - i)] for i in range(6)]
         self.families = [
-            Family(f"p{i}", source, (Ending(np.array([start, *target, end]), np.array([0, *[1] * (len(target) + 1)], np.uint8)),))
+            PromptGroup(
+                f"p{i}", source, (Completion(np.array([start, *target, end]), np.array([0, *[1] * (len(target) + 1)], np.uint8)),)
+            )
             for i, (source, target) in enumerate(texts)
         ]
 
@@ -71,7 +73,7 @@ def built(kind: str) -> tuple[Seq2Seq, Made]:
 def test_the_loss_and_its_gradient_are_those_of_transformers(kind: str) -> None:
     """Targets that are one place off, a start token that is learnt, sources that are read with their padding."""
     model, made = built(kind)
-    batch = assemble(made.families, "pairs")
+    batch = collate(made.families, "pairs")
     term = objective("next_token")({"policy": model}, batch)["loss"]
     count = sum(f.endings[0].supervised for f in made.families)
     (term.sum / count).backward()
@@ -94,8 +96,8 @@ def test_accumulation_changes_nothing() -> None:
     seen = []
     for micro_tokens in (1000, 20):
         model, made = built("t5")
-        source = FamilySource(made, per_step=6, micro_tokens=micro_tokens, layout="pairs", seed=0)
-        result = gradients(Recipe({"policy": model}, objective("next_token")), source.next(0))
+        source = GroupSource(made, per_step=6, micro_tokens=micro_tokens, layout="pairs", seed=0)
+        result = gradients(StepConfig({"policy": model}, objective("next_token")), source.next(0))
         seen.append((result.loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     assert seen[0][0] == pytest.approx(seen[1][0], abs=1e-6)
     torch.testing.assert_close(seen[0][1], seen[1][1], atol=1e-5, rtol=1e-4)
@@ -109,7 +111,7 @@ def test_the_folder_opens_in_transformers_and_generates_alike(kind: str, tmp_pat
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "m").eval()
     again = load(tmp_path / "m")
     assert isinstance(again, Seq2Seq)
-    batch = assemble(made.families[:2], "pairs")
+    batch = collate(made.families[:2], "pairs")
     with torch.no_grad():
         torch.testing.assert_close(again(batch).hidden, model(batch).hidden, atol=1e-6, rtol=1e-5)
         source = torch.tensor([made.families[0].prompt.tolist()])

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.data.families import Family
+from tutelage.data.groups.groups import PromptGroup
 
-Logs = Callable[[Family, int], np.ndarray]  # log-probabilities of the supervised tokens of an ending; -1: of the prompt
+Logs = Callable[[PromptGroup, int], np.ndarray]  # log-probabilities of the supervised tokens of an ending; -1: of the prompt
 
 
 def sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
 
-def loss(method: str, families: Sequence[Family], logs: Logs, **s: Any) -> float:
+def loss(method: str, families: Sequence[PromptGroup], logs: Logs, **s: Any) -> float:
     """What the loop must report for one global batch."""
     if method == "kto":
         return kto(families, logs, **s)
@@ -28,7 +28,7 @@ def loss(method: str, families: Sequence[Family], logs: Logs, **s: Any) -> float
 
 
 def kto(
-    families: Sequence[Family], logs: Logs, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    families: Sequence[PromptGroup], logs: Logs, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> float:
     ratio = [[logs(f, k).sum() - f.endings[k].whole["reference"] for k in (0, 1)] for f in families]
     own, other = np.array(ratio).T
@@ -42,7 +42,7 @@ def kto(
     return float(np.mean(out))
 
 
-def _pair(method: str, family: Family, chosen: np.ndarray, rejected: np.ndarray, **s: Any) -> float:
+def _pair(method: str, family: PromptGroup, chosen: np.ndarray, rejected: np.ndarray, **s: Any) -> float:
     beta = s["beta"]
     c, r = (x.sum() - e.whole["reference"] for x, e in zip((chosen, rejected), family.endings, strict=True))
     mean_c, mean_r = c / len(chosen), r / len(rejected)

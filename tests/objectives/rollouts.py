@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
@@ -46,7 +46,7 @@ def wave(count: int, phase: float, size: float = 1.0) -> np.ndarray:
     return (size * np.sin(phase + 1.3 * np.arange(count) ** 1.1)).astype(np.float32)
 
 
-def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[Family]:
+def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[PromptGroup]:
     """Answers of 3 to 12 tokens, the second of each family with a tool's words in it. Old log-probabilities lie around those
     of a model that knows nothing, log(1/V), far enough for ratios beyond any clip."""
     out, level = [], -float(np.log(VOCABULARY))
@@ -65,26 +65,28 @@ def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[
                 "weight": np.full(n, {"length": 1 / count, "longest": 1 / LONGEST, "sum": 1, "token": 1}[weight], np.float32),
                 "value_old": wave(n, number + 0.9, 0.5), "return": wave(n, number + 1.8, 1.5),
             }  # fmt: skip
-            endings.append(Ending(ids, mask, streams, {}))
+            endings.append(Completion(ids, mask, streams, {}))
         prompt = (np.arange(4 + g) * 11 + g) % VOCABULARY
-        out.append(Family(f"r{g}", prompt, tuple(endings)))
+        out.append(PromptGroup(f"r{g}", prompt, tuple(endings)))
     return out
 
 
-def changed(made: list[Family], change: Any) -> list[Family]:
+def changed(made: list[PromptGroup], change: Any) -> list[PromptGroup]:
     """The families with the streams that `change(family, ending)` gives."""
-    return [Family(f.name, f.prompt, tuple(Ending(e.ids, e.mask, change(f, e), e.whole) for e in f.endings)) for f in made]
+    return [
+        PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, change(f, e), e.whole) for e in f.endings)) for f in made
+    ]
 
 
-def without(made: list[Family], *names: str) -> list[Family]:
+def without(made: list[PromptGroup], *names: str) -> list[PromptGroup]:
     """The same families without some of their streams."""
     return changed(made, lambda f, e: {k: v for k, v in e.tokens.items() if k not in names})
 
 
-def replaced(made: list[Family], **streams: Any) -> list[Family]:
+def replaced(made: list[PromptGroup], **streams: Any) -> list[PromptGroup]:
     """The same families with streams that a function (family, ending) -> [n], or a number, makes."""
 
-    def values(family: Family, ending: Ending) -> dict[str, np.ndarray]:
+    def values(family: PromptGroup, ending: Completion) -> dict[str, np.ndarray]:
         found = {k: v(family, ending) if callable(v) else np.full(len(ending.ids), v) for k, v in streams.items()}
         return {**ending.tokens, **{k: np.asarray(v, np.float32) for k, v in found.items()}}
 

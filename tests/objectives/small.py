@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from tutelage.data.families import Ending, Family, Layout
-from tutelage.data.family_source import FamilySource
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup
+from tutelage.data.groups.source import GroupSource
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
 from tutelage.models.heads import LmHead
@@ -38,13 +38,13 @@ METHODS = PREFERENCES | {"kto": {"beta": 0.3, "desirable_weight": 1.25, "undesir
 class Made:
     """Families in a list."""
 
-    def __init__(self, families: Sequence[Family]) -> None:
+    def __init__(self, families: Sequence[PromptGroup]) -> None:
         self.families, self.digest = list(families), "made"
 
     def __len__(self) -> int:
         return len(self.families)
 
-    def __getitem__(self, i: int) -> Family:
+    def __getitem__(self, i: int) -> PromptGroup:
         return self.families[i]
 
     def sizes(self, layout: Layout) -> np.ndarray:
@@ -56,7 +56,7 @@ def text(*keys: int, size: int) -> np.ndarray:
     return np.array([(a + b * j + j * j) % VOCABULARY for j in range(size)])
 
 
-def pairs(count: int = 8) -> list[Family]:
+def pairs(count: int = 8) -> list[PromptGroup]:
     """Prompts of 1 to 8 tokens; answers of 1 to 7, of which some tokens are not supervised. References are a little off."""
     out = []
     for i in range(count):
@@ -65,33 +65,37 @@ def pairs(count: int = 8) -> list[Family]:
             mask = None if i % 3 else np.array([j == 0 or (i + j + side) % 4 != 0 for j in range(size)]).astype(np.uint8)
             supervised = size if mask is None else int(mask.sum())
             reference = -3.4 * supervised + ((i * 5 + side * 3) % 7 - 3) * 0.9
-            endings.append(Ending(text(i, side, 1, size=size), mask, whole={"reference": reference, "margin": 0.25 * (i % 4)}))
-        out.append(Family(f"p{i}", text(i, size=1 + (i * 5) % 8), tuple(endings)))
+            endings.append(
+                Completion(text(i, side, 1, size=size), mask, whole={"reference": reference, "margin": 0.25 * (i % 4)})
+            )
+        out.append(PromptGroup(f"p{i}", text(i, size=1 + (i * 5) % 8), tuple(endings)))
     return out
 
 
-def rated(count: int = 8, wanted: Sequence[int] = (1, 0, 1, 1, 0)) -> list[Family]:
+def rated(count: int = 8, wanted: Sequence[int] = (1, 0, 1, 1, 0)) -> list[PromptGroup]:
     """Judged answers, each with the answer of the family before."""
     answers = [text(i, 2, 1, size=1 + (i * 3) % 7) for i in range(count)]
     out = []
     for i in range(count):
         good = wanted[i % len(wanted)]
         endings = tuple(
-            Ending(answers[k], whole={"reference": -4.5 * len(answers[k]) + ((i * 5 + n * 3) % 7 - 3) * 0.5, "desirable": good})
+            Completion(
+                answers[k], whole={"reference": -4.5 * len(answers[k]) + ((i * 5 + n * 3) % 7 - 3) * 0.5, "desirable": good}
+            )
             for n, k in enumerate((i, i - 1))
         )
-        out.append(Family(f"r{i}", text(i, size=1 + (i * 5) % 8), endings))
+        out.append(PromptGroup(f"r{i}", text(i, size=1 + (i * 5) % 8), endings))
     return out
 
 
-def families(method: str, count: int = 8) -> list[Family]:
+def families(method: str, count: int = 8) -> list[PromptGroup]:
     return rated(count) if method == "kto" else pairs(count)
 
 
-def source(method: str, made: Sequence[Family] | None = None, *, micro_tokens: int = 10**6, **change: Any) -> FamilySource:
+def source(method: str, made: Sequence[PromptGroup] | None = None, *, micro_tokens: int = 10**6, **change: Any) -> GroupSource:
     made = families(method) if made is None else made
     settings = {"per_step": len(made), "layout": "tree", "seed": 0, "unit": "answers" if method == "kto" else "pairs", **change}
-    return FamilySource(Made(made), micro_tokens=micro_tokens, **settings)
+    return GroupSource(Made(made), micro_tokens=micro_tokens, **settings)
 
 
 def decoder(seed: int = 3, dtype: torch.dtype = torch.float64) -> Decoder:
@@ -110,10 +114,10 @@ class Bigrams(nn.Module):
         return Output(self.table[batch.ids])
 
 
-def logprobs(policy: nn.Module, family: Family, number: int) -> np.ndarray:
+def logprobs(policy: nn.Module, family: PromptGroup, number: int) -> np.ndarray:
     """Of the supervised tokens of an ending, from a plain pass over its text alone; -1: of a prompt's tokens but the first."""
     if number < 0:
-        family, number = Family("", family.prompt[:1], (Ending(family.prompt[1:]),)), 0
+        family, number = PromptGroup("", family.prompt[:1], (Completion(family.prompt[1:]),)), 0
     ending = family.endings[number]
     ids = family.prompt.tolist() + ending.ids.tolist()
     batch = Batch.of([ids])

@@ -12,17 +12,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tutelage.config.train import Optimizer, Schedule
-from tutelage.data.examples import ExampleFamilies, Labels, TextEncoder, labels_of, spans_of, tags
-from tutelage.data.families import assemble
-from tutelage.data.family_source import FamilySource
+from tutelage.data.groups.examples import ExampleFamilies, Labels, TextEncoder, labels_of, spans_of, tags
+from tutelage.data.groups.groups import collate
+from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ConfigError, DataError
-from tutelage.models.encoder import new_classifier
+from tutelage.models.hf.encoder import new_classifier
 from tutelage.objectives import objective
 from tutelage.records import Example, Span
 from tutelage.tokenizer.load import TokenizerFolder
-from tutelage.train.optim import Optimizers, Rates
+from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.schedule import factor
-from tutelage.train.step import Recipe, gradients, train_step
+from tutelage.train.step import StepConfig, gradients, train_step
 
 pytest.importorskip("transformers")
 
@@ -91,7 +91,7 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(words: TokenizerFol
     found = families(words, kind)
     part = part_of(found)
     method, parts = named(kind, part)
-    term = method(parts, assemble([found[i] for i in range(len(found))], layout))["loss"]
+    term = method(parts, collate([found[i] for i in range(len(found))], layout))["loss"]
     count = sum(found[i].endings[0].supervised for i in range(12)) if kind == "tag" else 12
     (term.sum / count).backward()
     got = {n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None}
@@ -124,8 +124,8 @@ def test_accumulation_and_ranks_change_nothing(words: TokenizerFolder, kind: str
     for micro_tokens in (1000, 16):
         part = part_of(found)
         method, parts = named(kind, part)
-        source = FamilySource(found, per_step=12, micro_tokens=micro_tokens, layout="packed", seed=0, unit="examples")
-        result = gradients(Recipe(parts, method), source.next(0))
+        source = GroupSource(found, per_step=12, micro_tokens=micro_tokens, layout="packed", seed=0, unit="examples")
+        result = gradients(StepConfig(parts, method), source.next(0))
         seen.append((result.loss, result.terms["_accuracy"], torch.cat([p.grad.flatten() for p in part.parameters()])))
     assert seen[0][0] == pytest.approx(seen[1][0], abs=1e-6) and seen[0][1] == pytest.approx(seen[1][1])
     torch.testing.assert_close(seen[0][2], seen[1][2], atol=1e-5, rtol=1e-4)
@@ -135,7 +135,7 @@ def test_weights_and_smoothing_by_hand(words: TokenizerFolder) -> None:
     """A weight that is read from another class; smoothing that takes from the wrong side."""
     found = families(words, "class", cold=3.0)
     part = part_of(found)
-    batch = assemble([found[i] for i in range(12)], "packed")
+    batch = collate([found[i] for i in range(12)], "packed")
     got = objective("classify", label_smoothing=0.1)({"class": part}, batch)["loss"].sum.item()
     with torch.no_grad():
         logs = part(batch)[batch.answers.last].log_softmax(1)  # type: ignore[union-attr]
@@ -159,12 +159,12 @@ def losses(words: TokenizerFolder, kind: str) -> list[float]:
     found = families(words, kind)
     part = part_of(found, torch.float64)
     method, parts = named(kind, part)
-    optimizers = Optimizers(parts, Optimizer(name="adamw"), Rates(1e-3, 1e-3, 1e-3))
-    source = FamilySource(found, per_step=6, micro_tokens=40, layout="packed", seed=0, unit="examples")
+    optimizers = Optimizers(parts, Optimizer(name="adamw"), LearningRates(1e-3, 1e-3, 1e-3))
+    source = GroupSource(found, per_step=6, micro_tokens=40, layout="packed", seed=0, unit="examples")
     out = []
     for step in range(5):
         optimizers.set_factor(factor(Schedule(warmup=2), step, 5))
-        out.append(train_step(Recipe(parts, method), source.next(step), optimizers).loss)
+        out.append(train_step(StepConfig(parts, method), source.next(step), optimizers).loss)
     return out
 
 
@@ -179,7 +179,7 @@ def test_sub_word_pieces_are_not_supervised_and_spans_come_back(words: Tokenizer
     assert found == ["O", "B-X", "O", "O", "B-Y"] and spans_of(encoded, found) == spans
     family = ExampleFamilies([Example.make(text, source="t", spans=spans)], TextEncoder(words, 64),
                              Labels("tag", ("O", "B-X", "I-X", "B-Y", "I-Y")))[0]  # fmt: skip
-    answers = assemble([family], "packed").answers
+    answers = collate([family], "packed").answers
     assert answers is not None and (answers.places + 1).tolist() == [t for t, _, _ in encoded.words]
     assert answers.tokens["label"].tolist() == [0, 1, 0, 0, 3]
 
@@ -189,7 +189,7 @@ def test_a_kind_of_span_weighs_both_of_its_tags(words: TokenizerFolder) -> None:
     text = "a be can x"
     made = [Example.make(text, source="t", spans=(Span(start=2, end=8, label="X"),))]
     labels = Labels("tag", ("O", "B-X", "I-X"), {"X": 5.0, "O": 0.5})
-    answers = assemble([ExampleFamilies(made, TextEncoder(words, 64), labels)[0]], "packed").answers
+    answers = collate([ExampleFamilies(made, TextEncoder(words, 64), labels)[0]], "packed").answers
     assert answers is not None and answers.tokens["label"].tolist() == [0, 1, 2, 0]
     assert answers.tokens["weight"].tolist() == [0.5, 5.0, 5.0, 0.5] and labels.kinds == ("O", "X")
     labels.check(["X", "O"])
@@ -206,7 +206,7 @@ def test_balanced_gives_every_class_the_same_share(words: TokenizerFolder, kind:
     total: dict[str, float] = {}
     texts = 0.0
     for i in range(len(found)):
-        answers = assemble([found[i]], "packed").answers
+        answers = collate([found[i]], "packed").answers
         assert answers is not None
         one = answers.tokens if kind == "tag" else answers.whole
         for label, weight in zip(one["label"].tolist(), one["weight"].tolist(), strict=True):

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from tests.guarantees import tiny
-from tutelage.data.families import Ending, Family, assemble
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.groups.groups import Completion, PromptGroup, collate
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.objectives.distil import check_vocabularies
 from tutelage.train.optim import Optimizers
-from tutelage.train.step import Recipe, gradients, train_step
+from tutelage.train.step import StepConfig, gradients, train_step
 from tutelage.train.watch import UpdateWatch
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "distil.json"
@@ -38,35 +38,37 @@ def parts(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
     return {"policy": tiny.model(seed=3, dtype=dtype, **SHAPE), "teacher": teacher.requires_grad_(False).eval()}
 
 
-def families(top: int = 0) -> list[Family]:
+def families(top: int = 0) -> list[PromptGroup]:
     """Ids and masks from arithmetic; with `top`, the teacher's likeliest tokens at each place."""
     teacher = parts()["teacher"]
 
-    def ending(prompt: list[int], number: int) -> Ending:
+    def ending(prompt: list[int], number: int) -> Completion:
         ids = np.array([(number * 37 + i * i * 7 + 3) % 97 for i in range(2 + number % 6)])
         mask = np.array([(i + number) % 3 != 1 for i in range(len(ids))], np.uint8)
         if not top:
-            return Ending(ids, mask)
+            return Completion(ids, mask)
         rows = teacher.logits(Batch.of([prompt + ids.tolist()]))[0, len(prompt) - 1 : -1]
         logprobs, best = rows.detach().log_softmax(-1).topk(top)
-        return Ending(ids, mask, {"top_ids": best.numpy(), "top_logprobs": logprobs.numpy()})
+        return Completion(ids, mask, {"top_ids": best.numpy(), "top_logprobs": logprobs.numpy()})
 
     prompts = [[(r * 11 + i * 5) % 97 for i in range(3 + 4 * r)] for r in range(4)]
-    return [Family(f"r{r}", np.array(p), tuple(ending(p, 3 * r + i) for i in range(1 + r % 3))) for r, p in enumerate(prompts)]
+    return [
+        PromptGroup(f"r{r}", np.array(p), tuple(ending(p, 3 * r + i) for i in range(1 + r % 3))) for r, p in enumerate(prompts)
+    ]
 
 
 def batch(layout: str = "tree", sizes: tuple[int, ...] = (4,), top: int = 0) -> GlobalBatch:
     rest, micro = families(top), []
     counts = {"tokens": float(sum(e.supervised for f in rest for e in f.endings))}
     for size in sizes:
-        micro.append(assemble(rest[:size], layout))  # type: ignore[arg-type]
+        micro.append(collate(rest[:size], layout))  # type: ignore[arg-type]
         rest = rest[size:]
     return GlobalBatch(micro, counts, [])
 
 
 def found(name: str, made: GlobalBatch, **change: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     trained = parts()
-    result = gradients(Recipe(trained, objective(name, **METHODS[name], **change)), made)
+    result = gradients(StepConfig(trained, objective(name, **METHODS[name], **change)), made)
     return tiny.gradients_of(trained["policy"]), {"loss": result.loss, **result.terms}
 
 
@@ -132,7 +134,7 @@ def test_all_but_one_token_kept_is_nearly_the_whole_vocabulary(name: str, rest: 
     results = []
     for top in (0, 96):
         trained = parts()
-        result = gradients(Recipe(trained, objective(name, **settings, rest=rest)), batch(top=top))
+        result = gradients(StepConfig(trained, objective(name, **settings, rest=rest)), batch(top=top))
         results.append((tiny.gradients_of(trained["policy"]), result.terms))
     near = 1e-4 if rest == "bucket" else 0.05
     assert results[1][1] == pytest.approx(results[0][1], rel=near)
@@ -149,7 +151,7 @@ def losses(name: str) -> list[dict[str, float]]:
     out = []
     with kernels.disabled():
         for _ in range(3):
-            result = train_step(Recipe(trained, objective(name, **METHODS[name])), batch(), optimizers)
+            result = train_step(StepConfig(trained, objective(name, **METHODS[name])), batch(), optimizers)
             out.append({"loss": result.loss, "grad_norm": result.grad_norm})
     return out
 
@@ -172,7 +174,7 @@ def test_the_teacher_does_not_move() -> None:
     optimizers = Optimizers(trained, Optimizer(), tiny.RATES)
     optimizers.set_factor(1.0)
     watch = UpdateWatch(trained, within=1)
-    train_step(Recipe(trained, objective("forward_kl")), batch(), optimizers)
+    train_step(StepConfig(trained, objective("forward_kl")), batch(), optimizers)
     watch.after_step()
     assert all(p.grad is None for p in trained["teacher"].parameters())
     assert not any(name.startswith("teacher.") for name in optimizers.names.values())

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.objectives import formulas, small
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.errors import ConfigError
 from tutelage.objectives import TABLE, objective
-from tutelage.train.step import Recipe, StepResult, gradients, measure
+from tutelage.train.step import StepConfig, StepResult, gradients, measure
 
 
 def bigrams() -> small.Bigrams:
@@ -21,8 +21,8 @@ def bigrams() -> small.Bigrams:
     return small.Bigrams(torch.sin(at * 1.7) * 1.5 + torch.cos(at * 0.31))
 
 
-def step(policy: torch.nn.Module, method: str, made: list[Family] | None = None, **settings: object) -> StepResult:
-    recipe = Recipe({"policy": policy}, objective(method, **settings))
+def step(policy: torch.nn.Module, method: str, made: list[PromptGroup] | None = None, **settings: object) -> StepResult:
+    recipe = StepConfig({"policy": policy}, objective(method, **settings))
     return gradients(recipe, small.source(method, made).next(0))
 
 
@@ -51,11 +51,11 @@ def halves() -> small.Bigrams:
     return small.Bigrams(torch.tensor([[1 / 8, 1 / 2, 1 / 4, 1 / 8]] + [[1 / 4] * 4] * 3, dtype=torch.float64).log())
 
 
-def one_pair() -> list[Family]:
+def one_pair() -> list[PromptGroup]:
     """Chosen "1 2": log-probability ln 1/8, twice what the reference gives it. Rejected "2": ln 1/4, half the reference's."""
-    chosen = Ending(np.array([1, 2]), whole={"reference": math.log(1 / 16), "margin": 1.0})
-    rejected = Ending(np.array([2]), whole={"reference": math.log(1 / 2), "margin": 1.0})
-    return [Family("p", np.array([3, 0]), (chosen, rejected))]
+    chosen = Completion(np.array([1, 2]), whole={"reference": math.log(1 / 16), "margin": 1.0})
+    rejected = Completion(np.array([2]), whole={"reference": math.log(1 / 2), "margin": 1.0})
+    return [PromptGroup("p", np.array([3, 0]), (chosen, rejected))]
 
 
 BY_HAND = [  # log-ratios ln 2 and -ln 2; probabilities of the average token 8^(-1/2) and 1/4
@@ -94,15 +94,15 @@ def test_measured_terms_by_hand():
     expected = {"_accuracy": 1, "_chosen": half, "_rejected": -half, "_margin": 2 * half}
     assert {k: v for k, v in terms.items() if k != "loss"} == pytest.approx(expected, abs=1e-6)
     (pair,) = one_pair()
-    tied = Family("p", pair.prompt, (pair.endings[0], pair.endings[0]))
+    tied = PromptGroup("p", pair.prompt, (pair.endings[0], pair.endings[0]))
     assert step(halves(), "dpo", [tied]).terms["_accuracy"] == 0.5
 
 
-def judged(good: int, other: float, name: str = "r") -> Family:
+def judged(good: int, other: float, name: str = "r") -> PromptGroup:
     """An answer whose log-ratio is ln 2, and another prompt's, whose log-ratio is `other`."""
-    own = Ending(np.array([1, 2]), whole={"reference": math.log(1 / 16), "desirable": good})
-    wrong = Ending(np.array([2]), whole={"reference": math.log(1 / 4) - other, "desirable": good})
-    return Family(name, np.array([3, 0]), (own, wrong))
+    own = Completion(np.array([1, 2]), whole={"reference": math.log(1 / 16), "desirable": good})
+    wrong = Completion(np.array([2]), whole={"reference": math.log(1 / 4) - other, "desirable": good})
+    return PromptGroup(name, np.array([3, 0]), (own, wrong))
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
@@ -117,7 +117,7 @@ def test_kto_reads_each_answer_once(layout):
             return super().forward(batch)
 
     policy = Watched(bigrams().table.detach())
-    found = gradients(Recipe({"policy": policy}, objective("kto")), small.source("kto", made, layout=layout).next(0))
+    found = gradients(StepConfig({"policy": policy}, objective("kto")), small.source("kto", made, layout=layout).next(0))
     texts = [sorted(i for f in made for i in (*f.prompt.tolist(), *f.endings[k].ids.tolist())) for k in (1, 0)]
     assert read == texts
     logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (0, 1)}
@@ -158,16 +158,16 @@ def test_a_batch_of_good_answers_only_has_no_figure_for_bad_ones():
     terms = step(policy, "kto", made).terms
     assert "_desirable" in terms and "_undesirable" not in terms
     batches, counts = small.source("kto", made).validation()
-    assert measure(Recipe({"policy": policy}, objective("kto")), batches, counts) == pytest.approx(terms)
+    assert measure(StepConfig({"policy": policy}, objective("kto")), batches, counts) == pytest.approx(terms)
 
 
 def test_a_certain_answer_does_not_break_the_odds():
     """Guards against infinite odds, whose gradient is not a number, once a model is sure of an answer's every token."""
     policy = small.Bigrams(torch.full((4, 4), -200.0).fill_diagonal_(200.0))
-    sure = Ending(np.array([3, 3, 3]), whole={"reference": 0.0})
-    doubtful = Ending(np.array([3, 1]), whole={"reference": 0.0})
+    sure = Completion(np.array([3, 3, 3]), whole={"reference": 0.0})
+    doubtful = Completion(np.array([3, 1]), whole={"reference": 0.0})
     for endings in ((sure, doubtful), (doubtful, sure)):
-        found = step(policy, "orpo", [Family("p", np.array([3]), endings)])
+        found = step(policy, "orpo", [PromptGroup("p", np.array([3]), endings)])
         assert math.isfinite(found.loss) and torch.isfinite(policy.table.grad).all()
 
 
@@ -183,7 +183,7 @@ def test_shares_of_wrong_preferences_that_mean_nothing_are_refused(method, setti
 
 def test_an_offset_needs_margins():
     """Guards against an offset that is silently 0 for data without margins."""
-    bare = [Family("p", np.array([3, 0]), tuple(Ending(e.ids, whole={"reference": 0.0}) for e in one_pair()[0].endings))]
+    bare = [PromptGroup("p", np.array([3, 0]), tuple(Completion(e.ids, whole={"reference": 0.0}) for e in one_pair()[0].endings))]
     with pytest.raises(ConfigError, match="offset"):
         step(halves(), "dpo", bare, offset=1.0)
     step(halves(), "dpo", bare)

@@ -15,8 +15,8 @@ from tests.objectives import formulas, small
 from tutelage.config.train import Optimizer
 from tutelage.models import kernels
 from tutelage.objectives import objective
-from tutelage.train.optim import Optimizers, Rates
-from tutelage.train.step import Recipe, train_step
+from tutelage.train.optim import LearningRates, Optimizers
+from tutelage.train.step import StepConfig, train_step
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "preferences.json"
 STEPS = 3
@@ -25,8 +25,8 @@ STEPS = 3
 def steps(method: str) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, four of eight families at a time, in two micro-batches or more."""
     parts = {"policy": small.decoder()}
-    recipe = Recipe(parts, objective(method, **small.METHODS[method]))
-    optimizers = Optimizers(parts, Optimizer(name="adamw"), Rates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2))
+    recipe = StepConfig(parts, objective(method, **small.METHODS[method]))
+    optimizers = Optimizers(parts, Optimizer(name="adamw"), LearningRates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2))
     optimizers.set_factor(1.0)
     source = small.source(method, per_step=4, micro_tokens=30)
     out = []

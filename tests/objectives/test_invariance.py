@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.objectives import small
-from tutelage.data.families import Family
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.groups.groups import PromptGroup
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.objectives import objective
-from tutelage.train.step import Recipe, StepResult, gradients, measure, prepared, with_shared
+from tutelage.train.step import StepConfig, StepResult, gradients, measure, prepared, with_shared
 
 
-def recipe(method: str, policy: torch.nn.Module) -> Recipe:
-    return Recipe({"policy": policy}, objective(method, **small.METHODS[method]))
+def recipe(method: str, policy: torch.nn.Module) -> StepConfig:
+    return StepConfig({"policy": policy}, objective(method, **small.METHODS[method]))
 
 
 def flat(policy: torch.nn.Module) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_a_reference_point_of_each_micro_batch_would_be_seen():
 def test_order_of_families(method):
     """Guards against answers that get another family's reference, length or judgement."""
     made = small.families(method)
-    moved: Sequence[Family] = [*made[3:], *made[:3]][::-1]
+    moved: Sequence[PromptGroup] = [*made[3:], *made[:3]][::-1]
     same(found(method, small.source(method, made).next(0)), found(method, small.source(method, moved).next(0)))
 
 

@@ -10,10 +10,10 @@ import torch
 
 from tests.objectives import small
 from tutelage.config.train import Optimizer
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.objectives import objective
-from tutelage.train.optim import Optimizers, Rates
-from tutelage.train.step import Recipe, measure, train_step
+from tutelage.train.optim import LearningRates, Optimizers
+from tutelage.train.step import StepConfig, measure, train_step
 
 STEPS = 30
 RULE = 16  # good answers are made of tokens below it, bad ones of the others
@@ -22,7 +22,7 @@ RULE = 16  # good answers are made of tokens below it, bad ones of the others
 SETTINGS = {"sppo_hard": {"beta": 0.1}, "nca_pair": {"beta": 0.1}, "discopop": {"tau": 1.0}}
 
 
-def written(policy: torch.nn.Module, method: str) -> list[Family]:
+def written(policy: torch.nn.Module, method: str) -> list[PromptGroup]:
     """Families by the rule, with the untrained policy as reference."""
     rng = np.random.default_rng(5)
 
@@ -37,7 +37,7 @@ def written(policy: torch.nn.Module, method: str) -> list[Family]:
         last = pair[0]
         whole = {"desirable": float(good)} if method == "kto" else {}
         prompt = rng.integers(0, small.VOCABULARY, 4)
-        family = Family(f"f{i}", prompt, tuple(Ending(ids, whole=whole) for ids in pair))
+        family = PromptGroup(f"f{i}", prompt, tuple(Completion(ids, whole=whole) for ids in pair))
         references = [float(small.logprobs(policy, family, k).sum()) for k in (0, 1)]
         endings = [replace(e, whole={**e.whole, "reference": r}) for e, r in zip(family.endings, references, strict=True)]
         made.append(replace(family, endings=tuple(endings)))
@@ -51,8 +51,8 @@ def test_thirty_steps_teach_the_rule(method):
     policy = small.decoder(dtype=torch.float32)
     made = written(policy, method)
     parts = {"policy": policy}
-    recipe = Recipe(parts, objective(method, **SETTINGS.get(method, {})))
-    optimizers = Optimizers(parts, Optimizer(name="adamw"), Rates(lr=5e-3, matrix_lr=5e-3, embedding_lr=5e-3))
+    recipe = StepConfig(parts, objective(method, **SETTINGS.get(method, {})))
+    optimizers = Optimizers(parts, Optimizer(name="adamw"), LearningRates(lr=5e-3, matrix_lr=5e-3, embedding_lr=5e-3))
     optimizers.set_factor(1.0)
     source = small.source(method, made, per_step=8)
     batches, counts = small.source(method, made).validation()

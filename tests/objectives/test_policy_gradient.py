@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import LONGEST, families, policy, replaced, without
-from tutelage.data.families import Ending, Family, assemble, bins
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
+from tutelage.data.groups.source import count, family_batch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.interface import Batch, Output
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
 from tutelage.rollout.weights import CREDIT
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "policy_gradient.json"
 METHODS = tuple(CREDIT)
@@ -34,7 +34,7 @@ def run(name, made, micro=1000, layout="tree", dtype=torch.float32, **settings):
     model = policy(dtype)
     groups = bins([f.size(layout) for f in made], micro)[0]
     batch = family_batch([[made[i] for i in g] for g in groups], count(made, layout), layout)
-    result = gradients(Recipe({"policy": model}, objective(name, **settings)), batch)
+    result = gradients(StepConfig({"policy": model}, objective(name, **settings)), batch)
     return result, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -128,7 +128,7 @@ def test_layout_and_accumulation_change_nothing(name, own_kernels):
 def on_policy(made):
     """The same answers with the model's own log-probabilities as the old ones."""
     with torch.no_grad():
-        found = token_logprobs(policy(), assemble(made, "tree")).numpy()
+        found = token_logprobs(policy(), collate(made, "tree")).numpy()
     at = 0
 
     def old(family, ending):
@@ -151,8 +151,8 @@ def test_on_policy_every_method_is_the_plain_gradient(name):
     assert result.terms["_ratio"] == pytest.approx(1, abs=1e-5)
     assert result.terms["_clipped_low"] == result.terms["_clipped_high"] == 0
     model = policy()
-    answers = assemble(made, "tree").answers
-    logprobs = token_logprobs(model, assemble(made, "tree"))
+    answers = collate(made, "tree").answers
+    logprobs = token_logprobs(model, collate(made, "tree"))
     weight = answers.tokens["weight"] * (answers.lengths[answers.owner] if name == "rloo" else 1)
     if (
         name == "gspo"
@@ -182,8 +182,8 @@ class Given(torch.nn.Module):
 def single(streams):
     """Answers of one token, with these streams."""
     count = len(next(iter(streams.values())))
-    endings = (Ending(np.array([2]), None, {k: np.array([v[i]]) for k, v in streams.items()}) for i in range(count))
-    return assemble([Family("r", np.array([1]), (e,)) for e in endings], "tree")
+    endings = (Completion(np.array([2]), None, {k: np.array([v[i]]) for k, v in streams.items()}) for i in range(count))
+    return collate([PromptGroup("r", np.array([1]), (e,)) for e in endings], "tree")
 
 
 @pytest.mark.parametrize("form", ["clip", "cispo"])
@@ -260,7 +260,7 @@ def test_temperature_divides_the_logits():
     model = policy()
     with torch.no_grad():
         model.model.norm.weight *= 2  # twice the last hidden states are twice the logits
-        expected = objective("reinforce")({"policy": model}, assemble(made, "tree"))
+        expected = objective("reinforce")({"policy": model}, collate(made, "tree"))
     answers = count(made, "tree")
     assert found["loss"] == pytest.approx(expected["loss"].sum.item() / answers["sequences"], rel=1e-5)
     assert found["_entropy"] == pytest.approx(expected["_entropy"].sum.item() / answers["tokens"], rel=1e-5)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import LONGEST, SHAPE, VOCABULARY, families, policy, replaced, without
-from tutelage.data.families import Ending, Family
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Completion, PromptGroup
+from tutelage.data.groups.source import count, family_batch
 from tutelage.objectives import objective
 from tutelage.rollout.correction import correction
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 pytestmark = pytest.mark.peers
 trl = pytest.importorskip("trl", reason="parity with TRL: pip install trl==1.16 datasets")
@@ -55,7 +55,7 @@ def trainer(kind: str, folder: Any, beta: float = 0.0, **settings: Any) -> Any:
     return found
 
 
-def inputs(made: list[Family]) -> dict[str, torch.Tensor]:
+def inputs(made: list[PromptGroup]) -> dict[str, torch.Tensor]:
     """TRL's batch of the same answers: prompts padded at the left, answers at the right."""
     pairs = [(f.prompt, e) for f in made for e in f.endings]
     longest = max(len(p) for p, _ in pairs), max(len(e.ids) for _, e in pairs)
@@ -80,15 +80,17 @@ def inputs(made: list[Family]) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def ours(name: str, made: list[Family], **settings: Any) -> tuple[float, torch.Tensor, dict[str, float]]:
+def ours(name: str, made: list[PromptGroup], **settings: Any) -> tuple[float, torch.Tensor, dict[str, float]]:
     model = policy()
     groups = [[f] for f in made]
-    result = gradients(Recipe({"policy": model}, objective(name, **settings)), family_batch(groups, count(made, "tree"), "tree"))
+    result = gradients(
+        StepConfig({"policy": model}, objective(name, **settings)), family_batch(groups, count(made, "tree"), "tree")
+    )
     names = sorted(n for n, _ in model.named_parameters())
     return result.loss, torch.cat([model.get_parameter(n).grad.flatten() for n in names]), result.terms
 
 
-def theirs(kind: str, made: list[Family], folder: Any, **settings: Any) -> tuple[float, torch.Tensor, Any]:
+def theirs(kind: str, made: list[PromptGroup], folder: Any, **settings: Any) -> tuple[float, torch.Tensor, Any]:
     coach = trainer(kind, folder, **settings)
     loss = coach._compute_loss(coach.model, inputs(made))
     loss.backward()
@@ -133,7 +135,7 @@ def test_grpo_and_its_kin(name, normaliser, settings, their, beta, importance, t
 
 def test_rloo(tmp_path):
     """The ratio of whole answers. TRL's RLOO knows no words of tools."""
-    made = [Family(f.name, f.prompt, tuple(Ending(e.ids, None, e.tokens) for e in f.endings)) for f in families()]
+    made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, None, e.tokens) for e in f.endings)) for f in families()]
     made = replaced(without(made, "correction"), weight=lambda f, e: np.full(len(e.ids), 1 / len(e.ids)))
     a, b = ours("rloo", made, **CLIP), theirs("rloo", made, tmp_path, beta=0.0, **THEIR_CLIP)
     same(a, b)
@@ -153,7 +155,7 @@ def test_correction(mode, level, tmp_path):
     made = families("token")
     bounds = {"floor": 0.7, "cap": 1.2} if level == "token" else {"floor": 0.1, "cap": 3.0}
 
-    def importance(f: Family, e: Ending) -> Any:
+    def importance(f: PromptGroup, e: Completion) -> Any:
         mask = np.ones(len(e.ids), bool) if e.mask is None else e.mask.astype(bool)
         out = np.ones(len(e.ids))
         out[mask] = correction(e.tokens["old"][mask], e.tokens["value_old"][mask] - 4.1, mode=mode, level=level, **bounds)

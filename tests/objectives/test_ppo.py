@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import Value, families, policy, replaced
-from tutelage.data.families import Ending, Family, assemble, bins
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
+from tutelage.data.groups.source import count, family_batch
 from tutelage.models import kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.rollout.advantages import gae, token_rewards, whiten
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "ppo.json"
 PENALTIES = {"kl_weight": 0.3, "entropy_weight": 0.2}
@@ -27,7 +27,7 @@ def run(made, micro=1000, layout="tree", dtype=torch.float32, weights=None, **se
     parts = {"policy": policy(dtype), "value": Value(dtype)}
     groups = bins([f.size(layout) for f in made], micro)[0]
     batch = family_batch([[made[i] for i in g] for g in groups], count(made, layout), layout)
-    result = gradients(Recipe(parts, objective("ppo", **settings), weights or {}), batch)
+    result = gradients(StepConfig(parts, objective("ppo", **settings), weights or {}), batch)
     return result, {name: torch.cat([p.grad.flatten() for p in part.parameters()]) for name, part in parts.items()}
 
 
@@ -70,7 +70,7 @@ def test_a_table_worked_by_hand():
         "value_old": np.array([0.5, 0.6, 0.2]),
         "return": returns,
     }
-    made = [Family("r", np.array([7]), (Ending(np.array([1, 2, 3]), None, streams),))]
+    made = [PromptGroup("r", np.array([7]), (Completion(np.array([1, 2, 3]), None, streams),))]
 
     class Given(torch.nn.Module):
         lm_head = property(lambda self: self)
@@ -82,7 +82,7 @@ def test_a_table_worked_by_hand():
             return torch.tensor(old + np.log([1.5, 0.5, 1.1])).float(), torch.zeros(3)
 
     values = torch.tensor([[0.9], [0.6], [0.3], [5.0]])  # the last place predicts nothing
-    terms = objective("ppo")({"policy": Given(), "value": lambda batch: values}, assemble(made, "tree"))
+    terms = objective("ppo")({"policy": Given(), "value": lambda batch: values}, collate(made, "tree"))
     assert terms["loss"].sum.item() == pytest.approx(-0.8476, abs=1e-6)
     assert terms["value"].sum.item() == pytest.approx(0.3216845, abs=1e-6)
     assert {term.unit for term in terms.values()} == {"tokens"}

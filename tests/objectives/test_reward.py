@@ -18,16 +18,16 @@ from torch import nn
 
 from tests.data.test_family_batches import SHAPE
 from tutelage.config.train import Optimizer
-from tutelage.data.families import Ending, Family, assemble
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Completion, PromptGroup, collate
+from tutelage.data.groups.source import count, family_batch
 from tutelage.models import kernels
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
 from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.objectives import objective
-from tutelage.train.optim import Optimizers, Rates
-from tutelage.train.step import Recipe, gradients, train_step
+from tutelage.train.optim import LearningRates, Optimizers
+from tutelage.train.step import StepConfig, gradients, train_step
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "reward.json"
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,11 +43,11 @@ def scorer(outputs: int, dtype: torch.dtype = torch.float32) -> Scorer:
     return made.to(dtype)
 
 
-def families(count: int = 5, masked: bool = False) -> list[Family]:
+def families(count: int = 5, masked: bool = False) -> list[PromptGroup]:
     """Two answers a prompt, with everything that any of the methods reads; steps end at irregular places."""
     rng = np.random.default_rng(4)
 
-    def ending(margin: float) -> Ending:
+    def ending(margin: float) -> Completion:
         ids = rng.integers(0, 100, rng.integers(3, 12))
         mask = rng.integers(0, 2, len(ids)).astype(np.uint8) if masked else None
         steps = np.where(rng.random(len(ids)) < 0.5, rng.choice([0.0, 1.0, 0.3], len(ids)), np.nan).astype(np.float32)
@@ -56,16 +56,16 @@ def families(count: int = 5, masked: bool = False) -> list[Family]:
             mask[np.isfinite(steps)] = 1
         ratings = np.where(rng.random(3) < 0.4, np.nan, rng.normal(size=3) * 2).astype(np.float32)
         ratings[rng.integers(0, 3)] = 0.5
-        return Ending(ids, mask, {"step_score": steps}, {"margin": margin, "ratings": ratings.tolist()})
+        return Completion(ids, mask, {"step_score": steps}, {"margin": margin, "ratings": ratings.tolist()})
 
     made = []
     for i in range(count):
         margin = float(rng.random())
-        made.append(Family(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (ending(margin), ending(margin))))
+        made.append(PromptGroup(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (ending(margin), ending(margin))))
     return made
 
 
-def counts(made: list[Family]) -> dict[str, float]:
+def counts(made: list[PromptGroup]) -> dict[str, float]:
     return count(made, "tree") | {"pairs": float(len(made))}
 
 
@@ -80,8 +80,8 @@ class Table(nn.Module):
         return self.rows[batch.ids.flatten()]
 
 
-def pair(chosen: Ending, rejected: Ending) -> Batch:
-    return assemble([Family("r", np.array([0]), (chosen, rejected))], "tree")
+def pair(chosen: Completion, rejected: Completion) -> Batch:
+    return collate([PromptGroup("r", np.array([0]), (chosen, rejected))], "tree")
 
 
 def values(name: str, rows: list[list[float]], batch: Batch, **settings: Any) -> dict[str, float]:
@@ -92,11 +92,11 @@ def test_preferences_by_hand() -> None:
     """Rewards 2 and 1: -log sigmoid(1) = 0.31326; with a margin of 1, log 2; centring 0.01 * 3^2.
     Tokens before an answer's last one say nothing."""
     rows = [[9.0], [2.0], [1.0], [-5.0]]
-    batch = pair(Ending(np.array([3, 1])), Ending(np.array([2])))
+    batch = pair(Completion(np.array([3, 1])), Completion(np.array([2])))
     found = values("reward", rows, batch, centring=0.01)
     assert found["loss"] == pytest.approx(0.3132616875182228, abs=1e-12) and found["centring"] == pytest.approx(0.09)
     assert (found["_accuracy"], found["_margin"], found["_reward"]) == (1.0, 1.0, 3.0)
-    far = pair(Ending(np.array([1]), whole={"margin": 1.0}), Ending(np.array([2]), whole={"margin": 1.0}))
+    far = pair(Completion(np.array([1]), whole={"margin": 1.0}), Completion(np.array([2]), whole={"margin": 1.0}))
     assert values("reward", rows, far)["loss"] == pytest.approx(math.log(2))
     assert "centring" not in values("reward", rows, far, centring=0.0)
 
@@ -107,7 +107,7 @@ def test_ratings_by_hand() -> None:
     rows = [[0.0, 0.0], [3.0, 1.0], [1.0, 7.0]]
     missing = math.nan
     batch = pair(
-        Ending(np.array([1]), whole={"ratings": [2.0, missing]}), Ending(np.array([2]), whole={"ratings": [4.0, missing]})
+        Completion(np.array([1]), whole={"ratings": [2.0, missing]}), Completion(np.array([2]), whole={"ratings": [4.0, missing]})
     )
     assert values("rating", rows, batch)["loss"] == 10.0
     assert values("rating", rows, batch)["_error"] == 4.0
@@ -123,11 +123,11 @@ def test_steps_by_hand(layout: Any) -> None:
     shared layout is not the place after the prompt's: log-odds 0, 2, -1, 0 for right, wrong, right, wrong."""
     rows = [[50.0], [0.0], [2.0], [-1.0]]
     nothing = math.nan
-    made = Family("r", np.array([0, 0]), (
-        Ending(np.array([1, 0, 2]), tokens={"step_score": np.array([1, nothing, 0], np.float32)}),
-        Ending(np.array([3, 0, 1]), tokens={"step_score": np.array([1, nothing, 0], np.float32)}),
+    made = PromptGroup("r", np.array([0, 0]), (
+        Completion(np.array([1, 0, 2]), tokens={"step_score": np.array([1, nothing, 0], np.float32)}),
+        Completion(np.array([3, 0, 1]), tokens={"step_score": np.array([1, nothing, 0], np.float32)}),
     ))  # fmt: skip
-    found = values("process", rows, assemble([made], layout))
+    found = values("process", rows, collate([made], layout))
     soft = lambda x: math.log1p(math.exp(x))  # noqa: E731
     assert found["loss"] == pytest.approx(soft(0) + soft(2) + soft(1) + soft(0), abs=1e-9)
     assert found["_accuracy"] == 1.0
@@ -138,7 +138,7 @@ def test_two_outputs_are_cross_entropy() -> None:
     """A judge of steps with two classes, as token classifiers have: softmax cross-entropy, soft targets too."""
     rows = [[0.0, 0.0], [0.3, -0.8], [1.5, 0.2]]
     tokens = {"step_score": np.array([1.0, 0.25], np.float32)}
-    batch = assemble([Family("r", np.array([0]), (Ending(np.array([1, 2]), tokens=tokens),))], "tree")
+    batch = collate([PromptGroup("r", np.array([0]), (Completion(np.array([1, 2]), tokens=tokens),))], "tree")
     logs = torch.tensor(rows[1:], dtype=torch.float64).log_softmax(-1)
     expected = -(logs[0, 1] + 0.25 * logs[1, 1] + 0.75 * logs[1, 0])
     assert values("process", rows, batch)["loss"] == pytest.approx(expected.item(), abs=1e-9)
@@ -149,7 +149,7 @@ def test_two_outputs_are_cross_entropy() -> None:
 def test_against_numpy_one_text_at_a_time(name: str, masked: bool) -> None:
     """An independent calculation: each text alone through the model, the losses written out in numpy."""
     part, made = scorer(OUTPUTS[name]), families(masked=masked)
-    total, terms = 0.0, objective(name, **METHODS[name])({"reward": part}, assemble(made, "tree"))
+    total, terms = 0.0, objective(name, **METHODS[name])({"reward": part}, collate(made, "tree"))
     for family in made:
         at = []
         for ending in family.endings:
@@ -179,7 +179,9 @@ def test_layout_and_accumulation_change_nothing(name: str) -> None:
     for layout, groups in (("tree", [made]), ("packed", [made]), ("rows", [made]), ("tree", [made[:1], made[1:]]),
                            ("packed", [[f] for f in made])):  # fmt: skip
         part.zero_grad()
-        result = gradients(Recipe({"reward": part}, objective(name, **METHODS[name])), family_batch(groups, counts(made), layout))
+        result = gradients(
+            StepConfig({"reward": part}, objective(name, **METHODS[name])), family_batch(groups, counts(made), layout)
+        )
         found.append((result.loss, torch.cat([p.grad.flatten() for p in part.parameters()])))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-6)
@@ -190,13 +192,13 @@ def test_layout_and_accumulation_change_nothing(name: str) -> None:
 def losses(name: str) -> list[float]:
     """Of five steps at full precision, plain torch."""
     parts, made = {"reward": scorer(OUTPUTS[name], torch.float64)}, families()
-    optimizers, out = Optimizers(parts, Optimizer(name="adamw"), Rates(1e-2, 1e-2, 1e-2)), []
+    optimizers, out = Optimizers(parts, Optimizer(name="adamw"), LearningRates(1e-2, 1e-2, 1e-2)), []
     with kernels.disabled():
         for step in range(5):
             some = [made[(step + i) % len(made)] for i in range(3)]
             optimizers.set_factor(1.0)
             batch = family_batch([some[:1], some[1:]], counts(some), "tree")
-            out.append(train_step(Recipe(parts, objective(name, **METHODS[name])), batch, optimizers).loss)
+            out.append(train_step(StepConfig(parts, objective(name, **METHODS[name])), batch, optimizers).loss)
     return out
 
 
@@ -247,7 +249,7 @@ def test_as_in_trl(centring: float | None, margin: bool, tmp_path: Path) -> None
             for ending in family.endings:
                 del ending.whole["margin"]  # type: ignore[attr-defined]
     result = gradients(
-        Recipe({"reward": part}, objective("reward", centring=centring or 0.0)), family_batch([made], counts(made), "tree")
+        StepConfig({"reward": part}, objective("reward", centring=centring or 0.0)), family_batch([made], counts(made), "tree")
     )
     assert result.loss == pytest.approx(expected.item(), abs=1e-5)
     wanted = {n: p.grad for n, p in theirs.named_parameters()}

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tests.objectives import small
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.models.decoder import Decoder
 from tutelage.models.load import load
 from tutelage.objectives import objective
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 pytestmark = pytest.mark.peers
 PAD = small.VOCABULARY  # in no family: `transformers` gives the embedding of a padding token no gradient
@@ -71,22 +71,22 @@ def ours(folder: Path) -> Decoder:
     return model
 
 
-def referred(made: list[Family], folder: Path) -> list[Family]:
+def referred(made: list[PromptGroup], folder: Path) -> list[PromptGroup]:
     """The families with a reference model's log-probabilities."""
     model = ours(folder)
 
-    def ending(family: Family, k: int) -> Ending:
+    def ending(family: PromptGroup, k: int) -> Completion:
         old = family.endings[k]
-        return Ending(old.ids, old.mask, whole={**old.whole, "reference": float(small.logprobs(model, family, k).sum())})
+        return Completion(old.ids, old.mask, whole={**old.whole, "reference": float(small.logprobs(model, family, k).sum())})
 
-    return [Family(f.name, f.prompt, (ending(f, 0), ending(f, 1))) for f in made]
+    return [PromptGroup(f.name, f.prompt, (ending(f, 0), ending(f, 1))) for f in made]
 
 
 def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill)
 
 
-def texts(made: list[Family], number: int) -> tuple[list[list[int]], list[list[int]]]:
+def texts(made: list[PromptGroup], number: int) -> tuple[list[list[int]], list[list[int]]]:
     """Ids of each text, and which of its tokens are supervised."""
     ids = [f.prompt.tolist() + f.endings[number].ids.tolist() for f in made]
     masks = []
@@ -97,13 +97,13 @@ def texts(made: list[Family], number: int) -> tuple[list[list[int]], list[list[i
     return ids, masks
 
 
-def dpo_batch(made: list[Family]) -> dict[str, torch.Tensor]:
+def dpo_batch(made: list[PromptGroup]) -> dict[str, torch.Tensor]:
     ids, masks = (a + b for a, b in zip(texts(made, 0), texts(made, 1), strict=True))
     inputs = {"input_ids": padded(ids, PAD), "attention_mask": padded([[1] * len(r) for r in ids], 0)}
     return {**inputs, "completion_mask": padded(masks, 0)}
 
 
-def pair_batch(made: list[Family]) -> dict[str, torch.Tensor]:
+def pair_batch(made: list[PromptGroup]) -> dict[str, torch.Tensor]:
     """What the trainers of ORPO and CPO read."""
     out = {}
     for number, side in enumerate(("chosen", "rejected")):
@@ -117,7 +117,9 @@ def pair_batch(made: list[Family]) -> dict[str, torch.Tensor]:
     return out
 
 
-def their_pair_loss(trl: Any, method: str, settings: dict[str, Any], made: list[Family], folders: list[Path], tmp: Path) -> Any:
+def their_pair_loss(
+    trl: Any, method: str, settings: dict[str, Any], made: list[PromptGroup], folders: list[Path], tmp: Path
+) -> Any:
     """TRL's loss and its model with gradients."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -150,10 +152,12 @@ def their_pair_loss(trl: Any, method: str, settings: dict[str, Any], made: list[
     return loss.item(), model
 
 
-def compare(method: str, settings: dict[str, Any], made: list[Family], loss: float, peer: torch.nn.Module, folder: Path) -> None:
+def compare(
+    method: str, settings: dict[str, Any], made: list[PromptGroup], loss: float, peer: torch.nn.Module, folder: Path
+) -> None:
     policy = ours(folder)
     found = gradients(
-        Recipe({"policy": policy}, objective(method, **settings)), small.source(method, made, layout="tree").next(0)
+        StepConfig({"policy": policy}, objective(method, **settings)), small.source(method, made, layout="tree").next(0)
     )
     assert found.loss == pytest.approx(loss, abs=1e-5, rel=1e-5)
     wanted = {name: p.grad for name, p in peer.named_parameters()}
@@ -172,9 +176,12 @@ def test_pairs(trl, folders, tmp_path, method):
     settings = small.METHODS[method]
     made = small.pairs()
     if method == "orpo":
-        made = [Family(f.name, f.prompt, tuple(Ending(e.ids, whole=e.whole) for e in f.endings)) for f in made]
+        made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, whole=e.whole) for e in f.endings)) for f in made]
     if method == "cdpo":
-        made = [Family(f.name, f.prompt, tuple(Ending(e.ids, e.mask, whole={"reference": 0.0}) for e in f.endings)) for f in made]
+        made = [
+            PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, whole={"reference": 0.0}) for e in f.endings))
+            for f in made
+        ]
     else:
         made = referred(made, folders[1])
     loss, peer = their_pair_loss(trl, method, settings, made, folders, tmp_path)
@@ -219,9 +226,12 @@ def test_kto(trl, folders, tmp_path):
     compare("kto", settings, made, loss.item(), model, policy)
 
 
-def _as_theirs(made: list[Family], rows: list[dict[str, Any]]) -> Iterator[Family]:
+def _as_theirs(made: list[PromptGroup], rows: list[dict[str, Any]]) -> Iterator[PromptGroup]:
     for family, row in zip(made, rows, strict=True):
         assert family.prompt.tolist() == row["prompt_ids"]
         whole = family.endings[0].whole
-        endings = (Ending(np.array(row["completion_ids"]), whole=whole), Ending(np.array(row["KL_completion_ids"]), whole=whole))
-        yield Family(family.name, family.prompt, endings)
+        endings = (
+            Completion(np.array(row["completion_ids"]), whole=whole),
+            Completion(np.array(row["KL_completion_ids"]), whole=whole),
+        )
+        yield PromptGroup(family.name, family.prompt, endings)

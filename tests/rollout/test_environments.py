@@ -12,10 +12,10 @@ import pytest
 from tutelage.config.base import build
 from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError, RewardError
+from tutelage.preflight.checks import rl as check
 from tutelage.recipe import Planned
 from tutelage.records import Message, Prompt
 from tutelage.rollout.environments import Environments
-from tutelage.stages.checks import rl as check
 from tutelage.stages.sources import code
 
 GAMES = Path(__file__).parent / "games.py"

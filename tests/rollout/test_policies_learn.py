@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tests.objectives.rollouts import SHAPE, policy
-from tutelage.data.families import Ending, Family, assemble, bins
-from tutelage.data.family_source import count, family_batch
+from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
+from tutelage.data.groups.source import count, family_batch
 from tutelage.engine import Engine, Sampling
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
 from tutelage.rollout.advantages import gae, group_advantages, token_rewards, whiten
 from tutelage.rollout.correction import correction, mismatch
-from tutelage.rollout.tally import Tally
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.weights import CREDIT, cut, weights
-from tutelage.train.step import Recipe, gradients
+from tutelage.train.step import StepConfig, gradients
 
 PROMPTS = [(3 + i, 11, 20 + i) for i in range(8)]
 SAMPLES, LENGTH = 8, 4
@@ -36,7 +36,7 @@ class Critic(torch.nn.Module):
 
 def scored(parts, families):
     """The trainer's log-probabilities of all answers' tokens, and their values where there is a critic, before the update."""
-    batch = assemble(families, "tree")
+    batch = collate(families, "tree")
     with torch.no_grad():
         old = token_logprobs(parts["policy"], batch).numpy().reshape(-1, LENGTH)
         return old, parts["value"](batch)[batch.answers.places, 0].numpy().reshape(-1, LENGTH) if "value" in parts else None
@@ -47,7 +47,7 @@ def step(name, parts, engine, optimizer, number):
     sampling = Sampling(LENGTH, n=SAMPLES, seed=number, logprobs=0, ignore_eos=True)
     made = engine.generate(PROMPTS, sampling)
     rewards = np.array([np.mean([i == c.prompt[-1] for i in c.ids]) for c in made])
-    plain = [Family(str(p), np.array(p), tuple(Ending(np.array(c.ids)) for c in made[i * SAMPLES :][:SAMPLES]))
+    plain = [PromptGroup(str(p), np.array(p), tuple(Completion(np.array(c.ids)) for c in made[i * SAMPLES :][:SAMPLES]))
              for i, p in enumerate(PROMPTS)]  # fmt: skip
     old, values = scored(parts, plain)
     by_engine = [[s.logprob for s in c.scores] for c in made]
@@ -67,14 +67,16 @@ def step(name, parts, engine, optimizer, number):
                    "correction": correction(old[i], by_engine[i])}  # fmt: skip
         if name == "ppo":
             streams |= {"value_old": values[i], "return": worth[i][1]}
-        return Ending(np.array(made[i].ids), None, streams)
+        return Completion(np.array(made[i].ids), None, streams)
 
-    families = [Family(f.name, f.prompt, tuple(ending(i * SAMPLES + s) for s in range(SAMPLES))) for i, f in enumerate(plain)]
+    families = [
+        PromptGroup(f.name, f.prompt, tuple(ending(i * SAMPLES + s) for s in range(SAMPLES))) for i, f in enumerate(plain)
+    ]
     cuts = bins([f.size("tree") for f in families], 150)[0]
     batch = family_batch([[families[i] for i in g] for g in cuts], count(families, "tree"), "tree")
     for _ in range(2 if TABLE[name].fixed.get("form") != "none" else 1):
         optimizer.zero_grad()
-        gradients(Recipe(parts, objective(name)), batch)
+        gradients(StepConfig(parts, objective(name)), batch)
         optimizer.step()
     engine.weights_changed()
     return rewards.mean(), mismatch(list(old), by_engine)
@@ -88,7 +90,7 @@ def test_a_rule_is_learned(name):
     parts = {"policy": policy(), **({"value": Critic()} if name == "ppo" else {})}
     engine = Engine(parts["policy"], None, slots=64)
     optimizer = torch.optim.Adam([p for part in parts.values() for p in part.parameters()], lr=5e-3, betas=(0.9, 0.95))
-    rewards, tally = [], Tally()
+    rewards, tally = [], MetricSums()
     for number in range(60):
         reward, found = step(name, parts, engine, optimizer, number)
         rewards.append(reward)

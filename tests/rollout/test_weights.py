@@ -7,7 +7,7 @@ import pytest
 
 from tutelage.objectives import TABLE
 from tutelage.rollout.correction import correction, mismatch
-from tutelage.rollout.tally import Tally
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.weights import CREDIT, UNITS, cut, weights
 
 
@@ -66,5 +66,5 @@ def test_mismatch_adds_up():
     assert both.metrics()["mismatch_max"] == pytest.approx(0.5)
     assert both.metrics()["mismatch_kl"] == pytest.approx((np.expm1(0.5) - 0.5 + np.expm1(-0.1) + 0.1) / 3)
     whole = mismatch([[-1.0, -2.0], [-1.0]], [[-1.5, -2.0], [-0.9]])
-    assert both.metrics() == pytest.approx(whole.metrics()) and (Tally() + both).metrics() == both.metrics()
+    assert both.metrics() == pytest.approx(whole.metrics()) and (MetricSums() + both).metrics() == both.metrics()
     assert mismatch([], []).metrics() == {"mismatch_mean": 0.0, "mismatch_max": 0.0, "mismatch_kl": 0.0}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine import small
 from tests.serve.running import Process
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.models.load import load
 

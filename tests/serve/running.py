@@ -50,7 +50,7 @@ class Process:
     """`tutelage serve` on a port, a free one where it is 0."""
 
     def __init__(self, *words: str, port: int = 0) -> None:
-        command = [sys.executable, "-m", "tutelage.cli", "serve", *words, "--port", str(port)]
+        command = [sys.executable, "-m", "tutelage", "serve", *words, "--port", str(port)]
         self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
         self.said: list[str] = []
         assert self.popen.stderr is not None

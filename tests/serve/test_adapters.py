@@ -14,10 +14,10 @@ import pytest
 from tests.engine import small
 from tests.engine.test_lora import adapted
 from tests.serve.running import Running
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine, Sampling
+from tutelage.models.adapters.lora import read_lora
 from tutelage.models.load import load
-from tutelage.models.lora import read_lora
 from tutelage.serve.app import build_app
 from tutelage.serve.keys import KeyRing, add_key
 from tutelage.serve.listen import Options, open_engine

@@ -21,8 +21,8 @@ from tests.serve.running import Running
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError
 from tutelage.serve.app import create_app
+from tutelage.serve.engine_thread import EngineThread
 from tutelage.serve.listen import Options, check_binding
-from tutelage.serve.stream import EngineThread
 
 NAME, HI = "tiny", [{"role": "user", "content": "the cat"}]
 

@@ -7,16 +7,16 @@ from typing import Any
 import httpx
 import pytest
 
+from tutelage.cli.chat import visible
 from tutelage.engine import Engine
 from tutelage.engine.text_limit import TextLimit
 from tutelage.errors import ConfigError, DataError
 from tutelage.serve.connections import Bounds, protocol
 from tutelage.serve.engines import check_engine
-from tutelage.serve.gate import _check_local
 from tutelage.serve.keys import KeyRing, make_key
+from tutelage.serve.middleware import _check_local
 from tutelage.serve.options import Options
 from tutelage.serve.schema import ApiError
-from tutelage.serve.terminal import visible
 
 
 @pytest.mark.parametrize("key", ["", " ", "short", "with a space", "sch\u00fcssel1"])

@@ -21,7 +21,7 @@ from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError
 from tutelage.models.interface import Batch
 from tutelage.serve.app import create_app
-from tutelage.serve.stream import EngineThread
+from tutelage.serve.engine_thread import EngineThread
 
 NAME, TEXTS = "tiny", ["the cat sat on the mat", "one", "naïve 🙂 café", "the dog sat by the door, and one two three"]
 

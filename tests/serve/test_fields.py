@@ -11,7 +11,7 @@ import torch
 
 from tests.engine import small
 from tests.serve.running import Running
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.models.interface import Batch
 from tutelage.serve.app import create_app

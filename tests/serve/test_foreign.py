@@ -20,7 +20,7 @@ from tests.engine import small
 from tests.pipeline import tutelage
 from tests.serve.running import Running
 from tests.serve.test_generate import Capture, read, write
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.engine.hf_runner import HfRunner
 from tutelage.models.decoder import Decoder

@@ -22,9 +22,9 @@ from tutelage import api, log
 from tutelage.config.stages import Generate
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError, StorageError
-from tutelage.serve.archive import Archive
-from tutelage.serve.batch import Meter, row_seed
-from tutelage.serve.part import PartFile
+from tutelage.inference.batch import Meter, row_seed
+from tutelage.inference.input_file import InputFile
+from tutelage.inference.output_file import ResumableOutput
 
 Capture = pytest.CaptureFixture[str]
 ROWS = [{"id": i, "prompt": f"the cat {i} sat {'on the mat ' * (i % 5)}"} for i in range(40)]
@@ -91,7 +91,7 @@ def test_chats_systems_templates_and_columns(model: Path, engine: Engine, tmp_pa
 
 def test_tools_reach_the_template(model: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tools that a row offers and the model never sees."""
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
 
     tools = [{"type": "function", "function": {"name": "meow", "parameters": {}}}]
     seen: list[Any] = []
@@ -159,16 +159,16 @@ def test_rows_are_read_as_slots_free_up(model: Path, tmp_path: Path, monkeypatch
     source = write(tmp_path / "in.jsonl", ROWS)
     ahead, sizes = [], []
     pulled = kept = 0
-    entries, append, step = Archive.entries, PartFile.append, Engine.step
+    entries, append, step = InputFile.entries, ResumableOutput.append, Engine.step
 
-    def counted(self: Archive) -> Iterator[Any]:
+    def counted(self: InputFile) -> Iterator[Any]:
         nonlocal pulled
         pulled = 0
         for entry in entries(self):
             pulled += 1
             yield entry
 
-    def appended(self: PartFile, *result: Any) -> None:
+    def appended(self: ResumableOutput, *result: Any) -> None:
         nonlocal kept
         kept += 1
         ahead.append(pulled - kept)
@@ -179,8 +179,8 @@ def test_rows_are_read_as_slots_free_up(model: Path, tmp_path: Path, monkeypatch
         sizes.append(len(events))
         return events
 
-    monkeypatch.setattr(Archive, "entries", counted)
-    monkeypatch.setattr(PartFile, "append", appended)
+    monkeypatch.setattr(InputFile, "entries", counted)
+    monkeypatch.setattr(ResumableOutput, "append", appended)
     monkeypatch.setattr(Engine, "step", stepped)
     answers(model, tmp_path, source, **HOW)
     assert len(ahead) == 40 and max(ahead) < 2 * HOW["slots"]
@@ -239,7 +239,7 @@ def test_killed_before_the_last_rename(model: Path, tmp_path: Path, monkeypatch:
     """A run that had all answers, and makes them again; the half-written file that stays for ever."""
     source, output = write(tmp_path / "in.jsonl", ROWS[:6]), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(PartFile, "finish", lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(ResumableOutput, "finish", lambda self, rows: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             api.generate(model=model, input=source, output=output, **HOW)
     (tmp_path / ".out.jsonl.partial-1").write_text("{")
@@ -280,9 +280,9 @@ def test_progress_says_rows_speed_and_time_left(capsys: Capture, monkeypatch: py
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
     """Results of two processes mixed, each row twice."""
-    with PartFile(tmp_path / "out.jsonl", {"seed": 0}), pytest.raises(StorageError, match="another process"):
-        PartFile(tmp_path / "out.jsonl", {"seed": 0})
-    PartFile(tmp_path / "out.jsonl", {"seed": 0}).file.close()
+    with ResumableOutput(tmp_path / "out.jsonl", {"seed": 0}), pytest.raises(StorageError, match="another process"):
+        ResumableOutput(tmp_path / "out.jsonl", {"seed": 0})
+    ResumableOutput(tmp_path / "out.jsonl", {"seed": 0}).file.close()
 
 
 def test_a_full_disk_leaves_a_run_to_go_on_with(model: Path, disk: Path, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
@@ -368,7 +368,7 @@ def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> 
     page = tutelage(capsys, "generate", "--help", columns=200).out
     assert all(f" --{key} " in page or f" {key} " in page for key in Generate.model_fields)
     code = (
-        "import sys; sys.argv = ['tutelage', 'generate', '--help']\nfrom tutelage.cli import main\n"
+        "import sys; sys.argv = ['tutelage', 'generate', '--help']\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit: print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
@@ -379,14 +379,14 @@ def test_lines_of_text_are_rows_whatever_ends_them(tmp_path: Path) -> None:
     """A file of an old Mac was one row; U+2028 is a character."""
     for end in ("\n", "\r\n", "\r"):
         (tmp_path / "a.txt").write_bytes(end.join(["One\u2028two", "", "Three"]).encode())
-        found = [(e.line, e.fields["prompt"]) for e in Archive(tmp_path / "a.txt").entries()]
+        found = [(e.line, e.fields["prompt"]) for e in InputFile(tmp_path / "a.txt").entries()]
         assert found == [(1, "One\u2028two"), (3, "Three")]
 
 
 def test_what_a_reader_leaves_out_is_said_once(tmp_path: Path, capsys: Capture) -> None:
     """The input is read several times; a column that goes without a word is worse."""
     (tmp_path / "a.csv").write_text(",prompt\n0,One\n1,Two\n")
-    archive = Archive(tmp_path / "a.csv")
+    archive = InputFile(tmp_path / "a.csv")
     assert [[e.fields for e in archive.entries()] for _ in range(2)] == [[{"prompt": "One"}, {"prompt": "Two"}]] * 2
     said = capsys.readouterr()
     assert (said.out + said.err).count("2 cells under no column name left out") == 1

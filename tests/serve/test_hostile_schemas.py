@@ -16,9 +16,9 @@ import pytest
 from tests.engine import small
 from tests.serve.running import Running
 from tutelage.engine import Engine, Sampling
-from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
-from tutelage.engine.json_schema import prepare
 from tutelage.serve.app import create_app
+from tutelage.structured.grammar import Constraint, Grammar, GrammarCompiler
+from tutelage.structured.json_schema import prepare
 
 NAME, SECONDS, TOKENS = "tiny", 1.0, 12
 PATIENCE = 200  # seconds after which something hangs

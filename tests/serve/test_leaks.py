@@ -16,7 +16,7 @@ from tests.engine import small
 from tests.serve.running import Running
 from tutelage.engine import Sequence
 from tutelage.serve.app import create_app
-from tutelage.serve.stream import Ticket
+from tutelage.serve.engine_thread import PendingResponse
 
 NAME, CHAT = "tiny", [{"role": "user", "content": "the cat"}]
 REQUESTS: list[tuple[str, dict[str, Any], int]] = [
@@ -51,7 +51,7 @@ def held(running: Running) -> dict[str, int]:
         "threads": threading.active_count(),
         "files": len(os.listdir("/proc/self/fd")),
         "tasks": asyncio.run_coroutine_threadsafe(tasks(), running.loop).result(10),
-        "tickets": found.count(Ticket),
+        "tickets": found.count(PendingResponse),
         "sequences": found.count(Sequence),
     }
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine import small
 from tests.serve.running import Running
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.models.export import save
 from tutelage.models.load import load

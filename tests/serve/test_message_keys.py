@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.engine import small
 from tests.serve.running import Running
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.serve.app import create_app
 

@@ -18,7 +18,7 @@ from tests.serve.test_generate import USER, Capture, die, read, write
 from tutelage import api
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError
-from tutelage.serve.batch import row_seed
+from tutelage.inference.batch import row_seed
 
 
 def request(custom_id: str, body: object, url: str = "/v1/chat/completions") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tutelage.errors import DataError
-from tutelage.serve.prompts import Prompting
+from tutelage.inference.prompts import Prompting
 
 
 def test_a_row_may_have_its_own_system_prompt() -> None:

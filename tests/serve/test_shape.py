@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from tests.engine import small
 from tests.serve.running import Running
-from tutelage.data.render import Renderer
+from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.serve.app import create_app
 from tutelage.tokenizer.train import train

@@ -20,10 +20,10 @@ import pytest
 from tests.engine import small
 from tests.pipeline import environment
 from tutelage import api
+from tutelage.cli import chat, chat_session
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models.export import save
-from tutelage.serve import conversation, terminal
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ GREEDY = Sampling(12, temperature=0)
 
 def test_once_prints_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts read stdout: the answer and nothing else."""
-    terminal.chat(folder, once="the cat", sampling=GREEDY, system="one")
-    engine = terminal.open_engine(folder, None, "cpu", "float32")
+    chat.chat(folder, once="the cat", sampling=GREEDY, system="one")
+    engine = chat.open_engine(folder, None, "cpu", "float32")
     turns = [{"role": "system", "content": "one"}, {"role": "user", "content": "the cat"}]
     assert capsys.readouterr().out == engine.generate([turns], GREEDY)[0].text + "\n"
 
@@ -57,7 +57,7 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     monkeypatch.setattr(Engine, "stream", seen)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nmore\n/reset\nhi\n/system be\nhi\n/what\n/exit\nnever\n"))
-    terminal.chat(folder, sampling=GREEDY)
+    chat.chat(folder, sampling=GREEDY)
     assert asked == [["user"], ["user", "assistant", "user"], ["user"], ["system", "user"]]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[2] or len(lines) > 4
@@ -66,7 +66,7 @@ def test_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What `ask` makes of an input, message by message."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    return list(iter(terminal.ask, None))
+    return list(iter(chat.ask, None))
 
 
 def test_messages_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,14 +76,14 @@ def test_messages_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert typed('"""one line"""\n/help\n /help\n"""not closed\n', monkeypatch) == ["one line", "/help", "/help", "not closed"]
 
 
-def open_chat(folder: Path, max_length: int | None = None, **how: Any) -> conversation.Chat:
-    return conversation.Chat(terminal.open_engine(folder, max_length, "cpu", "float32"), None, Sampling(**{"seed": 1, **how}))
+def open_chat(folder: Path, max_length: int | None = None, **how: Any) -> chat_session.Chat:
+    return chat_session.Chat(chat.open_engine(folder, max_length, "cpu", "float32"), None, Sampling(**{"seed": 1, **how}))
 
 
 def test_params(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A misspelt parameter that is taken in silence; half of a wrong line that is done."""
     talk = open_chat(folder, max_tokens=5, ignore_eos=True)
-    assert conversation.command(talk, "/params temperature=0.2  top_p=0.9 max_tokens=7")
+    assert chat_session.command(talk, "/params temperature=0.2  top_p=0.9 max_tokens=7")
     assert (talk.sampling.temperature, talk.sampling.top_p, talk.sampling.max_tokens) == (0.2, 0.9, 7)
     assert "temperature=0.2  top_p=0.9  top_k=0" in capsys.readouterr().err
     assert talk.answer("hi", str).tokens == 7
@@ -97,11 +97,11 @@ def test_params(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("/save", "needs a file"),
     ):
         with pytest.raises(ConfigError) as caught:
-            conversation.command(talk, line)
+            chat_session.command(talk, line)
         assert says in str(caught.value) and talk.sampling.top_p == 0.9
-    conversation.command(talk, "/help")
+    chat_session.command(talk, "/help")
     said = capsys.readouterr().err
-    assert all(name in said for name in conversation.COMMANDS)
+    assert all(name in said for name in chat_session.COMMANDS)
 
 
 def test_saved_conversations_are_training_data(folder: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_keys_of_a_terminal(folder: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(folder: Path) -> None:
     """A stopped answer must free the engine, or the next one waits for it."""
-    talk = terminal.Chat(terminal.open_engine(folder, None, "cpu", "float32"), None, Sampling(50, seed=1, ignore_eos=True))
+    talk = chat.Chat(chat.open_engine(folder, None, "cpu", "float32"), None, Sampling(50, seed=1, ignore_eos=True))
 
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt
@@ -294,7 +294,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(folder: Path) -> None:
 def test_missing_model_is_an_error(tmp_path: Path) -> None:
     """A traceback where a sentence would do."""
     with pytest.raises(ArtifactError):
-        terminal.chat(tmp_path / "none", once="x")
+        chat.chat(tmp_path / "none", once="x")
 
 
 def test_no_slow_imports(folder: Path) -> None:

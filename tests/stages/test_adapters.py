@@ -16,7 +16,7 @@ from tests.pipeline import TRAIN, World, tutelage, world  # noqa: F401 (a fixtur
 from tutelage import api
 from tutelage.config.base import build
 from tutelage.config.stages import Sft
-from tutelage.data.families import Ending, Family
+from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.models.interface import Batch
@@ -175,13 +175,13 @@ def test_a_preference_run_takes_the_base_as_its_reference(world: World, tmp_path
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: World, tmp_path: Path, kind: str) -> None:  # noqa: F811
     """Answers of the base, of weights some steps old, a reference that learns too: promise 16 with an adapter."""
+    from tutelage.chat.render import Renderer
     from tutelage.config.stages import Rl
-    from tutelage.data.render import Renderer
-    from tutelage.models.adapters import trainable
+    from tutelage.models.adapters.attach import trainable
     from tutelage.records import Message, Prompt
-    from tutelage.stages.asking import published
-    from tutelage.stages.fitting import load_start
-    from tutelage.stages.rollouts import Kit
+    from tutelage.setup.rollouts import RolloutSetup
+    from tutelage.setup.sampling import sync_engine_weights
+    from tutelage.setup.trainer import load_start
 
     folder, cpu = world.made["chat"] / "model", torch.device("cpu")
     config = build(Rl, {
@@ -189,11 +189,11 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
         "adapter": {"kind": kind},
     })  # fmt: skip
     run = RunDir(tmp_path, "rl", "", {"model": find(str(folder), "model", tmp_path)})
-    kit = Kit.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
+    kit = RolloutSetup.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
     with torch.no_grad():
         for i, (_, p) in enumerate(trainable(kit.model)):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
-    published(kit.model, kit.engine)()
+    sync_engine_weights(kit.model, kit.engine)()
     prompt = Prompt.make([Message(role="user", content="Where is cat 1?")], source="test")
     ((made,),) = kit.sampler.answer([prompt], 1, seed=0, step=0, version=0)
     text, at = [*made.prompt_ids, *made.ids], len(made.prompt_ids)
@@ -205,7 +205,7 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
         return [float(table[at - 1 + i, t]) for i, t in enumerate(made.ids)]
 
     np.testing.assert_allclose(made.logprobs, logprobs(kit.model), atol=1e-4)
-    family = Family("a", np.array(made.prompt_ids), (Ending(np.array(made.ids)),))
+    family = PromptGroup("a", np.array(made.prompt_ids), (Completion(np.array(made.ids)),))
     (((found,),),) = (kit.scores(kit.reference, start=True)([family]),)
     base = logprobs(load(folder))
     np.testing.assert_allclose(found, base, atol=1e-4)
@@ -234,15 +234,15 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
 def test_heads_beside_virtual_tokens_have_a_rate_of_their_own(capsys: Capture) -> None:
     """A head that is trained 1,500 times too fast, as virtual tokens want to be."""
     from tutelage.config.stages import Reward
-    from tutelage.stages import tuning
+    from tutelage.setup import answers
 
-    plain = tuning.rates(build(Reward, {"model": "a", "data": "b"}), 10**6, 1e-6, heads=True)
+    plain = answers.rates(build(Reward, {"model": "a", "data": "b"}), 10**6, 1e-6, heads=True)
     for kind, same in (("prompt", False), ("prefix", False), ("ia3", False), ("lora", True)):
         config = build(Reward, {"model": "a", "data": "b", "adapter": {"kind": kind}})
-        found = tuning.rates(config, 10**6, 1e-6, heads=True)
+        found = answers.rates(config, 10**6, 1e-6, heads=True)
         assert (found.embedding_lr == found.matrix_lr == found.lr) == same
         assert same or (found.embedding_lr == plain.embedding_lr and found.lr != plain.lr)
-        alone = tuning.rates(config, 10**6, 1e-6)
+        alone = answers.rates(config, 10**6, 1e-6)
         assert alone.embedding_lr == alone.lr == found.lr, "nothing else is trained: one rate is said"
     assert "set optimizer.lr" in capsys.readouterr().err
 

@@ -17,11 +17,11 @@ from tests.pipeline import World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.config.base import build
 from tutelage.config.tasks import Classify
-from tutelage.engine.classifier import Classifier
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json
+from tutelage.inference.classifier import Classifier
 from tutelage.records import Example, Span, read_records
-from tutelage.stages.derived import passes
+from tutelage.setup.hyperparameters import passes
 
 transformers = pytest.importorskip("transformers")
 

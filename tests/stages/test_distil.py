@@ -9,7 +9,7 @@ import torch
 
 from tests.pipeline import SHAPE, TRAIN, World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.models.load import load

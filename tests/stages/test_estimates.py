@@ -11,8 +11,9 @@ import pytest
 from tests.pipeline import World, recipe_of, tutelage, world, write_recipe, write_sources  # noqa: F401 (a fixture)
 from tutelage.config.stages import Data
 from tutelage.plan.machine import Machine
+from tutelage.preflight import data_sizes, estimates
 from tutelage.recipe import Estimate, Planned, Runner, Unknown, load_recipe, plan_recipe
-from tutelage.stages import STAGES, amounts, estimates
+from tutelage.stages import STAGES
 
 ROOT = Path(__file__).parent.parent.parent
 MACHINE = Machine(cpu="x", cores=2, threads=2, memory_bytes=25 * 10**9, gemm_flops_fp32=191e9, gemm_flops_bf16=191e9,
@@ -48,7 +49,7 @@ def test_a_measured_quickstart_lies_inside_its_amounts() -> None:
     """Guards against sources whose records are counted twice, or on the wrong side of the split."""
     stages = load_recipe(ROOT / "recipes" / "quickstart.yaml", STAGES, []).stages
     for name, records, held_out, size in (("corpus", 1164, 79, 2_338_698), ("questions", 10_688, 1110, 585_580)):
-        made = amounts.expected(Planned(name, *stages[name]))
+        made = data_sizes.expected(Planned(name, *stages[name]))
         assert made.held_out.low < held_out < made.held_out.high
         total, text = made.train + made.held_out, made.train_bytes + made.held_out_bytes
         assert total.low < records < total.high and text.low < size < text.high < 4 * text.low
@@ -87,14 +88,14 @@ def test_finished_stages_take_nothing(world: World, capsys: pytest.CaptureFixtur
 
 def test_records_that_are_there_are_counted(world: World, tmp_path: Path) -> None:  # noqa: F811
     """A guess where the card says it."""
-    corpus = amounts.counted(world.made["corpus"] / "records")
-    assert corpus.train == amounts.Span(corpus.train.low, corpus.train.low) and not corpus.conversations
-    assert corpus.train.low + corpus.held_out.low <= 40 and amounts.counted(world.made["chats"] / "records").conversations
+    corpus = data_sizes.counted(world.made["corpus"] / "records")
+    assert corpus.train == data_sizes.Span(corpus.train.low, corpus.train.low) and not corpus.conversations
+    assert corpus.train.low + corpus.held_out.low <= 40 and data_sizes.counted(world.made["chats"] / "records").conversations
     write_sources(tmp_path)
-    found = amounts.source(str(tmp_path / "chats.jsonl"), Data(sources=["x"]))
+    found = data_sizes.source(str(tmp_path / "chats.jsonl"), Data(sources=["x"]))
     assert found.records.low == 81 and found.largest == 0  # 80 lines and what may follow the last
-    found = amounts.source(str(tmp_path / "texts"), Data(sources=["x"]))
-    assert found.records == amounts.Span(40, 40) and found.text.low == sum(p.stat().st_size for p in tmp_path.glob("texts/*"))
+    found = data_sizes.source(str(tmp_path / "texts"), Data(sources=["x"]))
+    assert found.records == data_sizes.Span(40, 40) and found.text.low == sum(p.stat().st_size for p in tmp_path.glob("texts/*"))
 
 
 def test_a_wrong_source_is_told_by_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,11 @@ from tests.pipeline import World, environment, tutelage, world  # noqa: F401 (a 
 from tests.stages.test_classify import TINY, classify, data, rows
 from tutelage import api
 from tutelage.config.stages import Label
-from tutelage.engine.classifier import Classifier
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json, write_json
-from tutelage.models.encoder import new_classifier
+from tutelage.inference.classifier import Classifier
 from tutelage.models.export import save
+from tutelage.models.hf.encoder import new_classifier
 
 pytest.importorskip("transformers")
 Capture = pytest.CaptureFixture[str]
@@ -169,7 +169,7 @@ def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> 
     page = tutelage(capsys, "label", "--help", columns=200).out
     assert all(f" --{key} " in page or f" {key} " in page for key in Label.model_fields)
     code = (
-        "import sys; sys.argv = ['tutelage', 'label', '--help']\nfrom tutelage.cli import main\n"
+        "import sys; sys.argv = ['tutelage', 'label', '--help']\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit: print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

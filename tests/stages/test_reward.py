@@ -14,15 +14,15 @@ from tests.guarantees import tiny
 from tests.models.shapes import CASES
 from tests.pipeline import tutelage
 from tutelage import api
+from tutelage.chat.render import Renderer
 from tutelage.config.stages import Reward
-from tutelage.data.render import Renderer
 from tutelage.errors import DataError
 from tutelage.files import read_json
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.scorer import build_scorer, load_scorer, score_answers
 from tutelage.records import Message, Preference, Rating
-from tutelage.stages import tuning
+from tutelage.setup import answers
 
 ANIMALS, OTHERS = ("cat", "dog"), ("mat", "door", "red", "old", "one", "two")
 HOW = {"threads": 1, "kernels": False, "optimizer": {"lr": 3e-3}}
@@ -112,7 +112,7 @@ def test_texts_whose_angles_follow_their_row_have_one_each(length: int, layout: 
     """LongRoPE turns a whole row at the factors of its longest text: packed beside a long one, a short text has another score."""
     model = build(DecoderConfig.from_hf(CASES["phi3-longrope"]), 0)
     config = Reward(model="m", data="d", max_length=length)
-    assert tuning.layout_for(config, model) == tuning.layout_for(config, build_scorer(model)) == layout
+    assert answers.layout_for(config, model) == answers.layout_for(config, build_scorer(model)) == layout
 
 
 def ratings(count: int) -> list[Rating]:

@@ -12,7 +12,7 @@ from tests.pipeline import World, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.errors import ConfigError, DataError
 from tutelage.models.export import save
-from tutelage.models.hf_seq2seq import new_seq2seq
+from tutelage.models.hf.seq2seq import new_seq2seq
 from tutelage.rundir import RunDir
 from tutelage.tokenizer.load import TokenizerFolder
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tutelage.data.templates import styles
+from tutelage.chat.templates import styles
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.tokenizer.measure import measure

@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from tests.guarantees import tiny
 from tutelage.config.train import Optimizer, Schedule
-from tutelage.data.loader import GlobalBatch
+from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.models import kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.train.optim import Optimizers
 from tutelage.train.schedule import factor
-from tutelage.train.step import Recipe, train_step
+from tutelage.train.step import StepConfig, train_step
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "next_token.json"
 STEPS = 5
@@ -50,7 +50,7 @@ def losses(name: str) -> list[dict[str, float]]:
     with kernels.disabled():
         for step, batch in enumerate(batches()):
             optimizers.set_factor(factor(Schedule(warmup=2), step, STEPS))
-            result = train_step(Recipe(parts, objective("next_token")), batch, optimizers)
+            result = train_step(StepConfig(parts, objective("next_token")), batch, optimizers)
             out.append({"loss": result.loss, "grad_norm": result.grad_norm})
     return out
 
@@ -87,7 +87,7 @@ def test_bfloat16_trains_as_float32_does_to_its_rounding() -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         parts = {"policy": model().float()}
-        recipe = Recipe(parts, objective("next_token"), dtype=dtype)
+        recipe = StepConfig(parts, objective("next_token"), dtype=dtype)
         optimizers = Optimizers(parts, Optimizer(name="adamw"), tiny.RATES)
         optimizers.set_factor(1.0)
         found[dtype] = [train_step(recipe, batch, optimizers).loss for batch in batches()]

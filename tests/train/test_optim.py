@@ -9,9 +9,9 @@ from torch import nn
 from tests.guarantees import tiny
 from tutelage.config.train import Optimizer
 from tutelage.train.muon import Muon
-from tutelage.train.optim import Optimizers, Rates, groups
+from tutelage.train.optim import LearningRates, Optimizers, groups
 
-RATES = Rates(lr=0.1, matrix_lr=0.2, embedding_lr=0.3)
+RATES = LearningRates(lr=0.1, matrix_lr=0.2, embedding_lr=0.3)
 
 
 def settings_of(optimizers: Optimizers) -> dict[str, tuple[str, float, float]]:

@@ -96,7 +96,7 @@ def nearest(name: str, names: list[str]) -> str | None:
 
 
 @dataclasses.dataclass(slots=True)
-class Places:
+class SourceLocations:
     """Where each dotted key of a recipe was written: on a line of its file, or in a `--set`."""
 
     file: Path | None = None
@@ -123,25 +123,25 @@ class Places:
             self.typed[key] = where
 
 
-def build(section: type[S], values: Mapping[str, Any], *, places: Places | None = None, prefix: str = "") -> S:
+def build(section: type[S], values: Mapping[str, Any], *, places: SourceLocations | None = None, prefix: str = "") -> S:
     """The section of a mapping. Raises `ConfigError` that names the key, its place and the nearest known key."""
     if at := half_character(dict(values)):
         keys = [prefix + at.partition("[")[0], prefix.rstrip(".")]
         fix = "write valid Unicode; of a file whose name is not UTF-8, name the folder or a pattern that fits it"
-        raise ConfigError(HALF, field=prefix + at, expected="valid Unicode", fix=fix, **(places or Places()).of(*keys))
+        raise ConfigError(HALF, field=prefix + at, expected="valid Unicode", fix=fix, **(places or SourceLocations()).of(*keys))
     try:
         return section.model_validate(dict(values))
     except ConfigError as error:  # of fields that do not go together
         if error.file is not None:
             raise
-        raise located(error, places or Places(), prefix.rstrip(".")) from None
+        raise located(error, places or SourceLocations(), prefix.rstrip(".")) from None
     except ValidationError as error:
         first = error.errors()[0]
         path = _known_part(section, first)
         key = ".".join(path)
         tried = [prefix + ".".join(path[:n]) for n in range(len(path), 0, -1)]
         tried += [prefix.rstrip(".")] if first["type"] == "missing" else []
-        where = {**(places or Places()).of(*tried), "field": prefix + key}
+        where = {**(places or SourceLocations()).of(*tried), "field": prefix + key}
         if first["type"] == "extra_forbidden":
             names = list(known_keys(section))
             siblings = [n for n in names if n.rpartition(".")[0] == ".".join(path[:-1])]
@@ -185,7 +185,7 @@ def _choice(error: Any, key: str) -> str | None:
 E = TypeVar("E", bound=UserError)
 
 
-def located(error: E, places: Places, prefix: str) -> E:
+def located(error: E, places: SourceLocations, prefix: str) -> E:
     """The error of a section with the section's name before its field, and the place where that, or what it is in, stands."""
     key = ".".join(filter(None, (prefix, error.field)))
     parts = key.split(".")

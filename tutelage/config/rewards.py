@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
-from tutelage.config.base import Places, Section, build, nearest, setting
+from tutelage.config.base import Section, SourceLocations, build, nearest, setting
 from tutelage.config.train import Count, Positive
 from tutelage.errors import ConfigError
 
@@ -139,14 +139,14 @@ class Environment(Term):
     """What the environment says that an episode was worth."""
 
 
-KINDS: dict[str, type[Term]] = {
+REWARD_TYPES: dict[str, type[Term]] = {
     "answer": Answer, "maths": Maths, "exact": Exact, "numeric": Numeric, "regex": Regex, "json_schema": JsonSchema,
     "tests": Tests, "length": Length, "format": Format, "model": RewardModel, "judge": Judge, "function": Function,
     "environment": Environment,
 }  # fmt: skip
 
 
-def terms_of(rewards: Mapping[str, Any], *, places: Places | None = None, prefix: str = "rewards.") -> dict[str, Term]:
+def terms_of(rewards: Mapping[str, Any], *, places: SourceLocations | None = None, prefix: str = "rewards.") -> dict[str, Term]:
     """The section of each term by its name. A number is a weight; `kind` is the name where it is not given.
 
     Raises `ConfigError` for an unknown kind, for a setting that the kind does not have, and for no terms at all.
@@ -157,15 +157,16 @@ def terms_of(rewards: Mapping[str, Any], *, places: Places | None = None, prefix
     for name, value in rewards.items():
         given = dict(value) if isinstance(value, Mapping) else {"weight": value}
         kind = given.pop("kind", name)
-        if kind not in KINDS:
-            near = nearest(str(kind), list(KINDS))
+        if kind not in REWARD_TYPES:
+            near = nearest(str(kind), list(REWARD_TYPES))
             raise ConfigError(
-                f"no such kind of reward: `{kind}`", field=f"{prefix}{name}", **(places or Places()).of(f"{prefix}{name}"),
-                expected=f"one of: {', '.join(KINDS)}",
+                f"no such kind of reward: `{kind}`", field=f"{prefix}{name}",
+                **(places or SourceLocations()).of(f"{prefix}{name}"),
+                expected=f"one of: {', '.join(REWARD_TYPES)}",
                 fix=f"did you mean `{near}`?" if near else f"say which: {name}: {{kind: …}}" if ":" not in str(kind) else
                 f"of a function of yours: {{mine: {{kind: function, path: {kind}}}}}",
             )  # fmt: skip
-        out[name] = build(KINDS[kind], given, places=places, prefix=f"{prefix}{name}.")
+        out[name] = build(REWARD_TYPES[kind], given, places=places, prefix=f"{prefix}{name}.")
         _check(out[name], f"{prefix}{name}")
     return out
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tutelage.chat.tool_calls import finish_reason, parse_calls
 from tutelage.engine.engine import Engine
 from tutelage.engine.sequence import Completion, Sampling
-from tutelage.engine.tool_calls import finish_reason, parse_calls
-from tutelage.engine.tool_choice import call_style, tool_grammar
 from tutelage.engine.tools import Reply
 from tutelage.errors import ConfigError
-from tutelage.models.lora import Lora
+from tutelage.models.adapters.lora import Lora
+from tutelage.structured.tool_choice import call_style, tool_grammar
 
 
 class Assistant:

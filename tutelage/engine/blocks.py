@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutelage.errors import ConfigError
+from tutelage.models.adapters.lora import Lora
 from tutelage.models.interface import KVCache
-from tutelage.models.lora import Lora
 
 CACHE_BYTES = 2 << 30
 """Default bound of the cache's memory: 2 GiB."""

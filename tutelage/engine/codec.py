@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from tutelage.engine.grammar import Constraint, Grammar, GrammarCompiler
+from tutelage.chat.tool_calls import showing
 from tutelage.engine.sequence import Sampling
-from tutelage.engine.text import TextStream, Vocabulary, drops_first_space
-from tutelage.engine.tool_calls import showing
 from tutelage.errors import ArtifactError, ConfigError
+from tutelage.structured.grammar import Constraint, Grammar, GrammarCompiler
+from tutelage.tokenizer.detokenize import TextStream, Vocabulary, drops_first_space
 
 Prompt = str | Seq[int] | Seq[Mapping[str, Any]]
 """A text to continue, token ids, or a conversation to answer (OpenAI messages)."""

@@ -16,8 +16,8 @@ from tutelage.engine.runners import make_runner
 from tutelage.engine.sampler import likely
 from tutelage.engine.sequence import Sampling, Sequence
 from tutelage.engine.speculate import Guesser
-from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
+from tutelage.tokenizer.detokenize import TextStream
 
 GUESSES = 4
 """Guesses at a time where nothing else was said."""
@@ -25,7 +25,7 @@ PART = 1024
 """Tokens of a text that the small model reads at a time, when it first meets it."""
 
 
-class Draft(Guesser):
+class ModelDrafter(Guesser):
     """A small decoder of ours beside the engine's model. It has a place for every slot, and catches up with a text when it is
     asked about it.
 

@@ -21,9 +21,8 @@ import torch
 from tutelage.engine.beams import search
 from tutelage.engine.blocks import CACHE_BYTES, Slots, make_cache, token_bytes
 from tutelage.engine.codec import Codec, Prompt
-from tutelage.engine.draft import GUESSES, Draft
+from tutelage.engine.draft import GUESSES, ModelDrafter
 from tutelage.engine.embedding import embed
-from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.limits import answer_limit, check_length, check_start, check_tokens
 from tutelage.engine.memory import Memory
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner, Work
@@ -33,11 +32,12 @@ from tutelage.engine.scheduler import Scheduler
 from tutelage.engine.scoring import Scored, score, score_targets
 from tutelage.engine.sequence import Completion, Event, Rules, Sampling, Sequence
 from tutelage.engine.speculate import Guesser, Lookup, guesses, note
-from tutelage.engine.text import Vocabulary
 from tutelage.errors import ConfigError
+from tutelage.models.adapters.lora import Lora, applied, read_lora
+from tutelage.models.adapters.virtual_tokens import max_source_target_tokens, max_text_tokens
 from tutelage.models.interface import KVCache
-from tutelage.models.lora import Lora, applied, read_lora
-from tutelage.models.virtual import room, rooms
+from tutelage.structured.grammar import Constraint, Grammar
+from tutelage.tokenizer.detokenize import Vocabulary
 
 
 class Engine:
@@ -64,7 +64,11 @@ class Engine:
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
         self.encodes: bool = getattr(model, "is_encoder_decoder", False)
-        self.rooms = tuple(min(self.context_length, r) for r in rooms(model)) if self.encodes else (self.context_length,) * 2
+        self.rooms = (
+            tuple(min(self.context_length, r) for r in max_source_target_tokens(model))
+            if self.encodes
+            else (self.context_length,) * 2
+        )
         self.device = next(model.parameters()).device
         with torch.inference_mode(), evaluating(model):
             cache = make_cache(model, slots, self.context_length, cache_bytes)
@@ -93,7 +97,7 @@ class Engine:
         if draft is None:
             return Lookup()
         with torch.inference_mode():
-            return Draft(draft, self.model, slots, self.context_length)
+            return ModelDrafter(draft, self.model, slots, self.context_length)
 
     def _memory(self, slots: Slots, cache: KVCache | None, draft: Any, cache_bytes: int) -> Memory:
         """What bounds the cache: of our own on a CPU and of a causal model of `transformers`, tokens; else its places."""
@@ -101,7 +105,7 @@ class Engine:
         sources = getattr(self.model, "is_encoder_decoder", False)  # theirs are kept, too, and are not known here
         if not one or sources or (cache is not None and self.device.type != "cpu") or isinstance(self.runner, RecomputingRunner):
             return Memory(slots)
-        held = [each for each in (cache, self.guesser) if isinstance(each, KVCache | Draft)]
+        held = [each for each in (cache, self.guesser) if isinstance(each, KVCache | ModelDrafter)]
 
         def trim(slot: int, tokens: int) -> None:
             for each in held:
@@ -388,7 +392,7 @@ def evaluating(model: Any) -> Iterator[None]:
 def _context(model: Any, wanted: int | None) -> int:
     own = None
     if getattr(model.config, "max_position_embeddings", None) is not None:
-        own = max(rooms(model)) if getattr(model, "is_encoder_decoder", False) else room(model)
+        own = max(max_source_target_tokens(model)) if getattr(model, "is_encoder_decoder", False) else max_text_tokens(model)
     if wanted is None and own is None:
         raise ConfigError("the model does not say how long its context is", field="max_length", fix="set max_length")
     if wanted is not None and (wanted < 2 or (own is not None and wanted > own)):

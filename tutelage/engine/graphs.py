@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tutelage.engine.runner import CachedRunner, Work
 from tutelage.engine.sequence import Sampling, Sequence
-from tutelage.engine.text import TextStream
 from tutelage.log import say
 from tutelage.models.interface import Batch, CacheView, KVCache
+from tutelage.tokenizer.detokenize import TextStream
 
 SHORTEST = 256
 """Places of a slot that the smallest graph reads."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tutelage.engine.runner import OneAdapter, RecomputingRunner, Work
 from tutelage.engine.sequence import Sampling, Sequence
-from tutelage.engine.text import TextStream
-from tutelage.models.hf import Wrapped
-from tutelage.models.hf_state import State
+from tutelage.models.hf.causal import Wrapped
+from tutelage.models.hf.state import State
+from tutelage.tokenizer.detokenize import TextStream
 
 
 class HfRunner(OneAdapter):

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutelage.engine.codec import Prompt
-from tutelage.engine.grammar import Constraint, Grammar
 from tutelage.engine.scoring import Request, Scored
 from tutelage.engine.sequence import Event, Sampling, Sequence
-from tutelage.engine.text import Vocabulary
+from tutelage.structured.grammar import Constraint, Grammar
+from tutelage.tokenizer.detokenize import Vocabulary
 
 
 class EngineProtocol(Protocol):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tutelage.engine.sequence import Sequence
+from tutelage.models.adapters.lora import Lora, applied
 from tutelage.models.interface import Batch, CacheView, KVCache
 from tutelage.models.kernels.decoder import FusedDecoder
-from tutelage.models.lora import Lora, applied
 
 LONG_TOKENS = 128
 """New tokens of one sequence from which the model's own products and tiled attention are faster than the fused call."""

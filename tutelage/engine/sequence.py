@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tutelage.engine.drafts import Drafts
-from tutelage.engine.grammar import Constraint, Grammar
-from tutelage.engine.text import TextStream
 from tutelage.errors import ConfigError
+from tutelage.models.adapters.lora import Lora
 from tutelage.models.generation import GenerationSettings
-from tutelage.models.lora import Lora
+from tutelage.structured.grammar import Constraint, Grammar
+from tutelage.tokenizer.detokenize import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

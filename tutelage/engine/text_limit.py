@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tutelage.engine.limits import ContextOverflow
-from tutelage.engine.text import Vocabulary
+from tutelage.tokenizer.detokenize import Vocabulary
 
 SHRINKS = 4  # bytes of text that Unicode's composition (NFC) makes one byte of, at most: three for Hangul
 UTF8 = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tutelage.chat.tool_calls import ToolCall
 from tutelage.engine.calculator import calculate
-from tutelage.engine.tool_calls import ToolCall
 from tutelage.errors import SandboxError, UserError
 
 

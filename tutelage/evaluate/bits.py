@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tutelage.data.pack import Pieces, eval_rows
+from tutelage.data.tokens.pack import Pieces, eval_rows
 from tutelage.errors import DataError, TrainingStopped
 from tutelage.evaluate.intervals import Estimate, ratio
 from tutelage.models.interface import Batch

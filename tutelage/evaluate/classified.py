@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from tutelage import log
-from tutelage.data.examples import ExampleFamilies, Labels
-from tutelage.engine.classifier import chosen, probabilities, tagged
+from tutelage.data.groups.examples import ExampleFamilies, Labels
 from tutelage.errors import DataError, MissingExtra
 from tutelage.evaluate import classification, confusion
 from tutelage.evaluate.intervals import mcnemar, paired_shares
 from tutelage.evaluate.word_counts import WordCounts
 from tutelage.files import whole_file
+from tutelage.inference.classifier import chosen, probabilities, tagged
 from tutelage.records import Example, Span
 
 
-class Judged:
+class ClassifiedTexts:
     """Texts with what was said of them, by the classifier and by the baseline."""
 
     def __init__(self, examples: Sequence[Example], odds: list[np.ndarray], spans: list[tuple[Span, ...]]) -> None:
@@ -30,14 +30,14 @@ class Judged:
         self.why_not = ""
 
 
-def judge(part: Any, labels: Labels, families: ExampleFamilies) -> Judged:
+def judge(part: Any, labels: Labels, families: ExampleFamilies) -> ClassifiedTexts:
     """What a trained classifier says of texts."""
     odds = probabilities(part, families.encoded, labels.task)
     spans = [tagged(e, p, labels.names) for e, p in zip(families.encoded, odds, strict=True)] if labels.task == "tag" else []
-    return Judged(families.examples, odds, spans)
+    return ClassifiedTexts(families.examples, odds, spans)
 
 
-def add_baseline(found: Judged, train: Sequence[Example], labels: Labels, *, wanted: bool) -> None:
+def add_baseline(found: ClassifiedTexts, train: Sequence[Example], labels: Labels, *, wanted: bool) -> None:
     """What word counts say of the same texts, or why they say nothing."""
     if labels.task == "tag":
         found.why_not = "word counts do not tag"
@@ -51,8 +51,10 @@ def add_baseline(found: Judged, train: Sequence[Example], labels: Labels, *, wan
             found.why_not = error.render().replace("\n", ";")
 
 
-def joined(parts: Sequence[Judged]) -> Judged:
-    out = Judged([e for p in parts for e in p.examples], [o for p in parts for o in p.odds], [s for p in parts for s in p.spans])
+def joined(parts: Sequence[ClassifiedTexts]) -> ClassifiedTexts:
+    out = ClassifiedTexts(
+        [e for p in parts for e in p.examples], [o for p in parts for o in p.odds], [s for p in parts for s in p.spans]
+    )
     out.fold = np.concatenate([p.fold for p in parts])
     out.why_not = next((p.why_not for p in parts if p.why_not), "")
     if not out.why_not:
@@ -71,7 +73,7 @@ def truth_of(examples: Sequence[Example], labels: Labels) -> np.ndarray:
     return np.array([[name in e.labels for name in labels.names] for e in examples], int)
 
 
-def write(found: Judged, labels: Labels, out: Path, name: str) -> dict[str, Any]:
+def write(found: ClassifiedTexts, labels: Labels, out: Path, name: str) -> dict[str, Any]:
     """Prints and writes the measures, the predictions and the picture; returns what scores.json says of them."""
     title = name.replace("_", " ")
     with whole_file(out / f"{name}.jsonl") as f:
@@ -102,7 +104,9 @@ def write(found: Judged, labels: Labels, out: Path, name: str) -> dict[str, Any]
     return facts
 
 
-def compared(found: Judged, truth: np.ndarray, odds: np.ndarray, theirs: dict[str, Any], labels: Labels) -> dict[str, Any]:
+def compared(
+    found: ClassifiedTexts, truth: np.ndarray, odds: np.ndarray, theirs: dict[str, Any], labels: Labels
+) -> dict[str, Any]:
     """The baseline's measures, and whether the classifier is better on the same texts."""
     assert found.baseline is not None
     if labels.task == "class":
@@ -117,7 +121,7 @@ def compared(found: Judged, truth: np.ndarray, odds: np.ndarray, theirs: dict[st
     return {**{k: theirs[k] for k in ("accuracy", "macro_f1", "ece", "classes")}, "gain": gain.to_json(), "mcnemar_p": p}
 
 
-def rows(found: Judged, labels: Labels) -> list[dict[str, Any]]:
+def rows(found: ClassifiedTexts, labels: Labels) -> list[dict[str, Any]]:
     """One object a text: its id, the truth, and what was said."""
     out: list[dict[str, Any]] = []
     for i, example in enumerate(found.examples):

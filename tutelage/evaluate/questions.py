@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from tutelage.config.base import nearest
 from tutelage.config.rewards import terms_of
-from tutelage.data.answers import others_of
+from tutelage.data.sources.answers import others_of
 from tutelage.errors import DataError
 from tutelage.evaluate.intervals import Estimate, accuracy, mean, paired_shares
 from tutelage.records import Conversation

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from tutelage import log
 from tutelage.errors import DataError
-from tutelage.evaluate import bits, change, gains, gallery, questions
+from tutelage.evaluate import adaptation_effect, bits, comparison, questions, samples
+from tutelage.evaluate.baselines import Baseline, measure
 from tutelage.evaluate.intervals import Estimate, number, relative_saving
-from tutelage.evaluate.yardsticks import Yardstick, measure
 from tutelage.files import whole_file, write_json
 from tutelage.records import Conversation, Document, read_records, spread
 
@@ -97,7 +97,7 @@ def evaluate(
     result["how"] = ({"max_tokens": max_tokens, "scorer": scorer or "derived"} if asked else {}) | (
         {"stride": stride} if held_out else {}
     )
-    earlier = None if before is None else gains.Earlier.read(before)
+    earlier = None if before is None else comparison.Earlier.read(before)
     if earlier is not None:
         earlier.check([c.id for c in asked], [d.id for d in held_out], result["how"])
     if documents is not None:
@@ -125,15 +125,17 @@ def evaluate(
     return result
 
 
-def _gains(earlier: gains.Earlier, result: dict[str, Any], predictions: list[questions.Prediction], seed: int) -> dict[str, Any]:
+def _gains(
+    earlier: comparison.Earlier, result: dict[str, Any], predictions: list[questions.Prediction], seed: int
+) -> dict[str, Any]:
     judged_by = {row["task"]: row["judged_by"] for row in result.get("questions", {}).get("tasks", [])}
-    documents = change.to_sums(result["documents"]["per_document"]) if "documents" in result else None
+    documents = adaptation_effect.to_sums(result["documents"]["per_document"]) if "documents" in result else None
     found = earlier.gains(predictions, judged_by, documents, seed)
     if "questions" in found:
-        log.console.print(gains.table(found["questions"], found["model"]))
-        log.say(gains.verdict(found["questions"][-1]))
+        log.console.print(comparison.table(found["questions"], found["model"]))
+        log.say(comparison.verdict(found["questions"][-1]))
     if "documents" in found:
-        log.say(change.verdict(f"against {found['model']}", found["documents"]))
+        log.say(adaptation_effect.verdict(f"against {found['model']}", found["documents"]))
     return found
 
 
@@ -154,7 +156,7 @@ def _documents(
     model_seconds = time.monotonic() - started
     ours = sums.bits_per_byte(seed)
     rows = [_row("model", subject.name, ours, "document", {"window_tokens": row_length, "stride_tokens": step})]
-    measured: list[Yardstick] = []
+    measured: list[Baseline] = []
     if yardsticks:
         train = [d.text for d in read_records(folder / "train.jsonl", Document)]
         measured = measure(train, [d.text for d in held_out], encode=subject.encode, vocabulary=subject.vocabulary)
@@ -174,7 +176,7 @@ def _documents(
     }
 
 
-def verdict(sums: bits.DocumentSums, measured: Sequence[Yardstick], seed: int = 0) -> dict[str, Any]:
+def verdict(sums: bits.DocumentSums, measured: Sequence[Baseline], seed: int = 0) -> dict[str, Any]:
     """The model against the better yardstick, on the same documents, in numbers and in one sentence."""
     ours = sums.bits_per_byte(seed)
     if not measured:
@@ -223,8 +225,8 @@ def _task(score: questions.TaskScore) -> dict[str, Any]:
 def _gallery(subject: Subject, texts: Sequence[str], predictions: Sequence[questions.Prediction], seed: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     if subject.generate is not None and texts:
-        rows = gallery.continuations(subject.generate, subject.encode, subject.begin, documents=texts, seed=seed)
-    return {"continuations": rows, "answers": gallery.answers(predictions)}
+        rows = samples.continuations(subject.generate, subject.encode, subject.begin, documents=texts, seed=seed)
+    return {"continuations": rows, "answers": samples.answers(predictions)}
 
 
 def _write(out: Path, result: dict[str, Any], predictions: Sequence[questions.Prediction], shown: dict[str, Any]) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.models import ops
+from tutelage.models.adapters.virtual_tokens import Prefix, VirtualTokens, with_virtual
 from tutelage.models.attention import layout
 from tutelage.models.config import DecoderConfig
 from tutelage.models.heads import LmHead
 from tutelage.models.interface import Batch, KVCache, Output
 from tutelage.models.layers import Context, Layer, Places, is_plain, make_norm
 from tutelage.models.rotary import Rotary
-from tutelage.models.virtual import Prefix, VirtualTokens, with_virtual
 
 
 class Backbone(nn.Module):

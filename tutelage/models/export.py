@@ -55,7 +55,7 @@ def save(
             _write_decoder(model, held, partial, kind, shard_bytes)
             write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
         else:
-            from tutelage.models.hf import Wrapped, save_hf
+            from tutelage.models.hf.causal import Wrapped, save_hf
 
             assert isinstance(model, Wrapped), type(model)
             save_hf(model, held, partial, kind, shard_bytes)

@@ -79,7 +79,7 @@ def _decoder(model: Decoder, size: int) -> Decoder:
 
 
 def _of_transformers(model: Any, size: int) -> Any:
-    from tutelage.models.hf import Adapter
+    from tutelage.models.hf.causal import Adapter
 
     if not isinstance(model, Adapter):
         raise ArtifactError(

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.models import kernels, ops
-from tutelage.models.adapted import Adapted
-from tutelage.models.adapted_products import product
+from tutelage.models.adapters.linear import Adapted
+from tutelage.models.adapters.products import product
+from tutelage.models.adapters.virtual_tokens import Prefix
 from tutelage.models.attention import Layout, attend, attend_cached, attend_qkv
 from tutelage.models.config import DecoderConfig
 from tutelage.models.interface import CacheView, Tree
 from tutelage.models.rotary import Turns
-from tutelage.models.virtual import Prefix
 
 FUSE_FROM = 64
 """Tokens from which concatenating weights costs less than it saves."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tutelage.bases import ADAPTER, adapter_config, is_adapter, is_scored
+from tutelage.artifacts import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.errors import ArtifactError
 from tutelage.files import check_readable, read_object
 from tutelage.gguf.folder import LINK, file_of, header_of, model_folder, source_of
@@ -47,7 +47,7 @@ def load(
     folder = model_folder(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if is_adapter(folder):
-        from tutelage.models.adapter_start import load_with_base
+        from tutelage.models.adapters.start import load_with_base
 
         refuse_scorer(folder)
 
@@ -61,7 +61,7 @@ def load(
     if not adapter:
         raise ArtifactError(f"our decoder does not run this model: {reason}", file=folder / "config.json")
     _Files.find(folder)
-    from tutelage.models.hf import load_hf
+    from tutelage.models.hf.causal import load_hf
 
     return load_hf(folder, device=torch.device(device), dtype=kind)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tutelage.bases import is_adapter
+from tutelage.artifacts import is_adapter
 from tutelage.errors import ArtifactError
 from tutelage.models.config import DecoderConfig, unsupported
 from tutelage.models.decoder import Decoder
@@ -121,7 +121,7 @@ def build_scorer(model: Any, outputs: int | Sequence[str] = 1, seed: int = 0, pr
         score = nn.Linear(model.config.hidden_size, len(names), bias=False, device=model.device)
         backbone: Any = model
     else:
-        from tutelage.models.hf_scorer import body_of
+        from tutelage.models.hf.scorer import body_of
 
         backbone = body_of(model, names)
         score = backbone.hf.score
@@ -150,7 +150,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
     folder, device = Path(folder), torch.device(device)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if is_adapter(folder):
-        from tutelage.models.scored_adapter import load_scored
+        from tutelage.models.adapters.score_heads import load_scored
 
         found = load_scored(folder, device=device, dtype=kind)
         if not isinstance(found, Scorer):
@@ -168,7 +168,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
         )  # fmt: skip
     check_folder(folder)
     if unsupported(raw) is not None:
-        from tutelage.models.hf_scorer import load_body
+        from tutelage.models.hf.scorer import load_body
 
         body = load_body(folder, device=device, dtype=kind)
         return Scorer(body, body.hf.score, _outputs(raw, body.hf.score.out_features), _problem(raw)).eval()

@@ -12,8 +12,8 @@ from tutelage import log
 from tutelage.files import whole_folder
 from tutelage.models import families
 from tutelage.models.export import SHARD_BYTES, tensors, tokenizer_files, write_folder
+from tutelage.models.hf.padding import choose_padding, write_padding
 from tutelage.models.load import DTYPES
-from tutelage.models.padding import choose_padding, write_padding
 from tutelage.models.scorer import Scorer
 from tutelage.models.shard import collected, is_sharded
 
@@ -47,7 +47,7 @@ def save_scorer(
             config = scorer.config.to_hf() | {"architectures": [architecture(scorer)], "pad_token_id": padding.id}
             write_folder(config, held, partial, kind, shard_bytes)
         else:
-            from tutelage.models.hf import quiet
+            from tutelage.models.hf.causal import quiet
 
             inner.config.pad_token_id, inner.config.problem_type = padding.id, scorer.problem
             state = {name: x.to(kind) for name, x in held.items()}

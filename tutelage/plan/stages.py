@@ -30,7 +30,7 @@ COLLECT = {
 LEARN = Span(1e6, 6e6)  # 3.9M; with its measurement 2.5M
 ENCODE = Span(1.2e6, 4.5e6)  # of JSONL: 2.2M documents, 3.5M conversations, 4.5M where words repeat much (bench/tokens.py)
 YARDSTICKS = Span(0.1e6, 0.4e6)  # 0.14M on one core, 0.18M on two
-YARDSTICKS_MOST = 32e6  # bytes of training text that they read (evaluate/yardsticks.py)
+YARDSTICKS_MOST = 32e6  # bytes of training text that they read (evaluate/baselines.py)
 
 # Bytes of memory for each byte
 COLLECT_MEMORY = Span(0.05, 1)  # of text, for ids, sketches and lines: 0.1 for pages, more for short records

@@ -10,7 +10,7 @@ from tutelage.records import Rollout
 
 
 @dataclass(slots=True, frozen=True)
-class Judgement:
+class TermScore:
     """What one term says of one rollout."""
 
     value: float
@@ -21,7 +21,7 @@ class Judgement:
 class Reward(Protocol):
     """A term of a rubric. It may keep processes, until it is closed."""
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         """One judgement a rollout. Raises `RewardError` where there can't be one; texts, however odd, are no reason."""
         ...
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tutelage.errors import RewardError
 from tutelage.records import Prompt, Rollout
-from tutelage.rewards.rubric import Rubric, Verdict
+from tutelage.rewards.rubric import RewardResult, Rubric
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,13 +29,13 @@ class Spread:
         return f"{self.mean:.3f} ± {self.std:.3f} ({self.least:g} to {self.most:g}, {self.count})"
 
 
-def spreads(verdicts: Sequence[Verdict]) -> dict[str, Spread]:
+def spreads(verdicts: Sequence[RewardResult]) -> dict[str, Spread]:
     """The spread of the reward, and of each term by its name."""
     out = {"reward": Spread.of([v.reward for v in verdicts])}
     return out | {name: Spread.of([v.terms[name] for v in verdicts]) for name in verdicts[0].terms}
 
 
-def check_spread(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout], group: int = 0) -> float:
+def check_spread(verdicts: Sequence[RewardResult], rollouts: Sequence[Rollout], group: int = 0) -> float:
     """The share of groups whose rewards differ: of so many answers each, which are to one prompt and follow each other. 0: all
     are one group.
 
@@ -66,7 +66,7 @@ def check_spread(verdicts: Sequence[Verdict], rollouts: Sequence[Rollout], group
     )  # fmt: skip
 
 
-def judge_texts(rubric: Rubric, pairs: Iterable[tuple[Prompt, str]]) -> tuple[list[Rollout], list[Verdict]]:
+def judge_texts(rubric: Rubric, pairs: Iterable[tuple[Prompt, str]]) -> tuple[list[Rollout], list[RewardResult]]:
     """What the rubric says of given answers, as if a model had written them. They have no ids: a length in tokens is 0."""
     rollouts = [
         Rollout(
@@ -78,5 +78,5 @@ def judge_texts(rubric: Rubric, pairs: Iterable[tuple[Prompt, str]]) -> tuple[li
     return rollouts, rubric.judge(rollouts)
 
 
-def _note(verdict: Verdict, name: str) -> str:
+def _note(verdict: RewardResult, name: str) -> str:
     return f" ({verdict.notes[name]})" if name in verdict.notes else ""

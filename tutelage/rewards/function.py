@@ -8,7 +8,7 @@ from tutelage import log
 from tutelage.config import rewards as config
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout, to_json
-from tutelage.rewards import Judgement
+from tutelage.rewards import TermScore
 from tutelage.rewards.worker import Workers
 
 
@@ -31,7 +31,7 @@ class Function:
                 fix="correct the path, or mend what its import raises; it must be importable where this command runs",
             ) from error  # fmt: skip
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         out = []
         for rollout in rollouts:
             answer = self._workers.ask(to_json(rollout))
@@ -44,7 +44,7 @@ class Function:
                     expected=f"a number within {self.settings.seconds:g} s",
                     fix=f"{fix}, or raise its `seconds`" if answer.lost.startswith("took more than") else fix,
                 )  # fmt: skip
-            out.append(Judgement(answer.value))
+            out.append(TermScore(answer.value))
         return out
 
     def close(self) -> None:

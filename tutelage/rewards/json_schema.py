@@ -9,7 +9,7 @@ from typing import Any
 from tutelage.config import rewards as config
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement, verify
+from tutelage.rewards import TermScore, verify
 from tutelage.rewards.schema import check_schema
 from tutelage.rewards.texts import place, told
 
@@ -23,7 +23,7 @@ class JsonSchema:
             check_schema(settings.definition, "definition")
         self._workers = verify.workers("parsers:json_schema", settings.seconds)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         return verify.judge(self._workers, rollouts, self.settings.tag, self._question, "its schema can't be checked")
 
     def _question(self, rollout: Rollout, text: str) -> dict[str, Any]:

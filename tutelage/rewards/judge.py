@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tutelage.config import rewards as config
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement
+from tutelage.rewards import TermScore
 from tutelage.rewards.endpoint import Endpoint
 from tutelage.rewards.texts import accepted, place
 
@@ -37,20 +37,20 @@ class Judge:
         self.settings, self._asked = settings, asked
         self._ask = _ask_of(settings, generate)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         with ThreadPoolExecutor(self.settings.parallel) as threads:
             return list(threads.map(self._one, rollouts))
 
-    def _one(self, rollout: Rollout) -> Judgement:
+    def _one(self, rollout: Rollout) -> TermScore:
         if len(rollout.text) > MAX_CHARS:
-            return Judgement(0.0, f"longer than {MAX_CHARS:,} characters", past_limit=True)
+            return TermScore(0.0, f"longer than {MAX_CHARS:,} characters", past_limit=True)
         messages = [{"role": "user", "content": self._question(rollout)}]
         for _ in range(self.settings.retries + 1):
             said = self._ask(messages)
             scores = _SCORE.findall(said[-LAST:])
             if scores and float(scores[-1]) <= self.settings.highest:
-                return Judgement(float(scores[-1]) / self.settings.highest, said.strip()[-300:])
-        return Judgement(0.0, f"the judge gave no score: {said.strip()[-200:]}", past_limit=True)
+                return TermScore(float(scores[-1]) / self.settings.highest, said.strip()[-300:])
+        return TermScore(0.0, f"the judge gave no score: {said.strip()[-200:]}", past_limit=True)
 
     @staticmethod
     def _answers(rollout: Rollout) -> str:

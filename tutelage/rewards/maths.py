@@ -9,7 +9,7 @@ from typing import Any
 from tutelage.config import rewards as config
 from tutelage.errors import MissingExtra
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement, verify
+from tutelage.rewards import TermScore, verify
 from tutelage.rewards.plain import Numeric
 from tutelage.rewards.texts import accepted
 
@@ -27,7 +27,7 @@ class Maths:
             )
         self._workers = verify.workers("mathematics:any_of", settings.seconds)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         if self.settings.by == "numbers":
             return self._numbers(rollouts)
         return verify.judge(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from tutelage.config import rewards as config
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement
+from tutelage.rewards import TermScore
 
 ScoreTexts = Callable[[list[list[int]]], Sequence[float]]  # ids of prompt and answer -> a score each
 
@@ -18,10 +18,10 @@ class RewardModel:
     def __init__(self, settings: config.RewardModel, *, score_texts: ScoreTexts) -> None:
         self.settings, self._score = settings, score_texts
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         scores = self._score([[*r.prompt_ids, *r.ids] for r in rollouts])
         if len(scores) != len(rollouts):
             raise RewardError(f"the reward model gave {len(scores)} scores for {len(rollouts)} texts")
-        return [Judgement((float(score) - self.settings.centre) / self.settings.scale) for score in scores]
+        return [TermScore((float(score) - self.settings.centre) / self.settings.scale) for score in scores]
 
     def close(self) -> None: ...

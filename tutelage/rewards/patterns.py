@@ -9,7 +9,7 @@ from typing import Any
 from tutelage.config import rewards as config
 from tutelage.errors import ConfigError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement, verify
+from tutelage.rewards import TermScore, verify
 from tutelage.rewards.texts import told
 
 
@@ -22,7 +22,7 @@ class Regex:
             check_pattern(settings.pattern)
         self._workers = verify.workers("parsers:regex", settings.seconds)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         return verify.judge(self._workers, rollouts, self.settings.tag, self._question, "its pattern is no regular expression")
 
     def _question(self, rollout: Rollout, text: str) -> dict[str, Any]:
@@ -42,10 +42,10 @@ class Format:
         same = config.Regex(pattern=settings.pattern, match="full", seconds=settings.seconds) if settings.pattern else None
         self._regex = Regex(same) if same else None
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         if self._regex is not None:
             return self._regex(rollouts)
-        return [Judgement(float(not why), why) for why in (self._wrong(r.text) for r in rollouts)]
+        return [TermScore(float(not why), why) for why in (self._wrong(r.text) for r in rollouts)]
 
     def _wrong(self, text: str) -> str:
         """What the form lacks, found by searching for fixed words only."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 from tutelage.config import rewards as config
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement
+from tutelage.rewards import TermScore
 from tutelage.rewards.answers import right, same_number
 from tutelage.rewards.forms import folded
 from tutelage.rewards.numbers import final_number
@@ -31,11 +31,11 @@ class Exact:
     def __init__(self, settings: config.Exact) -> None:
         self.settings = settings
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         out = []
         for rollout in rollouts:
             wanted, text = accepted(rollout), inside(rollout.text, self.settings.tag)
-            out.append(Judgement(float(text is not None and any(self.same(text, one) for one in wanted))))
+            out.append(TermScore(float(text is not None and any(self.same(text, one) for one in wanted))))
         return out
 
     def same(self, text: str, answer: str) -> bool:
@@ -70,13 +70,13 @@ class Answer:
     def __init__(self, settings: config.Answer, *, asked: Callable[[Rollout], str] | None = None) -> None:
         self.settings, self._asked = settings, asked
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         return [self._one(rollout) for rollout in rollouts]
 
-    def _one(self, rollout: Rollout) -> Judgement:
+    def _one(self, rollout: Rollout) -> TermScore:
         text = inside(rollout.text, self.settings.tag)
         question = self._asked(rollout) if self._asked else None
-        return Judgement(float(text is not None and right(accepted(rollout), text, question)))
+        return TermScore(float(text is not None and right(accepted(rollout), text, question)))
 
     def close(self) -> None: ...
 
@@ -87,19 +87,19 @@ class Numeric:
     def __init__(self, settings: config.Numeric) -> None:
         self.settings = settings
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         return [self._one(rollout) for rollout in rollouts]
 
-    def _one(self, rollout: Rollout) -> Judgement:
+    def _one(self, rollout: Rollout) -> TermScore:
         wanted = [number for one in accepted(rollout) if (number := final_number(one)) is not None]
         if not wanted:
             raise no_number(rollout)
         text = inside(rollout.text, self.settings.tag)
         found = None if text is None else final_number(text[-LAST_CHARS:])
         if found is None:
-            return Judgement(0.0, "no number")
+            return TermScore(0.0, "no number")
         note = f"read {float(found.value):g}" + ("%" if found.percent else "")
-        return Judgement(float(any(same_number(one, found, near=self._near) for one in wanted)), note)
+        return TermScore(float(any(same_number(one, found, near=self._near) for one in wanted)), note)
 
     def _near(self, wanted: Fraction, found: Fraction) -> bool:
         return abs(float(found - wanted)) <= max(self.settings.tolerance, self.settings.relative * abs(float(wanted)))
@@ -113,11 +113,11 @@ class Length:
     def __init__(self, settings: config.Length) -> None:
         self.settings = settings
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         lengths = [self.length(rollout) for rollout in rollouts]
         most = self._most if self.settings.unit == "words" else None
         said = [f"{n} {self.settings.unit}" if most is None or n <= most else f"more than {most} words" for n in lengths]
-        return [Judgement(self.value(n), note) for n, note in zip(lengths, said, strict=True)]
+        return [TermScore(self.value(n), note) for n, note in zip(lengths, said, strict=True)]
 
     @property
     def _most(self) -> int:
@@ -178,10 +178,10 @@ class Environment:
     def __init__(self, settings: config.Environment) -> None:
         self.settings = settings
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         missing = next((r for r in rollouts if "environment" not in r.meta), None)
         if missing is not None:
             raise RewardError("no environment took part in this answer", found=missing.id, fix="set environment=module:Class")
-        return [Judgement(float(r.meta["environment"])) for r in rollouts]
+        return [TermScore(float(r.meta["environment"])) for r in rollouts]
 
     def close(self) -> None: ...

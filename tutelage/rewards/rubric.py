@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from tutelage.errors import RewardError, UserError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement, Reward
+from tutelage.rewards import Reward, TermScore
 
 
 @dataclass(slots=True, frozen=True)
-class Verdict:
+class RewardResult:
     """A rollout's reward and where it comes from."""
 
     reward: float  # sum of the terms with their weights
@@ -28,7 +28,7 @@ class Rubric:
         self.terms = dict(terms)
         self.past_limits: Counter[str] = Counter()
 
-    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+    def judge(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """A verdict a rollout, in their order.
 
         Raises `RewardError` naming the term, the rollout and its text for a value that is no finite number, and for a term that
@@ -42,10 +42,10 @@ class Rubric:
             said = {name: column[i] for name, column in columns.items()}
             total = math.fsum(weight * said[name].value for name, (_, weight) in self.terms.items())
             notes = {name: one.note for name, one in said.items() if one.note}
-            out.append(Verdict(total, {name: one.value for name, one in said.items()}, notes))
+            out.append(RewardResult(total, {name: one.value for name, one in said.items()}, notes))
         return out
 
-    def _ask(self, name: str, reward: Reward, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def _ask(self, name: str, reward: Reward, rollouts: Sequence[Rollout]) -> list[TermScore]:
         try:
             found = reward(rollouts)
         except RewardError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tutelage.data import answers
+from tutelage.data.sources import answers
 from tutelage.errors import DataError, RewardError
 from tutelage.records import Rollout
 

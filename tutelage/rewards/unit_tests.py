@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tutelage.config import rewards as config
 from tutelage.errors import RewardError
 from tutelage.records import Rollout
-from tutelage.rewards import Judgement
+from tutelage.rewards import TermScore
 from tutelage.rewards.texts import place, told
 from tutelage.sandbox.limits import Limits, Outcome
 from tutelage.sandbox.sandbox import Sandbox
@@ -31,7 +31,7 @@ class UnitTests:
         self._ours = sandbox is None
         self._sandbox = sandbox or Sandbox(limits, parallel=settings.parallel or None)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         programs = [self._programs(rollout) for rollout in rollouts]
         flat = iter(self._sandbox.run_all([parts for several in programs for parts in several]))
         return [self._judgement([next(flat) for _ in several], several) for several in programs]
@@ -43,11 +43,11 @@ class UnitTests:
             code = continued(str(rollout.meta.get("prompt", "")), code, str(rollout.meta["entry_point"]))
         return [[code, test] for test in tests] if self.settings.partial else [[code, *tests]]
 
-    def _judgement(self, outcomes: Sequence[Outcome], programs: Sequence[Sequence[str]]) -> Judgement:
+    def _judgement(self, outcomes: Sequence[Outcome], programs: Sequence[Sequence[str]]) -> TermScore:
         passed = sum(outcome.done for outcome in outcomes)
         failed = next((outcome for outcome in outcomes if not outcome.done), None)
         past = any(outcome.reason in _LIMITS for outcome in outcomes)
-        return Judgement(passed / len(programs), "" if failed is None else _why(failed), past_limit=past)
+        return TermScore(passed / len(programs), "" if failed is None else _why(failed), past_limit=past)
 
     def close(self) -> None:
         if self._ours:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.rollout.tally import Tally
+from tutelage.rollout.metric_sums import MetricSums
 
 Mode = Literal["truncate", "mask"]
 Level = Literal["token", "sequence"]
@@ -33,13 +33,13 @@ def correction(
     return np.where((ratio < floor) | (ratio > cap), 0.0, ratio)
 
 
-def mismatch(trainer: Sequence[npt.ArrayLike], engine: Sequence[npt.ArrayLike]) -> Tally:
+def mismatch(trainer: Sequence[npt.ArrayLike], engine: Sequence[npt.ArrayLike]) -> MetricSums:
     """Log-probabilities of the same tokens by trainer and engine, compared: the mean and largest absolute difference, and the
     mean of (r - 1) - log r, r = p(trainer) / p(engine): k3, the engine's divergence from the trainer."""
     pairs = [np.asarray(t, np.float64) - np.asarray(e, np.float64) for t, e in zip(trainer, engine, strict=True)]
     d = np.concatenate(pairs) if pairs else np.empty(0)
     means = {"mismatch_mean": np.abs(d), "mismatch_kl": np.expm1(np.minimum(d, 700.0)) - d}
-    return Tally(
+    return MetricSums(
         {name: (float(values.sum()), float(len(d))) for name, values in means.items()},
         {"mismatch_max": float(np.abs(d).max(initial=0.0))},
     )

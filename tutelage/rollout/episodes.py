@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tutelage.chat.tool_calls import parse_calls
 from tutelage.engine import Sampling
-from tutelage.engine.tool_calls import parse_calls
-from tutelage.engine.tool_choice import CallStyle, call_style
 from tutelage.engine.tools import Tool, run_calls
 from tutelage.records import Message, Prompt, Rollout
 from tutelage.rollout.environments import Environments, Hosted
 from tutelage.rollout.sampler import Sampler, noise
+from tutelage.structured.tool_choice import CallStyle, call_style
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.limits import ContextOverflow
-from tutelage.models.lora import Lora
+from tutelage.models.adapters.lora import Lora
 from tutelage.records import Message, Prompt, Rollout
 
 

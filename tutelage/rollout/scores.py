@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tutelage.data.families import Ending, Family, Layout, assemble, bins
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup, bins, collate
 from tutelage.models.interface import Batch
 
 Floats = npt.NDArray[np.float32]
@@ -17,14 +17,14 @@ Floats = npt.NDArray[np.float32]
 
 @torch.no_grad()
 def by_token(
-    families: Sequence[Family], measure: Callable[[Batch], Tensor], layout: Layout, micro_tokens: int, device: torch.device
+    families: Sequence[PromptGroup], measure: Callable[[Batch], Tensor], layout: Layout, micro_tokens: int, device: torch.device
 ) -> list[list[Floats]]:
     """For each ending of each family one number a token [n]; 0 where its mask is 0. `measure` gives [N] for a batch."""
     parts = [(i, part) for i, family in enumerate(families) for part in pieces(family, layout, micro_tokens)]
     found: dict[int, list[Floats]] = {}
     for group in bins([part.size(layout) for _, part in parts], micro_tokens)[0]:
         chosen = [parts[g] for g in group]
-        values = measure(assemble([part for _, part in chosen], layout).to(device)).float().cpu().numpy()
+        values = measure(collate([part for _, part in chosen], layout).to(device)).float().cpu().numpy()
         at = 0
         for g, (_, part) in zip(group, chosen, strict=True):
             rows = []
@@ -41,9 +41,9 @@ def by_token(
     return out
 
 
-def pieces(family: Family, layout: Layout, micro_tokens: int) -> list[Family]:
+def pieces(family: PromptGroup, layout: Layout, micro_tokens: int) -> list[PromptGroup]:
     """The family in parts of at most so many tokens, or of one ending: answers do not know of one another."""
-    out: list[list[Ending]] = []
+    out: list[list[Completion]] = []
     each = len(family.prompt) if layout != "tree" else 0
     room = 0
     for ending in family.endings:
@@ -53,4 +53,4 @@ def pieces(family: Family, layout: Layout, micro_tokens: int) -> list[Family]:
             room = micro_tokens - (len(family.prompt) if layout == "tree" else 0)
         out[-1].append(ending)
         room -= size
-    return [Family(family.name, family.prompt, tuple(endings)) for endings in out]
+    return [PromptGroup(family.name, family.prompt, tuple(endings)) for endings in out]

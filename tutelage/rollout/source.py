@@ -15,15 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from tutelage import log
-from tutelage.data.families import Ending, Family, Layout, bins
-from tutelage.data.family_source import count, family_batch
-from tutelage.data.loader import GlobalBatch
-from tutelage.data.pack import shuffled
+from tutelage.data.groups.groups import Completion, Layout, PromptGroup, bins
+from tutelage.data.groups.source import count, family_batch
+from tutelage.data.tokens.loader import GlobalBatch
+from tutelage.data.tokens.pack import shuffled
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json, whole_file, write_json
 from tutelage.records import Prompt, Rollout, dump_line, read_records
+from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.scores import pieces
-from tutelage.rollout.tally import Tally
 from tutelage.train import distributed
 
 Groups = list[list[Rollout]]  # answers to one prompt together
@@ -76,7 +76,7 @@ class Plan:
             )  # fmt: skip
 
 
-Credited = Callable[[Groups], tuple[Groups, list[Family], Tally]]
+Credited = Callable[[Groups], tuple[Groups, list[PromptGroup], MetricSums]]
 """What judged rollouts are worth: the rollouts with their advantages, a family of each group, and measurements."""
 
 
@@ -92,10 +92,10 @@ class RolloutSource:
     plan: Plan
     folder: Path
     published: Callable[[], None]
-    blank: Family  # as large as a family can become, with all its streams: for the largest batch
+    blank: PromptGroup  # as large as a family can become, with all its streams: for the largest batch
     identity: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)  # of the last iteration, over all ranks
-    families: dict[int, Family] = field(default_factory=dict)  # this rank's groups by their place
+    families: dict[int, PromptGroup] = field(default_factory=dict)  # this rank's groups by their place
     places: list[int] = field(default_factory=list)  # of the groups of all ranks
     iteration: int = -1  # of the rollouts that are there
     _version: int = 0
@@ -137,9 +137,9 @@ class RolloutSource:
         started = time.monotonic()
         wanted, asked, silent = self.plan.prompts, 0, 0
         groups: dict[int, list[Rollout]] = {}
-        families: dict[int, Family] = {}
+        families: dict[int, PromptGroup] = {}
         places: list[int] = []  # of the groups that are used, over all ranks
-        measured = Tally()
+        measured = MetricSums()
         for attempt in range(self._tries):
             first = (iteration * self._tries + attempt) * wanted
             own = range(first + log.rank(), first + wanted, distributed.world())
@@ -194,10 +194,10 @@ class RolloutSource:
         with whole_file(self.folder / f"{name}.jsonl") as f:
             f.writelines(dump_line(r) + "\n" for group in groups for r in group)
 
-    def _measure(self, groups: Groups, measured: Tally, asked: int, silent: int, seconds: float) -> None:
+    def _measure(self, groups: Groups, measured: MetricSums, asked: int, silent: int, seconds: float) -> None:
         rollouts = [r for group in groups for r in group]
         rewards = np.array([r.reward for r in rollouts if r.reward is not None], np.float64)
-        measured += Tally(largest={"rollout_seconds": seconds})  # of the slowest rank, which the others wait for
+        measured += MetricSums(largest={"rollout_seconds": seconds})  # of the slowest rank, which the others wait for
         sums = {
             "rollouts": float(len(rollouts)),
             "reward": float(rewards.sum()),
@@ -224,14 +224,14 @@ class RolloutSource:
 
     # Using them
 
-    def _minibatch(self, iteration: int, at: int) -> list[Family]:
+    def _minibatch(self, iteration: int, at: int) -> list[PromptGroup]:
         """This rank's families of one step of an iteration; each time through them in another order."""
         time_through, part = divmod(at, self.plan.minibatches)
         order = shuffled(len(self.places), self.plan.seed, iteration * self.plan.updates + time_through, 7)
         chosen = [self.places[int(i)] for i in np.array_split(order, self.plan.minibatches)[part]]
         return [self.families[p] for p in chosen if p in self.families] or [_muted(self.blank)]
 
-    def _batch(self, families: list[Family]) -> GlobalBatch:
+    def _batch(self, families: list[PromptGroup]) -> GlobalBatch:
         layout = self.plan.layout
         parts = [p for family in families for p in pieces(family, layout, self.plan.micro_tokens)]
         groups = bins([p.size(layout) for p in parts], self.plan.micro_tokens)[0]
@@ -306,13 +306,13 @@ def _left_out(group: list[Rollout], why: str) -> list[Rollout]:
     return [replace(r, used=False, meta={**r.meta, "left_out": why}) for r in group]
 
 
-def _muted(family: Family) -> Family:
+def _muted(family: PromptGroup) -> PromptGroup:
     """A family that counts nothing: ranks go through the model equally often, also where one has nothing to learn from."""
     one = family.endings[0]
     return replace(family, endings=(replace(one, mask=np.zeros(len(one.ids), np.uint8)),))
 
 
-def _packed(family: Family) -> dict[str, Any]:
+def _packed(family: PromptGroup) -> dict[str, Any]:
     endings = [
         {
             "ids": e.ids.tolist(),
@@ -324,13 +324,13 @@ def _packed(family: Family) -> dict[str, Any]:
     return {"name": family.name, "prompt": family.prompt.tolist(), "endings": endings}
 
 
-def _unpacked(row: dict[str, Any]) -> Family:
+def _unpacked(row: dict[str, Any]) -> PromptGroup:
     endings = tuple(
-        Ending(
+        Completion(
             np.array(e["ids"], np.int64),
             None if e["mask"] is None else np.array(e["mask"], np.uint8),
             {k: np.array(v, np.float32) for k, v in e["tokens"].items()},
         )
         for e in row["endings"]
     )
-    return Family(row["name"], np.array(row["prompt"], np.int64), endings)
+    return PromptGroup(row["name"], np.array(row["prompt"], np.int64), endings)

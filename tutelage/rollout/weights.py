@@ -17,7 +17,7 @@ UNITS: dict[Normaliser, str] = {"length": "sequences", "longest": "sequences", "
 
 
 @dataclass(slots=True, frozen=True)
-class Credit:
+class AdvantageSpec:
     """How rewards become advantages and weights."""
 
     baseline: Baseline
@@ -26,14 +26,14 @@ class Credit:
 
 
 # By the objective's name; its own unit is that of the normaliser. PPO's advantages are those of its value head.
-CREDIT: dict[str, Credit] = {
-    "reinforce": Credit("none", "none", "sum"),
-    "rloo": Credit("leave_one_out", "none", "length"),
-    "grpo": Credit("mean", "group", "length"),
-    "dr_grpo": Credit("mean", "none", "longest"),
-    "dapo": Credit("mean", "group", "token"),
-    "gspo": Credit("mean", "group", "length"),
-    "cispo": Credit("mean", "group", "token"),
+CREDIT: dict[str, AdvantageSpec] = {
+    "reinforce": AdvantageSpec("none", "none", "sum"),
+    "rloo": AdvantageSpec("leave_one_out", "none", "length"),
+    "grpo": AdvantageSpec("mean", "group", "length"),
+    "dr_grpo": AdvantageSpec("mean", "none", "longest"),
+    "dapo": AdvantageSpec("mean", "group", "token"),
+    "gspo": AdvantageSpec("mean", "group", "length"),
+    "cispo": AdvantageSpec("mean", "group", "token"),
 }
 
 

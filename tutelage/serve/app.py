@@ -18,8 +18,8 @@ try:
     from fastapi.responses import JSONResponse, Response
     from starlette.exceptions import HTTPException
 
-    from tutelage.serve.gate import Gate
     from tutelage.serve.keys import KeyRing
+    from tutelage.serve.middleware import Gate
     from tutelage.serve.responses.store import ResponseStore, tended
     from tutelage.serve.routes import embeddings, generation, models, operations, responses, tokens
     from tutelage.serve.schema import ApiError

@@ -18,7 +18,7 @@ SLOTS = 16  # of our engine
 def open_engine(folder: Path, options: Options) -> tuple[EngineProtocol, Any]:
     """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
     tokens are others."""
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.serve.trial import check_template
 
     check_template(folder)
@@ -71,7 +71,7 @@ def _check_device(name: str) -> None:
 
 
 def _tutelage(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.engine import Engine
     from tutelage.models.load import load
 
@@ -87,7 +87,7 @@ def _tutelage(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
 
 
 def _vllm(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
-    from tutelage.engine.vllm import VllmEngine
+    from tutelage.engine.vllm.engine import VllmEngine
 
     return VllmEngine(
         folder, renderer, options.slots, options.max_length, dtype=options.dtype or "stored", prefix_cache=options.prefix_cache,

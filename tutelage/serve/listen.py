@@ -18,8 +18,8 @@ from tutelage.serve.app import build_app
 from tutelage.serve.connections import Bounds, fitting, protocol, quiet
 from tutelage.serve.engines import check_engine, open_engine
 from tutelage.serve.keys import KeyRing
-from tutelage.serve.models import Adapted, Served
 from tutelage.serve.options import Options
+from tutelage.serve.registry import Adapted, Served
 from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.state import ServerState
 

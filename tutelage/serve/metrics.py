@@ -9,10 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tutelage.serve.stream import Meter
+from tutelage.serve.engine_thread import Meter
 
 if TYPE_CHECKING:
-    from tutelage.serve.models import Base
+    from tutelage.serve.registry import Base
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REASONS = ("stop", "length", "abort", "error")

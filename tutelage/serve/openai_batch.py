@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from tutelage import log
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import DataError, UserError
+from tutelage.inference.batch import Job, one_line, row_seed
+from tutelage.inference.input_file import InputRow
 from tutelage.serve.app import create_app
-from tutelage.serve.archive import Entry
-from tutelage.serve.batch import Job, one_line, row_seed
 from tutelage.serve.responses.request import ResponsesRequest
 from tutelage.serve.routes.embeddings import EmbeddingRequest
 from tutelage.serve.schema import ApiError, ChatRequest, CompletionRequest, parse
@@ -56,14 +56,14 @@ class Requests:
         self.renamed: set[str] = set()  # other models that the rows asked for
         self.first: dict[str, int] = {}  # by custom_id, the row that has it first
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: InputRow) -> None:
         body = self._body(entry)
         try:
             parse(URLS[entry.fields["url"]].request, body)
         except ApiError as error:
             raise _refusal(error.body) from None
 
-    def _body(self, entry: Entry) -> dict[str, Any]:
+    def _body(self, entry: InputRow) -> dict[str, Any]:
         """The row's body with our model's name and the row's seed. Raises `DataError`."""
         fields = entry.fields
         for name, wanted, right in (
@@ -89,7 +89,7 @@ class Requests:
             body["seed"] = row_seed(self.seed, entry.index)
         return body
 
-    def failed(self, entry: Entry, error: UserError) -> dict[str, Any]:
+    def failed(self, entry: InputRow, error: UserError) -> dict[str, Any]:
         return _output(entry, None, {"code": "invalid_row", "message": one_line(error)})
 
     def answer(self, job: Job, engine: EngineProtocol, slots: int) -> None:
@@ -118,7 +118,7 @@ class Requests:
             await asyncio.gather(*tasks, return_exceptions=True)
             await running.__aexit__(None, None, None)  # not told of an error: it stops the engine's thread either way
 
-    async def _one(self, job: Job, app: Any, entry: Entry) -> None:
+    async def _one(self, job: Job, app: Any, entry: InputRow) -> None:
         try:
             body = self._body(entry)
         except DataError as error:
@@ -173,6 +173,6 @@ def _refusal(reply: dict[str, Any]) -> DataError:
     return DataError(error["message"], field=f"body.{error['param']}" if error["param"] else "body")
 
 
-def _output(entry: Entry, response: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
+def _output(entry: InputRow, response: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
     custom_id = entry.fields.get("custom_id")
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}

@@ -8,9 +8,9 @@ from typing import Any
 from tutelage.engine import TokenScore
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.scoring import Scored
-from tutelage.engine.text import Vocabulary
-from tutelage.serve.stream import EngineThread
-from tutelage.serve.worn import WornThread
+from tutelage.serve.adapter_thread import WornThread
+from tutelage.serve.engine_thread import EngineThread
+from tutelage.tokenizer.detokenize import Vocabulary
 
 
 @dataclass(slots=True, frozen=True)

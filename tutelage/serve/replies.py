@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tutelage.chat.tool_calls import ToolCall
 from tutelage.engine import TokenScore
-from tutelage.engine.text import Vocabulary
-from tutelage.engine.tool_calls import ToolCall
+from tutelage.tokenizer.detokenize import Vocabulary
 
 
 class Reply:

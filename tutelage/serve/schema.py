@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tutelage.data.message_keys import REASONING, SPOKEN, reasoning_of
+from tutelage.chat.message_keys import REASONING, SPOKEN, reasoning_of
 from tutelage.engine.sequence import Sampling
 from tutelage.errors import ConfigError, DataError
 

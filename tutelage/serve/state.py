@@ -11,7 +11,7 @@ from fastapi import Request
 from tutelage.serve.keys import KeyRing
 from tutelage.serve.limits import Allowance
 from tutelage.serve.metrics import Metrics
-from tutelage.serve.models import Loader, Models, Served
+from tutelage.serve.registry import Loader, Models, Served
 from tutelage.serve.responses.store import ResponseStore
 from tutelage.serve.schema import ApiError, unavailable
 

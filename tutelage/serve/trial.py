@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tutelage.data.templates import styles
+from tutelage.chat.templates import styles
 from tutelage.errors import ArtifactError
 from tutelage.rewards.worker import Workers
 from tutelage.tokenizer.load import TokenizerFolder
@@ -35,7 +35,7 @@ def check_template(folder: Path) -> None:
 def render(folder: str) -> int:
     """Characters of a short conversation. Runs in the process that may be killed; what the template refuses is for the server to
     say, which reads it the same way."""
-    from tutelage.data.render import Renderer
+    from tutelage.chat.render import Renderer
     from tutelage.errors import UserError
 
     try:

@@ -2,161 +2,161 @@
 
 from __future__ import annotations
 
-from tutelage.recipe import Kind
+from tutelage.recipe import StageSpec
 
-STAGES: dict[str, Kind] = {
-    "data": Kind(
+STAGES: dict[str, StageSpec] = {
+    "data": StageSpec(
         "Data",
         "tutelage.stages.data",
         "collect, clean, deduplicate and split text or conversations",
-        "tutelage.stages.estimates:data",
+        "tutelage.preflight.estimates:data",
         makes="records",
         outside="tutelage.stages.sources:digest",
-        check="tutelage.stages.checks:data",
+        check="tutelage.preflight.checks:data",
     ),
-    "tokenizer": Kind(
+    "tokenizer": StageSpec(
         "Tokenizer",
         "tutelage.stages.tokenizer",
         "train a byte-level BPE tokenizer and measure it",
-        "tutelage.stages.estimates:tokenizer",
+        "tutelage.preflight.estimates:tokenizer",
         makes="tokenizer",
     ),
-    "tokens": Kind(
+    "tokens": StageSpec(
         "Tokens",
         "tutelage.stages.tokens",
         "turn records into memory-mapped token shards",
-        "tutelage.stages.estimates:tokens",
+        "tutelage.preflight.estimates:tokens",
         makes="tokens",
     ),
-    "pretrain": Kind(
+    "pretrain": StageSpec(
         "Pretrain",
         "tutelage.stages.pretrain",
         "train on plain text, from scratch or on from a checkpoint",
-        "tutelage.stages.estimates:training",
+        "tutelage.preflight.estimates:training",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:pretrain",
+        check="tutelage.preflight.checks:pretrain",
     ),
-    "sft": Kind(
+    "sft": StageSpec(
         "Sft",
         "tutelage.stages.sft",
         "fine-tune a checkpoint on conversations",
-        "tutelage.stages.estimates:training",
+        "tutelage.preflight.estimates:training",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:sft",
+        check="tutelage.preflight.checks:sft",
     ),
-    "reward": Kind(
+    "reward": StageSpec(
         "Reward",
         "tutelage.stages.reward",
         "train a model that scores answers as people did",
-        "tutelage.stages.estimates:tuning",
+        "tutelage.preflight.estimates:tuning",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:reward",
+        check="tutelage.preflight.checks:reward",
     ),
-    "sample": Kind(
+    "sample": StageSpec(
         "Sample",
         "tutelage.stages.sample",
         "answer each prompt several times and judge the answers",
-        "tutelage.stages.estimates:sample",
+        "tutelage.preflight.estimates:sample",
         makes="records",
         outside="tutelage.stages.sources:code",
-        check="tutelage.stages.checks:sample",
+        check="tutelage.preflight.checks:sample",
     ),
-    "select": Kind(
+    "select": StageSpec(
         "Select",
         "tutelage.stages.select",
         "choose good answers, or the best and the worst, to train on",
-        "tutelage.stages.estimates:select",
+        "tutelage.preflight.estimates:select",
         makes="records",
-        check="tutelage.stages.checks:select",
+        check="tutelage.preflight.checks:select",
     ),
-    "distil": Kind(
+    "distil": StageSpec(
         "Distil",
         "tutelage.stages.distil",
         "train a model on what a larger one predicts",
-        "tutelage.stages.estimates:distil",
+        "tutelage.preflight.estimates:distil",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:distil",
+        check="tutelage.preflight.checks:distil",
     ),
-    "vocabulary": Kind(
+    "vocabulary": StageSpec(
         "Vocabulary",
         "tutelage.stages.vocabulary",
         "give a checkpoint new tokens for the texts of a field",
-        "tutelage.stages.estimates:vocabulary",
+        "tutelage.preflight.estimates:vocabulary",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:vocabulary",
+        check="tutelage.preflight.checks:vocabulary",
     ),
-    "adapt": Kind(
+    "adapt": StageSpec(
         "Adapt",
         "tutelage.stages.adapt",
         "adapt a checkpoint to a field with replay, and measure gain and loss",
-        "tutelage.stages.estimates:adapt",
+        "tutelage.preflight.estimates:adapt",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:adapt",
+        check="tutelage.preflight.checks:adapt",
     ),
-    "prefer": Kind(
+    "prefer": StageSpec(
         "Prefer",
         "tutelage.stages.prefer",
         "train a model towards preferred answers: DPO and its family",
-        "tutelage.stages.estimates:tuning",
+        "tutelage.preflight.estimates:tuning",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:prefer",
+        check="tutelage.preflight.checks:prefer",
     ),
-    "rl": Kind(
+    "rl": StageSpec(
         "Rl",
         "tutelage.stages.rl",
         "train a model on its own answers, by rewards: GRPO and its family, PPO",
-        "tutelage.stages.estimates:rollouts",
+        "tutelage.preflight.estimates:rollouts",
         makes="model",
         ranks=True,
         outside="tutelage.stages.sources:code",
-        check="tutelage.stages.checks:rl",
+        check="tutelage.preflight.checks:rl",
     ),
-    "merge": Kind(
+    "merge": StageSpec(
         "Merge",
         "tutelage.stages.merge",
         "make an adapter part of its base: a whole model",
-        "tutelage.stages.estimates:merge",
+        "tutelage.preflight.estimates:merge",
         makes="model",
-        check="tutelage.stages.checks:merge",
+        check="tutelage.preflight.checks:merge",
     ),
-    "classify": Kind(
+    "classify": StageSpec(
         "Classify",
         "tutelage.stages.classify",
         "train a classifier of texts, or of their parts, and measure it",
-        "tutelage.stages.estimates:classify",
+        "tutelage.preflight.estimates:classify",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:classify",
+        check="tutelage.preflight.checks:classify",
     ),
-    "translate": Kind(
+    "translate": StageSpec(
         "Translate",
         "tutelage.stages.translate",
         "train an encoder-decoder on pairs of texts",
-        "tutelage.stages.estimates:translate",
+        "tutelage.preflight.estimates:translate",
         makes="model",
         ranks=True,
-        check="tutelage.stages.checks:translate",
+        check="tutelage.preflight.checks:translate",
     ),
-    "evaluate": Kind(
+    "evaluate": StageSpec(
         "Evaluate",
         "tutelage.stages.evaluate",
         "measure a model on held-out text and questions",
-        "tutelage.stages.estimates:evaluate",
+        "tutelage.preflight.estimates:evaluate",
         makes="scores",
-        check="tutelage.stages.checks:evaluate",
+        check="tutelage.preflight.checks:evaluate",
     ),
-    "report": Kind(
+    "report": StageSpec(
         "Report",
         "tutelage.stages.report",
         "one HTML page about a run and all it came from",
-        "tutelage.stages.estimates:report",
+        "tutelage.preflight.estimates:report",
         makes="report",
     ),
 }

@@ -14,17 +14,17 @@ import torch
 
 from tutelage import log
 from tutelage.config.stages import Adapt, Vocabulary
-from tutelage.data.loader import MixSource
-from tutelage.data.tokens import Segments
-from tutelage.evaluate import change
+from tutelage.data.tokens.loader import MixSource
+from tutelage.data.tokens.shards import Segments
+from tutelage.evaluate import adaptation_effect
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.files import read_json, write_json
 from tutelage.models.load import load
+from tutelage.preflight.checks import WITHOUT
 from tutelage.records import Document
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training
-from tutelage.stages.checks import WITHOUT
-from tutelage.stages.training import Numbers
+from tutelage.setup import extend, hyperparameters, text_rows, trainer
+from tutelage.setup.text_rows import Hyperparameters
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
 from tutelage.train.loop import Hook
@@ -34,22 +34,22 @@ OWN = ("model", "data", "steps", "tokens", "epochs", "schedule", "patience", "ex
 
 def run(config: Adapt, run: RunDir) -> dict[str, Any]:
     texts = held_out(config, run)
-    parent = extension.parent_of(config, run)
-    device = fitting.choose_device(config)
+    parent = extend.parent_of(config, run)
+    device = trainer.choose_device(config)
     before = measured(run, "before", run.input("model"), texts, device)
     start, tokenizer, out = with_tokens(config, run)
     size = TokenizerFolder.open(tokenizer).vocab_size
-    field = training.open_segments(config, run, tokenizer, size)
-    general = training.open_segments(config, run, tokenizer, size, "general") if config.general else None
-    numbers, _ = derived.derive_numbers(config, size, field[0], start, parent)
-    model: Any = fitting.load_start(start, config, device, run.seed)
+    field = text_rows.open_segments(config, run, tokenizer, size)
+    general = text_rows.open_segments(config, run, tokenizer, size, "general") if config.general else None
+    numbers, _ = hyperparameters.derive_numbers(config, size, field[0], start, parent)
+    model: Any = trainer.load_start(start, config, device, run.seed)
     source = mixed(config, run, field[0], general[0], numbers) if general and config.replay_share else None
     beside = forgetting(config, general[1], numbers) if general else {}
-    out |= training.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
+    out |= text_rows.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
     if source is not None:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:
-        out |= report(before, measured(run, "after", fitting.result_of(config, run), texts, device), run.seed)
+        out |= report(before, measured(run, "after", trainer.result_of(config, run), texts, device), run.seed)
     return out
 
 
@@ -62,7 +62,7 @@ def held_out(config: Adapt, run: RunDir) -> dict[str, list[Document]]:
             "how much it forgets is not measured, as the held-out part of general text would do",
             style="yellow",
         )
-    return {kind: change.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
+    return {kind: adaptation_effect.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
 
 
 def measured(
@@ -73,11 +73,11 @@ def measured(
     if not file.exists():
         log.say(f"measuring {sum(map(len, texts.values())):,} held-out documents {name} training")
         words, loaded = TokenizerFolder.open(model), load(model, device=device)
-        found = {kind: change.measure(loaded, words, documents, str(device)) for kind, documents in texts.items()}
+        found = {kind: adaptation_effect.measure(loaded, words, documents, str(device)) for kind, documents in texts.items()}
         if log.rank() != 0:
             return found
         write_json(file, {kind: sums.to_json() for kind, sums in found.items()})
-    return {kind: change.to_sums(rows) for kind, rows in read_json(file).items()}
+    return {kind: adaptation_effect.to_sums(rows) for kind, rows in read_json(file).items()}
 
 
 def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]:
@@ -96,9 +96,9 @@ def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]
     return made.folder("model"), made.folder("words"), {**{k: made.facts[k] for k in keys}, "vocabulary": made.path.name}
 
 
-def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, numbers: Numbers) -> MixSource:
+def mixed(config: Adapt, run: RunDir, field: Segments, general: Segments, numbers: Hyperparameters) -> MixSource:
     """Rows of the field with the share of general ones between them."""
-    sources = {name: training.make_source(config, run, part, numbers) for name, part in (("field", field), ("general", general))}
+    sources = {name: text_rows.make_source(config, run, part, numbers) for name, part in (("field", field), ("general", general))}
     shares = {"field": 1 - config.replay_share, "general": config.replay_share}
     mix = MixSource({name: (source, shares[name]) for name, source in sources.items()}, seed=run.seed)
     log.say(mix.describe()[0])
@@ -119,18 +119,18 @@ def drawn(mix: MixSource, steps: int) -> dict[str, dict[str, float]]:
     return {name: {"rows": rows, "epochs": round(rows / each[name], 4)} for name, rows in mix.drawn(steps).items()}
 
 
-def forgetting(config: Adapt, general: Segments, numbers: Numbers) -> dict[str, Hook]:
+def forgetting(config: Adapt, general: Segments, numbers: Hyperparameters) -> dict[str, Hook]:
     """The loss on held-out general text, measured as often as that of the field."""
-    batches = training.validation(config, general, numbers)
+    batches = text_rows.validation(config, general, numbers)
     assert batches is not None, "`held_out` has refused general text without a held-out part"
     every = config.evaluate_every or max(1, math.ceil(numbers.steps / 10))
-    return {"general": Validate(*batches, every, training.tokens_per_byte(general), of="general")}
+    return {"general": Validate(*batches, every, text_rows.tokens_per_byte(general), of="general")}
 
 
 def report(before: dict[str, DocumentSums], after: dict[str, DocumentSums], seed: int) -> dict[str, Any]:
     """Gain and loss as facts, printed."""
-    rows = {kind: change.change(before[kind], after[kind], seed) for kind in after}
-    log.console.print(change.table(rows))
-    verdict = "; ".join(change.verdict(kind, found) for kind, found in rows.items())
+    rows = {kind: adaptation_effect.change(before[kind], after[kind], seed) for kind in after}
+    log.console.print(adaptation_effect.table(rows))
+    verdict = "; ".join(adaptation_effect.verdict(kind, found) for kind, found in rows.items())
     log.say(verdict)
     return {"change": rows, "verdict": verdict, "bits_per_byte": rows["field"]["after"]["value"]}

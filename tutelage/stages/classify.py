@@ -10,16 +10,16 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.tasks import Classify
-from tutelage.data.examples import Labels, labels_of, named
-from tutelage.data.split import position
+from tutelage.data.clean.split import position
+from tutelage.data.groups.examples import Labels, labels_of, named
 from tutelage.errors import ConfigError, DataError
-from tutelage.evaluate.classified import Judged, add_baseline, joined, judge, write
+from tutelage.evaluate.classified import ClassifiedTexts, add_baseline, joined, judge, write
 from tutelage.files import whole_folder, write_json
 from tutelage.records import Example, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying
-from tutelage.stages.classifying import Start
-from tutelage.stages.fitting import choose_device
+from tutelage.setup import classifier
+from tutelage.setup.classifier import Start
+from tutelage.setup.trainer import choose_device
 
 
 def run(config: Classify, run: RunDir) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
     if config.class_weights == "balanced":
         start.labels = labels = replace(labels, weights=start.families(train).balanced())
         log.say(f"weights in the loss: {', '.join(f'{name} {weight:.3g}' for name, weight in labels.weights.items())}")
-    judged: dict[str, Judged] = {}
+    judged: dict[str, ClassifiedTexts] = {}
     short = start.short_enough(train) or train  # where none is, training says so
     if config.folds:
         judged["cross_validation"] = cross_validate(start, short)
@@ -41,7 +41,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
             f"none of the {len(held):,} held-out examples fits in {start.max_length} tokens: no validation, no held-out scores"
         )
         held = []
-    part, facts = classifying.train(start, run, train, held, keep=True)
+    part, facts = classifier.train(start, run, train, held, keep=True)
     if log.rank() != 0:
         return facts
     if held:
@@ -72,19 +72,19 @@ def weighted(config: Classify, labels: Labels) -> Labels:
     return replace(labels, weights=dict(config.class_weights))
 
 
-def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> Judged:
+def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> ClassifiedTexts:
     """What a classifier and the baseline say of texts that neither has learnt from."""
     families = start.families(held)
-    classifying.say_report(families)
+    classifier.say_report(families)
     found = judge(part, start.labels, families)
     add_baseline(found, train, start.labels, wanted=start.config.baseline)
     return found
 
 
-def cross_validate(start: Start, examples: Sequence[Example]) -> Judged:
+def cross_validate(start: Start, examples: Sequence[Example]) -> ClassifiedTexts:
     """Out-of-fold predictions. A fold that is done stays done when the run is resumed."""
     folds, number = start.config.folds, fold_numbers(examples, start)
-    all_odds: list[Judged] = []
+    all_odds: list[ClassifiedTexts] = []
     for fold in range(folds):
         log.say(f"fold {fold + 1} of {folds}")
         inside = [e for e, f in zip(examples, number, strict=True) if f != fold]
@@ -93,7 +93,7 @@ def cross_validate(start: Start, examples: Sequence[Example]) -> Judged:
             start.run.folder("folds") / f"fold_{fold + 1}", start.run.stage, start.run.digest, start.run.inputs, start.run.seed
         )
         own.path.mkdir(parents=True, exist_ok=True)
-        part, _ = classifying.train(start, own, inside, [], keep=False)
+        part, _ = classifier.train(start, own, inside, [], keep=False)
         found = seen(start, part, inside, outside)
         found.fold[:] = fold
         all_odds.append(found)

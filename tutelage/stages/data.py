@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tutelage.config.stages import Data
-from tutelage.data import card
-from tutelage.data.collect import collect
+from tutelage.data.clean import card
+from tutelage.data.clean.collect import collect
 from tutelage.files import whole_folder
 from tutelage.rundir import RunDir
 

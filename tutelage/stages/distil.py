@@ -10,18 +10,18 @@ import torch
 
 from tutelage import log
 from tutelage.config.stages import Distil
-from tutelage.data.loader import StaticSource
-from tutelage.data.tokens import Segments
-from tutelage.data.top_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
+from tutelage.data.tokens.loader import StaticSource
+from tutelage.data.tokens.shards import Segments
+from tutelage.data.tokens.teacher_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
 from tutelage.errors import ConfigError
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.load import load
-from tutelage.models.virtual import room
 from tutelage.objectives import Objective, objective
 from tutelage.objectives.distil import check_vocabularies
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, on_policy, training
-from tutelage.stages.fitting import Work
+from tutelage.setup import extend, hyperparameters, on_policy, text_rows, trainer
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -29,20 +29,20 @@ METHODS = {"forward": "forward_kl", "reverse": "reverse_kl", "jsd": "jsd"}
 
 
 def run(config: Distil, run: RunDir) -> dict[str, Any]:
-    device = fitting.choose_device(config)
+    device = trainer.choose_device(config)
     tokenizer = run.input("model")
-    model = fitting.load_start(tokenizer, config, device, run.seed)
+    model = trainer.load_start(tokenizer, config, device, run.seed)
     teacher = load_teacher(run.input("teacher"), tokenizer, model, config, device)
     if config.policy == "on":
         work = on_policy.work_on_answers(config, run, model, teacher, method(config))
-        return fitting.fit(config, run, work, device)
-    parent = extension.parent_of(config, run)
-    segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
-    numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
-    work = training.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+        return trainer.run_training(config, run, work, device)
+    parent = extend.parent_of(config, run)
+    segments = text_rows.open_segments(config, run, tokenizer, model.config.vocab_size)
+    numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
+    work = text_rows.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
     work = replace(work, objective=method(config), per_byte=0.0)
     work = taught(work, config, run, teacher, segments, device) if config.top_k else beside(work, teacher)
-    return fitting.fit(config, run, work, device, parent)
+    return trainer.run_training(config, run, work, device, parent)
 
 
 def method(config: Distil) -> Objective:
@@ -69,7 +69,7 @@ def load_teacher(folder: Path, tokenizer: Path, model: Any, config: Distil, devi
     return teacher.requires_grad_(False).eval()
 
 
-def beside(work: Work, teacher: Any) -> Work:
+def beside(work: TrainingSpec, teacher: Any) -> TrainingSpec:
     """The teacher as a frozen part, run in each step."""
     each = count_flops(teacher.config.to_hf(), work.length).forward
     share = each / train_flops_per_token(work.shape, work.length)
@@ -77,8 +77,8 @@ def beside(work: Work, teacher: Any) -> Work:
 
 
 def taught(
-    work: Work, config: Distil, run: RunDir, teacher: Any, segments: tuple[Segments, Segments], device: torch.device
-) -> Work:
+    work: TrainingSpec, config: Distil, run: RunDir, teacher: Any, segments: tuple[Segments, Segments], device: torch.device
+) -> TrainingSpec:
     """The teacher's likeliest tokens as streams: in files for what is trained on, in memory for what is held out."""
     source = work.source
     assert isinstance(source, StaticSource)
@@ -88,7 +88,7 @@ def taught(
         "temperature": config.temperature,
     }  # fmt: skip
     store = KeptTokens(run.folder("teacher"), segments[0])
-    row = min(room(teacher), max(2048, work.length))
+    row = min(max_text_tokens(teacher), max(2048, work.length))
     made = keep(store, top, config.top_k, plan, row_length=row, rank=log.rank(), world=distributed.world())
     log.say(f"the teacher's {config.top_k} likeliest tokens at {segments[0].totals['supervised']:,} places: "
             f"{'made' if made else 'found'} in {store.folder}")  # fmt: skip

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tutelage.chat.render import Renderer
 from tutelage.config.stages import Evaluate
-from tutelage.data.render import Renderer
-from tutelage.data.skills import CHANCE
+from tutelage.data.demo.skills import CHANCE
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError
 from tutelage.evaluate.suite import Subject, evaluate
 from tutelage.files import whole_folder
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.load import load
-from tutelage.models.virtual import room
 from tutelage.records import Conversation
 from tutelage.rundir import RunDir
-from tutelage.stages.fitting import choose_device
+from tutelage.setup.trainer import choose_device
 from tutelage.tokenizer.load import TokenizerFolder
 
 
@@ -80,10 +80,10 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
         assert engine is not None
         wanted = int(sampling.pop("max_tokens"))
-        room = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends where the context does
+        max_text_tokens = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends where the context does
         seed = sampling.pop("seed", None)  # each prompt has noise of its own
         seeds = [None if seed is None else (int(seed) << 20) + i for i in range(len(prompts))]
-        how = [Sampling(max_tokens=min(wanted, r), seed=s, **sampling) for r, s in zip(room, seeds, strict=True)]
+        how = [Sampling(max_tokens=min(wanted, r), seed=s, **sampling) for r, s in zip(max_text_tokens, seeds, strict=True)]
         return [c.text for c in engine.generate(prompts, how)]
 
     return Subject(
@@ -93,7 +93,7 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
         begin=(words.eos_id if words.start_id is None else words.start_id,),
         end=(words.eos_id,),
         vocabulary=model.config.vocab_size,
-        context=room(model),
+        context=max_text_tokens(model),
         generate=generate if renderer is not None else None,
         prompt=prompt if renderer is not None else None,
         decode=words.decode,

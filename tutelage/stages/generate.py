@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
+from tutelage.chat.render import Renderer
 from tutelage.config.base import identity_of
 from tutelage.config.stages import Generate
-from tutelage.data.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.errors import ConfigError
 from tutelage.files import storage_errors
+from tutelage.inference.batch import Job, Prompts, RowKind, check
+from tutelage.inference.input_file import InputFile, opened
+from tutelage.inference.output_file import ResumableOutput
+from tutelage.inference.prompts import Prompting
 from tutelage.models.load import load
 from tutelage.rundir import Artifact, find
-from tutelage.serve.archive import Archive, opened
-from tutelage.serve.batch import Job, Kind, Prompts, check
-from tutelage.serve.part import PartFile
-from tutelage.serve.prompts import Prompting
-from tutelage.stages.fitting import choose_device
+from tutelage.setup.trainer import choose_device
 from tutelage.train.hooks import duration
 
 OF_PROMPTS = ("column", "prompt_template", "chat", "system")
@@ -48,13 +48,13 @@ def run(config: Generate, runs: Path = Path("runs"), *, force: bool = False, dry
         if dry_run:
             log.say(f"{rows:,} rows: {kind.says}")
             return {"rows": rows}
-        with PartFile(output, identity, force, rows) as part:
+        with ResumableOutput(output, identity, force, rows) as part:
             before = f", {part.rows:,} of them there already" if part.rows else ""
             log.say(f"{rows:,} rows{before}: {kind.says}")
             return _answer(config, Job(archive, kind, part, rows, config.on_error), model)
 
 
-def kind_of(archive: Archive, config: Generate, model: Artifact, prompts: Prompts) -> Kind:
+def kind_of(archive: InputFile, config: Generate, model: Artifact, prompts: Prompts) -> RowKind:
     """What the archive's first readable row says that all of them are."""
     first = next((entry.fields for entry in archive.entries() if entry.error is None), {})
     if not {"custom_id", "body"} <= first.keys():
@@ -75,7 +75,7 @@ def _engine(config: Generate, folder: Path) -> EngineProtocol:
         return Engine(loaded, Renderer(folder), config.slots)
     if config.device != "auto":
         raise ConfigError("vLLM chooses the device itself", field="device", found=config.device, expected="auto")
-    from tutelage.engine.vllm import VllmEngine
+    from tutelage.engine.vllm.engine import VllmEngine
 
     return VllmEngine(folder, Renderer(folder), config.slots)
 

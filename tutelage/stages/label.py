@@ -15,17 +15,17 @@ import numpy as np
 
 from tutelage import log
 from tutelage.config.stages import Label
-from tutelage.data.examples import Task
-from tutelage.data.labelled import texts_of
-from tutelage.engine.classifier import Classifier
+from tutelage.data.groups.examples import Task
+from tutelage.data.sources.labelled import texts_of
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import storage_errors, whole_file
+from tutelage.inference.batch import Meter
+from tutelage.inference.classifier import Classifier
+from tutelage.inference.input_file import InputFile, InputRow, opened
+from tutelage.inference.output_file import check_output
+from tutelage.inference.prompts import check_text
 from tutelage.rundir import find
-from tutelage.serve.archive import Archive, Entry, opened
-from tutelage.serve.batch import Meter
-from tutelage.serve.part import check_output
-from tutelage.serve.prompts import check_text
-from tutelage.stages.fitting import choose_device
+from tutelage.setup.trainer import choose_device
 from tutelage.train.hooks import duration
 
 AT_A_TIME = 512  # rows, of which those of like length run together
@@ -33,10 +33,10 @@ SAID = {"class": "label", "many": "labels", "tag": "spans"}
 
 
 @dataclass(slots=True, frozen=True)
-class Asked:
+class TextRow:
     """One row of the input."""
 
-    entry: Entry
+    entry: InputRow
     text: str
     pair: str | None
 
@@ -70,7 +70,7 @@ def run(config: Label, runs: Path = Path("runs"), *, force: bool = False, dry_ru
     return {"output": config.output, "rows": rows, "cut": cut, "labels": dict(counts), "seconds": round(meter.seconds, 2)}
 
 
-def asked(archive: Archive, config: Label) -> Iterator[Asked]:
+def asked(archive: InputFile, config: Label) -> Iterator[TextRow]:
     """The rows with their texts. Raises `DataError` with the place of one that has none."""
     for entry in archive.entries():
         with placed(archive, entry):
@@ -79,11 +79,11 @@ def asked(archive: Archive, config: Label) -> Iterator[Asked]:
             text, pair = texts_of(entry.fields, config.fields)
             for name, value in (("text", text), ("pair", pair)):
                 check_text(value or "", name)
-        yield Asked(entry, text, pair)
+        yield TextRow(entry, text, pair)
 
 
 @contextlib.contextmanager
-def placed(archive: Archive, entry: Entry) -> Iterator[None]:
+def placed(archive: InputFile, entry: InputRow) -> Iterator[None]:
     """Errors of a row get its file and line."""
     try:
         yield
@@ -91,7 +91,7 @@ def placed(archive: Archive, entry: Entry) -> Iterator[None]:
         raise error.but(file=archive.path, line=entry.line, fix=error.fix or "mend the row, or leave it out") from None
 
 
-def _label(classifier: Classifier, archive: Archive, config: Label, f: Any, meter: Meter) -> tuple[int, Counter[str]]:
+def _label(classifier: Classifier, archive: InputFile, config: Label, f: Any, meter: Meter) -> tuple[int, Counter[str]]:
     """Writes all rows; how many were cut, and how often each label was said."""
     cut, counts, rows = 0, Counter[str](), asked(archive, config)
     while group := list(islice(rows, AT_A_TIME)):
@@ -108,7 +108,7 @@ def _label(classifier: Classifier, archive: Archive, config: Label, f: Any, mete
     return cut, counts
 
 
-def _row(row: Asked, said: Any, odds: np.ndarray, classifier: Classifier) -> dict[str, Any]:
+def _row(row: TextRow, said: Any, odds: np.ndarray, classifier: Classifier) -> dict[str, Any]:
     """What is written of a row: its own id, or the number of its line."""
     fields = row.entry.fields
     out: dict[str, Any] = {"id": fields["id"]} if fields.get("id") is not None else {"number": row.entry.line}

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from tutelage import log
-from tutelage.bases import base_of, whole_of
+from tutelage.artifacts import base_of, whole_of
 from tutelage.config.stages import Merge
-from tutelage.models.adapter_folder import check_base, load_adapter
+from tutelage.models.adapters.folder import check_base, load_adapter
+from tutelage.models.adapters.merge import check_logits, merge, probe
 from tutelage.models.export import TOKENIZER_FILES, read_stop_ids, save
 from tutelage.models.load import DTYPES, load
-from tutelage.models.merging import check_logits, merge, probe
 from tutelage.plan.config_json import read_config_json
 from tutelage.rundir import RunDir
-from tutelage.stages.fitting import choose_device
+from tutelage.setup.trainer import choose_device
 
 
 def run(config: Merge, run: RunDir) -> dict[str, Any]:

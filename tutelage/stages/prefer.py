@@ -9,19 +9,19 @@ import torch
 
 from tutelage import log
 from tutelage.config.stages import Prefer
-from tutelage.data.family_source import FamilySource
-from tutelage.data.pairs import PairFamilies, margins
-from tutelage.data.rated import RatedFamilies, verdicts
-from tutelage.data.tokens import Segments
+from tutelage.data.groups.kto import KtoGroups, verdicts
+from tutelage.data.groups.pairs import PreferencePairs, margins
+from tutelage.data.groups.source import GroupSource
+from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ConfigError
-from tutelage.models.adapters import beginning
+from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load
 from tutelage.objectives import TABLE, Objective, method, objective
 from tutelage.rundir import RunDir
-from tutelage.stages import fitting, tuning
-from tutelage.stages.fitting import Work
-from tutelage.stages.judged import read_rows
+from tutelage.setup import answers, trainer
+from tutelage.setup.feedback import read_rows
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -33,29 +33,29 @@ RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method le
 UNITS = {"preferences": "pairs", "ratings": "answers"}
 RATE_AT_7B = 1e-6
 
-Families = PairFamilies | RatedFamilies
+Families = PreferencePairs | KtoGroups
 
 
 def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     chosen = chosen_method(config)
     kind = method(config.method).data
-    device = fitting.choose_device(config)
+    device = trainer.choose_device(config)
     start = run.input("model")
-    model = fitting.load_start(start, config, device, run.seed)
+    model = trainer.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
-    layout = tuning.layout_for(config, model)
-    length = tuning.max_length(config, model)
+    layout = answers.layout_for(config, model)
+    length = answers.max_length(config, model)
     train = families_of(config, run, model, "train", length)
-    held_out = tuning.held_out(lambda: families_of(config, run, model, "validation", length))
+    held_out = answers.held_out(lambda: families_of(config, run, model, "validation", length))
     assert train is not None
-    steps = tuning.steps_of(config, config.epochs, len(train))
+    steps = answers.steps_of(config, config.epochs, len(train))
     if method(config.method).reference:
         give_reference(config, run, model, {"train": train, "validation": held_out}, layout, device)
     source = source_of(train, config, layout, UNITS[kind], config.batch)
     log.say("\n".join(source.describe()))
-    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B)
-    work = Work(
+    rates = answers.rates(config, answers.size_of(model), RATE_AT_7B)
+    work = TrainingSpec(
         parts={"policy": model},
         source=source,
         objective=chosen,
@@ -66,16 +66,21 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
         micro=(1, config.micro_tokens),
         tokens=float(train.sizes(layout).mean()) * config.batch * steps,
         numbers={"max_length": length, **asdict(rates)},
-        write=lambda: fitting.write_model(model, run, start, words.stop_ids),
+        write=lambda: trainer.write_model(model, run, start, words.stop_ids),
         validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
-    return {**fitting.fit(config, run, work, device), "method": config.method, "answers": len(train), "packing": train.report}
+    return {
+        **trainer.run_training(config, run, work, device),
+        "method": config.method,
+        "answers": len(train),
+        "packing": train.report,
+    }
 
 
 def chosen_method(config: Prefer) -> Objective:
     """The objective of the settings. Raises `ConfigError` for a method that is about something else."""
     names = [name for name, row in TABLE.items() if row.data in RECORDS and row.part == "policy"]
-    tuning.check_method(config.method, names)
+    answers.check_method(config.method, names)
     chosen = objective(config.method, **{key: getattr(config, key) for key in SETTINGS})
     if config.reference is not None and not method(config.method).reference:
         raise ConfigError("this method keeps no reference", field="reference", found=config.method, fix="leave `reference` out")
@@ -93,10 +98,10 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
         return None
     rows = read_rows(run.input("data") / f"{part}.jsonl")
     if rated:
-        families: Families = RatedFamilies(segments, verdicts(rows), length, config.too_long)
+        families: Families = KtoGroups(segments, verdicts(rows), length, config.too_long)
         log.say(f"{part}: {families.balance(config.desirable_weight or 1.0, config.undesirable_weight or 1.0)}")  # type: ignore[union-attr]
     else:
-        families = PairFamilies(segments, length, config.too_long)
+        families = PreferencePairs(segments, length, config.too_long)
         given = margins(rows)
         if config.offset and given is None:
             raise ConfigError(
@@ -106,9 +111,9 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
             families.give("margin", given[families.kept])
     if part == "train":
         first = int(families.kept[0]) * (1 if rated else 2)  # a pair has two segments
-        tuning.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"), first)
-    tuning.say_left_out(families.report, part, length, config.too_long)
-    if part == "validation" and len(families) < tuning.FEW:
+        answers.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"), first)
+    answers.say_left_out(families.report, part, length, config.too_long)
+    if part == "validation" and len(families) < answers.FEW:
         unit = "answers" if rated else "pairs"
         log.say(f"validation: {len(families)} {unit} say little: an accuracy on so few is chance", style="yellow")
     return families
@@ -119,18 +124,18 @@ def give_reference(
 ) -> None:
     """What the model to stay close to says of every answer, asked once."""
     if config.reference is not None:
-        tuning.check_tokens(run, "reference")
+        answers.check_tokens(run, "reference")
     other = load(run.input("reference"), device=device) if config.reference else model
     for name, families in parts.items():
         if families is not None:
             folder = run.folder("reference") / name
-            with beginning(other):
-                families.give("reference", tuning.reference_logprobs(folder, other, families, config, layout, device))
+            with reference_weights(other):
+                families.give("reference", answers.reference_logprobs(folder, other, families, config, layout, device))
 
 
-def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> FamilySource:
+def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> GroupSource:
     alone = per_step == 1
-    return FamilySource(
+    return GroupSource(
         families, per_step=per_step, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=unit,
         rank=0 if alone else log.rank(), world=1 if alone else distributed.world(),
     )  # fmt: skip

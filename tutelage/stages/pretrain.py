@@ -10,22 +10,22 @@ from tutelage.config.stages import Pretrain
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training
+from tutelage.setup import extend, hyperparameters, text_rows, trainer
 from tutelage.tokenizer.load import TokenizerFolder
 
 
 def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
-    parent = extension.parent_of(config, run)
+    parent = extend.parent_of(config, run)
     tokenizer = run.input("tokenizer" if config.model is None else "model")
     words = TokenizerFolder.open(tokenizer)
-    device = fitting.choose_device(config)
-    segments = training.open_segments(config, run, tokenizer, words.vocab_size)
-    numbers, shape = derived.derive_numbers(
+    device = trainer.choose_device(config)
+    segments = text_rows.open_segments(config, run, tokenizer, words.vocab_size)
+    numbers, shape = hyperparameters.derive_numbers(
         config, words.vocab_size, segments[0], run.input("model") if config.model else None, parent
     )
-    model: Any = fitting.load_start(run.input("model"), config, device, run.seed) if config.model else fresh(config, words, shape)
+    model: Any = trainer.load_start(run.input("model"), config, device, run.seed) if config.model else fresh(config, words, shape)
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    return training.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
+    return text_rows.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
 
 
 def fresh(config: Pretrain, words: TokenizerFolder, shape: dict[str, Any]) -> Any:

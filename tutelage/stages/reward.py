@@ -6,20 +6,20 @@ from dataclasses import asdict
 from typing import Any
 
 from tutelage import log
-from tutelage.bases import is_scored, whole_of
+from tutelage.artifacts import is_scored, whole_of
 from tutelage.config.stages import Reward
-from tutelage.data.family_source import FamilySource
+from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ConfigError
 from tutelage.models.config import check_vocabulary
 from tutelage.models.load import load, read_config, scores
 from tutelage.models.scorer import Scorer, build_scorer, load_scorer
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rundir import RunDir
-from tutelage.stages import fitting, tuning
-from tutelage.stages.derived import ranks_sharing
-from tutelage.stages.fitting import Work
-from tutelage.stages.judged import Judged, judged_by
-from tutelage.stages.reads import type_of
+from tutelage.setup import answers, trainer
+from tutelage.setup.feedback import RewardData, load_reward_data
+from tutelage.setup.hyperparameters import ranks_sharing
+from tutelage.setup.inputs import record_type
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
 
@@ -28,36 +28,36 @@ RATE_AT_7B = 9e-6  # Ouyang et al. 2022, appendix C.2: of a 6B model
 
 
 def run(config: Reward, run: RunDir) -> dict[str, Any]:
-    kind = type_of(run.input("data"))
-    device = fitting.choose_device(config)
+    kind = record_type(run.input("data"))
+    device = trainer.choose_device(config)
     start = run.input("model")
     words = TokenizerFolder.open(start)
-    data = judged_by(config, run, kind, words)
+    data = load_reward_data(config, run, kind, words)
     chosen = chosen_method(config, data)
-    scorer = tuning.wear_under_head(start_of(config, run, data.outputs, device), config, start, config.seed)
+    scorer = answers.wear_under_head(start_of(config, run, data.outputs, device), config, start, config.seed)
     check_vocabulary(scorer.config, words.vocab_size, start)
-    length = tuning.max_length(config, scorer)
-    layout = tuning.layout_for(config, scorer)
-    train, held_out = data.families("train", length), tuning.held_out(lambda: data.families("validation", length))
+    length = answers.max_length(config, scorer)
+    layout = answers.layout_for(config, scorer)
+    train, held_out = data.families("train", length), answers.held_out(lambda: data.families("validation", length))
     assert train is not None
-    steps = tuning.steps_of(config, config.epochs, len(train))
-    source = FamilySource(
+    steps = answers.steps_of(config, config.epochs, len(train))
+    source = GroupSource(
         train, per_step=config.batch, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=data.unit,
         rank=log.rank(), world=distributed.world(),
     )  # fmt: skip
     log.say("\n".join(source.describe()))
-    rates = tuning.rates(config, tuning.size_of(scorer), RATE_AT_7B, heads=True)
+    rates = answers.rates(config, answers.size_of(scorer), RATE_AT_7B, heads=True)
     validation = None
     if held_out is not None:
-        validation = FamilySource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)
+        validation = GroupSource(held_out, per_step=1, micro_tokens=config.micro_tokens, layout=layout, seed=0, unit=data.unit)
     found: dict[str, Any] = {}
 
     def write() -> None:
         if held_out is not None:  # here, where the ranks of a sharded model are still together
             found.update(data.measured(scorer, held_out, layout, device))
-        fitting.write_scores(scorer, run, start, words.stop_ids)
+        trainer.write_scores(scorer, run, start, words.stop_ids)
 
-    work = Work(
+    work = TrainingSpec(
         parts={"reward": scorer},
         source=source,
         objective=chosen,
@@ -71,16 +71,16 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
         write=write,
         validation=None if validation is None else validation.validation(),
     )
-    facts = fitting.fit(config, run, work, device)
+    facts = trainer.run_training(config, run, work, device)
     for line in data.told(found):
         log.say(line)
     return {**facts, "method": data.method, "outputs": list(data.outputs), "packing": train.report, "held_out": found or None}
 
 
-def chosen_method(config: Reward, data: Judged) -> Objective:
+def chosen_method(config: Reward, data: RewardData) -> Objective:
     """The objective of the settings. Raises `ConfigError` for one that does not learn from such data."""
     names = [name for name, row in TABLE.items() if row.part == "reward" and row.data == data.kind]
-    tuning.check_method(data.method, names, f"learns from {data.kind}")
+    answers.check_method(data.method, names, f"learns from {data.kind}")
     return objective(data.method, **{key: getattr(config, key) for key in SETTINGS})
 
 

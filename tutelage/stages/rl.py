@@ -7,19 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from tutelage import log
+from tutelage.chat.render import Renderer
 from tutelage.config.rewards import bounds, terms_of
 from tutelage.config.stages import Rl
-from tutelage.data.render import Renderer
 from tutelage.errors import ConfigError
 from tutelage.evaluate.intervals import mean, paired_difference
 from tutelage.models.config import check_vocabulary
 from tutelage.objectives import TABLE, Objective, objective
 from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
-from tutelage.stages import fitting, tuning
-from tutelage.stages.asking import read_prompts, reward_model_of, rubric_of, with_room
-from tutelage.stages.fitting import Work
-from tutelage.stages.rollouts import Kit
+from tutelage.setup import answers, trainer
+from tutelage.setup.rollouts import RolloutSetup
+from tutelage.setup.sampling import read_prompts, reward_model_of, rubric_of, with_room
+from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 
 RATE_AT_7B = 1e-6
@@ -28,16 +28,16 @@ CALLED = {"kl_weight": "kl", "kl": "kl_estimator", "entropy_weight": "entropy"} 
 
 def run(config: Rl, run: RunDir) -> dict[str, Any]:
     chosen = chosen_method(config)
-    device = fitting.choose_device(config)
+    device = trainer.choose_device(config)
     start = run.input("model")
-    model = fitting.load_start(start, config, device, run.seed)
+    model = trainer.load_start(start, config, device, run.seed)
     words = TokenizerFolder.open(start)
     check_vocabulary(model.config, words.vocab_size, start)
     scorer = reward_model_of(config, run, device)
     rubric = rubric_of(config, words, scorer)
     with contextlib.ExitStack() as ends:
         ends.callback(rubric.close)
-        kit = Kit.of(config, run, model, Renderer(words), device, rubric, scorer)
+        kit = RolloutSetup.of(config, run, model, Renderer(words), device, rubric, scorer)
         ends.callback(kit.close)
         try:
             return learn(config, run, kit, chosen, words)
@@ -46,7 +46,7 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
                 log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
 
 
-def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
+def learn(config: Rl, run: RunDir, kit: RolloutSetup, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
     """Trains with what is there."""
     prompts, held_out = (with_room(kit.sampler, read_prompts(run, part), part) for part in ("train", "validation"))
     if config.batch > len(prompts):
@@ -57,11 +57,11 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
     if steps == "derived":
         steps = max(1, round(config.epochs * len(prompts) / plan.prompts)) * plan.steps
     log.say("\n".join([*source.describe(), f"{steps:,} steps"]))
-    rates = tuning.rates(config, tuning.size_of(model), RATE_AT_7B, heads=config.method == "ppo")
+    rates = answers.rates(config, answers.size_of(model), RATE_AT_7B, heads=config.method == "ppo")
     every = config.evaluate_every or max(1, steps // 5)
     asked = held_out[: config.probes]
     probe = Probe(asked, kit.sampler, kit.rubric, every, run.folder("probes")) if asked else None
-    work = Work(
+    work = TrainingSpec(
         parts=kit.parts,
         source=source,
         objective=chosen,
@@ -72,14 +72,14 @@ def learn(config: Rl, run: RunDir, kit: Kit, chosen: Objective, words: Tokenizer
         micro=(1, source.most_tokens),
         tokens=float(source.blank.size(plan.layout)) * plan.prompts / plan.minibatches * steps,
         numbers={"max_length": kit.engine.context_length, **asdict(rates)},
-        write=lambda: fitting.write_model(model, run, run.input("model"), words.stop_ids),
+        write=lambda: trainer.write_model(model, run, run.input("model"), words.stop_ids),
         weights={"value": config.value_weight},
         hooks=lambda job: {"rollouts": Measured(source), **({"probe": probe} if probe else {})},
         headline=lambda: f"reward {source.facts['reward']:.3f}" if source.facts else "reward known after the next answers",
         beside=kit.held(source),
         forward_share=0.5,
     )
-    facts = fitting.fit(config, run, work, kit.device)
+    facts = trainer.run_training(config, run, work, kit.device)
     return {
         **facts,
         "method": config.method,
@@ -110,7 +110,7 @@ def gain(probe: Probe | None, within: tuple[float, float] | None = None) -> dict
 def chosen_method(config: Rl) -> Objective:
     """The objective of the settings. Raises `ConfigError` for one that does not learn from rollouts."""
     names = [name for name, row in TABLE.items() if row.data == "rollouts"]
-    tuning.check_method(config.method, names)
+    answers.check_method(config.method, names)
     return objective(
         config.method, CALLED, clip_low=config.clip_low, clip_high=config.clip_high,
         kl_weight=config.kl if config.kl and config.kl_in == "loss" else None,

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
+from tutelage.chat.render import Renderer
 from tutelage.config.stages import Sample
-from tutelage.data.render import Renderer
 from tutelage.files import whole_file, whole_folder, write_json
+from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.load import load
-from tutelage.models.virtual import room
 from tutelage.records import SCHEMA_VERSION, Prompt, Rollout, dump_line
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.source import Judging, read_rollouts
 from tutelage.rundir import RunDir
-from tutelage.stages import fitting
-from tutelage.stages.asking import prompts_of, reward_model_of, rubric_of, sampler_for, with_room
+from tutelage.setup import trainer
+from tutelage.setup.sampling import prompts_of, reward_model_of, rubric_of, sampler_for, with_room
 from tutelage.tokenizer.load import TokenizerFolder
 
 TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
@@ -28,10 +28,10 @@ TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
 def run(config: Sample, run: RunDir) -> dict[str, Any]:
     other = "train" if config.part == "validation" else "validation"
     asked = prompts_of(run, config.part, f"set part={other}, or make data with a {config.part} part (validation_share)")
-    device = fitting.choose_device(config)
+    device = trainer.choose_device(config)
     model: Any = load(run.input("model"), device=device)
     words = TokenizerFolder.open(run.input("model"))
-    length = min(room(model), 2048)
+    length = min(max_text_tokens(model), 2048)
     sampler = sampler_for(model, Renderer(words), length, config.max_tokens, config.temperature)
     prompts = with_room(sampler, asked, config.part)
     prompts = prompts[: config.max_prompts or None]

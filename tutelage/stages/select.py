@@ -9,13 +9,13 @@ from typing import Any
 
 from tutelage import log
 from tutelage.config.stages import Select
-from tutelage.data import split
+from tutelage.data.clean import split
 from tutelage.errors import DataError
 from tutelage.files import whole_folder, write_json
 from tutelage.records import SCHEMA_VERSION, Conversation, Preference, Prompt, Rollout, dump_line, read_records
 from tutelage.rollout.choose import conversations, grouped, preferences, whole
 from tutelage.rundir import RunDir
-from tutelage.stages.asking import read_prompts
+from tutelage.setup.sampling import read_prompts
 
 TYPES = {"conversations": "Conversation", "preferences": "Preference"}
 

@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
+from tutelage.chat.render import Rendered, check_supervision, coloured_sample
+from tutelage.chat.templates import style
 from tutelage.config.stages import Sft
-from tutelage.data.render import Rendered, check_supervision, coloured_sample
-from tutelage.data.templates import style
-from tutelage.data.tokens import Segments
+from tutelage.data.tokens.shards import Segments
 from tutelage.files import whole_folder, write_json
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training
-from tutelage.stages.unread import warn_of_unread_tokens
+from tutelage.setup import extend, hyperparameters, text_rows, trainer
+from tutelage.setup.token_checks import warn_untrained_tokens
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 
 
 def run(config: Sft, run: RunDir) -> dict[str, Any]:
-    parent = extension.parent_of(config, run)
+    parent = extend.parent_of(config, run)
     tokenizer = run.input("model") if config.template is None else with_template(run, config.template)
-    device = fitting.choose_device(config)
-    model = fitting.load_start(run.input("model"), config, device, run.seed)
-    segments = training.open_segments(config, run, tokenizer, model.config.vocab_size)
+    device = trainer.choose_device(config)
+    model = trainer.load_start(run.input("model"), config, device, run.seed)
+    segments = text_rows.open_segments(config, run, tokenizer, model.config.vocab_size)
     totals = segments[0].totals
     check_supervision(totals["supervised"], totals["tokens"], "chat")
     log.say(f"{totals['supervised']:,} of {totals['tokens']:,} tokens supervised ({totals['supervised'] / totals['tokens']:.0%})")
-    warn_of_unread_tokens(config, model, segments[0], tuple(TokenizerFolder.open(tokenizer).stop_ids))
-    numbers, _ = derived.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
-    shown = training.first_kept(segments[0], numbers.sequence_length, config.too_long)
+    warn_untrained_tokens(config, model, segments[0], tuple(TokenizerFolder.open(tokenizer).stop_ids))
+    numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
+    shown = text_rows.first_kept(segments[0], numbers.sequence_length, config.too_long)
     show_sample(segments[0], shown, tokenizer)
-    return training.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
+    return text_rows.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
 
 
 def show_sample(segments: Segments, number: int, tokenizer: Path) -> None:

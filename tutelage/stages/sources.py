@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tutelage.config.rewards import Function, terms_of
 from tutelage.config.stages import Data, Rl, Sample
-from tutelage.data.readers import source_digest
+from tutelage.data.sources.readers import source_digest
 from tutelage.files import file_digest
 
 

@@ -11,7 +11,7 @@ from tutelage.config.stages import Tokenizer
 from tutelage.files import write_json
 from tutelage.records import TURNS, TYPES, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages.reads import type_of
+from tutelage.setup.inputs import record_type
 from tutelage.tokenizer.measure import measure
 from tutelage.tokenizer.train import describe, train
 
@@ -19,7 +19,7 @@ from tutelage.tokenizer.train import describe, train
 def texts(records: Path, split: str) -> Iterator[str]:
     """The texts of one split of a records artifact; of what has turns, each message."""
     record: Any
-    for record in read_records(records / f"{split}.jsonl", TYPES[type_of(records)]):
+    for record in read_records(records / f"{split}.jsonl", TYPES[record_type(records)]):
         yield from (text for name in ("text", "pair") if (text := getattr(record, name, None)))
         for name in TURNS:
             turns = getattr(record, name, None)

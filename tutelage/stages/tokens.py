@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tutelage.config.stages import Tokens
-from tutelage.data.tokens import tokenize
+from tutelage.data.tokens.shards import tokenize
 from tutelage.rundir import RunDir
 
 

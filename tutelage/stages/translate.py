@@ -15,24 +15,24 @@ import torch
 
 from tutelage import log
 from tutelage.config.tasks import SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, Translate
-from tutelage.data import left_out
-from tutelage.data.family_source import FamilySource
-from tutelage.data.translations import Marks, PairedTexts, PairEncoder, pair_of
+from tutelage.data.groups import dropped
+from tutelage.data.groups.source import GroupSource
+from tutelage.data.groups.translations import Marks, PairedTexts, PairEncoder, pair_of
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
-from tutelage.models.hf_seq2seq import Seq2Seq, new_seq2seq
-from tutelage.models.virtual import rooms
+from tutelage.models.adapters.virtual_tokens import max_source_target_tokens
+from tutelage.models.hf.seq2seq import Seq2Seq, new_seq2seq
 from tutelage.objectives import objective
 from tutelage.records import Conversation, read_records
 from tutelage.rundir import RunDir
-from tutelage.stages import classifying, derived, tuning
-from tutelage.stages.fitting import Work, choose_device, fit, load_start, write_model
+from tutelage.setup import answers, classifier, hyperparameters
+from tutelage.setup.trainer import TrainingSpec, choose_device, load_start, run_training, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
-from tutelage.train.optim import Rates
+from tutelage.train.optim import LearningRates
 
 TUNE_RATE, TUNE_AT = 1e-4, 220e6  # for T5 base; smaller models take more, by the square root
 NEW_RATE = 2e-3  # of a small T5 from scratch
@@ -48,26 +48,26 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     encode = PairEncoder(words, Marks(model.start, model.ends or words.stop_ids))
     families = PairedTexts(train, encode, length, most, cut=config.too_long == "right")
     say_report(families)
-    source = FamilySource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
+    source = GroupSource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
                           seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
     log.say("\n".join(source.describe()))
-    kept = tuning.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
-    epochs = derived.passes(config, len(families))
+    kept = answers.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
+    epochs = hyperparameters.passes(config, len(families))
     steps = math.ceil(epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
     if config.steps == config.epochs == "derived":
         log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} pairs")
     tokens = float(families.sizes("pairs").mean())
     rates = rates_of(config, model)
-    checked = None if kept is None else FamilySource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
+    checked = None if kept is None else GroupSource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
     torch.manual_seed(config.seed)  # of dropout
-    work = Work(
+    work = TrainingSpec(
         parts={"policy": model}, source=source, objective=objective("next_token"), steps=max(1, steps), rates=rates,
-        shape=classifying.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
+        shape=classifier.shape(model, model.config.vocab_size), length=round(tokens), micro=(1, config.micro_tokens),
         tokens=tokens * source.per_step * steps,
         numbers={"max_length": length, "max_target": most, "lr": rates.lr, "batch": source.per_step},
         write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
     )  # fmt: skip
-    facts = fit(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
+    facts = run_training(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
     if kept is None or log.rank() != 0:
         return facts
     return facts | compare(model, words, kept, config.max_questions or len(kept), most, run.folder("scores"))
@@ -77,7 +77,7 @@ def start_of(config: Translate, run: RunDir, device: torch.device) -> tuple[Seq2
     """The model, with its adapter, and its tokenizer's folder. Raises `ArtifactError` for a model that is no encoder-decoder."""
     torch.manual_seed(config.seed)
     if config.model is None:
-        folder = classifying.marked(run, begins=False)
+        folder = classifier.marked(run, begins=False)
         words = TokenizerFolder.open(folder)
         assert words.eos_id is not None  # or it could not have been marked
         pad = words.eos_id if words.pad_id is None else words.pad_id
@@ -94,7 +94,9 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
     """Tokens that a source and a target may have: T5's positions have no end, other models' do. Raises `ConfigError` for more
     than the model has room for."""
     found = []
-    for name, own, usual in zip(("max_length", "max_target"), rooms(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True):
+    for name, own, usual in zip(
+        ("max_length", "max_target"), max_source_target_tokens(model), (SOURCE_LENGTH, TARGET_LENGTH), strict=True
+    ):
         asked = getattr(config, name)
         if asked == "derived":
             told = words.max_length or own if name == "max_length" else own
@@ -113,14 +115,14 @@ def lengths(config: Translate, model: Seq2Seq, words: TokenizerFolder) -> tuple[
     return found[0], found[1]
 
 
-def rates_of(config: Translate, model: torch.nn.Module) -> Rates:
+def rates_of(config: Translate, model: torch.nn.Module) -> LearningRates:
     if config.model is None:
-        return classifying.rates(config, NEW_RATE, "a small model from scratch")
-    return classifying.rates(config, *classifying.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))
+        return classifier.rates(config, NEW_RATE, "a small model from scratch")
+    return classifier.rates(config, *classifier.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))
 
 
 def say_report(families: PairedTexts) -> None:
-    left_out.say_left_out(families.report, fix="raise max_length or max_target, set too_long=right, or give shorter texts")
+    dropped.say_left_out(families.report, fix="raise max_length or max_target, set too_long=right, or give shorter texts")
 
 
 def compare(

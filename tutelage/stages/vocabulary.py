@@ -12,7 +12,7 @@ from tutelage.models.extend import extend as extend_model
 from tutelage.models.extend import tables
 from tutelage.models.load import load
 from tutelage.rundir import RunDir
-from tutelage.stages import derived, extension, fitting, training
+from tutelage.setup import extend, hyperparameters, text_rows, trainer
 from tutelage.stages.tokenizer import texts
 from tutelage.tokenizer.extend import extend as extend_tokenizer
 from tutelage.tokenizer.load import TokenizerFolder
@@ -21,8 +21,8 @@ from tutelage.train.rows import OnlyRows
 
 
 def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
-    parent = extension.parent_of(config, run)
-    device = fitting.choose_device(config)
+    parent = extend.parent_of(config, run)
+    device = trainer.choose_device(config)
     old, begun = TokenizerFolder.open(run.input("model")), run.folder("begun" if config.train else "model")
     if not begun.exists():
         begin(config, run, begun)
@@ -30,12 +30,12 @@ def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
     out = compare(old, new, run.input("data"))
     if not config.train:
         return out
-    segments = training.open_segments(config, run, run.folder("words"), new.vocab_size)
-    numbers, _ = derived.derive_numbers(config, new.vocab_size, segments[0], begun, parent)
-    model = fitting.load_start(begun, config, device)
+    segments = text_rows.open_segments(config, run, run.folder("words"), new.vocab_size)
+    numbers, _ = hyperparameters.derive_numbers(config, new.vocab_size, segments[0], begun, parent)
+    model = trainer.load_start(begun, config, device)
     only = OnlyRows(model, tables(model), old.vocab_size, new.vocab_size)
     log.say(f"training {new.vocab_size - old.vocab_size:,} rows of each table alone, everything else is frozen")
-    return out | training.train_model(
+    return out | text_rows.train_model(
         config, run, model, segments, run.folder("words"), numbers, device, parent, beside={"rows": only}
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tutelage.data.templates import Style, style
+from tutelage.chat.templates import Style, style
 from tutelage.errors import ConfigError, DataError
 from tutelage.files import whole_folder, write_json
 

@@ -15,16 +15,16 @@ from tutelage.errors import TrainingStopped
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.models.shard import leaves, local
 from tutelage.train import distributed
-from tutelage.train.step import Recipe, StepResult, prepared, with_shared
+from tutelage.train.step import StepConfig, StepResult, prepared, with_shared
 
 if TYPE_CHECKING:
-    from tutelage.data.loader import GlobalBatch
+    from tutelage.data.tokens.loader import GlobalBatch
     from tutelage.models.interface import Batch
 
 TENSORS = ("ids", "segments", "positions", "targets", "weights")
 
 
-def stop_with_rows(recipe: Recipe, batch: GlobalBatch, result: StepResult, step: int, folder: Path) -> NoReturn:
+def stop_with_rows(recipe: StepConfig, batch: GlobalBatch, result: StepResult, step: int, folder: Path) -> NoReturn:
     """Saves the offending micro-batch under `failure/step_N/` (`rank_R` inside it where there are several ranks) and raises
     `TrainingStopped` naming its records. Every rank names the records of all."""
     for part in recipe.parts.values():
@@ -79,7 +79,7 @@ def _tensors(micro: Batch) -> dict[str, torch.Tensor]:
     return found
 
 
-def _culprits(recipe: Recipe, batch: GlobalBatch, loss: bool) -> tuple[int, list[int]]:
+def _culprits(recipe: StepConfig, batch: GlobalBatch, loss: bool) -> tuple[int, list[int]]:
     """The first micro-batch of this rank with rows that are not finite by themselves, and these rows: by their loss, or
     by their gradient. One pass a row: slow, but it happens once a run. All rows, because ranks with shards go together."""
     check = _finite_loss if loss else _finite_gradient
@@ -92,13 +92,13 @@ def _culprits(recipe: Recipe, batch: GlobalBatch, loss: bool) -> tuple[int, list
 
 
 @torch.no_grad()
-def _finite_loss(recipe: Recipe, row: Batch) -> bool:
+def _finite_loss(recipe: StepConfig, row: Batch) -> bool:
     with recipe.autocast():
         terms = recipe.objective(recipe.parts, row)
     return all(math.isfinite(t.sum.item()) for t in terms.values())
 
 
-def _finite_gradient(recipe: Recipe, row: Batch) -> bool:
+def _finite_gradient(recipe: StepConfig, row: Batch) -> bool:
     """Looks at each gradient on its way to the parameter: of a shard, what arrives there is the sum over ranks."""
     found: list[bool] = []
     watched = [p for part in recipe.parts.values() for p in leaves(part) if p.requires_grad]

@@ -23,11 +23,11 @@ from tutelage.train.checkpoint import Progress
 from tutelage.train.failure import stop_with_rows
 from tutelage.train.optim import Optimizers
 from tutelage.train.schedule import factor
-from tutelage.train.step import Recipe, StepResult, gradients, train_step
+from tutelage.train.step import StepConfig, StepResult, gradients, train_step
 from tutelage.train.watch import UpdateWatch
 
 if TYPE_CHECKING:
-    from tutelage.data.loader import GlobalBatch
+    from tutelage.data.tokens.loader import GlobalBatch
 
 WATCHED = 5  # steps after which every trainable tensor has to have moved
 OF_HOOKS = ("best", "samples")  # folders of a run directory in which hooks keep what a child run takes over
@@ -58,7 +58,7 @@ class Hook(Protocol):
 class Job:
     """Everything a training run is made of."""
 
-    recipe: Recipe
+    recipe: StepConfig
     source: Source
     optimizers: Optimizers
     schedule: Schedule

@@ -13,7 +13,7 @@ from tutelage.train.muon import Muon
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class LearningRates:
     """Peak learning rates, none of them left to derive."""
 
     lr: float  # norms, biases and, under adamw, matrices
@@ -51,7 +51,7 @@ def groups(parts: dict[str, nn.Module]) -> dict[str, list[tuple[str, nn.Paramete
 class Optimizers:
     """The optimizers of a run as one: a step, a learning-rate factor, and state by parameter name."""
 
-    def __init__(self, parts: dict[str, nn.Module], config: Optimizer, rates: Rates) -> None:
+    def __init__(self, parts: dict[str, nn.Module], config: Optimizer, rates: LearningRates) -> None:
         by_kind = groups(parts)
         self.names = {id(p): name for rows in by_kind.values() for name, p in rows}
         self.params = [p for rows in by_kind.values() for _, p in rows]

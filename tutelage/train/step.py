@@ -17,7 +17,7 @@ from tutelage.train import distributed
 from tutelage.train.optim import Optimizers
 
 if TYPE_CHECKING:
-    from tutelage.data.loader import GlobalBatch
+    from tutelage.data.tokens.loader import GlobalBatch
     from tutelage.models.interface import Batch
 
 
@@ -35,7 +35,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class StepConfig:
     """What a step needs besides batch and optimizer."""
 
     parts: dict[str, nn.Module]
@@ -55,7 +55,7 @@ class Recipe:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def gradients(recipe: Recipe, batch: GlobalBatch) -> StepResult:
+def gradients(recipe: StepConfig, batch: GlobalBatch) -> StepResult:
     """Adds the gradient of the global batch to every parameter. The division by global counts happens before the backward
     pass of each micro-batch, so accumulation, packing and the number of ranks change nothing but rounding."""
     sums: dict[str, float] = {}
@@ -89,7 +89,7 @@ def gradients(recipe: Recipe, batch: GlobalBatch) -> StepResult:
     return StepResult(loss, sums, norm, bad)
 
 
-def train_step(recipe: Recipe, batch: GlobalBatch, optimizers: Optimizers) -> StepResult:
+def train_step(recipe: StepConfig, batch: GlobalBatch, optimizers: Optimizers) -> StepResult:
     """One step. When loss or gradient is not finite nothing is updated: the caller sees it in the result."""
     result = gradients(recipe, batch)
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -102,7 +102,7 @@ def train_step(recipe: Recipe, batch: GlobalBatch, optimizers: Optimizers) -> St
 
 
 @torch.no_grad()
-def prepared(recipe: Recipe, micro: list[Batch], counts: dict[str, float]) -> dict[str, float]:
+def prepared(recipe: StepConfig, micro: list[Batch], counts: dict[str, float]) -> dict[str, float]:
     """What the objective has to know of a whole batch first, over all ranks."""
     if recipe.objective.preparing is None:
         return {}
@@ -122,7 +122,7 @@ def with_shared(batch: Batch, shared: dict[str, float]) -> Batch:
 
 
 @torch.no_grad()
-def measure(recipe: Recipe, batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
+def measure(recipe: StepConfig, batches: list[Batch], counts: dict[str, float]) -> dict[str, float]:
     """The objective's terms over some batches, without gradients: each a sum over its unit's count. Nothing but sums is kept."""
     was_training = {name: part.training for name, part in recipe.parts.items()}
     for part in recipe.parts.values():

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.models import kernels
+from tutelage.models.adapters.lora import Lora, LowRank
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import KVCache
 from tutelage.models.kernels.calls import call
 from tutelage.models.layers import Layer, is_plain
-from tutelage.models.lora import Lora, LowRank
 
 LANES = 16
 """Widths must be multiples of this: the kernels read whole vectors."""

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from tutelage.log import say
+from tutelage.serve.generation import GenerationRequest
 from tutelage.serve.replies import sse
 from tutelage.serve.responses.draft import Draft, Told
 from tutelage.serve.responses.reply import Reply, usage
 from tutelage.serve.schema import ApiError, server_error
-from tutelage.serve.work import Work
 
 Keep = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -19,7 +19,7 @@ Keep = Callable[[dict[str, Any]], Awaitable[None]]
 class Answer:
     """`keep` is given the finished response, before anybody else."""
 
-    def __init__(self, work: Work, reply: Reply, draft: Draft, keep: Keep) -> None:
+    def __init__(self, work: GenerationRequest, reply: Reply, draft: Draft, keep: Keep) -> None:
         self.work, self.reply, self.draft, self.keep = work, reply, draft, keep
         self._number = 0  # of the next event
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tutelage.chat.tool_calls import CallStyle, Delta, ToolCallStream
 from tutelage.engine import Event
-from tutelage.engine.tool_calls import CallStyle, Delta, ToolCallStream
 from tutelage.serve.responses.items import Item, new_id, output_text
 from tutelage.serve.responses.scores import PlacedScores
 

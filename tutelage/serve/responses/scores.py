@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tutelage.engine import TokenScore
-from tutelage.engine.text import Vocabulary
 from tutelage.serve.replies import chat_logprobs
+from tutelage.tokenizer.detokenize import Vocabulary
 
 
 class PlacedScores:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tutelage.engine.limits import check_length, check_tokens
 from tutelage.engine.protocol import EngineProtocol
-from tutelage.serve.models import Served
+from tutelage.serve.registry import Served
 from tutelage.serve.requests import GONE, as_api_errors, read_json, unless_gone
 from tutelage.serve.schema import ApiError, Prompts, Whole, one_each, parse
 from tutelage.serve.state import allowance_of, state_of

@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from tutelage.serve.job import Job
+from tutelage.serve.completions import CompletionHandler
 from tutelage.serve.replies import Reply
 from tutelage.serve.requests import as_api_errors, read_json
+from tutelage.serve.response_format import shape_of
 from tutelage.serve.schema import ChatRequest, CompletionRequest, parse
-from tutelage.serve.shape import shape_of
 from tutelage.serve.state import state_of
 from tutelage.serve.tokenizing import tokenized
 
@@ -27,7 +27,7 @@ async def chat(request: Request) -> Response:
     shape = await shape_of(asked, served)
     ids = await tokenized(request, lambda: _prompt(served.turns_renderer, asked, turns, list(shape.tools) or None))
     reply = Reply("chat.completion", served.name)
-    return await Job(request, served, reply, [ids], shape.sampling(sampling), "messages", shape.style).answer(asked)
+    return await CompletionHandler(request, served, reply, [ids], shape.sampling(sampling), "messages", shape.style).answer(asked)
 
 
 @router.post("/v1/completions", response_model=None)
@@ -38,7 +38,7 @@ async def complete(request: Request) -> Response:
     prompts = asked.prompts()
     with as_api_errors("prompt"):
         ids = await tokenized(request, lambda: [served.encode(prompt) for prompt in prompts])
-    job = Job(request, served, Reply("text_completion", served.name), ids, sampling, "prompt")
+    job = CompletionHandler(request, served, Reply("text_completion", served.name), ids, sampling, "prompt")
     return await job.answer(asked, echo=prompts if asked.echo else ())
 
 

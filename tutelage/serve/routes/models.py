@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from tutelage.gguf.folder import model_folder
-from tutelage.models.lora import is_lora
-from tutelage.serve.models import Base
+from tutelage.models.adapters.lora import is_lora
 from tutelage.serve.names import MODEL_NAME
+from tutelage.serve.registry import Base
 from tutelage.serve.requests import as_api_errors, read_json
 from tutelage.serve.schema import ApiError, parse
 from tutelage.serve.state import ServerState, state_of

@@ -7,9 +7,11 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from tutelage.engine.tool_calls import CallStyle, showing
-from tutelage.serve.models import Served
+from tutelage.chat.tool_calls import CallStyle, showing
+from tutelage.serve.generation import GenerationRequest
+from tutelage.serve.registry import Served
 from tutelage.serve.requests import as_api_errors, read_json
+from tutelage.serve.response_format import shape_of
 from tutelage.serve.responses.answer import Answer
 from tutelage.serve.responses.draft import Draft
 from tutelage.serve.responses.items import Item, read_input
@@ -18,10 +20,8 @@ from tutelage.serve.responses.request import ResponsesRequest, named_as_here
 from tutelage.serve.responses.scores import PlacedScores
 from tutelage.serve.responses.store import ResponseStore, Stored
 from tutelage.serve.schema import ApiError, parse
-from tutelage.serve.shape import shape_of
 from tutelage.serve.state import owner_of, state_of
 from tutelage.serve.tokenizing import tokenized
-from tutelage.serve.work import Work
 
 router = APIRouter()
 START = "start the server with --store FILE"
@@ -57,7 +57,7 @@ async def create(request: Request) -> Response:
     with as_api_errors("input"):
         ids = await tokenized(request, lambda: served.turns_renderer.prompt(turns, list(shape.tools) or None))
     sampling = shape.sampling(plain)
-    work = Work(request, served, [ids], sampling, "input")
+    work = GenerationRequest(request, served, [ids], sampling, "input")
     reply = Reply(asked, sampling, served.name, stored=store is not None)
     draft = Draft(shape.style, _scores(served, shape.style) if asked.logprobs else None)
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
-from tutelage.serve.models import Served
+from tutelage.serve.registry import Served
 from tutelage.serve.requests import as_api_errors, read_json
 from tutelage.serve.schema import ApiError, ChatRequest, Whole, parse
 from tutelage.serve.state import state_of

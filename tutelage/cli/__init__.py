@@ -1,0 +1,1 @@
+"""The command line. `main` imports only what the command needs."""

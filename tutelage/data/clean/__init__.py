@@ -1,0 +1,1 @@
+"""Collecting, filtering, deduplicating, splitting and describing records."""

@@ -1,0 +1,1 @@
+"""Completions that share a prompt: preferences, ratings, labelled texts, translations."""

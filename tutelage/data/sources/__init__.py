@@ -1,0 +1,1 @@
+"""Readers of files and hubs, and the row formats they understand."""

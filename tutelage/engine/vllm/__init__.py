@@ -1,0 +1,1 @@
+"""vLLM behind the protocol of our own engine. Only these files import vLLM."""

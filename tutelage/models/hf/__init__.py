@@ -1,0 +1,1 @@
+"""Every other model of `transformers`, behind the interface of our own decoder."""
