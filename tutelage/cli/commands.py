@@ -15,7 +15,7 @@ from tutelage.cli.options import RUNS, Runs
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="a model folder, a run, or recipe/stage")],
+    model: Annotated[str, typer.Argument(help="a model folder, a GGUF file, a run, recipe/stage, or smollm2")],
     message: Annotated[str | None, typer.Option("--message", "-m", help="ask once, print the answer, leave")] = None,
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
@@ -38,7 +38,9 @@ API_KEY = "TUTELAGE_API_KEY"  # environment variable with a key of the server
 
 
 def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="model folders, runs, or recipe/stage")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="model folders, GGUF files, runs, recipe/stage, or smollm2")
+    ],
     host: Annotated[str, typer.Option(help="address to listen on; other machines reach only what you bind")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port; 0 takes a free one")] = 8000,
     name: Annotated[
