@@ -10,7 +10,20 @@ from tutelage.config.base import Section, artifact, setting
 from tutelage.config.rewards import Rewards
 from tutelage.config.tasks import Classify as Classify
 from tutelage.config.tasks import Translate as Translate
-from tutelage.config.train import DEVICE, Count, Derived, Positive, Schedule, Share, Train, Tune
+from tutelage.config.train import (
+    DEVICE,
+    Count,
+    Derived,
+    Positive,
+    Schedule,
+    Share,
+    Train,
+    Tune,
+    general_documents,
+    general_text,
+    replay_share,
+    replay_weight,
+)
 
 # One name may stand for a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]

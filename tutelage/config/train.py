@@ -126,7 +126,7 @@ class Tune(Loop):
 
 def general_text() -> Any:
     return artifact(
-        "Documents of the kind the checkpoint knows: a share of them is replayed, and their held-out part measures what is forgotten",
+        "Documents of the kind the checkpoint knows: a share of them is replayed, their held-out part measures what is forgotten",
         kind="records",
         default=None,
     )

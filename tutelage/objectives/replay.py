@@ -1,4 +1,4 @@
-"""Replay: the next-token loss on plain text, added to any objective (experience replay; Ibrahim et al. 2024, arXiv:2403.08763)."""
+"""Replay: the next-token loss on plain text, added to any objective (Ibrahim et al. 2024, arXiv:2403.08763)."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ class GeneralText:
         wanted = spec.tokens / spec.steps * share / (1 - share) / row
         rows = max(1, round(wanted / distributed.world())) * distributed.world()
         text = StaticSource(
-            train, row_length=row, rows_per_step=rows, micro_rows=max(1, spec.micro[0] * spec.micro[1] // row), seed=self.run.seed,
-            policy="split", rank=log.rank(), world=distributed.world(),
+            train, row_length=row, rows_per_step=rows, micro_rows=max(1, spec.micro[0] * spec.micro[1] // row),
+            seed=self.run.seed, policy="split", rank=log.rank(), world=distributed.world(),
         )  # fmt: skip
         log.say(f"replay: {rows} rows of {row} tokens of general text a step, weight {config.replay_weight:g}")
         for line in text.describe():
@@ -83,7 +83,9 @@ class GeneralText:
 
     def forgotten(self, config: Loop) -> dict[str, Any]:
         """Facts of the run: bits per byte of general text before and after. Prints them. For rank 0, after training."""
-        return report(self.before, measured(self.run, "after", result_of(config, self.run), self.documents, self.device), self.run.seed)
+        return report(
+            self.before, measured(self.run, "after", result_of(config, self.run), self.documents, self.device), self.run.seed
+        )
 
 
 def train_with_replay(
@@ -120,7 +122,9 @@ def validation_hook(held_out: Segments, row: int, every: int) -> dict[str, Hook]
         if len(batches) * 4 >= EVALUATE_ROWS:
             break
     per_byte = held_out.totals["supervised"] / held_out.totals["bytes"] if held_out.totals["bytes"] else 0.0
-    return {"general": Validate(batches, {"replay_tokens": tokens}, every, per_byte, of="general", term="replay")} if batches else {}
+    return (
+        {"general": Validate(batches, {"replay_tokens": tokens}, every, per_byte, of="general", term="replay")} if batches else {}
+    )
 
 
 def measured(

@@ -10,16 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tutelage import log
 from tutelage.config.stages import Adapt, Vocabulary
 from tutelage.data.tokens.loader import MixSource
 from tutelage.data.tokens.shards import Segments
 from tutelage.evaluate import adaptation_effect
-from tutelage.evaluate.bits import DocumentSums
-from tutelage.files import read_json, write_json
-from tutelage.models.load import load
 from tutelage.preflight.checks import WITHOUT
 from tutelage.records import Document
 from tutelage.rundir import RunDir

@@ -15,6 +15,7 @@ from tutelage.data.tokens.shards import Segments
 from tutelage.files import whole_folder, write_json
 from tutelage.rundir import RunDir
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
+from tutelage.setup.replay import train_with_replay
 from tutelage.setup.token_checks import warn_untrained_tokens
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 
@@ -32,7 +33,8 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
     shown = text_rows.first_kept(segments[0], numbers.sequence_length, config.too_long)
     show_sample(segments[0], shown, tokenizer)
-    return text_rows.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
+    spec = text_rows.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+    return train_with_replay(config, run, spec, tokenizer, device, parent)
 
 
 def show_sample(segments: Segments, number: int, tokenizer: Path) -> None:

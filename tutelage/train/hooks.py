@@ -130,7 +130,12 @@ class Validate(Quiet):
     than those that are learnt: their numbers stand under names of their own. `term`: the term that counts, if not their sum."""
 
     def __init__(
-        self, batches: list[Batch], counts: dict[str, float], every: int, tokens_per_byte: float = 0.0, of: str = "",
+        self,
+        batches: list[Batch],
+        counts: dict[str, float],
+        every: int,
+        tokens_per_byte: float = 0.0,
+        of: str = "",
         term: str = "",
     ) -> None:
         self.batches, self.counts, self.every, self.tokens_per_byte = batches, counts, every, tokens_per_byte
