@@ -301,7 +301,7 @@ def test_no_slow_imports(folder: Path) -> None:
     """transformers takes longer to import than a small model takes to answer."""
     code = (
         "import sys\nimport tutelage.cli.chat\nassert 'torch' not in sys.modules\n"
-        f"terminal.chat({str(folder)!r}, once='hi')\n"
+        f"tutelage.cli.chat.chat({str(folder)!r}, once='hi')\n"
         "assert not {'transformers', 'fastapi', 'pydantic_settings'} & set(sys.modules), 'slow import'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

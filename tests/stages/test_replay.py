@@ -76,7 +76,8 @@ def test_preferences_and_rewards_replay_too(world: World, tmp_path: Path) -> Non
     prompts = api.data(sources=[str(tmp_path / "preferences.jsonl")], kind="prompts", fields={"answer": "chosen"}, dedup="exact",
                        validation_share=0.2, runs=tmp_path / "made")  # fmt: skip
     rewarded = api.rl(
-        model=world.made["chat"], data=prompts, general=world.made["corpus"], rewards={"letter": {"kind": "regex", "pattern": "(?s).*[aeiou].*"}},
+        model=world.made["chat"], data=prompts, general=world.made["corpus"],
+        rewards={"letter": {"kind": "regex", "pattern": "(?s).*[aeiou].*"}},
         samples=4, max_tokens=4, probes=2, **quick,
     )  # fmt: skip
     for run in (chosen, rewarded):
