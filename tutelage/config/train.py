@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field as Bound
+from pydantic import model_validator
 
 from tutelage.config.adapter import Adapter
 from tutelage.config.base import Section, artifact, assign, build, setting
@@ -22,9 +23,14 @@ class Optimizer(Section):
     name: Literal["adamw", "muon"] = setting(
         "muon", "muon: matrices by Muon, the rest and adapters by AdamW; adamw: everything by AdamW"
     )
-    lr: Positive | Derived = setting("derived", "peak learning rate of AdamW's parameters; derived from the model's width")
-    matrix_lr: Positive | Derived = setting("derived", "peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)")
-    embedding_lr: Positive | Derived = setting("derived", "peak learning rate of the embedding table")
+    lr: Positive | Derived = setting(
+        "derived",
+        "Peak learning rate, derived from the model's size; the next two keep their derived ratio to it unless set",
+    )
+    matrix_lr: Positive | Derived = setting(
+        "derived", "Override: peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)"
+    )
+    embedding_lr: Positive | Derived = setting("derived", "Override: peak learning rate of the embedding table")
     beta1: Share = setting(0.9, "AdamW: decay of the mean of gradients")
     beta2: Share = setting(0.95, "AdamW: decay of the mean of squared gradients")
     eps: Positive = setting(1e-8, "AdamW: added to the root of the second moment")
@@ -49,6 +55,10 @@ class Loop(Section):
     """What every method that trains has."""
 
     steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
+    lr: Positive | None = setting(
+        None,
+        "Peak learning rate of all weights, short for optimizer.lr; rates of matrices and embeddings keep their ratio to it",
+    )
     optimizer: Optimizer = setting(Optimizer(), "optimizer")
     schedule: Schedule = setting(Schedule(), "learning rate over time")
     adapter: Adapter = setting(Adapter(), "what is trained beside a frozen base, instead of all weights")
@@ -75,6 +85,17 @@ class Loop(Section):
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
     threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+
+    @model_validator(mode="after")
+    def _one_peak(self) -> Self:
+        """Raises `ConfigError` for a peak learning rate that is given twice."""
+        other = self.optimizer.lr
+        if self.lr is not None and other not in ("derived", self.lr):
+            raise ConfigError(
+                "the learning rate is given twice", field="lr", found=f"lr {self.lr:g} and optimizer.lr {other:g}",
+                expected="one of them", fix="leave optimizer.lr out",
+            )  # fmt: skip
+        return self
 
 
 class Train(Loop):
