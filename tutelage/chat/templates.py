@@ -46,7 +46,7 @@ class Style:
 @functools.cache
 def styles() -> dict[str, Style]:
     """Every shipped style by name."""
-    folder = resources.files("tutelage.data") / "templates"
+    folder = resources.files("tutelage.chat") / "templates"
     table = json.loads((folder / "styles.json").read_text(encoding="utf-8"))
     out = {}
     for name, row in table.items():

@@ -18,7 +18,7 @@ LEAST_WORDS = 8  # shorter docstrings ("Return the name.") belong anywhere
 @cache
 def areas() -> dict[str, str]:
     """The area of each package."""
-    table = yaml.safe_load(files("tutelage.data").joinpath("python_areas.yaml").read_text(encoding="utf-8"))
+    table = yaml.safe_load(files("tutelage.data.demo").joinpath("python_areas.yaml").read_text(encoding="utf-8"))
     return {module: area for area, modules in table.items() for module in modules}
 
 
