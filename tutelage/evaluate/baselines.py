@@ -1,9 +1,9 @@
 """What a language model has to beat: `xz`, and Kneser-Ney n-grams over bytes and over the model's own tokens. No torch.
 
-Every yardstick gets the same training text and is scored on the same validation documents as the model, in bits per byte of
+Every baseline gets the same training text and is scored on the same validation documents as the model, in bits per byte of
 their UTF-8 text, the end of each document included (a model that says where a text ends pays for it; so do these).
 
-Where a choice must be made it is made in the yardstick's favour:
+Where a choice must be made it is made in the baseline's favour:
 
 - `xz` compresses the training text followed by all validation documents as one stream and pays only what the second
   part adds, so it also learns from the validation documents already seen; its best of two settings counts, the dictionary
@@ -38,7 +38,7 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(slots=True, frozen=True)
 class Baseline:
-    """Scores of one yardstick on the validation documents."""
+    """Scores of one baseline on the validation documents."""
 
     name: str  # xz | kn-bytes | kn-tokens
     label: str  # for people: "Kneser-Ney, bytes, order 10"
@@ -62,13 +62,13 @@ def measure(
     byte_order: int = BYTE_ORDER,
     token_order: int = TOKEN_ORDER,
 ) -> list[Baseline]:
-    """All yardsticks on the same texts; the token n-gram only where `encode` (text to ids below `vocabulary`) is given.
+    """All baselines on the same texts; the token n-gram only where `encode` (text to ids below `vocabulary`) is given.
 
     Above `max_train_bytes` they get a random subset of the training documents of that size, and `details` says so
     (`train_bytes`, `train_bytes_given`): memory of the n-gram model grows with order times bytes.
     """
     if not train or not validation:
-        raise ValueError("yardsticks need training and validation documents")
+        raise ValueError("baselines need training and validation documents")
     given = sum(len(x.encode()) for x in train)
     train = _subset(train, max_train_bytes / given) if given > max_train_bytes else train
     sizes = {"train_bytes": sum(len(x.encode()) for x in train), "train_bytes_given": given, "train_documents": len(train)}

@@ -17,7 +17,7 @@ class WordCounts:
     for texts without a word.
 
     `targets`: class numbers [n], or where a text may have several 0 and 1 [n,K]. Where texts have one class each and are few,
-    strength and weights of the regression are chosen for macro-F1 by cross-validation inside these texts: a yardstick is of no
+    strength and weights of the regression are chosen for macro-F1 by cross-validation inside these texts: a baseline is of no
     use when it is too short.
     """
 

@@ -129,8 +129,8 @@ def forgetting(config: Adapt, general: Segments, numbers: Hyperparameters) -> di
 
 def report(before: dict[str, DocumentSums], after: dict[str, DocumentSums], seed: int) -> dict[str, Any]:
     """Gain and loss as facts, printed."""
-    rows = {kind: adaptation_effect.change(before[kind], after[kind], seed) for kind in after}
+    rows = {kind: adaptation_effect.effect(before[kind], after[kind], seed) for kind in after}
     log.console.print(adaptation_effect.table(rows))
     verdict = "; ".join(adaptation_effect.verdict(kind, found) for kind, found in rows.items())
     log.say(verdict)
-    return {"change": rows, "verdict": verdict, "bits_per_byte": rows["field"]["after"]["value"]}
+    return {"adaptation_effect": rows, "verdict": verdict, "bits_per_byte": rows["field"]["after"]["value"]}

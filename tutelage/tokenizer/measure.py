@@ -13,7 +13,7 @@ from tutelage.errors import DataError
 from tutelage.tokenizer.load import TokenizerFolder
 
 # GPT-2 (vocabulary 50,257) on OpenWebText: 39.77 GB of text (size on the data set's card) are 9,040,017,095 tokens (nanoGPT's
-# data/openwebtext/readme.md, training + validation, one end token a document). English web text: a yardstick, not the same text.
+# data/openwebtext/readme.md, training + validation, one end token a document). English web text: a baseline, not the same text.
 GPT2_OPENWEBTEXT_BYTES_PER_TOKEN = 4.4
 
 
