@@ -46,11 +46,12 @@ class Estimate:
         return said(asdict(self), form)
 
 
-def said(row: Mapping[str, Any], form: str = ".3f") -> str:
-    """`Estimate.said` of an estimate as JSON."""
+def said(row: Mapping[str, Any], form: str = ".3f", unit: str = "") -> str:
+    """`Estimate.said` of an estimate as JSON, with the unit between the value and its interval."""
     ends = [row["low"], row["high"]]
     known = all(end is not None and math.isfinite(end) for end in ends)
-    return f"{row['value']:{form}} ({' to '.join(format(end, form) for end in ends) if known else row['method']})"
+    value = f"{row['value']:{form}} {unit}".rstrip()
+    return f"{value} ({' to '.join(format(end, form) for end in ends) if known else row['method']})"
 
 
 def number(estimate: Estimate, unit: str, definition: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tutelage.errors import DataError
 from tutelage.evaluate import adaptation_effect, bits, comparison, questions, samples
 from tutelage.evaluate.baselines import Baseline, measure
 from tutelage.evaluate.intervals import Estimate, number, relative_saving
+from tutelage.evaluate.report_models import VERSION
 from tutelage.files import whole_file, write_json
 from tutelage.records import Conversation, Document, read_records, spread
 
@@ -38,7 +39,6 @@ DERIVED = (
     "solution that ends in a number, else by `answer`, and free text (over six words on average) by `word_overlap`; --scorer "
     "chooses another"
 )
-VERSION = 2  # of scores.json; version 1 had other names (`gains`, `judged_by`, `better_yardstick`)
 
 
 @dataclass(slots=True, frozen=True)
