@@ -90,7 +90,8 @@ def measured_path(scores: Path) -> Path | None:
 def findings(model: Measured, parents: Sequence[Measured]) -> list[Finding]:
     """The verdict on a model: what it is worse at first, then what was not measured, then the rest. `parents`: the models that it
     was trained from."""
-    out = [Finding(found["verdict"]["text"], _tone(found["verdict"].get("saving"))) for found in model.documents.values()]
+    names = {m.path.name: m.name for m in (model, *parents)}  # scores name run directories
+    out = [Finding(_renamed(found["verdict"]["text"], names), _tone(found["verdict"].get("saving"))) for found in model.documents.values()]
     out += [_against(model, data, parents) for data in model.documents if any(data in p.documents for p in parents)]
     out += _of_questions(model)
     for found in model.comparisons:
@@ -98,10 +99,18 @@ def findings(model: Measured, parents: Sequence[Measured]) -> list[Finding]:
             row = found["questions"][-1]
             theirs, ours, difference = row["reference"]["value"], row["model"]["value"], row["difference"]
             points = "{:+.1f} points, {:+.1f} to {:+.1f}".format(*(100 * difference[k] for k in ("value", "low", "high")))
-            text = f"{model.name} answers {ours:.1%} of {row['task']} right, {found['reference']} {theirs:.1%} ({points})."
+            unclear = "" if _tone(difference) else ", no clear difference"
+            reference = _renamed(found["reference"], names)
+            text = f"{model.name} answers {ours:.1%} of {row['task']} right, {reference} {theirs:.1%} ({points}{unclear})."
             out.append(Finding(text, _tone(difference)))
     out += _not_measured(model, parents)
     return sorted(out, key=lambda finding: finding.tone != "bad")
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for long, short in names.items():
+        text = text.replace(long, short)
+    return text
 
 
 def _tone(difference: Mapping[str, Any] | None) -> str:

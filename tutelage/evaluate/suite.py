@@ -261,19 +261,19 @@ def documents_table(documents: dict[str, Any]) -> Table:
     """Bits per byte of the model and the baselines, best first; the model's perplexity next to it."""
     title = f"{documents['count']:,} held-out documents of {documents['data']}, {documents['bytes']:,} bytes"
     table = Table(title=title, title_justify="left")
-    for name in ("", "bits per byte", "95% interval", "perplexity per token", "95% interval"):
-        table.add_column(name, justify="right" if name else "left")
+    table.add_column("")
+    table.add_column("bits per byte (95% interval)", justify="right", no_wrap=True)
+    table.add_column("perplexity (95% interval)", justify="right", no_wrap=True)
     for row in sorted(documents["rows"], key=lambda r: float(r["bits_per_byte"]["value"])):
-        cells, style = _cells(row["bits_per_byte"], ".3f"), None
-        if row["name"] == "model":
-            cells, style = (*cells, *_cells(documents["perplexity"], ".1f")), "bold"
-        table.add_row(row["label"], *cells, style=style)
+        ours = row["name"] == "model"
+        perplexity = _cell(documents["perplexity"], ".1f") if ours else ""
+        table.add_row(row["label"], _cell(row["bits_per_byte"], ".3f"), perplexity, style="bold" if ours else None)
     return table
 
 
-def _cells(value: Mapping[str, Any], form: str) -> tuple[str, str]:
+def _cell(value: Mapping[str, Any], form: str) -> str:
     interval = f"{value['low']:{form}} to {value['high']:{form}}" if value["n"] > 1 else "one document"
-    return f"{value['value']:{form}}", interval
+    return f"{value['value']:{form}} ({interval})"
 
 
 def questions_table(model: str, asked: dict[str, Any]) -> Table:

@@ -12,4 +12,4 @@ from tutelage.rundir import RunDir
 def run(config: Report, run: RunDir) -> dict[str, Any]:
     out = run.folder("report") / "report.html"
     verdict = write_report(run.input("run"), out, [run.input(k) for k in ("scores", "base_scores") if k in run.inputs])
-    return {"bytes": out.stat().st_size, "verdict": " ".join(verdict)}
+    return {"bytes": out.stat().st_size, "verdict": verdict[0]}
