@@ -80,7 +80,10 @@ def test_other_grades_are_not_paired_in_silence(tmp_path: Path, capsys: pytest.C
 def test_scores_of_the_earlier_layout_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Predictions that hold `score`, and no scorer: their answers are all that is needed."""
     questions = asked(2)
-    rows = [{"id": c.id, "task": "add", "prompt": "?", "expected": "4", "answer": "4", "correct": True, "score": 1.0} for c in questions]
+    rows = [
+        {"id": c.id, "task": "add", "prompt": "?", "expected": "4", "answer": "4", "correct": True, "score": 1.0}
+        for c in questions
+    ]
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_json(tmp_path / "scores.json", {"version": 1, "model": {"name": "chat-1"}, "gains": {"model": "base-1"}})
     found = compared(comparison.Reference.read(tmp_path), questions, ["4", "5"])
@@ -110,7 +113,7 @@ def test_what_evaluate_did_not_write_is_refused(name: str, text: str | None, tmp
     (tmp_path / name).unlink()
     if text is not None:
         (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ArtifactError, match="not scores of `tutelage evaluate`|not valid JSON"):
+    with pytest.raises(ArtifactError, match=r"not scores of `tutelage evaluate`|not valid JSON"):
         comparison.Reference.read(tmp_path)
 
 

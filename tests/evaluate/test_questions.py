@@ -123,7 +123,9 @@ def test_free_text_with_another_number_is_wrong(given: str, same: bool) -> None:
 
 def test_overlap_is_reported_for_free_text_only() -> None:
     """Overlap of words next to `4` or to a worked solution looks like a second, kinder grade of the same answers."""
-    asked = [conversation("q", text, task=task) for task, text in (("sum", "4"), ("solved", "He has 2 + 2 = 4 eggs in all.\n#### 4"))]
+    asked = [
+        conversation("q", text, task=task) for task, text in (("sum", "4"), ("solved", "He has 2 + 2 = 4 eggs in all.\n#### 4"))
+    ]
     predictions = qs.grade_all(asked, ["5", "He has 2 + 2 = 4 eggs in all.\n#### 5"])
     assert [(p.scorer, p.correct, p.word_f1) for p in predictions] == [("answer", False, None), ("numeric", False, None)]
     assert all(score.word_f1 is None for score in qs.scores(predictions))

@@ -117,7 +117,14 @@ def finished(tmp_path: Path) -> Path:
     task = {"task": EVIL, "scorer": "answer", "correct": estimate(0.9, 0.8, 0.95), "guess": 0.25, "guess_from": "stated chance",
             "above_guess": True, "guess_interval": None}  # fmt: skip
     verdict = {"text": f"{EVIL} needs 12.5% fewer bits than the best baseline.", "saving": estimate(0.125, 0.1, 0.15)}
-    documents = {"data": "docs-aaaa", "count": 40, "bytes": 9000, "rows": rows, "verdict": verdict, "perplexity": estimate(23.4, 21, 25.8)}
+    documents = {
+        "data": "docs-aaaa",
+        "count": 40,
+        "bytes": 9000,
+        "rows": rows,
+        "verdict": verdict,
+        "perplexity": estimate(23.4, 21, 25.8),
+    }
     write_json(scored / "scores" / "scores.json", scores(documents=documents, questions={"data": "asked-1", "tasks": [task]}))
     answer = {"task": "t", "prompt": EVIL, "expected": "4", "answer": EVIL, "correct": False, "scorer": "answer"}
     shown = {"kind": "prompt", "prompt": EVIL, "continuation": EVIL, "truth": None, "sampling": {"temperature": 0.8}}
@@ -163,7 +170,19 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
     assert not re.search(r"url\((?!#)|@import", text)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    for section in ("baselines", "figures", "questions", "says", "curves", "data", "lineage", "cost", "use", "details", "effect-1"):
+    for section in (
+        "baselines",
+        "figures",
+        "questions",
+        "says",
+        "curves",
+        "data",
+        "lineage",
+        "cost",
+        "use",
+        "details",
+        "effect-1",
+    ):
         assert section in ids
     for shown in (
         "12.5% fewer bits",
@@ -296,7 +315,11 @@ def test_comparisons_are_on_the_page(finished: Path, tmp_path: Path) -> None:
 def test_a_wrong_answer_is_not_marked_right(finished: Path, tmp_path: Path) -> None:
     """`s u u` for `s u l`, two letters of three, under a green mark where only exact answers count."""
     row = {"task": "t", "prompt": "?", "expected": "s u l", "answer": "s u u"}
-    for correct, scorer, mark in ((False, "exact", "✗ wrong"), (True, "word_overlap", "≈ words overlap"), (True, "exact", "✓ right")):
+    for correct, scorer, mark in (
+        (False, "exact", "✗ wrong"),
+        (True, "word_overlap", "≈ words overlap"),
+        (True, "exact", "✓ right"),
+    ):
         answer = row | {"correct": correct, "scorer": scorer}
         write_json(finished.parent / "scores-eeee" / "scores" / "samples.json", {"answers": [answer], "continuations": []})
         assert mark in page_of(finished, tmp_path)
@@ -319,7 +342,7 @@ def of_base(finished: Path, **sections: Any) -> Path:
 
 
 def test_the_verdict_is_about_the_model_that_is_handed_over(finished: Path, tmp_path: Path) -> None:
-    """"11.4% fewer bits" at the head of the page of a chat model: the figure of its base, while the chat model itself needed 84%
+    """ "11.4% fewer bits" at the head of the page of a chat model: the figure of its base, while the chat model itself needed 84%
     more bits than the baseline. Here the base is good and the model of the run is bad: the page must open with the bad."""
     better = {"text": "base-cccc needs 11.4% fewer bits.", "saving": estimate(0.114, 0.1, 0.13)}
     base = of_base(finished, documents=documents(101.3, verdict=better))
@@ -334,7 +357,9 @@ def test_the_verdict_is_about_the_model_that_is_handed_over(finished: Path, tmp_
         assert second[0] == "bad" and "assistant needs 107.8% more bits" in second[1] and "than base, which" in second[1]
         assert "3.037 against 1.461 bits per byte for docs-aaaa" in second[1]
         assert "11.4%" not in text  # praise of another model
-        assert head.count('class="bar ours"') == head.count('class="bar parent"') == 1 and "base, which it was trained from" in head
+        assert (
+            head.count('class="bar ours"') == head.count('class="bar parent"') == 1 and "base, which it was trained from" in head
+        )
         others = text[text.index('id="others"') :]
         assert "<td>base</td>" in others and "1.461 bits per byte" in others
 

@@ -99,7 +99,12 @@ def test_limits_spread_and_nothing_to_measure(records: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("factor", "starts"), [(0.9, "m needs 10.0% fewer"), (1.1, "m is worse than a baseline: it needs 10.0% more"), (1.0, "m shows no clear difference")]
+    ("factor", "starts"),
+    [
+        (0.9, "m needs 10.0% fewer"),
+        (1.1, "m is worse than a baseline: it needs 10.0% more"),
+        (1.0, "m shows no clear difference"),
+    ],
 )
 def test_verdict_compares_on_the_units_of_the_baseline(factor: float, starts: str) -> None:
     """xz is only known per group of documents; the model's documents must be added up the same way. A tie is called a tie."""

@@ -31,14 +31,15 @@ def held_out(records: Path, most: int, what: str) -> list[Document]:
     found: list[Document] = spread(list(read_records(records / "validation.jsonl", Document)), most)
     if not found:
         raise DataError(
-            f"{what} has no held-out document, so the effect of training on it can't be measured", file=records / "validation.jsonl",
+            f"{what} has no held-out document, so the effect of training can't be measured", file=records / "validation.jsonl",
             fix="make it with a larger validation_share, or with validation_sources",
         )  # fmt: skip
     return found
 
 
 def measure(model: Any, words: TokenizerFolder, documents: Sequence[Document], device: str) -> DocumentSums:
-    """The nats that `model`, with the tokenizer `words`, needs for each document. Raises `ArtifactError` where `words` has no end token."""
+    """The nats that `model`, with the tokenizer `words`, needs for each document. Raises `ArtifactError` where the tokenizer has
+    no end token."""
     if words.eos_id is None:
         raise ArtifactError(
             "the tokenizer has no end token, so the end of a document has no cost", file=words.folder,

@@ -34,7 +34,7 @@ class Reference:
 
     folder: Path
     model: str
-    rows: list[Mapping[str, Any]]  # of predictions.jsonl
+    rows: Sequence[Mapping[str, Any]]  # of predictions.jsonl
     documents: DocumentSums | None
     how: Mapping[str, Any]  # settings that change what is measured
 

@@ -98,7 +98,13 @@ def _findings(story: Story) -> list[Finding]:
     verdict = story.run.facts.get("verdict")
     if story.model is not None and (story.measured() or not isinstance(verdict, str)):
         return findings(story.model, story.parents)
-    return [Finding(verdict if isinstance(verdict, str) else f"{story.run.name} has not been measured: no finished evaluation of it was found.")]
+    return [
+        Finding(
+            verdict
+            if isinstance(verdict, str)
+            else f"{story.run.name} has not been measured: no finished evaluation of it was found."
+        )
+    ]
 
 
 def _documents(story: Story) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a report says of its models: each figure under the model that it was measured on, and first where the delivered one is worse.
+"""The models of a report: each figure under the model that it was measured on, and the verdict on the one that is delivered.
 
 The delivered model is the one that the reported run made. The models that it was trained from have figures of their own, which
 say nothing about it: fine-tuning may lose what pretraining had learnt.
@@ -52,7 +52,10 @@ class Measured:
         for kind, rows in (samples or {}).items():
             if rows:
                 self.samples.setdefault(kind, rows)
-        self.facts, self.definitions = self.facts or dict(scores.get("model") or {}), {**scores["definitions"], **self.definitions}
+        self.facts, self.definitions = (
+            self.facts or dict(scores.get("model") or {}),
+            {**scores["definitions"], **self.definitions},
+        )
 
 
 @dataclass(slots=True, frozen=True)
@@ -72,7 +75,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     if found.get("version") != VERSION:
         raise ArtifactError(
             "these scores were written by another version of tutelage", file=folder / "scores.json", field="version",
-            found=str(found.get("version")), expected=str(VERSION), fix="measure the model again with `tutelage evaluate` and --force",
+            found=str(found.get("version")), expected=str(VERSION), fix="measure the model again: `tutelage evaluate --force`",
         )  # fmt: skip
     return found
 
@@ -91,7 +94,10 @@ def findings(model: Measured, parents: Sequence[Measured]) -> list[Finding]:
     """The verdict on a model: what it is worse at first, then what was not measured, then the rest. `parents`: the models that it
     was trained from."""
     names = {m.path.name: m.name for m in (model, *parents)}  # scores name run directories
-    out = [Finding(_renamed(found["verdict"]["text"], names), _tone(found["verdict"].get("saving"))) for found in model.documents.values()]
+    out = [
+        Finding(_renamed(found["verdict"]["text"], names), _tone(found["verdict"].get("saving")))
+        for found in model.documents.values()
+    ]
     out += [_against(model, data, parents) for data in model.documents if any(data in p.documents for p in parents)]
     out += _of_questions(model)
     for found in model.comparisons:
@@ -134,7 +140,8 @@ def _against(model: Measured, data: str, parents: Sequence[Measured]) -> Finding
     if saving.low <= 0 <= saving.high:
         return Finding(f"{model.name} shows no clear difference from {best.name}, which it was trained from: {numbers}.")
     more = "more" if saving.value < 0 else "fewer"
-    text = f"{model.name} needs {abs(saving.value):.1%} {more} bits{interval} than {best.name}, which it was trained from: {numbers}."
+    size = f"{abs(saving.value):.1%} {more} bits{interval}"
+    text = f"{model.name} needs {size} than {best.name}, which it was trained from: {numbers}."
     return Finding(text, "bad" if saving.value < 0 else "good")
 
 
@@ -148,7 +155,8 @@ def _of_questions(model: Measured) -> list[Finding]:
         text = f"{model.name} is {'clearly' if beaten else 'not clearly'} better than guessing at its held-out questions."
     else:
         rest = f", not at {', '.join(unclear)}" if beaten and unclear else ""
-        text = f"{model.name} is clearly better than guessing at {beaten} of {len(tasks)} kinds of held-out questions{rest}."
+        kinds = f"{beaten} of {len(tasks)} kinds" if beaten else f"none of {len(tasks)} kinds"
+        text = f"{model.name} is clearly better than guessing at {kinds} of held-out questions{rest}."
     return [Finding(text, "good" if not unclear else "" if beaten else "bad")]
 
 
@@ -173,12 +181,14 @@ def bits_per_byte(documents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bars(model: Measured, parents: Sequence[Measured], data: str) -> list[dict[str, Any]]:
-    """Bits per byte of the model, of the models that it was trained from and of the baselines, best first, on one scale from 0 to a
-    little above the longest interval."""
+    """Bits per byte of the model, of the models that it was trained from and of the baselines, best first, on one scale from 0 to
+    a little above the longest interval."""
     rows = [{"label": model.name, "kind": "ours", **bits_per_byte(model.documents[data])}]
     for parent in (p for p in parents if data in p.documents):
-        rows.append({"label": f"{parent.name}, which it was trained from", "kind": "parent", **bits_per_byte(parent.documents[data])})
-    baselines = {}
+        rows.append(
+            {"label": f"{parent.name}, which it was trained from", "kind": "parent", **bits_per_byte(parent.documents[data])}
+        )
+    baselines: dict[str, dict[str, Any]] = {}
     for found in (m.documents[data] for m in (model, *parents) if data in m.documents):
         for row in found["rows"]:
             if row["name"] != "model":

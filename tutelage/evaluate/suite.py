@@ -261,7 +261,7 @@ def documents_table(documents: dict[str, Any]) -> Table:
     """Bits per byte of the model and the baselines, best first; the model's perplexity next to it."""
     title = f"{documents['count']:,} held-out documents of {documents['data']}, {documents['bytes']:,} bytes"
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     table.add_column("bits per byte (95% interval)", justify="right", no_wrap=True)
     table.add_column("perplexity (95% interval)", justify="right", no_wrap=True)
     for row in sorted(documents["rows"], key=lambda r: float(r["bits_per_byte"]["value"])):
