@@ -10,6 +10,7 @@ import pytest
 
 from tests.pipeline import World, world  # noqa: F401 (a fixture)
 from tutelage import api
+from tutelage.cli.show import headline, show_run
 from tutelage.errors import ArtifactError, DataError
 from tutelage.evaluate import comparison
 from tutelage.evaluate.intervals import paired_shares
@@ -134,3 +135,21 @@ def test_the_stage_compares(world: World, tmp_path: Path, capsys: pytest.Capture
     for how in ({"max_tokens": 5}, {"stride": 0.25}):
         with pytest.raises(DataError, match="used another setting"):
             api.evaluate(**(same | how | {"compare_with": first.path}))
+
+
+def test_runs_and_show_name_the_model(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """`1.462 bits per byte` in a list, of one model or of another that was made from it, on these texts or those."""
+    model, corpus, chats = (world.made[name] for name in ("chat", "corpus", "chats"))
+    run = api.evaluate(
+        model=model, questions=chats, documents=corpus, max_questions=3, max_tokens=4, max_documents=3, baselines=False,
+        runs=tmp_path, device="cpu",
+    )  # fmt: skip
+    row = read_json(run.path / "run.json")
+    assert row["model"] == model.name and row["documents"] == corpus.name and row["questions"] == chats.name
+    line = headline(row)
+    assert line.startswith(f"{model.name}: {row['bits_per_byte']['value']:.3f} bits per byte (")
+    assert f"perplexity {row['perplexity']['value']:.1f} (" in line and f"on {corpus.name}" in line
+    assert f"right on {chats.name}" in line
+    show_run(str(run.path), tmp_path)
+    shown = capsys.readouterr().out
+    assert "perplexity " in shown and all(f"correct {task}" in shown for task in row["correct"])

@@ -6,6 +6,7 @@ import fnmatch
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -226,12 +227,20 @@ def show_run(reference: str, root: Path) -> None:
     console = out()
     console.print(tree)
     table = Table(show_header=False)
-    for key, value in rows[0][3].items():
-        if key not in NOT_SHOWN and value is not None and (not isinstance(value, dict | list) or is_estimate(value)):
-            table.add_row(
-                key.replace("_", " "), Text(status_of(rows[0][2], rows[0][3]) if key == "status" else figure(key, value))
-            )
+    for key, value in _facts(rows[0][3]):
+        table.add_row(key.replace("_", " "), Text(status_of(rows[0][2], rows[0][3]) if key == "status" else figure(key, value)))
     console.print(table)
+
+
+def _facts(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The facts of run.json that one line can show; of several estimates under one key (`correct`, by task), each."""
+    for key, value in row.items():
+        if key in NOT_SHOWN or value is None or isinstance(value, list):
+            continue
+        if not isinstance(value, dict) or is_estimate(value):
+            yield key, value
+        elif value and all(map(is_estimate, value.values())):
+            yield from ((f"{key} {name}", one) for name, one in value.items())
 
 
 def is_estimate(value: Any) -> bool:

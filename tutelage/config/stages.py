@@ -256,8 +256,8 @@ class Evaluate(Section):
     max_questions: int = setting(500, "held-out questions asked, at most; 0: all", ge=0)
     max_tokens: Count = setting(64, "longest answer, in tokens")
     scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "word_overlap"] | None = setting(
-        None, "grade answers as this reward does, or free text by word overlap; none: a question's meta.scorer, or by the expected "
-        "answer"
+        None, "grade answers as this reward does, or free text by word overlap; none: a question's meta.scorer, or by the "
+        "expected answer"
     )  # fmt: skip
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
     seed: int = setting(0, "seed for the bootstrap of intervals and for sampled continuations")

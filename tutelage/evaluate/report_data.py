@@ -253,7 +253,7 @@ def training_samples(node: Node, most: int = 5) -> list[dict[str, Any]]:
 
 
 def energy(node: Node) -> dict[str, Any]:
-    """Watt-hours of a run: what it recorded (`energy` in run.json, of `plan.energy`), else the same count of its seconds here."""
+    """Watt-hours of a run: as recorded (`energy` in run.json, from `plan.energy`), else estimated from its seconds alike."""
     own = node.facts.get("energy")
     kwh = number(own.get("kwh")) if isinstance(own, dict) else None
     if isinstance(own, dict) and kwh is not None:
@@ -280,7 +280,7 @@ def stored_parameters(model: Path) -> float | None:
 
 
 def rates(node: Node) -> dict[str, float | None]:
-    """What a training run reached: tokens, tokens/s, share of the machine's product rate, FLOPs, final losses."""
+    """Figures of a training run: tokens, tokens/s, share of the machine's product rate, FLOPs, final losses."""
     steps = [row for row in node.metrics if "loss" in row]
     tokens = number(node.facts.get("tokens")) or (number(steps[-1].get("tokens")) if steps else None)
     speeds = [row["tokens_per_second"] for row in steps if "tokens_per_second" in row]
@@ -299,7 +299,7 @@ def rates(node: Node) -> dict[str, float | None]:
 
 
 def plan_rows(node: Node) -> list[dict[str, Any]]:
-    """Planned beside measured, for what the run recorded of both: `plan` in run.json and the fact of the same name."""
+    """Planned and measured values, where the run recorded both: `plan` in run.json and the fact of the same name."""
     plan = node.facts.get("plan")
     rows = []
     if isinstance(plan, dict):
