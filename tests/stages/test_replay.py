@@ -54,7 +54,7 @@ def test_a_micro_batch_of_either_part_comes_apart() -> None:
 
 
 def forgotten(run: Any) -> float:
-    return float(run.facts["change"]["general"]["change"]["value"])
+    return float(run.facts["adaptation_effect"]["general"]["change"]["value"])
 
 
 def test_sft_with_replay_forgets_less(world: World, tmp_path: Path) -> None:  # noqa: F811
@@ -63,7 +63,7 @@ def test_sft_with_replay_forgets_less(world: World, tmp_path: Path) -> None:  # 
     without = api.sft(general=world.made["corpus"], replay_share=0.0, **settings)
     replayed = api.sft(general=world.made["corpus"], replay_share=0.5, **settings)
     assert forgotten(replayed) < forgotten(without)
-    assert "general: " in replayed.facts["verdict"] and replayed.facts["change"]["general"]["documents"] == 4
+    assert "general: " in replayed.facts["verdict"] and replayed.facts["adaptation_effect"]["general"]["documents"] == 4
     rows = [json.loads(x) for x in (replayed.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any("term/replay" in row for row in rows) and any("general_bits_per_byte" in row for row in rows)
 
@@ -82,7 +82,7 @@ def test_preferences_and_rewards_replay_too(world: World, tmp_path: Path) -> Non
     )  # fmt: skip
     for run in (chosen, rewarded):
         rows = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert any("term/replay" in row for row in rows) and run.facts["change"]["general"]["documents"] == 3
+        assert any("term/replay" in row for row in rows) and run.facts["adaptation_effect"]["general"]["documents"] == 3
 
 
 def test_replay_without_general_text_is_refused(world: World, tmp_path: Path) -> None:  # noqa: F811

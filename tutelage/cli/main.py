@@ -32,7 +32,7 @@ STAGE_HELP = {
     "merge": "Make an adapter part of its base: a whole model.",
     "classify": "Train a classifier of texts, or of their parts, and measure it beside word counts.",
     "translate": "Train an encoder-decoder to make one text of another: translation, summaries.",
-    "evaluate": "Measure a model on held-out text and questions, beside honest yardsticks.",
+    "evaluate": "Measure a model on held-out text and questions, and compare it with baselines.",
     "report": "One HTML page about a run and everything it came from.",
 }
 

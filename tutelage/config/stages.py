@@ -256,34 +256,39 @@ class Adapt(Train):
 
 
 class Evaluate(Section):
-    """Measure a model on held-out documents and questions, beside honest yardsticks."""
+    """Measure a model on held-out documents and questions, and compare it with baselines."""
 
     model: str = artifact("the model", kind="model")
-    documents: str | None = artifact("records whose validation part gives bits per byte", kind="records", default=None)
-    questions: str | None = artifact("conversations whose validation part is asked", kind="records", default=None)
-    before: str | None = artifact(
-        "an evaluation of the model as it was, on the same records: what was gained since, in pairs", kind="scores", default=None
+    documents: str | None = artifact(
+        "records whose validation part is read, for bits per byte and perplexity", kind="records", default=None
     )
-    yardsticks: bool = setting(True, "also xz and Kneser-Ney n-grams, given the same training text")
+    questions: str | None = artifact("conversations whose validation part is asked", kind="records", default=None)
+    compare_with: str | None = artifact(
+        "another model's evaluation on the same records: both are compared question by question and document by document",
+        kind="scores", default=None,
+    )  # fmt: skip
+    baselines: bool = setting(True, "also measure xz and Kneser-Ney n-grams, given the same training text")
     stride: Share = setting(0.5, "share of the context kept when a long document is read in windows")
-    max_documents: int = setting(0, "documents used; 0: all", ge=0)
-    max_questions: int = setting(500, "questions asked; 0: all", ge=0)
+    max_documents: int = setting(0, "held-out documents read, at most; 0: all", ge=0)
+    max_questions: int = setting(500, "held-out questions asked, at most; 0: all", ge=0)
     max_tokens: Count = setting(64, "longest answer, in tokens")
-    scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "recognisable"] | None = setting(
-        None, "how answers are graded: as the reward of that name does, or by overlap of words; none: `numeric` for worked "
-        "solutions that end in a number, else `answer`, and free text by overlap"
+    scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "word_overlap"] | None = setting(
+        None, "grade answers as this reward does, or free text by word overlap; none: a question's meta.scorer, or by the "
+        "expected answer"
     )  # fmt: skip
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
-    seed: int = setting(0, "of the bootstrap")
+    seed: int = setting(0, "seed for the bootstrap of intervals and for sampled continuations")
 
 
 class Report(Section):
     """One self-contained HTML page about a run and everything it came from."""
 
     run: str = artifact("the run to report on", kind="run")
-    scores: str | None = artifact("an evaluation of it; without one the nearest is looked for", kind="scores", default=None)
+    scores: str | None = artifact(
+        "an evaluation of its model; without one, evaluations in the same folder are used", kind="scores", default=None
+    )
     base_scores: str | None = artifact(
-        "an evaluation of the model it came from, for what `scores` has not", kind="scores", default=None
+        "an evaluation of a model that it was trained from, shown under that model's name", kind="scores", default=None
     )
 
 

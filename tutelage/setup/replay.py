@@ -144,8 +144,8 @@ def measured(
 
 def report(before: Mapping[str, DocumentSums], after: Mapping[str, DocumentSums], seed: int) -> dict[str, Any]:
     """Gain and loss as facts, printed."""
-    rows = {kind: adaptation_effect.change(before[kind], after[kind], seed) for kind in after}
+    rows = {kind: adaptation_effect.effect(before[kind], after[kind], seed) for kind in after}
     log.console.print(adaptation_effect.table(rows))
     verdict = "; ".join(adaptation_effect.verdict(kind, found) for kind, found in rows.items())
     log.say(verdict)
-    return {"change": rows, "verdict": verdict}
+    return {"adaptation_effect": rows, "verdict": verdict}

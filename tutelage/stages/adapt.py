@@ -46,7 +46,7 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:
         found = report(before, measured(run, "after", trainer.result_of(config, run), texts, device), run.seed)
-        out |= {**found, "bits_per_byte": found["change"]["field"]["after"]["value"]}
+        out |= {**found, "bits_per_byte": found["adaptation_effect"]["field"]["after"]["value"]}
     return out
 
 
