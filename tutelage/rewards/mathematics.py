@@ -23,17 +23,6 @@ _PROSE = re.compile(
 _SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,2}(?![\w.])")
 
 
-def maths(question: dict[str, Any]) -> dict[str, Any]:
-    """Whether a text's final answer is one of the expected ones, by math-verify; numbers are read as `numeric` reads them. An
-    expected answer that can't be read is said."""
-    out: dict[str, Any] = {}
-    for answer in question["answers"]:
-        out = _one(answer, question["text"])
-        if out.get("value") or "unreadable" in out:
-            break
-    return out
-
-
 def _one(answer: str, text: str) -> dict[str, Any]:
     wanted = _readable(answer)
     number = final_number(answer) if measure(bare(stated(answer))) else None
@@ -68,8 +57,11 @@ def _near(a: Fraction, b: Fraction) -> bool:
 
 
 def any_of(question: dict[str, Any]) -> dict[str, Any]:
-    """Whether a text's final answer is one of several, of which those that can't be read do not count while others can."""
-    said = [maths({"answer": answer, "text": question["text"]}) for answer in question["answers"]]
+    """Whether a text's final answer is one of the expected ones, by math-verify; numbers are read as `numeric` reads them.
+
+    Expected answers that can't be read do not count while others can.
+    """
+    said = [_one(answer, question["text"]) for answer in question["answers"]]
     return max((one for one in said if "value" in one), key=lambda one: one["value"], default=said[0])
 
 
