@@ -91,6 +91,7 @@ def test_no_process_is_left_after_close_or_an_early_stop() -> None:
     pids = [process._popen.pid for process in workers._alive]
     answers.close()
     assert pid in pids and all(map(gone, pids))
+    workers.ask(("pid", None))  # it is started again
     late = threading.Timer(0.5, workers.close)
     late.start()
     assert workers.ask(("sleep", 60)).lost

@@ -95,8 +95,8 @@ def check_types(raw: Mapping[str, Any], file: Path | None, prefix: str = "", err
     for key, value, (fits, expected) in _checks(raw):
         if value is not None and not fits(value):
             raise error(
-                "the model's configuration does not fit: a value of another type or size", file=file, field=prefix + key, found=value,
-                expected=expected, fix=EXPORT_AGAIN if file else None,
+                "the model's configuration does not fit: a value of another type or size", file=file, field=prefix + key,
+                found=value, expected=expected, fix=EXPORT_AGAIN if file else None,
             )  # fmt: skip
 
 
