@@ -8,11 +8,13 @@ which kills the child's process group. `main` is the child's side; it imports to
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import inspect
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,13 +23,12 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage import log
 from tutelage.errors import WorkerError
 
 START_SECONDS = 120.0
@@ -101,7 +102,7 @@ class Workers:
         finally:
             self._free.release()
 
-    def ask_all(self, questions: Iterable[Any]) -> Iterator[Answer]:
+    def ask_all(self, questions: Iterable[Any]) -> Generator[Answer, None, None]:
         """The answers in the order of the questions, each as soon as it and those before it are there.
 
         What is still running when the caller stops early is killed. Raises like `ask`.
@@ -148,6 +149,8 @@ class Workers:
             said = Answer(**ready) if ready else Answer(lost="it did not start in time" if process.late else process.ended())
             self._end(process)
             if said.at:  # the user's code was found, and raises
+                from tutelage import log  # here: workers start without it
+
                 log.say(said.trace.rstrip())
             raise WorkerError(f"`{self._hello['target']}` cannot be loaded", found=said.why)
         return process
@@ -248,9 +251,6 @@ def main() -> None:
 def _ending_with_parent(pipe: int) -> Iterator[None]:
     """While a question is worked on, the kernel ends this process when the parent's end of the pipe closes: a thread could not,
     behind C code that holds the interpreter's lock. Between questions the end of the pipe is read."""
-    import fcntl
-    import select
-
     flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
     with contextlib.suppress(OSError):
         fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
