@@ -8,6 +8,7 @@ TutelageError
     ├── StorageError          disk full, read-only output, a run held by another process
     ├── MissingExtra          an optional library that is not installed
     ├── RewardError           a reward that is no number, raises, hangs, or says the same of every answer
+    ├── WorkerError          a child process that cannot be started or cannot load its function
     ├── SandboxError          walls for model-written code that can't be put up or do not hold
     └── TrainingStopped       a run that must not go on: non-finite loss, nothing trained
 """
@@ -89,6 +90,10 @@ class StorageError(UserError):
 
 class RewardError(UserError):
     """A reward that is no number, raises, hangs, or says the same of every answer."""
+
+
+class WorkerError(UserError):
+    """A child process that cannot be started or cannot load its function."""
 
 
 class SandboxError(UserError):

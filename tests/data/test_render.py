@@ -338,6 +338,35 @@ def test_variables_of_a_template() -> None:
     assert variables(source) == {"date", "messages", "style"}
 
 
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("{% for i in range(10000) %}{% for j in range(10000) %}{% set x = j %}{% endfor %}{% endfor %}", "time or memory"),
+        ("{{ 'ab' * 2000 }}", "4,000 characters"),
+    ],
+)
+def test_a_template_of_a_stranger_is_tried_first(
+    make: Callable[[str], Renderer], monkeypatch: pytest.MonkeyPatch, source: str, found: str
+) -> None:
+    """Guards every command that renders, not only the server: a template is a program, and may run for long or write much."""
+    monkeypatch.setattr("tutelage.chat.template_probe.SECONDS", 1.0)
+    monkeypatch.setattr("tutelage.chat.template_probe.MAX_CHARS", 1000)
+    with pytest.raises(ArtifactError, match="too long, or too much memory") as caught:
+        Renderer(make("chatml").tokenizer, source)
+    assert found in str(caught.value.found) and str(caught.value.file).endswith("chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{{ 1 // (messages | length - 1) }}", "{{ messages[0].content.split('') }}", "{{ 'a'.index('b') }}"]
+)
+def test_whatever_a_template_raises_names_it(make: Callable[[str], Renderer], wrong: str) -> None:
+    """Guards against a traceback for an exception that is not Jinja's own."""
+    renderer = Renderer(make("chatml").tokenizer, BODY + wrong, history="whole")
+    with pytest.raises(DataError, match="the chat template fails") as caught:
+        renderer.text([{"role": "user", "content": "a"}])
+    assert str(caught.value.file).endswith("chat_template.jinja")
+
+
 def test_sandbox() -> None:
     """Guards against a downloaded template that reaches into Python."""
     for attack in (

@@ -211,6 +211,8 @@ def test_loading_our_families_does_not_import_transformers(untied: Path) -> None
         ({"hidden_size": "128"}, "hidden_size"),
         ({"num_attention_heads": [4]}, "num_attention_heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers"),
+        ({"model_type": "foreign", "num_layers": 10**7}, "num_layers"),
         ({"head_dim": True}, "head_dim"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),

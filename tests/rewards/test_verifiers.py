@@ -233,10 +233,13 @@ def test_schema_keywords(by_schema: Rubric, schema: dict[str, Any], fits: str, m
 
 def test_a_schema_that_can_not_be_checked_is_refused() -> None:
     """Guards against a keyword that is passed over, so that wrong texts would be right."""
-    with pytest.raises(ConfigError, match="`unevaluatedItems` can't be checked"):
-        rubric({"json_schema": {"definition": {"properties": {"a": {"unevaluatedItems": False}}}}})
-    with rubric({"json_schema": 1.0}) as made, pytest.raises(RewardError, match=r"0/abc/0.*refers to nothing"):
-        made.judge([rollout("1", schema={"$ref": "#/$defs/none"})])
+    with pytest.raises(ConfigError, match="`unevaluated` can't be checked"):
+        rubric({"json_schema": {"definition": {"properties": {"a": {"unevaluated": False}}}}})
+    for reference in ("#/$defs/none", "https://example.invalid/schema.json"):
+        with rubric({"json_schema": 1.0}) as made, pytest.raises(RewardError, match=r"0/abc/0.*refers to nothing"):
+            made.judge([rollout("1", schema={"$ref": reference})])
+    with pytest.raises(ConfigError, match="unknown draft"):
+        rubric({"json_schema": {"definition": {"$schema": "https://example.invalid/draft"}}})
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,24 @@ def test_tokens_per_minute(server: Running, file: Path, stream: bool) -> None:
     assert caught.value.response.headers["x-ratelimit-limit-tokens"] == "16"
 
 
+def test_simultaneous_answers_fit_the_limit_together() -> None:
+    """Guards a key's limit against requests side by side, each admitted before the tokens of the others are made."""
+    allowance = Allowance(None, 100, clock=lambda: 0.0)
+    with allowance.admitting(10, 500):  # alone: an answer may be larger than the limit
+        pass
+    with pytest.raises(ApiError) as caught, allowance.admitting(10, 5):
+        pass
+    assert caught.value.status == 429 and 1 <= int(caught.value.headers["retry-after"]) <= 60
+    allowance.release(480)
+    with allowance.admitting(10, 60):
+        pass
+    with pytest.raises(ApiError), allowance.admitting(1, 0):
+        pass
+    allowance.release(80)
+    with allowance.admitting(80, 1000):
+        pass
+
+
 def test_buckets_refill_evenly() -> None:
     """A window that opens all at once, or a debt that is forgotten."""
     now = [0.0]

@@ -152,13 +152,17 @@ def test_what_a_kept_response_does_not_do(client: openai.OpenAI) -> None:
 def test_a_failed_response_is_not_kept(
     server: Running, client: openai.OpenAI, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A response that says it is stored when the disk refused it."""
+    """A response that says it is stored when the disk refused it; an answer that is lost though nobody asked to keep it."""
     with sqlite3.connect(path) as other:
         other.execute("DROP TABLE responses")
-    *_, last = client.responses.create(**SHORT, input="x", stream=True)
+    *_, last = client.responses.create(**SHORT, input="x", stream=True, store=True)
     assert last.type == "response.failed" and last.response.to_dict()["store"] is False
     with pytest.raises(openai.InternalServerError):
-        client.responses.create(**SHORT, input="x")
+        client.responses.create(**SHORT, input="x", store=True)
+    reply = client.responses.with_raw_response.create(**SHORT, input="x")
+    assert "not kept" in reply.headers["warning"] and reply.parse().to_dict()["store"] is False and reply.parse().output_text
+    *_, last = client.responses.create(**SHORT, input="x", stream=True)
+    assert last.type in ("response.completed", "response.incomplete") and last.response.to_dict()["store"] is False
 
 
 def test_every_key_has_its_own(engine: Engine, path: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from tutelage.chat import spans, templates
 from tutelage.chat.message_keys import REASONING
 from tutelage.chat.messages import plain_messages
 from tutelage.chat.spans import Sample
+from tutelage.chat.template_probe import probe_template
 from tutelage.chat.templates import compile_template, style, styles
 from tutelage.errors import ArtifactError, DataError
 from tutelage.records import Conversation, Message
@@ -80,6 +81,8 @@ class Renderer:
         self.source = style(template).source if template in styles() else template or self.tokenizer.template
         self.variables = dict(variables or {})
         self._check: Callable[[str], None] = _any_text
+        if self.source:
+            probe_template(self.source, {**self.tokenizer.special_tokens, **self.variables}, self._where())
         self._render = compile_template(self.source, now) if self.source else None
         self._thinks = bool(self.source and not templates.keys_read(self.source).isdisjoint(REASONING))
         self._encoder = spans.PieceEncoder(self.tokenizer)
@@ -226,7 +229,7 @@ class Renderer:
         except DataError as error:
             raise DataError(
                 error.message,
-                file=conversation.source,
+                file=error.file or conversation.source,
                 field=error.field,
                 found=error.found,
                 expected=error.expected,
@@ -333,6 +336,12 @@ class Renderer:
                 found=" ".join(str(m["role"]) for m in messages),
                 fix="change the conversation, or choose another style: template=NAME",
             ) from error
+        except Exception as error:  # a template is a program of a stranger's, which may raise anything
+            raise DataError(
+                f"the chat template fails on these messages ({type(error).__name__}: {str(error)[:200]})",
+                file=self._where(), field="messages", found=" ".join(str(m["role"]) for m in messages),
+                fix="mend the template, or choose a style: template=NAME",
+            ) from error  # fmt: skip
 
     def _where(self) -> Path:
         return self.tokenizer.folder / "chat_template.jinja"

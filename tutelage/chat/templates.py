@@ -106,6 +106,11 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
             line=error.lineno,
             fix="correct the template, or choose a shipped style: template=NAME",
         ) from error
+    except (RecursionError, ValueError, ArithmeticError, TypeError, SyntaxError, MemoryError) as error:
+        raise ArtifactError(
+            f"the chat template cannot be compiled ({type(error).__name__}: {str(error)[:200]})", file="chat_template.jinja",
+            fix="correct the template, or choose a shipped style: template=NAME",
+        ) from error  # fmt: skip
 
 
 def variables(source: str) -> frozenset[str]:

@@ -36,6 +36,8 @@ def _numbers(value: Any) -> bool:
 
 Test = tuple[Callable[[Any], bool], str]
 SIZE: Test = (lambda value: _whole(value) and value > 0, "a whole number above 0")
+MAX_LAYERS = 2048  # several times the deepest model there is; each layer is built before any weight is read
+LAYERS: Test = (lambda value: _whole(value) and 0 < value <= MAX_LAYERS, f"a whole number from 1 to {MAX_LAYERS}")
 WHOLE: Test = (_whole, "a whole number")
 NUMBER: Test = (_number, "a number")
 NUMBERS: Test = (_numbers, "a list of numbers")
@@ -48,8 +50,9 @@ LIST: Test = (lambda value: isinstance(value, list), "a list")
 
 TYPES: dict[str, Test] = {
     **dict.fromkeys(
-        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "head_dim", "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"), SIZE),
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "max_position_embeddings", "n_embd", "n_head", "n_positions", "n_inner"), SIZE),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(
         ("sliding_window", "sliding_window_pattern", "max_window_layers", "no_rope_layer_interval",
          "original_max_position_embeddings"), WHOLE),
@@ -72,7 +75,11 @@ OF_ROPE: dict[str, Test] = {
     **dict.fromkeys(("short_factor", "long_factor"), NUMBERS),
 }  # fmt: skip
 
-OF_ALL: dict[str, Test] = {"architectures": TEXTS, "id2label": OBJECT, "text_config": OBJECT, "quantization_config": OBJECT}
+OTHER_LAYERS: Test = (lambda value: not _number(value) or value <= MAX_LAYERS, f"a number up to {MAX_LAYERS}")
+OF_ALL: dict[str, Test] = {
+    **dict.fromkeys(("num_layers", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"), OTHER_LAYERS),
+    "architectures": TEXTS, "id2label": OBJECT, "text_config": OBJECT, "quantization_config": OBJECT,
+}  # fmt: skip
 """Keys that mean the same in every family. Those of others are checked by `transformers`, but numbers are no texts anywhere."""
 
 
@@ -88,8 +95,8 @@ def check_types(raw: Mapping[str, Any], file: Path | None, prefix: str = "", err
     for key, value, (fits, expected) in _checks(raw):
         if value is not None and not fits(value):
             raise error(
-                "the model's configuration does not fit: a value of another type", file=file, field=prefix + key, found=value,
-                expected=expected, fix=EXPORT_AGAIN if file else None,
+                "the model's configuration does not fit: a value of another type or size", file=file, field=prefix + key,
+                found=value, expected=expected, fix=EXPORT_AGAIN if file else None,
             )  # fmt: skip
 
 
@@ -126,6 +133,8 @@ def _of_rope(prefix: str, row: Mapping[str, Any]) -> Iterator[tuple[str, Any, Te
 
 def _for_others(test: Test) -> Test:
     """Other families have lists where ours have numbers, and zeros."""
+    if test is LAYERS:
+        return (lambda value: isinstance(value, list | dict) or (_number(value) and value <= MAX_LAYERS), OTHER_LAYERS[1])
     if test in (SIZE, WHOLE, NUMBER, IDS):
         return (lambda value: _number(value) or isinstance(value, list | dict), "a number")
     return (lambda value: True, test[1])

@@ -1,4 +1,4 @@
-"""A reward that the user wrote, in a process of its own."""
+"""A reward function that the user wrote, run in a separate process."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 from tutelage import log
 from tutelage.config import rewards as config
-from tutelage.errors import ConfigError, RewardError
+from tutelage.errors import ConfigError, RewardError, WorkerError
 from tutelage.records import Rollout, to_json
 from tutelage.rewards import TermScore
-from tutelage.rewards.worker import Workers
+from tutelage.workers import Workers
 
 
 class Function:
-    """What `score(rollout)` gives. Raises `ConfigError` where it can't be imported, before anything is judged.
+    """The result of the user's `score(rollout)`. Raises `ConfigError` if it can't be imported, before anything is judged.
 
-    One that raises, hangs or gives no number is a `RewardError` with the rollout, what was raised and at which of its lines; the
-    traceback is in the log. Its process is killed where need be, and the run stops with all that it had.
+    A function that raises, hangs or returns no number is a `RewardError` naming the rollout, the exception and the line; the
+    traceback goes to the log. Its process is killed if need be, and the run stops with everything it had.
     """
 
     def __init__(self, settings: config.Function) -> None:
         self.settings = settings
-        self._workers = Workers(settings.path, seconds=settings.seconds, bounded=False, role="reward")
+        self._workers = Workers("tutelage.rewards.user_code:reward", settings.path, seconds=settings.seconds)
         try:
             self._workers.start()
-        except RewardError as error:
+        except WorkerError as error:
             raise ConfigError(
                 "the reward function cannot be imported", field="path", found=f"{settings.path}: {error.found}",
                 expected="module:function, found from the working folder, or file.py:function",

@@ -1,4 +1,4 @@
-"""Texts that must be JSON of a shape."""
+"""Texts that must be JSON that fits a schema."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from tutelage.config import rewards as config
 from tutelage.errors import ConfigError, RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import TermScore, verify
-from tutelage.rewards.schema import check_schema
+from tutelage.rewards.schema import check_schema, library
 from tutelage.rewards.texts import place, told
 
 
 class JsonSchema:
-    """1 where the text is JSON that the schema allows. Raises `ConfigError` for a schema that can't be checked."""
+    """1 if the text is JSON that fits the schema, else 0. Raises `ConfigError` for a schema that can't be checked, `MissingExtra`
+    without `jsonschema`."""
 
     def __init__(self, settings: config.JsonSchema) -> None:
         self.settings = settings
+        library()
         if settings.definition is not None:
             check_schema(settings.definition, "definition")
         self._workers = verify.workers("parsers:json_schema", settings.seconds)

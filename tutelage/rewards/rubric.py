@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tutelage.errors import RewardError, UserError
+from tutelage.errors import RewardError, UserError, WorkerError
 from tutelage.records import Rollout
 from tutelage.rewards import Reward, TermScore
 
@@ -48,7 +48,7 @@ class Rubric:
     def _ask(self, name: str, reward: Reward, rollouts: Sequence[Rollout]) -> list[TermScore]:
         try:
             found = reward(rollouts)
-        except RewardError as error:
+        except (RewardError, WorkerError) as error:
             raise RewardError(
                 f"reward `{name}`: {error.message}", file=error.file, line=error.line, field=error.field, found=error.found,
                 expected=error.expected, fix=error.fix,

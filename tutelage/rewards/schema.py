@@ -1,184 +1,122 @@
-"""JSON Schema (2020-12) as verifiers need it: what a value does not fit, and which schemas can't be checked here."""
+"""JSON Schema as verifiers need it, by the library `jsonschema`: what a value does not fit, and which schemas can't be checked.
+
+A schema without `$schema` is draft 2020-12; drafts 4, 6, 7 and 2019-09 are read as what they declare. `format` is an annotation,
+as the drafts have it. A `$ref` must lead to a place in the schema itself, or to a draft: nothing is fetched from the network.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, MissingExtra
 
-TYPES = {
-    "object": (dict,), "array": (list,), "string": (str,), "number": (int, float), "integer": (int, float), "boolean": (bool,),
-    "null": (type(None),),
-}  # fmt: skip
 ANNOTATIONS = frozenset(
-    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id", "$defs",
-     "definitions", "format"}
+    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id", "id",
+     "$defs", "definitions", "format", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "then", "else", "minContains",
+     "maxContains", "contentEncoding", "contentMediaType", "contentSchema"}
 )  # fmt: skip
-KNOWN = ANNOTATIONS | {
-    "type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "items",
-    "prefixItems", "contains", "minContains", "maxContains", "minItems", "maxItems", "uniqueItems", "minLength", "maxLength",
-    "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minProperties", "maxProperties",
-    "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentRequired", "$ref",
-}  # fmt: skip
-_ONE, _MANY, _NAMED = (
-    ("additionalProperties", "propertyNames", "items", "contains", "not", "if", "then", "else"),
-    ("prefixItems", "allOf", "anyOf", "oneOf"),
-    ("properties", "patternProperties", "$defs", "definitions"),
-)
+"""Keywords that validate nothing by themselves."""
+DRAFTS = ("4", "6", "7", "2019-09", "2020-12")
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+MAX_NOTE = 300  # characters
 
 
-def check_schema(schema: Any, field: str, root: Any = None) -> None:
-    """Raises `ConfigError` naming the place of a keyword that can't be checked: nothing in a schema is passed over."""
-    root = schema if root is None else root
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, Mapping):
+def check_schema(schema: Any, field: str) -> None:
+    """Raises `ConfigError` naming the place of what can't be checked: no keyword of a schema is ignored silently. `MissingExtra`
+    without `jsonschema`."""
+    library()
+    from jsonschema.exceptions import SchemaError
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import specification_with
+
+    if not isinstance(schema, bool | Mapping):
         raise ConfigError("not a schema", field=field, found=schema, expected="an object, true or false")
-    for key, value in schema.items():
-        if key not in KNOWN:
-            raise ConfigError(f"`{key}` can't be checked", field=f"{field}.{key}", expected=f"one of: {', '.join(sorted(KNOWN))}")
-        if key in _ONE:
-            check_schema(value, f"{field}.{key}", root)
-        elif key in _MANY:
-            for i, one in enumerate(value):
-                check_schema(one, f"{field}.{key}.{i}", root)
-        elif key in _NAMED:
-            for name, one in value.items():
-                check_schema(one, f"{field}.{key}.{name}", root)
-        elif key == "type" and not set([value] if isinstance(value, str) else value) <= TYPES.keys():
-            raise ConfigError("no such type", field=f"{field}.type", found=value, expected=f"of {', '.join(TYPES)}")
-        elif key == "$ref" and _target(root, value) is None:
-            raise ConfigError("refers to nothing in this schema", field=f"{field}.$ref", found=value, expected="#/$defs/…")
+    draft = _draft(schema, field)
+    try:
+        draft.check_schema(schema)
+    except SchemaError as error:
+        place = ".".join([field, *map(str, error.absolute_path)])
+        raise ConfigError("not a valid schema", field=place, found=error.instance, expected=error.message[:MAX_NOTE]) from error
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError("the schema is nested too deeply, or a pattern is too large", field=field) from error
+    resource = specification_with(draft.META_SCHEMA.get("$schema")).create_resource(schema)
+    known = draft.VALIDATORS.keys() | ANNOTATIONS
+    for inner, resolver in _subschemas(resource, REGISTRY.resolver_with_root(resource)):
+        for key in inner:
+            if key not in known:
+                raise ConfigError(
+                    f"`{key}` can't be checked", field=field, expected=f"keywords of its draft: {', '.join(sorted(known))}"
+                )
+        for key in REFERENCES & inner.keys():
+            try:
+                resolver.lookup(inner[key])
+            except Unresolvable as error:
+                raise ConfigError(
+                    f"`{key}` refers to nothing in this schema, and nothing is fetched", field=field, found=inner[key],
+                    expected="#/$defs/…",
+                ) from error  # fmt: skip
 
 
-def wrong(value: Any, schema: Any, root: Any = None, place: str = "$") -> str:
-    """Where a value does not fit and why; an empty text where it fits. The schema has passed `check_schema`."""
-    root = schema if root is None else root
-    if isinstance(schema, bool):
-        return "" if schema else f"{place}: nothing is allowed"
-    return (
-        _plain(value, schema, place)
-        or (_object(value, schema, root, place) if isinstance(value, dict) else "")
-        or (_array(value, schema, root, place) if isinstance(value, list) else "")
-        or _combined(value, schema, root, place)
-    )
+def wrong(value: Any, schema: Any) -> str:
+    """Where a value does not fit and why; an empty text if it fits. The schema has passed `check_schema`. A pattern in it may
+    take any time, so that this belongs in a worker."""
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator(json.dumps(schema, sort_keys=True)).iter_errors(value))
+    return "" if error is None else f"{error.json_path}: {error.message}"[:MAX_NOTE]
 
 
-def _plain(value: Any, schema: Mapping[str, Any], place: str) -> str:
-    if "type" in schema:
-        names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-        if not any(_is(value, name) for name in names):
-            return f"{place}: not of type {' or '.join(names)}"
-    if "const" in schema and not _same(value, schema["const"]):
-        return f"{place}: not {schema['const']!r}"
-    if "enum" in schema and not any(_same(value, one) for one in schema["enum"]):
-        return f"{place}: none of {schema['enum']!r}"
-    if isinstance(value, str):
-        if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf):
-            return f"{place}: {len(value)} characters"
-        if "pattern" in schema and not re.search(schema["pattern"], value):
-            return f"{place}: does not match {schema['pattern']}"
-    if _is(value, "number"):
-        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-        above, below = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
-        if not (low <= value <= high and (above < value or above == -math.inf) and (value < below or below == math.inf)):
-            return f"{place}: {value} is out of bounds"
-        if "multipleOf" in schema and not _is_multiple(Decimal(str(value)), Decimal(str(schema["multipleOf"]))):
-            return f"{place}: no multiple of {schema['multipleOf']}"
-    return ""
+def library() -> Any:
+    """`jsonschema`. Raises `MissingExtra`."""
+    try:
+        import jsonschema
+    except ImportError as error:
+        raise MissingExtra("jsonschema", "rl", "the reward `json_schema`") from error
+    return jsonschema
 
 
-def _is_multiple(value: Decimal, step: Decimal) -> bool:
-    """Exact, for numbers of up to some thousand digits; larger ones are no multiple of anything."""
-    if not value.is_finite() or abs(value.adjusted()) > 4000 or abs(step.adjusted()) > 4000:
-        return False
-    return (Fraction(value) / Fraction(step)).denominator == 1
+@functools.lru_cache(64)
+def _validator(schema: str) -> Any:
+    from jsonschema_specifications import REGISTRY
+
+    loaded = json.loads(schema)
+    draft = library().validators.extend(_draft(loaded, "schema"), {"multipleOf": _multiple_of})
+    return draft(loaded, registry=REGISTRY)  # a registry that knows the drafts and fetches nothing
 
 
-def _object(value: dict[str, Any], schema: Mapping[str, Any], root: Any, place: str) -> str:
-    missing = [name for name in schema.get("required", ()) if name not in value]
-    for name, needs in schema.get("dependentRequired", {}).items():
-        missing += [other for other in needs if name in value and other not in value]
-    if missing:
-        return f"{place}: no `{missing[0]}`"
-    if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", math.inf):
-        return f"{place}: {len(value)} properties"
-    for name, inner in value.items():
-        rules = [schema["properties"][name]] if name in schema.get("properties", {}) else []
-        rules += [rule for pattern, rule in schema.get("patternProperties", {}).items() if re.search(pattern, name)]
-        rules = rules or [schema.get("additionalProperties", True)]
-        found = next(filter(None, (wrong(inner, rule, root, f"{place}.{name}") for rule in rules)), "")
-        found = found or wrong(name, schema.get("propertyNames", True), root, f"{place}.{name} (its name)")
-        if found:
-            return found
-    return ""
-
-
-def _array(value: list[Any], schema: Mapping[str, Any], root: Any, place: str) -> str:
-    if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf):
-        return f"{place}: {len(value)} items"
-    if schema.get("uniqueItems") and any(_same(a, b) for i, a in enumerate(value) for b in value[:i]):
-        return f"{place}: an item comes twice"
-    first = schema.get("prefixItems", [])
-    for i, inner in enumerate(value):
-        found = wrong(inner, first[i] if i < len(first) else schema.get("items", True), root, f"{place}[{i}]")
-        if found:
-            return found
-    if "contains" in schema:
-        fitting = sum(not wrong(inner, schema["contains"], root, place) for inner in value)
-        if not schema.get("minContains", 1) <= fitting <= schema.get("maxContains", math.inf):
-            return f"{place}: {fitting} items as `contains` has them"
-    return ""
-
-
-def _combined(value: Any, schema: Mapping[str, Any], root: Any, place: str) -> str:
-    def why(rule: Any) -> str:
-        return wrong(value, rule, root, place)
-
-    if "$ref" in schema and (found := why(_target(root, schema["$ref"]))):
-        return found
-    if found := next(filter(None, map(why, schema.get("allOf", ()))), ""):
-        return found
-    if "anyOf" in schema and all(map(why, schema["anyOf"])):
-        return f"{place}: fits none of anyOf"
-    if "oneOf" in schema and (fitting := sum(not why(rule) for rule in schema["oneOf"])) != 1:
-        return f"{place}: fits {fitting} of oneOf"
-    if "not" in schema and not why(schema["not"]):
-        return f"{place}: fits what `not` forbids"
-    if "if" in schema:
-        return why(schema.get("else" if why(schema["if"]) else "then", True))
-    return ""
-
-
-def _is(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return name == "boolean"
-    if name == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return isinstance(value, TYPES[name])
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equality of JSON: 1 is 1.0, but no true."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a == b)
-
-
-def _target(root: Any, reference: str) -> Any:
-    found = root
-    for part in reference.removeprefix("#").strip("/").split("/") if reference.startswith("#") else [""]:
-        if not part and reference == "#":
-            return root
-        part = part.replace("~1", "/").replace("~0", "~")
-        found = found.get(part) if isinstance(found, Mapping) else None
+def _draft(schema: Any, field: str) -> Any:
+    """The validator class of the draft that a schema declares."""
+    validators = library().validators
+    named = schema.get("$schema") if isinstance(schema, Mapping) else None
+    if named is None:
+        return validators.Draft202012Validator
+    known = {validators.validator_for({"$schema": uri}, None) for uri in [named] if isinstance(uri, str)}
+    found = next(iter(known), None)
+    if found is None or found is validators.Draft3Validator:
+        raise ConfigError("unknown draft", field=f"{field}.$schema", found=named, expected=f"a draft of {', '.join(DRAFTS)}")
     return found
+
+
+def _subschemas(resource: Any, resolver: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Each object schema inside, itself included, with what resolves its references."""
+    if isinstance(resource.contents, Mapping):
+        yield resource.contents, resolver
+        for inner in resource.subresources():
+            yield from _subschemas(inner, resolver.in_subresource(inner))
+
+
+def _multiple_of(validator: Any, step: float, value: Any, schema: Any) -> Iterator[Any]:
+    """Exact for the decimal numbers as they were written, where the library divides floats: 0.3 is a multiple of 0.1. Numbers of
+    more than some thousand digits are multiples of nothing."""
+    if not validator.is_type(value, "number"):
+        return
+    a, b = Decimal(str(value)), Decimal(str(step))
+    sane = a.is_finite() and abs(a.adjusted()) <= 4000 and abs(b.adjusted()) <= 4000
+    if not sane or (Fraction(a) / Fraction(b)).denominator != 1:
+        yield library().ValidationError(f"{value!r} is not a multiple of {step}")

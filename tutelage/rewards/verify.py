@@ -1,4 +1,4 @@
-"""What verifiers in workers share: which texts are asked about, and what becomes of those that take too much."""
+"""What verifiers in workers share: which texts are asked about, and the score of those that take too much."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from tutelage.errors import RewardError
 from tutelage.records import Rollout
 from tutelage.rewards import TermScore
 from tutelage.rewards.texts import inside, place
-from tutelage.rewards.worker import Answer, Workers
+from tutelage.workers import Answer, Workers
 
-MAX_CHARS = 200_000  # of a text that is parsed whole
+MAX_CHARS = 200_000  # longest text that is parsed
 
 Question = Callable[[Rollout, str], dict[str, Any]]
 
 
 def workers(function: str, seconds: float) -> Workers:
-    """Processes for a function, "module:name" of this folder."""
-    return Workers(f"tutelage.rewards.{function}", seconds=seconds, most=min(os.cpu_count() or 1, 4))
+    """Processes for a verifier, "module:function" of this folder."""
+    return Workers(
+        "tutelage.rewards.user_code:verifier", function, seconds=seconds, most=min(os.cpu_count() or 1, 4), bounded=True
+    )
 
 
 def judge(asked: Workers, rollouts: Sequence[Rollout], tag: str | None, question: Question, expected: str) -> list[TermScore]:
-    """What the workers say of each text. `expected` says what is wrong with a prompt whose own facts can't be read.
+    """The score of each text. `expected`: what to report of a prompt whose own facts can't be read.
 
-    A text without the tag, past the limits or longer than `MAX_CHARS` has 0; the latter two are marked.
+    A text without the tag, past the limits or longer than `MAX_CHARS` scores 0; the latter two are marked `past_limit`.
     """
     out: list[TermScore | None] = []
     questions = []
@@ -39,7 +41,7 @@ def judge(asked: Workers, rollouts: Sequence[Rollout], tag: str | None, question
         long = len(put["text"]) > MAX_CHARS
         out.append(TermScore(0.0, f"longer than {MAX_CHARS:,} characters", past_limit=True) if long else None)
         questions += [] if long else [put]
-    answers = iter(asked.ask_all(questions))
+    answers = iter(list(asked.ask_all(questions)))
     return [one or _judgement(next(answers), r, expected) for r, one in zip(rollouts, out, strict=True)]
 
 

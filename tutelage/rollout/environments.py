@@ -1,4 +1,4 @@
-"""Environments that the user wrote, in a process of their own, where they may hang, raise and exit."""
+"""Environments that the user wrote, run in a separate process, where they may hang, raise or exit."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tutelage import log
-from tutelage.errors import ConfigError, RewardError
+from tutelage.errors import ConfigError, RewardError, WorkerError
 from tutelage.records import Prompt, to_json
-from tutelage.rewards.worker import Workers
+from tutelage.workers import Workers
 
 
 class Environment(Protocol):
-    """Who the model talks with in one episode. Made anew for each: `Class(prompt, seed)`. What it draws should come from the
-    seed: a resumed run makes its episodes again, in another process.
+    """What the model talks with in one episode; each episode makes its own: `Class(prompt, seed)`. All randomness should come
+    from the seed: a resumed run makes its episodes again, in another process.
 
     Example:
         class Guess:
@@ -31,18 +31,18 @@ class Environment(Protocol):
 
 
 class Environments:
-    """Those of a run: one process for all episodes, whose states are there only. Each step may take `seconds`.
+    """The environments of a run: one process for all episodes, which keeps their state. Each step may take `seconds`.
 
-    Raises `ConfigError` where `path` ("module:Class", or "file.py:Class") can't be imported or is no environment. A step that
-    raises, exits, takes too long or gives what is no reply and no score is a `RewardError` that ends the process.
+    Raises `ConfigError` if `path` ("module:Class" or "file.py:Class") can't be imported or is no environment. A step that
+    raises, exits, takes too long or returns neither a reply nor a score is a `RewardError` that ends the process.
     """
 
     def __init__(self, path: str, seconds: float = 30.0) -> None:
         self.path, self.seconds = path, seconds
-        self._workers, self._begun = Workers(path, seconds=seconds, bounded=False, role="environment"), 0
+        self._workers, self._begun = Workers("tutelage.rewards.user_code:environment", path, seconds=seconds), 0
         try:
             self._workers.start()
-        except RewardError as error:
+        except WorkerError as error:
             raise ConfigError(
                 f"no environment there: {error.found}", field="environment", found=path,
                 expected="module:Class, found from the working folder, or file.py:Class, with the methods reply and score",
@@ -81,7 +81,7 @@ class Environments:
 
 @dataclass(slots=True)
 class Hosted:
-    """The environment of one episode, seen from here. Raises what `Environments` says."""
+    """The environment of one episode, as the parent sees it. Raises as `Environments` documents."""
 
     owner: Environments
     prompt: Prompt

@@ -19,9 +19,7 @@ def open_engine(folder: Path, options: Options) -> tuple[EngineProtocol, Any]:
     """The engine of a model folder, and its renderer. Raises `ArtifactError` for a folder that is no model, or a draft whose
     tokens are others."""
     from tutelage.chat.render import Renderer
-    from tutelage.serve.trial import check_template
 
-    check_template(folder)
     renderer = Renderer(folder)
     return ENGINES[options.engine](folder, renderer, options), renderer
 

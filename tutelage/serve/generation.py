@@ -23,6 +23,7 @@ class GenerationRequest:
         self.request, self.served, self.prompts, self.sampling, self.param = request, served, prompts, sampling, param
         self.allowance = allowance_of(request)
         self._ticket: PendingResponse | None = None
+        self._reserved = 0  # tokens of the key's allowance
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -39,11 +40,14 @@ class GenerationRequest:
         """Queues the answers (none where only `first` is wanted), after `first`. Raises `ApiError` for what cannot be answered,
         which then costs nothing."""
         wanted = [(ids, self.sampling, j) for ids in self.prompts for j in range(self.sampling.n)] if answers else []
-        with self.allowance.admitting(sum(map(len, self.prompts))), as_api_errors(self.param):
+        reserved = self._largest() if answers else 0
+        with self.allowance.admitting(sum(map(len, self.prompts)), reserved), as_api_errors(self.param):
             if first is not None:
                 await first()
             check_queue(self.served, state_of(self.request).max_waiting, len(wanted))
             self._ticket = await self.served.thread.submit(wanted, owner_of(self.request))
+        self._reserved = reserved
+        self.request.state.leaving.callback(self._release, reserved)
         self.request.state.leaving.callback(self.served.thread.cancel, self._ticket)
 
     async def events(self, whole: bool = False) -> AsyncIterator[tuple[int, Event]]:
@@ -52,7 +56,20 @@ class GenerationRequest:
         assert self._ticket is not None, "not submitted yet"
         async for number, event in self._ticket.events(whole):
             self.allowance.spend(len(event.ids))
+            self._release(len(event.ids))
             yield number, event
+
+    def _largest(self) -> int:
+        """Tokens that the answers may have together."""
+        rooms = [max(0, self.served.engine.context_length - len(ids)) for ids in self.prompts]
+        asked = self.sampling.max_tokens
+        return self.sampling.n * sum(room if asked is None else min(asked, room) for room in rooms)
+
+    def _release(self, tokens: int) -> None:
+        """Ends the reservation of tokens that were made, or will not be."""
+        tokens = min(tokens, self._reserved)
+        self._reserved -= tokens
+        self.allowance.release(tokens)
 
     async def respond(
         self, stream: bool, pieces: Callable[[], AsyncIterator[bytes]], whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]]

@@ -47,6 +47,7 @@ class Allowance:
     ) -> None:
         self.requests = None if requests_per_minute is None else Bucket(requests_per_minute, clock)
         self.tokens = None if tokens_per_minute is None else Bucket(tokens_per_minute, clock)
+        self._reserved = 0  # tokens that running answers may still have
 
     def take_request(self) -> None:
         """Raises `ApiError` 429 when the minute's requests are used up."""
@@ -54,21 +55,32 @@ class Allowance:
             raise _exceeded(self.requests, 1, "requests")
 
     @contextlib.contextmanager
-    def admitting(self, tokens: int) -> Iterator[None]:
-        """Takes the tokens of a prompt, and gives them back where the block fails: what was refused costs nothing.
+    def admitting(self, tokens: int, answers: int = 0) -> Iterator[None]:
+        """Takes the tokens of a prompt and reserves the largest possible `answers`; gives both back if the block fails, since a
+        refused request costs nothing. `release` ends the reservation.
 
-        Raises `ApiError` 429 when they are not there.
+        Raises `ApiError` 429 when they are not there. A key's only running request needs just its prompt's tokens, so that a
+        limit below one answer still lets answers through, one after another; requests side by side must fit together.
         """
-        if self.tokens is not None and not self.tokens.take(tokens):
-            raise _exceeded(self.tokens, tokens, "tokens")
+        if self.tokens is not None:
+            wanted = tokens + answers + self._reserved if self._reserved else tokens
+            if self.tokens.level < wanted:
+                raise _exceeded(self.tokens, tokens, "tokens", wanted)
+            self.tokens.spend(tokens)
+        self._reserved += answers
         try:
             yield
         except BaseException:
+            self.release(answers)
             self.spend(-tokens)
             raise
 
+    def release(self, tokens: int) -> None:
+        """Gives back what `admitting` reserved and the answers no longer need."""
+        self._reserved -= tokens
+
     def spend(self, tokens: int) -> None:
-        """Takes tokens of an answer as they come. An answer is never cut for it; what was overspent is waited for afterwards."""
+        """Takes tokens of an answer as they come. An answer is never cut for it; overspending is waited for afterwards."""
         if self.tokens is not None:
             self.tokens.spend(tokens)
 
@@ -96,12 +108,13 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest}s"
 
 
-def _exceeded(bucket: Bucket, count: int, unit: str) -> ApiError:
+def _exceeded(bucket: Bucket, count: int, unit: str, level: int | None = None) -> ApiError:
+    """level: what the bucket must hold; `count` if it is not given."""
     if count > bucket.limit:
         message = f"this request has {count} {unit}; its key may use {bucket.limit} a minute"
         headers = {"x-should-retry": "false"}  # it would never fit
     else:
-        wait = math.ceil(max(bucket.seconds_until(count), 1))
+        wait = math.ceil(max(bucket.seconds_until(min(count if level is None else level, bucket.limit)), 1))
         message = f"the key's limit of {bucket.limit} {unit} a minute is reached; try again in {wait} s"
         headers = {"retry-after": str(wait)}
     return ApiError(429, message, code="rate_limit_exceeded", kind=unit, headers=headers)

@@ -29,7 +29,7 @@ def _file(name: str) -> Path | None:
     """The file of a module, or the file itself; None for one that is not there, which the stage itself complains about."""
     if name.endswith(".py"):
         return Path(name) if Path(name).is_file() else None
-    here = Path(*name.split("."))  # where the process that runs it looks first (rewards/inside.py), and ours may not look at all
+    here = Path(*name.split("."))  # where the worker looks first (rewards/user_code.py), and this process may not look at all
     for file in (here / "__init__.py", here.with_suffix(".py")):
         if file.is_file():
             return file

@@ -115,7 +115,8 @@ class GrammarCompiler:
                 "tokens": [token.decode("latin-1") for token in self._tokens.tokens],
                 "special": self._tokens.special_token_ids, "ends": self._tokens.ends,
                 "vocab_size": max(vocab_size, len(self._tokens.tokens)), "limits": LIMITS,
-            }
+            },
+            seconds,
         )  # fmt: skip
         self._bounds, self._seconds, self._kept = bounds, seconds, kept
         self._cache: OrderedDict[Grammar, LLMatcher] = OrderedDict()
@@ -139,7 +140,7 @@ class GrammarCompiler:
         """Compiles what a process of its own could compile in time. Raises `GrammarsBusy` when none was free."""
         text = self._text(grammar)
         try:
-            wrong = self._trials.run(text, self._seconds)
+            wrong = self._trials.run(text)
         except BlockingIOError as error:
             raise GrammarsBusy("other grammars are still being compiled", field=grammar.kind, fix="try again later") from error
         except TimeoutError as error:

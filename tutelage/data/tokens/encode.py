@@ -1,28 +1,27 @@
 """Chunks of a records file -> files of token ids, on every core. The mechanism under `tokens.tokenize`.
 
 A chunk owns the lines that begin inside its byte range. Each finished chunk is one file that appears whole, so a killed run
-goes on where it stopped. Workers are processes of their own that import neither torch nor the caller's main module, read
-chunk numbers from a pipe, and end when the pipe closes: none outlives a parent that was killed.
+goes on where it stopped. Workers (`tutelage.workers`) import neither torch nor the caller's main module, and none outlives a
+parent that was killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from tutelage import log
 from tutelage.errors import ArtifactError, DataError, UserError
 from tutelage.files import read_object, whole_file
 from tutelage.records import TYPES, Conversation, Preference, from_json
+from tutelage.workers import Answer, Workers
 
 if TYPE_CHECKING:
     from tutelage.chat.render import Rendered
@@ -229,98 +228,42 @@ def encode_chunks(chunks: list[Chunk], record: str, tokenizer: Path, *, workers:
             encode_chunk(encoder, chunk)
             progress(chunk)
         return
-    pool = _Pool(chunks, record, tokenizer, min(workers, len(chunks)), progress)
-    pool.run()
+    env = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # the processes are the parallelism
+    setup = {"record": record, "tokenizer": str(tokenizer)}
+    pool = Workers(f"{__name__}:chunk_encoder", setup, most=min(workers, len(chunks)), env=env)
+    with contextlib.closing(pool), contextlib.closing(pool.ask_all(map(asdict, chunks))) as answers:
+        for chunk, answer in zip(chunks, answers, strict=True):
+            _refuse(answer, chunk)
+            progress(chunk)
 
 
-class _Pool:
-    """Worker processes, each fed by one thread of this process: a thread takes the next chunk, sends it, waits for the answer."""
-
-    def __init__(
-        self, chunks: list[Chunk], record: str, tokenizer: Path, workers: int, progress: Callable[[Chunk], None]
-    ) -> None:
-        self._todo: Iterator[Chunk] = iter(chunks)
-        self._lock = threading.Lock()
-        self._progress = progress
-        self._failed: list[Exception] = []
-        setup = json.dumps({"path": sys.path, "record": record, "tokenizer": str(tokenizer)})
-        code = (
-            "import sys, json; setup = json.loads(sys.argv[1]); sys.path[:] = setup['path']; "
-            "from tutelage.data.tokens.encode import serve; serve(setup)"
-        )
-        env = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # the processes are the parallelism
-        self._workers = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, setup], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-            )
-            for _ in range(workers)
-        ]
-
-    def run(self) -> None:
-        threads = [threading.Thread(target=self._feed, args=(w,), daemon=True) for w in self._workers]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            for worker in self._workers:
-                if self._failed or sys.exc_info()[0] is not None:
-                    worker.kill()
-                worker.wait()
-        if self._failed:
-            raise self._failed[0]
-
-    def _feed(self, worker: subprocess.Popen[str]) -> None:
-        assert worker.stdin is not None and worker.stdout is not None
-        try:
-            while not self._failed:
-                with self._lock:
-                    chunk = next(self._todo, None)
-                if chunk is None:
-                    break
-                answer = _ask(worker.stdin, worker.stdout, chunk)
-                if answer is None:
-                    raise ArtifactError(
-                        "a tokenizing worker ended before its work was done",
-                        file=chunk.source,
-                        found=f"exit code {worker.wait()}",
-                        fix="run again (finished parts are kept); with less memory, lower workers",
-                    )
-                if "error" in answer:
-                    raise DataError(**answer["error"])
-                with self._lock:
-                    self._progress(chunk)
-        except Exception as error:
-            self._failed.append(error)
-        finally:
-            worker.stdin.close()
-
-
-def _ask(to: IO[str], back: IO[str], chunk: Chunk) -> dict[str, Any] | None:
-    """Sends a chunk to a worker; its answer, or None if the worker is gone."""
-    try:
-        to.write(json.dumps(asdict(chunk)) + "\n")
-        to.flush()
-    except BrokenPipeError:
-        return None
-    line = back.readline()
-    return json.loads(line) if line else None
-
-
-def serve(setup: dict[str, Any]) -> None:
-    """A worker's life: a chunk a line on standard input, an answer a line on standard output."""
+def chunk_encoder(setup: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
+    """The worker's side: encodes one chunk at a time; the fields of an error, or None."""
     encoder: Encoder | None = None
-    for line in sys.stdin:
-        answer: dict[str, Any] = {}
+
+    def encode(chunk: dict[str, Any]) -> dict[str, Any] | None:
+        nonlocal encoder
         try:
-            if encoder is None:
-                encoder = open_encoder(setup["record"], Path(setup["tokenizer"]))
-            encode_chunk(encoder, Chunk(**json.loads(line)))
+            encoder = encoder or open_encoder(setup["record"], Path(setup["tokenizer"]))
+            encode_chunk(encoder, Chunk(**chunk))
         except UserError as error:
-            answer = {"error": error_fields(error)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            return error_fields(error)
+        return None
+
+    return encode
+
+
+def _refuse(answer: Answer, chunk: Chunk) -> None:
+    """Raises the error of a chunk that was not encoded."""
+    if answer.value:
+        raise DataError(**answer.value)
+    if answer.why:
+        if answer.trace:
+            log.say(answer.trace.rstrip())
+        raise ArtifactError(
+            "a tokenizing worker ended before its work was done", file=chunk.source, found=answer.why,
+            fix="run again (finished parts are kept); with less memory, lower workers",
+        )  # fmt: skip
 
 
 def error_fields(error: UserError) -> dict[str, Any]:

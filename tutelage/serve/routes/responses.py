@@ -61,17 +61,25 @@ async def create(request: Request) -> Response:
     reply = Reply(asked, sampling, served.name, stored=store is not None)
     draft = Draft(shape.style, _scores(served, shape.style) if asked.logprobs else None)
 
+    unkept: list[str] = []
+
     async def keep(response: dict[str, Any]) -> None:
         if store is not None:
             try:
                 await store.put(Stored(items, response, asked.previous_response_id), owner_of(request))
-            except ApiError as error:  # clients would try again, and pay for each answer
-                error.headers["x-should-retry"] = "false"
-                raise
+            except ApiError as error:
+                if asked.store:  # the client relies on it, and would try again and pay for each answer
+                    error.headers["x-should-retry"] = "false"
+                    raise
+                response["store"] = False  # the answer is worth more than its copy
+                unkept.append('199 - "the store of responses cannot be used now; this response was not kept"')
 
     answer = Answer(work, reply, draft, keep)
     await work.submit()
-    return await work.respond(bool(asked.stream), answer.pieces, answer.whole)
+    reply_sent = await work.respond(bool(asked.stream), answer.pieces, answer.whole)
+    if unkept:
+        reply_sent.headers["warning"] = unkept[0]
+    return reply_sent
 
 
 @router.get("/v1/responses/{response_id}")
