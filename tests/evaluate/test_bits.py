@@ -119,7 +119,7 @@ def test_damaged_weights_and_empty_documents_are_named() -> None:
         model.embed.weight[7] = float("nan")
     with pytest.raises(TrainingStopped, match="broken"):
         measure(model, [Encoded(np.array([0, 1, 2]), 3, "fine"), Encoded(np.array([0, 7, 2]), 3, "broken")], row_length=8)
-    with pytest.raises(DataError, match="without a token"):
+    with pytest.raises(DataError, match="no token to predict"):
         measure(Running(), [Encoded(np.array([0]), 0, "empty")], row_length=8)
     with pytest.raises(DataError, match="no document"):
         measure(Running(), [], row_length=8)

@@ -14,7 +14,7 @@ from tutelage import log
 from tutelage.chat.render import check_supervision
 from tutelage.config.train import Train
 from tutelage.data.groups.dropped import UNTRAINED, say_left_out
-from tutelage.data.tokens.loader import StaticSource, eval_batches
+from tutelage.data.tokens.loader import Source, StaticSource, eval_batches
 from tutelage.data.tokens.shards import Segments
 from tutelage.models.adapters.attach import inference_view
 from tutelage.models.config import check_vocabulary
@@ -26,7 +26,7 @@ from tutelage.setup.inputs import record_type, require_record_type
 from tutelage.setup.trainer import TrainingSpec, run_training, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
-from tutelage.train.loop import Hook, Source
+from tutelage.train.loop import Hook
 from tutelage.train.optim import LearningRates
 
 

@@ -18,6 +18,7 @@ from tutelage import log
 from tutelage.artifacts import is_adapter
 from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
+from tutelage.data.tokens.loader import Source
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.adapters.attach import ParameterCount, adapter_of
@@ -43,7 +44,7 @@ from tutelage.rundir import RunDir
 from tutelage.setup.extend import ParentRun, start_of
 from tutelage.setup.hyperparameters import ranks_sharing
 from tutelage.train import distributed, hooks
-from tutelage.train.loop import Hook, Job, Source, State, train
+from tutelage.train.loop import Hook, Job, State, train
 from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig
 

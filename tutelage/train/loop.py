@@ -27,20 +27,10 @@ from tutelage.train.step import StepConfig, StepResult, gradients, train_step
 from tutelage.train.watch import UpdateWatch
 
 if TYPE_CHECKING:
-    from tutelage.data.tokens.loader import GlobalBatch
+    from tutelage.data.tokens.loader import Source
 
 WATCHED = 5  # steps after which every trainable tensor has to have moved
 OF_HOOKS = ("best", "samples")  # folders of a run directory in which hooks keep what a child run takes over
-
-
-class Source(Protocol):
-    """Where batches come from. Static data is a function of (seed, step)."""
-
-    def next(self, step: int) -> GlobalBatch: ...
-    def largest(self) -> GlobalBatch: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def on_weights(self, version: int) -> None: ...
 
 
 class Hook(Protocol):

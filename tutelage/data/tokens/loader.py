@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,6 +48,16 @@ class GlobalBatch:
         micro = self.micro[index]
         one = [slice(r, r + 1) for r in range(len(micro.ids))]
         return [replace(micro, **{n: getattr(micro, n)[r] for n in BY_ROW}, rows=micro.rows and micro.rows[r]) for r in one]
+
+
+class Source(Protocol):
+    """Where batches come from. Static data is a function of (seed, step)."""
+
+    def next(self, step: int) -> GlobalBatch: ...
+    def largest(self) -> GlobalBatch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def on_weights(self, version: int) -> None: ...
 
 
 @dataclass(slots=True, frozen=True)

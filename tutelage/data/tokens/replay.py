@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tutelage.data.tokens.loader import GlobalBatch, StaticSource
+from tutelage.data.tokens.loader import GlobalBatch, Source, StaticSource
 from tutelage.models.interface import Batch
-
-if TYPE_CHECKING:
-    from tutelage.train.loop import Source
 
 
 @dataclass(slots=True)
