@@ -7,50 +7,23 @@ of its inputs, and the content of the source files that the stage imports. Nothi
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tutelage import log
 from tutelage.config.base import Section, SourceLocations, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
+from tutelage.config.spec import RENAMED, StageSpec
 from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError, UserError
 from tutelage.plan.code import code_digest
 from tutelage.plan.time import Span
 from tutelage.rundir import Artifact, RunDir, find
-
-
-@dataclass(frozen=True, slots=True)
-class StageSpec:
-    """A row of the table of stages. Strings are imported when used, so that the table itself costs nothing."""
-
-    section: str  # name of the class in config/stages.py
-    module: str  # has `run(config, run) -> facts`
-    help: str
-    estimate: str  # "module:function" (planned) -> Estimate, without torch; raises `Unknown`
-    makes: str = ""  # kind of the artifact
-    ranks: bool = False  # every rank of `torchrun` takes part
-    outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
-    check: str | None = None  # "module:function" (planned): raises where the settings alone are wrong
-
-    def config(self) -> type[Section]:
-        found: type[Section] = getattr(importlib.import_module("tutelage.config.stages"), self.section)
-        return found
-
-    def run(self, config: Section, run: RunDir) -> dict[str, Any]:
-        facts: dict[str, Any] = _function(f"{self.module}:run")(config, run)
-        return facts
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +56,12 @@ class Planned:
     waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs whose content is not known yet, and what makes them
     run: RunDir | None = None  # set when everything is known
     estimate: Estimate | Unknown | None = None  # None: nothing to do
+
+    @property
+    def directory(self) -> RunDir:
+        """The run directory, once everything is known."""
+        assert self.run is not None, f"{self.name} waits for {list(self.waits_for)}"
+        return self.run
 
     @property
     def status(self) -> str:
@@ -136,9 +115,10 @@ class Runner:
 
     def _check(self, planned: Planned) -> None:
         """Once for each stage, and not for what is there already."""
-        check = self.table[planned.kind].check
-        if check is not None and planned.name not in self.checked and (planned.status != "hit" or self.force):
-            _function(check)(planned)
+        if planned.name in self.checked or (planned.status == "hit" and not self.force):
+            return
+        if (check := self.table[planned.kind].check()) is not None:
+            check(planned)
             self.checked.add(planned.name)
 
     def _child(self, name: str, kind: str, config: Section, extend: Mapping[str, Any]) -> Section:
@@ -164,20 +144,31 @@ class Runner:
             "config": identity_of(config),
             "inputs": {n: a.digest for n, a in inputs.items()},
             "code": code_digest(row.module),
-            "outside": _function(row.outside)(config) if row.outside else None,
+            "outside": row.outside_digest(config),
         }
         return hashlib.sha256(json.dumps(covered, sort_keys=True, default=str).encode()).hexdigest()
 
     def run(self, planned: Planned) -> RunDir:
         """Runs, resumes or finds one stage. Says which."""
-        run, row = planned.run, self.table[planned.kind]
-        assert run is not None, f"{planned.name} waits for {list(planned.waits_for)}"
+        with self.attempt(planned) as facts:
+            if facts is not None:
+                facts.update(self.table[planned.kind].run()(planned.config, planned.run))
+        return planned.directory
+
+    @contextmanager
+    def attempt(self, planned: Planned) -> Iterator[dict[str, Any] | None]:
+        """Says what is done with a stage, and holds its run directory while the body runs it. Yields the facts to fill in; None
+        where the result is there, or another rank makes it."""
+        run, row = planned.directory, self.table[planned.kind]
         self.finished[planned.name] = run
         if run.done and not self.force:
             log.say(f"{planned.name}: hit, {run.path}", style="green")
-            return run
+            yield None
+            return
         if log.rank() != 0 and not row.ranks:
-            return _wait(run)
+            _wait(run)
+            yield None
+            return
         self._check_extension(planned)
         fault = run.fault() if run.finished and not self.force else None
         if fault is not None:
@@ -188,8 +179,7 @@ class Runner:
         resolved = planned.config.model_dump()
         resolved.update({key: str(found.run or found.path) for key, found in planned.inputs.items()})
         with run.attempt(resolved, fresh=self.force) as facts:
-            facts.update(row.run(planned.config, run))
-        return run
+            yield facts
 
     def _check_extension(self, planned: Planned) -> None:
         """A run that can't go on from the one it extends is refused before it has a folder: its derivation tells."""
@@ -201,10 +191,10 @@ class Runner:
         if planned.status == "hit" and not self.force:
             return None
         try:
-            found: Estimate = _function(self.table[planned.kind].estimate)(planned)
+            estimate = self.table[planned.kind].estimate()
+            return Unknown("no estimate") if estimate is None else estimate(planned)
         except Unknown as reason:
             return reason
-        return found
 
     def nested(self, kind: str, values: dict[str, Any]) -> RunDir:
         """A stage that another stage needs, such as its tokens: cached and recorded like any other."""
@@ -213,11 +203,10 @@ class Runner:
         return runner.run(runner.plan(kind, kind, config))
 
 
-def _wait(run: RunDir, poll_seconds: float = 0.2) -> RunDir:
+def _wait(run: RunDir, poll_seconds: float = 0.2) -> None:
     """Other ranks wait for rank 0's file; no process group is open meanwhile, so nothing can time out."""
     while not run.done:
         time.sleep(poll_seconds)
-    return run
 
 
 @dataclass(slots=True)
@@ -340,7 +329,7 @@ def _stage(
             f"unknown stage kind `{kind}`",
             **places.of(f"{here}.stage"),
             expected=f"one of: {', '.join(table)}",
-            fix=_did_you_mean(str(kind), list(table)),
+            fix=_did_you_mean(RENAMED.get(str(kind), str(kind)), list(table)),
         )
     rest = {k: v for k, v in raw.items() if k != "stage"}
     config = build(table[kind].config(), rest, places=places, prefix=f"{here}.")

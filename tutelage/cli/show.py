@@ -45,6 +45,14 @@ def show_plan(plan: list[Planned], runner: Runner) -> None:
         log.say(note, style="dim")
 
 
+def show_stage_plan(planned: Planned, runner: Runner) -> None:
+    """The plan of a single stage: what it does, its row of the plan, and every setting."""
+    planned.estimate = runner.estimate(planned)
+    log.say(runner.table[planned.kind].help, style="bold")
+    show_plan([planned], runner)
+    show_config(planned.config)
+
+
 def _expected(estimate: Estimate | Unknown | None, resumes: bool = False) -> tuple[str, str]:
     """Time and memory of a stage, for people. Of one that `resumes` an earlier attempt has done some of the work."""
     if isinstance(estimate, Unknown):

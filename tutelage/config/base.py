@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as _PydanticField
 from pydantic.fields import FieldInfo
 
-from tutelage.errors import ConfigError, UserError
+from tutelage.errors import ConfigError, Setting, UserError
 from tutelage.unicode import HALF, half_character
 
 
@@ -179,7 +179,7 @@ def _choice(error: Any, key: str) -> str | None:
     asked = {"true": True, "yes": True, "false": False, "no": False}.get(str(found).lower())
     meant = next((w for w in words if asked is not None and w in SWITCHED[asked]), None)
     near = meant or next(iter(difflib.get_close_matches(str(found).lower(), words, n=1, cutoff=0.6)), None)
-    return f"did you mean {key}={near}?" if near else f"set {key} to one of: {', '.join(words)}"
+    return f"did you mean {Setting(key, near)}?" if near else f"set {key} to one of: {', '.join(words)}"
 
 
 E = TypeVar("E", bound=UserError)

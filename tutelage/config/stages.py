@@ -150,7 +150,7 @@ class Select(Section):
     answers: str = artifact("judged answers, made by `sample`", kind="records")
     data: str = artifact("the prompts that they answer", kind="records")
     make: Literal["conversations", "preferences"] = setting(
-        "conversations", "conversations for `sft`, or preferences for `prefer`"
+        "conversations", "conversations for `sft`, or preferences for `preference`"
     )
     threshold: float = setting(1.0, "make=conversations: least reward of an answer that is kept")
     keep: Literal["best", "all"] = setting("best", "make=conversations: of a prompt's good answers the best, or all that differ")
@@ -198,7 +198,7 @@ class Distil(Train):
     seed: int = setting(0, "of the data order and of every answer")
 
 
-class Vocabulary(Train):
+class ExtendVocab(Train):
     """Give a checkpoint new tokens that shorten the texts of a field, and train the rows of these tokens alone."""
 
     model: str = artifact("checkpoint whose tokenizer is byte-level BPE", kind="model")
@@ -229,7 +229,7 @@ class Adapt(Train):
     replay_share: float = setting(
         0.2, "share of rows that are general text, exact in every 1,000; 0: it is only measured", ge=0, lt=1
     )
-    vocab_add: int = setting(0, "new tokens learnt from the texts of the field, at most (see `tutelage vocabulary`)", ge=0)
+    vocab_add: int = setting(0, "new tokens learnt from the texts of the field, at most (see `tutelage extend-vocab`)", ge=0)
     rows: Literal["mean", "ends", "random"] = setting("mean", "vocab_add: what new rows begin with")
     warm_steps: int = setting(100, "vocab_add: steps in which the new rows alone are trained, before everything is", ge=0)
     epochs: float | None = setting(1.0, "passes over the field's texts", gt=0)
@@ -302,8 +302,8 @@ class Generate(Section):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
 
 
-class Label(Section):
-    """Label every row of a file with a classifier or a tagger."""
+class Predict(Section):
+    """Predict every row of a file with a classifier or a tagger."""
 
     model: str = artifact("a classifier: the folder or the run of `tutelage classify`, or a folder of transformers", kind="model")
     input: str = setting(
@@ -316,7 +316,7 @@ class Label(Section):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
 
 
-class Prefer(Tune):
+class Preference(Tune):
     """Train a model towards preferred answers, directly: DPO and its family."""
 
     model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")

@@ -18,7 +18,7 @@ from tutelage import log
 from tutelage.artifacts import is_adapter
 from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models import kernels
 from tutelage.models.adapters.attach import ParameterCount, adapter_of
 from tutelage.models.adapters.folder import save_adapter
@@ -122,7 +122,10 @@ def choose_device(config: Any) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            "no CUDA device here", field="device", found=name, fix="use device=cpu, or install a CUDA build of torch"
+            "no CUDA device here",
+            field="device",
+            found=name,
+            fix=f"use {Setting('device', 'cpu')}, or install a CUDA build of torch",
         )
     if name == "cuda" and distributed.world() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

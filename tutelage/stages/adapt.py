@@ -1,7 +1,7 @@
 """Stage `adapt`: a checkpoint and the texts of a field -> the checkpoint adapted, with what it gained there and lost elsewhere.
 
 Rows of general text between those of the field hold back forgetting (replay; Ibrahim et al. 2024, arXiv:2403.08763). New tokens
-come from a `vocabulary` stage that runs first.
+come from an `extend_vocab` stage that runs first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tutelage import log
-from tutelage.config.stages import Adapt, Vocabulary
+from tutelage.config.stages import Adapt, ExtendVocab
 from tutelage.data.tokens.loader import MixSource
 from tutelage.data.tokens.shards import Segments
 from tutelage.evaluate import adaptation_effect
@@ -85,10 +85,10 @@ def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]
     if not config.vocab_add:
         return run.input("model"), run.input("model"), {}
     assert run.nested is not None
-    shared = {k: v for k, v in config.model_dump().items() if k in Vocabulary.model_fields and k not in OWN}
+    shared = {k: v for k, v in config.model_dump().items() if k in ExtendVocab.model_fields and k not in OWN}
     shared = {**shared, "steps": config.warm_steps} if config.warm_steps else {k: shared[k] for k in WITHOUT if k in shared}
     made = run.nested(
-        "vocabulary",
+        "extend_vocab",
         {**shared, "model": str(run.input("model")), "data": str(run.input("data")), "add": config.vocab_add,
          "train": config.warm_steps > 0},
     )  # fmt: skip

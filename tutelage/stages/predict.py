@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tutelage import log
-from tutelage.config.stages import Label
+from tutelage.config.stages import Predict
 from tutelage.data.groups.examples import Task
 from tutelage.data.sources.labelled import texts_of
 from tutelage.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ class TextRow:
     pair: str | None
 
 
-def run(config: Label, runs: Path = Path("runs"), *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+def run(config: Predict, runs: Path = Path("runs"), *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Labels every row of `config.input` into `config.output`, whole or not at all. Returns rows, how many were cut, how often
     each label was said, and seconds.
 
@@ -70,7 +70,7 @@ def run(config: Label, runs: Path = Path("runs"), *, force: bool = False, dry_ru
     return {"output": config.output, "rows": rows, "cut": cut, "labels": dict(counts), "seconds": round(meter.seconds, 2)}
 
 
-def asked(archive: InputFile, config: Label) -> Iterator[TextRow]:
+def asked(archive: InputFile, config: Predict) -> Iterator[TextRow]:
     """The rows with their texts. Raises `DataError` with the place of one that has none."""
     for entry in archive.entries():
         with placed(archive, entry):
@@ -91,7 +91,7 @@ def placed(archive: InputFile, entry: InputRow) -> Iterator[None]:
         raise error.but(file=archive.path, line=entry.line, fix=error.fix or "mend the row, or leave it out") from None
 
 
-def _label(classifier: Classifier, archive: InputFile, config: Label, f: Any, meter: Meter) -> tuple[int, Counter[str]]:
+def _label(classifier: Classifier, archive: InputFile, config: Predict, f: Any, meter: Meter) -> tuple[int, Counter[str]]:
     """Writes all rows; how many were cut, and how often each label was said."""
     cut, counts, rows = 0, Counter[str](), asked(archive, config)
     while group := list(islice(rows, AT_A_TIME)):
