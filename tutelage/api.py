@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config.base import assign, build, nearest
-from tutelage.config.stages import Generate, Predict
 from tutelage.config.spec import RENAMED
+from tutelage.config.stages import Generate, Predict
 from tutelage.errors import ConfigError
 from tutelage.files import named_folder
 from tutelage.recipe import Runner, load_recipe, run_recipe

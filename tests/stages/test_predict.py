@@ -64,7 +64,7 @@ def test_every_classifier_labels_a_file(trained: dict[str, Path], tmp_path: Path
     made = [{"id": f"r{i}", "text": row["text"], "other": 1} for i, row in enumerate(rows("class"))]
     made = made * 7 + [{"text": "short"}]  # more than are read at a time
     source, output = write(tmp_path / "in.jsonl", made), tmp_path / "out" / "labels.jsonl"
-    said = tutelage(capsys, "label", trained[kind], source, "--output", output)
+    said = tutelage(capsys, "predict", trained[kind], source, "--output", output)
     assert said.code == 0 and said.out == f"{output}\n" and f"{len(made):,} rows in" in said.err, said.err
     found = read(output)
     folder = next(trained[kind] / n for n in ("model", "adapter") if (trained[kind] / n).is_dir())
@@ -111,7 +111,7 @@ def test_texts_that_are_cut_are_counted(trained: dict[str, Path], tmp_path: Path
     source = write(tmp_path / "in.jsonl", [{"text": "red " * 60 + "blue"}, {"text": "red"}])
     out = tmp_path / "out.jsonl"
     for side in ("right", "left"):
-        said = tutelage(capsys, "label", trained["class"], source, "-o", out, "--too-long", side, "--force")
+        said = tutelage(capsys, "predict", trained["class"], source, "-o", out, "--too-long", side, "--force")
         assert f"1 of 2 texts were cut at the {side}, to 32 tokens" in said.err and len(read(out)[0]["text"]) == 244
         row = Classifier(trained["class"] / "model", too_long=side).predict(["red " * 60 + "blue"])  # type: ignore[arg-type]
         assert list(read(out)[0]["probabilities"].values()) == pytest.approx(row.probabilities[0].tolist(), abs=1e-5)
@@ -134,7 +134,7 @@ def test_rows_without_a_text_are_named_and_nothing_is_written(
 ) -> None:
     """Half of an output; a row that is left out without a word; an error that does not say where."""
     source = write(tmp_path / name, lines)
-    done = tutelage(capsys, "label", trained["class"], source, "--output", tmp_path / "out.jsonl")
+    done = tutelage(capsys, "predict", trained["class"], source, "--output", tmp_path / "out.jsonl")
     assert done.code == 2 and place in done.err and said in done.err, done.err
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -158,7 +158,7 @@ def test_what_is_no_classifier_or_in_the_way_is_refused(
     with pytest.raises(ArtifactError, match="scores, it does not classify"):
         api.predict(model=tmp_path / "score", input=source, output=out, force=True)
     assert out.read_text() == "mine\n"
-    said = tutelage(capsys, "label", trained["class"], source, "-o", tmp_path / "new.jsonl", "--dry-run")
+    said = tutelage(capsys, "predict", trained["class"], source, "-o", tmp_path / "new.jsonl", "--dry-run")
     assert said.code == 0 and "1 rows" in said.err and "too_long: right" in said.out and not (tmp_path / "new.jsonl").exists()
     said = tutelage(capsys, "generate", trained["class"], source, "--output", tmp_path / "new.jsonl")
     assert said.code == 2 and "a classifier is used with `tutelage predict`" in " ".join(said.err.split())
@@ -166,11 +166,11 @@ def test_what_is_no_classifier_or_in_the_way_is_refused(
 
 def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> None:
     """A setting that only the source knows; a help page that takes seconds."""
-    assert " label " in tutelage(capsys, "--help").out
-    page = tutelage(capsys, "label", "--help", columns=200).out
+    assert " predict " in tutelage(capsys, "--help").out
+    page = tutelage(capsys, "predict", "--help", columns=200).out
     assert all(f" --{hyphens(key)} " in page or f" {key} " in page for key in Predict.model_fields)
     code = (
-        "import sys; sys.argv = ['tutelage', 'label', '--help']\nfrom tutelage.cli.main import main\n"
+        "import sys; sys.argv = ['tutelage', 'predict', '--help']\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit: print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

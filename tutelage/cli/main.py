@@ -8,42 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from tutelage import __version__
+from tutelage.cli import options as cli
 from tutelage.cli.commands import chat, keys_app, serve
-from tutelage.cli.options import (
-    RUNS,
-    DryRun,
-    Extend,
-    Force,
-    Runs,
-    Sets,
-    SettingsCommand,
-    explicit_values,
-    hyphens,
-    options_of,
-    parameter,
-    this_run,
-    with_options,
-)
+from tutelage.cli.options import RUNS, DryRun, Extend, Force, Runs, Sets, hyphens
 from tutelage.cli.runs import doctor, runs, show
-from tutelage.config.spec import RENAMED
 from tutelage.errors import UserError
 from tutelage.stages import FILE_COMMANDS, STAGES
 
-
-class Commands(TyperGroup):
-    """Names the new command where an old one is typed."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] in RENAMED:
-            ctx.fail(f"No such command '{args[0]}'. It is called '{hyphens(RENAMED[args[0]])}' now.")
-        return super().resolve_command(ctx, args)
-
-
 app = typer.Typer(
-    cls=Commands,
+    cls=cli.Commands,
     help="Raise a language model: from raw text to an assistant, offline on a laptop or on a cluster.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,7 +37,7 @@ def main() -> None:
     command = next((a for a in sys.argv[1:] if not a.startswith("-")), "")
     for panel, table, make in (("Stages", STAGES, stage_command), ("Using", FILE_COMMANDS, file_command)):
         for name, spec in table.items():
-            add = app.command(hyphens(name), cls=SettingsCommand, help=spec.help, rich_help_panel=panel,
+            add = app.command(hyphens(name), cls=cli.SettingsCommand, help=spec.help, rich_help_panel=panel,
                               context_settings={"token_normalize_func": hyphens})  # fmt: skip
             add(make(name) if hyphens(name) == command else _placeholder)
     try:
@@ -93,7 +68,7 @@ def stage_command(name: str) -> Any:
         settings, root = options.pop("set_"), options.pop("runs")
         force, dry_run = options.pop("force"), options.pop("dry_run")
         extend = dict(parse_set(text) for text in options.pop("extend", []))
-        values = explicit_values(section, options)
+        values = cli.explicit_values(section, options)
         for setting in settings:
             assign(values, *parse_set(setting))
         runner = Runner(STAGES, root, force=force)
@@ -107,8 +82,7 @@ def stage_command(name: str) -> Any:
         if log.rank() == 0:  # `$(torchrun …)` is one path
             print(planned.directory.path)
 
-    extend = [parameter("extend", Extend, [])] if "extends" in section.model_fields else []
-    return with_options(command, [*options_of(section), parameter("set_", Sets, []), *extend, *this_run()], section)
+    return cli.with_options(command, [*cli.options_of(section), *cli.changes_of(section), *cli.this_run()], section)
 
 
 def file_command(name: str) -> Any:
@@ -118,7 +92,7 @@ def file_command(name: str) -> Any:
     return make(FILE_COMMANDS[name])
 
 
-@app.command(cls=SettingsCommand, rich_help_panel="Whole recipes")
+@app.command(cls=cli.SettingsCommand, rich_help_panel="Whole recipes")
 def run(
     recipe: Annotated[Path, typer.Argument(help="Path of a YAML recipe.")],
     set_: Sets = [],  # noqa: B006 (typer copies it)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+from tutelage.config.spec import RENAMED
 from tutelage.files import named_folder
 
 THIS_RUN = "This run"
@@ -44,6 +45,15 @@ METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY:
 def hyphens(name: str) -> str:
     """`vocab_size`, the key that recipes use, as a command line has it: `vocab-size`."""
     return name.replace("_", "-")
+
+
+class Commands(TyperGroup):
+    """Names the new command where an old one is typed."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in RENAMED:
+            ctx.fail(f"No such command '{args[0]}'. It is called '{hyphens(RENAMED[args[0]])}' now.")
+        return super().resolve_command(ctx, args)
 
 
 class SettingsCommand(TyperCommand):
@@ -105,6 +115,12 @@ def options_of(section: Any) -> list[inspect.Parameter]:
 
     fields = sorted(section.model_fields.items(), key=lambda x: (not x[1].is_required(), "artifact" not in extra_of(x[1])))
     return [option(key, field) for key, field in fields if subsection(field) is None]
+
+
+def changes_of(section: Any) -> list[inspect.Parameter]:
+    """`--set`, and `--extend` for a stage that can be extended."""
+    extend = [parameter("extend", Extend, [])] if "extends" in section.model_fields else []
+    return [parameter("set_", Sets, []), *extend]
 
 
 def option(key: str, field: Any) -> inspect.Parameter:

@@ -61,11 +61,11 @@ class StageSpec:
 
     def check(self) -> Callable[..., None] | None:
         """`check(planned)` raises where the settings alone are wrong."""
-        return _function("tutelage.preflight.checks", self.name)
+        return getattr(importlib.import_module("tutelage.preflight.checks"), self.name, None)
 
     def estimate(self) -> Callable[..., Any] | None:
         """`estimate(planned) -> Estimate`, without torch; raises `Unknown`."""
-        return _function("tutelage.preflight.estimates", self.name)
+        return getattr(importlib.import_module("tutelage.preflight.estimates"), self.name, None)
 
     def outside_digest(self, config: Section) -> str | None:
         """Digest of the inputs that are no artifacts."""
@@ -73,12 +73,6 @@ class StageSpec:
             return None
         found: str | None = getattr(importlib.import_module("tutelage.stages.sources"), self.outside)(config)
         return found
-
-
-def _function(module: str, name: str) -> Callable[..., Any] | None:
-    """A function that the module itself defines, if there is one of this name."""
-    found = getattr(importlib.import_module(module), name, None)
-    return found if inspect.isfunction(found) and found.__module__ == module else None
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
     model: Any = trainer.load_start(start, config, device, run.seed)
     source = mixed(config, run, field[0], general[0], numbers) if general and config.replay_share else None
     beside = forgetting(config, general[1], numbers) if general else {}
-    out |= text_rows.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
+    spec = text_rows.next_token_spec(config, run, model, field, tokenizer, numbers, parent, source, beside)
+    out |= trainer.run_training(config, run, spec, device, parent)
     if source is not None:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:

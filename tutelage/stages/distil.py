@@ -39,7 +39,7 @@ def run(config: Distil, run: RunDir) -> dict[str, Any]:
     parent = extend.parent_of(config, run)
     segments = text_rows.open_segments(config, run, tokenizer, model.config.vocab_size)
     numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
-    work = text_rows.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+    work = text_rows.next_token_spec(config, run, model, segments, tokenizer, numbers, parent)
     work = replace(work, objective=method(config), per_byte=0.0)
     work = taught(work, config, run, teacher, segments, device) if config.top_k else beside(work, teacher)
     return trainer.run_training(config, run, work, device, parent)

@@ -35,9 +35,9 @@ def run(config: ExtendVocab, run: RunDir) -> dict[str, Any]:
     model = trainer.load_start(begun, config, device)
     only = OnlyRows(model, tables(model), old.vocab_size, new.vocab_size)
     log.say(f"training {new.vocab_size - old.vocab_size:,} rows of each table alone, everything else is frozen")
-    return out | text_rows.train_model(
-        config, run, model, segments, run.folder("words"), numbers, device, parent, beside={"rows": only}
-    )
+    hooks = {"rows": only}
+    spec = text_rows.next_token_spec(config, run, model, segments, run.folder("words"), numbers, parent, beside=hooks)
+    return out | trainer.run_training(config, run, spec, device, parent)
 
 
 def begin(config: ExtendVocab, run: RunDir, out: Path) -> None:
