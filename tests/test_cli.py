@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline import TRAIN, World, environment, inside, tutelage, world, write_recipe, write_sources  # noqa: F401 (a fixture)
-from tutelage import __version__, api
+from tutelage import __version__, api, log
 from tutelage.cli.options import hyphens
+from tutelage.cli.spelling import spelled, spelling_of
 from tutelage.config.base import known_keys, subsection
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 from tutelage.files import read_json, write_json
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
@@ -45,12 +47,12 @@ def test_every_stage_is_a_command(capsys: Capture) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_every_setting(stage: str, capsys: Capture) -> None:
     """A setting that only the source knows; a default or a `[required]` eaten as markup; an option that takes a section."""
-    page = tutelage(capsys, hyphens(stage), "--help", columns=200).out
+    page = " ".join(tutelage(capsys, hyphens(stage), "--help", columns=200).out.replace("│", " ").split())
     section = STAGES[stage].config()
     for key, field in section.model_fields.items():
         if subsection(field) is not None:
             assert f" --{hyphens(key)} " not in page
-            assert all(f"--set {inner}=" in page for inner in known_keys(section) if inner.startswith(f"{key}."))
+            assert all(f" --set {inner}=" in page for inner in known_keys(section) if inner.startswith(f"{key}."))
             continue
         assert f" --{hyphens(key)} " in page and (field.description or "") in page, key
         if (
@@ -213,6 +215,18 @@ def test_errors_speak_of_settings_as_they_are_typed(tmp_path: Path, capsys: Capt
     said = tutelage(capsys, "data", "--kind", "conversations", "--sources", file, *runs)
     assert "--fields '{prompt: YOUR_KEY, completion: YOUR_KEY}'" in said.err
     assert "--set optimizer.lr=1e-3" in tutelage(capsys, "pretrain", "--data", "x", "--set", "steps").err
+    error = DataError(
+        "x", fix=f"use {Setting('adapter.kind', 'lora')}, {Setting('too_long', 'left')} or {Setting('by', 'words')}"
+    )
+    assert spelled(error, "sft").endswith("use --set adapter.kind=lora, --too-long left or by=words")
+    assert spelled(error, "run").endswith("use adapter: {kind: lora}, too_long: left or by=words")
+    for copy in (error, error.but(line=3), pickle.loads(pickle.dumps(error))):
+        assert str(copy).endswith("use adapter.kind=lora, too_long=left or by=words") and copy.fix in str(copy)
+        assert "--too-long left" in spelled(copy, "sft")
+    log.say(f"use {Setting('too_long', 'left')}")
+    with log.spelling(spelling_of("sft")):
+        log.say(f"use {Setting('too_long', 'right')}")
+    assert capsys.readouterr().err == "use too_long=left\nuse --too-long right\n"
 
 
 @pytest.mark.parametrize("columns", [40, 300])

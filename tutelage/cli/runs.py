@@ -23,9 +23,9 @@ def runs(
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", metavar=" ", help="Remove the listed runs, after a question.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", metavar=" ", help="With --remove: also runs that others were made from.")
+        bool, typer.Option("--force", metavar=" ", help="Remove even runs that others were made from, with --remove.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", metavar=" ", help="With --remove: remove without a question.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", metavar=" ", help="Remove without a question, with --remove.")] = False,
     runs: Runs = RUNS,
 ) -> None:  # fmt: skip
     """List runs: what they are, whether they finished, how long they took. With --remove: remove them."""
@@ -52,9 +52,9 @@ def show(
     run: Annotated[str, typer.Argument(help="Run directory, or recipe/stage.")],
     rollouts: Annotated[bool, typer.Option("--rollouts", metavar=" ", help="Show the answers that RL learned from.")] = False,
     step: Annotated[
-        int | None, typer.Option("--step", metavar="N", help="With --rollouts: the step to show; the last where left out.")
+        int | None, typer.Option("--step", metavar="N", help="Step to show, with --rollouts; the last where left out.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="With --rollouts: number of prompts shown.")] = 5,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="Number of prompts shown, with --rollouts.")] = 5,
     runs: Runs = RUNS,
 ) -> None:  # fmt: skip
     """Draw the chain from data to this run, with its numbers; or browse its rollouts."""

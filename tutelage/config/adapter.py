@@ -47,7 +47,7 @@ class Adapter(Section):
     )
     embeddings: bool = setting(
         False,
-        "Also train embedding and head in full, for a base that has not read the control tokens of its chat "
+        "Train embedding and head in full as well, for a base that has not read the control tokens of its chat "
         "template, or texts like these (lora, dora, ia3).",
     )
     tokens: int = setting(20, "Number of virtual tokens (prompt, prefix).", ge=1)

@@ -290,7 +290,7 @@ class Evaluate(Section):
     before: str | None = artifact(
         "Earlier evaluation on the same records, to compare with in pairs.", kind="scores", default=None
     )
-    yardsticks: bool = setting(True, "Also measure xz and Kneser-Ney n-grams, given the same training text.")
+    yardsticks: bool = setting(True, "Measure xz and Kneser-Ney n-grams too, given the same training text.")
     stride: Share = setting(0.5, "Share of the context (0 to 1) kept when a long document is read in windows.")
     max_documents: int = setting(0, "Largest number of documents; 0: all.", ge=0)
     max_questions: int = setting(500, "Largest number of questions; 0: all.", ge=0)
@@ -393,7 +393,7 @@ class Preference(Tune):
     average: bool | None = setting(
         None, "Average log-probabilities over tokens (the authors' code) instead of summing them (the paper), with ipo."
     )
-    prompts: bool | None = setting(None, "Also learn prompts, as TRL does, instead of the chosen answers alone, with orpo.")
+    prompts: bool | None = setting(None, "Learn prompts too, as TRL does, instead of the chosen answers alone, with orpo.")
     desirable_weight: Positive | None = setting(None, "Weight of good answers, with kto.")
     undesirable_weight: Positive | None = setting(None, "Weight of bad answers, with kto.")
     too_long: Literal["drop", "left", "right"] = setting(

@@ -48,7 +48,7 @@ class Classify(Tune):
         0.0, "Share of probability taken from the right class (0 to 1)."
     )
     folds: int = setting(0, "Number of folds of cross-validation over the training part; 0: none.", ge=0)
-    baseline: bool = setting(True, "Also train TF-IDF with logistic regression on the same texts (scikit-learn).")
+    baseline: bool = setting(True, "Train TF-IDF with logistic regression too, on the same texts (scikit-learn).")
     seed: int = setting(0, "Seed for new weights, dropout, data order and folds.")
 
 

@@ -66,7 +66,7 @@ def next_token_spec(
     source: Source | None = None,
     beside: Mapping[str, Hook] | None = None,
 ) -> TrainingSpec:
-    """Training `model` to predict the next token of texts, on from the last step of `parent` if there is one. `source`: where rows
+    """Training `model` to predict the next token of texts, from the last step of `parent` if there is one. `source`: where rows
     come from, if not from `segments` alone; `beside`: more hooks."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
