@@ -219,7 +219,7 @@ def test_errors_speak_of_settings_as_they_are_typed(tmp_path: Path, capsys: Capt
         "x", fix=f"use {Setting('adapter.kind', 'lora')}, {Setting('too_long', 'left')} or {Setting('by', 'words')}"
     )
     assert spelled(error, "sft").endswith("use --set adapter.kind=lora, --too-long left or by=words")
-    assert spelled(error, "run").endswith("use adapter: {kind: lora}, too_long: left or by=words")
+    assert spelled(error, "run").endswith("use adapter: {kind: lora}, too_long: left or by: words")
     for copy in (error, error.but(line=3), pickle.loads(pickle.dumps(error))):
         assert str(copy).endswith("use adapter.kind=lora, too_long=left or by=words") and copy.fix in str(copy)
         assert "--too-long left" in spelled(copy, "sft")

@@ -30,8 +30,8 @@ def stage(
     name: str, *, runs: str | Path = "runs", force: bool = False, extend: dict[str, Any] | None = None, **settings: Any
 ) -> RunDir:
     """Runs, resumes or finds one stage. Inputs may be folders, `recipe/stage` names or the `RunDir` of another call.
-    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). `extend={"steps": 2000}` goes on from the finished
-    training of these settings, in a run of its own. Raises the errors of `tutelage.errors`."""
+    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). `extend={"steps": 2000}` continues the finished
+    training of these settings in a new run. Raises the errors of `tutelage.errors`."""
     if name not in STAGES:
         near = nearest(RENAMED.get(name, name), list(STAGES))
         raise ConfigError(

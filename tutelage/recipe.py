@@ -1,7 +1,7 @@
-"""A recipe is a set of named stages. The runner plans them, runs or resumes what is not there yet, and skips what is.
+"""A recipe is a set of named stages. The runner plans them, runs or resumes those that are not finished, and skips the rest.
 
-A single command is a recipe of one stage. What a run's digest covers: the settings that can change the result, the content
-of its inputs, and the content of the source files that the stage imports. Nothing else makes it run again.
+A single command is a recipe of one stage. A run's digest covers the settings that can change the result, the content of its
+inputs, and the source files that the stage imports. Nothing else makes it run again.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from tutelage.rundir import Artifact, RunDir, find
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a stage is expected to take. Ranges, never a point."""
+    """Expected time and memory of a stage, as ranges."""
 
     seconds: Span
     memory_bytes: Span
-    because: str  # the formula of the time, with its numbers
-    room: str  # that of the memory
+    because: str  # formula of the time, with its numbers
+    room: str  # formula of the memory
 
     def __add__(self, other: Estimate) -> Estimate:
-        """One part after another, with the memory of both."""
+        """Times of two parts that run one after the other, and the memory of both."""
         because, room = (" + ".join(filter(None, pair)) for pair in ((self.because, other.because), (self.room, other.room)))
         return Estimate(self.seconds + other.seconds, self.memory_bytes + other.memory_bytes, because, room)
 
 
 class Unknown(Exception):
-    """An estimate that has to wait, as the plan says it: `known after corpus`."""
+    """An estimate that is not possible yet; the text is the reason that the plan shows: `known after corpus`."""
 
 
 @dataclass(slots=True)
 class Planned:
-    """One stage of a recipe, as far as it is known before it runs."""
+    """One stage of a recipe, with what is known before it runs."""
 
     name: str
     kind: str
     config: Section
     inputs: dict[str, Artifact] = field(default_factory=dict)
-    waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs whose content is not known yet, and what makes them
+    waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs that do not exist yet, and the stages that make them
     run: RunDir | None = None  # set when everything is known
     estimate: Estimate | Unknown | None = None  # None: nothing to do
 
@@ -114,7 +114,7 @@ class Runner:
         return planned
 
     def _check(self, planned: Planned) -> None:
-        """Once for each stage, and not for what is there already."""
+        """Checks each stage once; finished ones are not checked."""
         if planned.name in self.checked or (planned.status == "hit" and not self.force):
             return
         if (check := self.table[planned.kind].check()) is not None:
@@ -149,7 +149,7 @@ class Runner:
         return hashlib.sha256(json.dumps(covered, sort_keys=True, default=str).encode()).hexdigest()
 
     def run(self, planned: Planned) -> RunDir:
-        """Runs, resumes or finds one stage. Says which."""
+        """Runs, resumes or finds one stage, and reports which."""
         with self.attempt(planned) as facts:
             if facts is not None:
                 facts.update(self.table[planned.kind].run()(planned.config, planned.run))
@@ -157,8 +157,8 @@ class Runner:
 
     @contextmanager
     def attempt(self, planned: Planned) -> Iterator[dict[str, Any] | None]:
-        """Says what is done with a stage, and holds its run directory while the body runs it. Yields the facts to fill in; None
-        where the result is there, or another rank makes it."""
+        """Reports what is done with a stage, and holds its run directory while the body runs it. Yields the facts to fill in;
+        None where the result exists already or another rank makes it."""
         run, row = planned.directory, self.table[planned.kind]
         self.finished[planned.name] = run
         if run.done and not self.force:
@@ -182,12 +182,12 @@ class Runner:
             yield facts
 
     def _check_extension(self, planned: Planned) -> None:
-        """A run that can't go on from the one it extends is refused before it has a folder: its derivation tells."""
+        """Refuses a run that cannot continue the one it extends before it has a folder; deriving its settings finds out."""
         if getattr(planned.config, "extends", None) is not None and planned.status == "run":
             self.estimate(planned)
 
     def estimate(self, planned: Planned) -> Estimate | Unknown | None:
-        """What a stage is expected to take, or what has to be known first; None for a finished one."""
+        """Expected time and memory of a stage, or what has to be known first; None for a finished one."""
         if planned.status == "hit" and not self.force:
             return None
         try:
@@ -204,7 +204,7 @@ class Runner:
 
 
 def _wait(run: RunDir, poll_seconds: float = 0.2) -> None:
-    """Other ranks wait for rank 0's file; no process group is open meanwhile, so nothing can time out."""
+    """Waits for rank 0's file. No process group is open meanwhile, so nothing can time out."""
     while not run.done:
         time.sleep(poll_seconds)
 
@@ -220,7 +220,7 @@ class Recipe:
     places: SourceLocations = field(default_factory=SourceLocations)
 
     def plan(self, name: str, runner: Runner) -> Planned:
-        """Raises what the settings of this stage alone are wrong in, with its name and place."""
+        """Plans one stage. Raises configuration errors with the stage's name and place."""
         kind, config = self.stages[name]
         try:
             return runner.plan(name, kind, config, self.extensions.get(name))
@@ -271,7 +271,7 @@ def load_recipe(
 
 
 def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[str, dict[str, Any]]:
-    """What is asked of each stage that is extended."""
+    """The changes for each stage that is extended."""
     out: dict[str, dict[str, Any]] = {}
     for key, value in extend:
         stage, _, setting = key.partition(".")
@@ -289,7 +289,7 @@ def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[st
 def _settings(
     values: dict[str, Any], settings: list[tuple[str, Any]], places: SourceLocations
 ) -> Iterator[tuple[str, Any, int | str]]:
-    """(key, value, line or words of the command line) of the asked scale, then of each `--set`."""
+    """(key, value, line or words of the command line) of the chosen scale, then of each `--set`."""
     scales = values.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):
         raise ConfigError(
@@ -365,7 +365,7 @@ def _did_you_mean(word: str, names: list[str]) -> str | None:
 
 
 def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
-    """The plan of all stages: what is there, what will run, and what it is expected to take."""
+    """The plan of all stages: what is finished, what will run, and its expected time and memory."""
     out = []
     for name in recipe.stages:
         planned = _plan(recipe, name, runner)
@@ -375,7 +375,7 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
 
 
 def _plan(recipe: Recipe, name: str, runner: Runner) -> Planned:
-    """A stage that is there already counts as finished for those behind it."""
+    """A stage that is done counts as finished for the stages after it."""
     planned = recipe.plan(name, runner)
     if planned.run is not None and planned.run.done and not runner.force:
         runner.finished[name] = planned.run
@@ -383,8 +383,7 @@ def _plan(recipe: Recipe, name: str, runner: Runner) -> Planned:
 
 
 def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
-    """Runs every stage in order; stages that are there already are hits. All are planned first: what is wrong by the settings
-    of the last one is said before the first one runs."""
+    """Runs every stage in order; finished stages are hits. All stages are validated before any runs."""
     for name in recipe.stages:
         _plan(recipe, name, runner)
     for name in recipe.stages:

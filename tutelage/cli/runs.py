@@ -32,7 +32,7 @@ def runs(
     from tutelage.cli.show import chosen_runs, show_runs
     from tutelage.errors import ConfigError
 
-    rows = chosen_runs(runs, like, stage, status)
+    rows = chosen_runs(runs, like, None if stage is None else stage.replace("-", "_"), status)
     if not remove:
         if force or yes:
             raise ConfigError("--force and --yes are about --remove", fix="leave them out, or add --remove")

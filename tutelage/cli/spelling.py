@@ -18,17 +18,16 @@ def spelled(error: UserError, command: str) -> str:
 
 
 def spelling_of(command: str) -> Callable[[Setting], str]:
-    """How a command's users write a setting; `run` has those of every stage, in a recipe."""
+    """How a command's users write a setting: those of `run` in a recipe."""
     if command == "run":
-        known = {key for spec in STAGES.values() for key in known_keys(spec.config())}
-        return lambda setting: _in_recipe(setting) if setting.key in known else setting.plain
+        return _in_recipe
     table = {hyphens(name): spec for name, spec in (STAGES | FILE_COMMANDS).items()}
     known = set(known_keys(table[command].config())) if command in table else set()
     return lambda setting: _option(setting) if setting.key in known else setting.plain
 
 
 def _option(setting: Setting) -> str:
-    """`--key value`; a setting of a nested section has no option of its own."""
+    """`--key value`; a setting of a nested section has no option."""
     if "." in setting.key:
         return f"--set {shlex.quote(setting.plain)}"
     return f"--{hyphens(setting.key)} {shlex.quote(setting.value)}"

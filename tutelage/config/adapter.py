@@ -1,4 +1,4 @@
-"""Settings of adapters: a few weights that are trained beside a base that stays as it is."""
+"""Settings of adapters: a few weights trained on a frozen base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USES: dict[str, tuple[str, ...]] = {
     "prompt": ("tokens", "init", "quantize"),
     "prefix": ("tokens", "init", "quantize"),
 }
-"""The settings that each kind has a use for."""
+"""The settings that each kind uses."""
 _OF_A, _OF_VALUES = ("kaiming", "gaussian"), ("vocabulary", "random")
 INITS = {"lora": _OF_A, "dora": _OF_A, "prompt": _OF_VALUES, "prefix": _OF_VALUES}
 
@@ -59,7 +59,7 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _honoured(self) -> Self:
-        """Raises `ConfigError` for a setting that the kind has no use for."""
+        """Raises `ConfigError` for a setting that the kind does not use."""
         for name, field in type(self).model_fields.items():
             value: Any = getattr(self, name)
             if name == "kind" or name in USES[self.kind] or value == field.default:

@@ -17,7 +17,7 @@ from tutelage.errors import ConfigError
 
 
 class Term(Section):
-    """What every term has."""
+    """Settings of every term."""
 
     weight: float = setting(1.0, "Weight of the term in the reward; negative: a penalty.")
 
@@ -113,7 +113,7 @@ class RewardModel(Term):
 
 
 class Judge(Term):
-    """What a language model says of the text, from 0 to 1."""
+    """A language model's grade of the text, from 0 to 1."""
 
     base_url: str | None = setting(
         None, "URL of an OpenAI-compatible server, such as http://localhost:8000/v1; null: the stage's own."
@@ -136,14 +136,14 @@ class Judge(Term):
 
 
 class Function(Term):
-    """A function of yours: `score(rollout) -> float`, run in a process of its own."""
+    """Your own function `score(rollout) -> float`, run in its own process."""
 
     path: str = setting(..., "Function by import path: module:function, or file.py:function.", pattern=r"^.+:[A-Za-z_]\w*$")
     seconds: Positive = setting(30.0, "Time limit in seconds for one rollout; exceeding it stops the run.")
 
 
 class Environment(Term):
-    """What the environment says that an episode was worth."""
+    """The environment's score of the episode."""
 
 
 REWARD_TYPES: dict[str, type[Term]] = {

@@ -1,4 +1,5 @@
-"""One section a stage: what a command takes, a recipe's stage holds, and a Python call passes, under the same names."""
+"""One section per stage: the settings of its command, of its entry in a recipe and of its Python function, under the same
+names. The first line of a docstring is the stage's help."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from tutelage.config.tasks import Classify as Classify
 from tutelage.config.tasks import Translate as Translate
 from tutelage.config.train import DEVICE, Count, Derived, Positive, Schedule, Share, Train, Tune
 
-# One name may stand for a list of one: --set corpus.sources=docs/
+# A single name is a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -98,7 +99,7 @@ class Tokens(Section):
 
 
 class Pretrain(Train):
-    """Train a model on plain text: from scratch, or on from a checkpoint."""
+    """Train a model on plain text, from scratch or from a checkpoint."""
 
     data: str = artifact("Documents to train on.", kind="records")
     tokenizer: str | None = artifact("Tokenizer folder for a new model; not needed with `model`.", kind="tokenizer", default=None)
@@ -115,7 +116,7 @@ class Pretrain(Train):
 
 
 class Sft(Train):
-    """Supervised fine-tuning on conversations."""
+    """Fine-tune a checkpoint on conversations."""
 
     model: str = artifact("Checkpoint to start from.", kind="model")
     data: str = artifact("Conversations to train on.", kind="records")
@@ -125,7 +126,7 @@ class Sft(Train):
 
 
 class Merge(Section):
-    """Make an adapter part of its base: a whole model."""
+    """Merge an adapter into its base, which gives a whole model."""
 
     adapter: str = artifact("Adapter to merge: a folder that peft wrote, or a run that trained one.", kind="adapter")
     model: str | None = artifact("Base model, where it is not at the place that the adapter names.", kind="model", default=None)
@@ -138,7 +139,7 @@ class Merge(Section):
 
 
 class Sample(Section):
-    """Have a model answer each prompt several times, and judge the answers."""
+    """Sample several answers to each prompt and judge them."""
 
     model: str = artifact("Model that answers.", kind="model")
     data: str = artifact("Prompts, or conversations whose last question is asked.", kind="records")
@@ -163,7 +164,7 @@ class Sample(Section):
 
 
 class Select(Section):
-    """Choose among judged answers: the good ones to imitate, or the best and the worst as a preference."""
+    """Choose among judged answers: good ones to imitate, or pairs of a better and a worse one."""
 
     answers: str = artifact("Judged answers, as made by `sample`.", kind="records")
     data: str = artifact("Prompts that the answers belong to.", kind="records")
@@ -192,7 +193,7 @@ class Rollouts(Section):
 
 
 class Distil(Train):
-    """Train a model to predict what a larger one predicts."""
+    """Train a student model to predict what a larger teacher predicts."""
 
     model: str = artifact("Student: the checkpoint to start from.", kind="model")
     teacher: str = artifact("Teacher model, with the student's vocabulary.", kind="model")
@@ -227,7 +228,7 @@ class Distil(Train):
 
 
 class ExtendVocab(Train):
-    """Give a checkpoint new tokens that shorten the texts of a field, and train the rows of these tokens alone."""
+    """Add tokens to a checkpoint for the texts of a field, and train only their rows."""
 
     model: str = artifact("Checkpoint whose tokenizer is byte-level BPE.", kind="model")
     data: str = artifact("Documents of the field.", kind="records")
@@ -247,7 +248,7 @@ class ExtendVocab(Train):
 
 
 class Adapt(Train):
-    """Go on training a checkpoint on the texts of a field, with replay of general text; measure gain and loss."""
+    """Continue training a checkpoint on the texts of a field, with replay of general text; measure gain and loss."""
 
     model: str = artifact("Checkpoint to adapt.", kind="model")
     data: str = artifact("Documents of the field.", kind="records")
@@ -282,7 +283,7 @@ class Adapt(Train):
 
 
 class Evaluate(Section):
-    """Measure a model on held-out documents and questions, beside honest yardsticks."""
+    """Evaluate a model on held-out documents and questions, next to simple baselines."""
 
     model: str = artifact("Model to evaluate.", kind="model")
     documents: str | None = artifact("Records whose validation part is measured in bits per byte.", kind="records", default=None)
@@ -306,7 +307,7 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    """One self-contained HTML page about a run and everything it came from."""
+    """Write one self-contained HTML page about a run and everything it came from."""
 
     run: str = artifact("Run to report on.", kind="run")
     scores: str | None = artifact("Evaluation of the run; the nearest one where left out.", kind="scores", default=None)
@@ -316,7 +317,7 @@ class Report(Section):
 
 
 class Generate(Section):
-    """Answer every row of a file with a model. What was interrupted goes on with the same command."""
+    """Answer every row of a file with a model; the same command resumes what was interrupted."""
 
     model: str = artifact("Model folder, run, or recipe/stage.", kind="model")
     input: str = setting(
@@ -356,7 +357,7 @@ class Generate(Section):
 
 
 class Predict(Section):
-    """Predict every row of a file with a classifier or a tagger."""
+    """Predict the labels of every row of a file with a classifier or a tagger."""
 
     model: str = artifact("Classifier: the folder or the run of `tutelage classify`, or a folder of transformers.", kind="model")
     input: str = setting(
@@ -375,7 +376,7 @@ class Predict(Section):
 
 
 class Preference(Tune):
-    """Train a model towards preferred answers, directly: DPO and its family."""
+    """Train a model directly on preferences (DPO and its family) or ratings (KTO)."""
 
     model: str = artifact("Model to train, usually a fine-tuned one; it is the reference too.", kind="model")
     data: str = artifact("Preferences, or ratings for kto.", kind="records")
@@ -405,7 +406,7 @@ class Preference(Tune):
 
 
 class Reward(Tune):
-    """Train a model that scores answers as people did: from preferences, ratings, or verdicts on steps."""
+    """Train a reward model from preferences, ratings, or verdicts on steps."""
 
     model: str = artifact("Language model to start from, or a reward model to continue with.", kind="model")
     data: str = artifact("Preferences or ratings.", kind="records")
@@ -430,7 +431,7 @@ class Reward(Tune):
 
 
 class Rl(Tune):
-    """Train a model on its own answers, by what they are worth: policy gradients and PPO."""
+    """Train a model on its own answers by their rewards: GRPO and its family, PPO."""
 
     model: str = artifact("Model to train, usually a fine-tuned one.", kind="model")
     data: str = artifact("Prompts, or conversations whose last question is asked.", kind="records")

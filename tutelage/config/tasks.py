@@ -9,14 +9,14 @@ from pydantic import Field as Bound
 from tutelage.config.base import artifact, setting
 from tutelage.config.train import Count, Derived, Positive, Schedule, Tune
 
-TEXT_LENGTH = 256  # tokens of a text to classify where nothing else is said: cost grows with it, labels seldom hang on the end
-SOURCE_LENGTH, TARGET_LENGTH = 512, 128  # tokens of a source and a target where nothing else is said
+TEXT_LENGTH = 256  # default length of a text to classify, in tokens: cost grows with it, and labels seldom depend on the end
+SOURCE_LENGTH, TARGET_LENGTH = 512, 128  # default lengths of source and target, in tokens
 SMALL_ENCODER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 SMALL_T5 = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 
 
 class Classify(Tune):
-    """Train a classifier of texts, or of their parts, and measure it beside word counts."""
+    """Train a classifier of texts or of their parts, and compare it with word counts."""
 
     data: str = artifact("Examples to train on.", kind="records")
     encoder: str | None = artifact(
@@ -53,7 +53,7 @@ class Classify(Tune):
 
 
 class Translate(Tune):
-    """Train an encoder-decoder to make one text of another: translation, summaries."""
+    """Train an encoder-decoder for translation or summaries."""
 
     data: str = artifact("Conversations of one prompt and one completion: the source and the target.", kind="records")
     model: str | None = artifact("Encoder-decoder (t5, bart, marian, …) to start from.", kind="model", default=None)

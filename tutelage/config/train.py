@@ -48,7 +48,7 @@ def warmup_steps(schedule: Schedule, steps: int) -> int:
 
 
 class Loop(Section):
-    """What every method that trains has."""
+    """Settings of every method that trains."""
 
     steps: Count | Derived = setting("derived", "Number of optimizer steps; derived: from tokens or epochs.")
     optimizer: Optimizer = setting(Optimizer(), "Optimizer.")
@@ -112,7 +112,7 @@ class Train(Loop):
 
 
 class Tune(Loop):
-    """Training on answers: prompts, each with the answers to it that are judged."""
+    """Training on answers: prompts, each with its judged answers."""
 
     optimizer: Optimizer = setting(Optimizer(name="adamw", weight_decay=0.0), "Optimizer.")
     schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "Learning-rate schedule.")
@@ -132,8 +132,8 @@ class Tune(Loop):
 
 
 T = TypeVar("T", bound=Train)
-HOW_FAR = {"steps": "derived", "tokens": "derived", "epochs": None}  # one of them ends a run; what they are when they do not
-MAY_CHANGE = (*HOW_FAR, "schedule")  # settings that a child run need not share with the run that it extends
+HOW_FAR = {"steps": "derived", "tokens": "derived", "epochs": None}  # one of them ends a run; values of the others
+MAY_CHANGE = (*HOW_FAR, "schedule")  # settings in which a child run may differ from its parent
 
 
 def extended(config: T, run: str, changes: Mapping[str, Any]) -> T:

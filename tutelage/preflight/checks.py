@@ -1,5 +1,6 @@
-"""What is wrong by the settings alone: every stage of a recipe is asked before the first one runs, so that the seventh does not
-fail hours later. A function a stage, found by its name; each raises `ConfigError`, `MissingExtra` or `SandboxError`.
+"""Configuration errors that need no data or model: every stage of a recipe is checked before the first one runs, so that the
+seventh does not fail hours later. One function per stage, found by its name; each raises `ConfigError`, `MissingExtra` or
+`SandboxError`.
 
 Without torch, but for the settings of an objective.
 """

@@ -109,7 +109,7 @@ def families_of(config: Preference, run: RunDir, model: Any, part: str, length: 
 def give_reference(
     config: Preference, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
 ) -> None:
-    """What the model to stay close to says of every answer, asked once."""
+    """Computes the reference log-probabilities of every answer, once."""
     if config.reference is not None:
         answers.check_tokens(run, "reference")
     other = load(run.input("reference"), device=device) if config.reference else model

@@ -1,6 +1,6 @@
 """Stage `translate`: pairs of texts -> an encoder-decoder that makes the second of the first.
 
-A stage of its own, since nothing that makes up `sft` has a meaning here: rows of packed text, templates, one length for both.
+Separate from `sft`, none of whose parts apply here: rows of packed text, templates, one length for both.
 """
 
 from __future__ import annotations
