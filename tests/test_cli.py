@@ -85,7 +85,7 @@ def test_mistakes(capsys: Capture, tmp_path: Path) -> None:
         (["data", "--sources", "a.txt", "--min_chars", "few"], "`min_chars` has a value that does not fit"),
         (["data"], "`sources` is required"),
         (["pretrain", "--data", "x", "--set", "optimiser.lr=1"], "did you mean `optimizer`?"),
-        (["pretrain", "--data", "x", "--set", "lr=1"], "did you mean `optimizer.lr`?"),
+        (["pretrain", "--data", "x", "--set", "matrix_lr=1"], "did you mean `optimizer.matrix_lr`?"),
         (["tokenizer", "--data", "$corpus"], "`$corpus` is not a stage of this recipe"),
         (["tokenizer", "--data", "nowhere"], "nowhere: no records there"),
         (["tokenizer", "--data", "/nowhere/at/all"], "/nowhere/at/all: no records there"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from tutelage.errors import ArtifactError
 from tutelage.files import file_digest, read_object
+from tutelage.gguf.folder import file_of, model_folder
 
 ADAPTER = "adapter_config.json"
 SCORED = ("SEQ_CLS", "TOKEN_CLS")  # the tasks of `peft` with a score head
@@ -31,18 +32,19 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of the base that an adapter is for: what its settings name, or the model that the run which wrote it had.
+    """The folder of the base that an adapter is for: what its settings name (a folder, a GGUF file or a short name), or the
+    model that the run which wrote it had.
 
     Raises `ArtifactError` where neither is there.
     """
     named = str(adapter_config(folder).get("base_model_name_or_path") or "")
-    if named and Path(named).expanduser().is_dir():
-        return Path(named).expanduser()
+    if named and (here := model_folder(named)).is_dir():
+        return here
     run = folder.resolve().parent
     parents = read_object(run / "run.json").get("parents") if (run / "run.json").is_file() else None
     known = [p for p in parents if isinstance(p, dict)] if isinstance(parents, list) else []
     for parent in (p for p in known if p.get("name") == "model" and isinstance(p.get("path"), str)):
-        place = (run / parent["path"]).resolve()
+        place = model_folder((run / parent["path"]).resolve())
         for found in (place / "model", place / "adapter", place):
             if (found / "config.json").is_file():
                 return found
@@ -55,7 +57,8 @@ def base_of(folder: Path) -> Path:
 
 
 def whole_of(folder: Path) -> Path:
-    """The model folder with the config.json of a model: that of the base, for an adapter."""
+    """The model folder with the config.json of a model: that of the base, for an adapter; the opened one, for a GGUF file."""
+    folder = model_folder(folder)
     return whole_of(base_of(folder)) if is_adapter(folder) else folder
 
 
@@ -64,6 +67,7 @@ def weights_digest(base: Path) -> str:
     total = hashlib.sha256()
     if is_adapter(base):
         total.update(weights_digest(base_of(base)).encode())
-    for file in sorted(base.glob("*.safetensors")):
+    opened = file_of(base)
+    for file in sorted(base.glob("*.safetensors")) if opened is None else (opened,):
         total.update(f"{file.name} {file_digest(file)}\n".encode())
     return total.hexdigest()

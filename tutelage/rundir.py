@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,9 @@ from tutelage import __version__, aside, log
 from tutelage.artifacts import is_adapter
 from tutelage.digests import Digests
 from tutelage.errors import ArtifactError, StorageError, UserError
-from tutelage.files import folder_digest, joint_digest, read_object, recover, storage_errors, whole_file, write_json
+from tutelage.files import file_digest, folder_digest, joint_digest, read_object, recover, storage_errors, whole_file, write_json
+from tutelage.gguf.folder import model_folder, packaged, short_names
+from tutelage.gguf.reader import is_gguf
 from tutelage.unicode import printable
 
 ARTIFACT_TYPES = {
@@ -53,6 +55,7 @@ class Artifact:
     path: Path
     digest: str  # SHA-256 of the content
     run: Path | None = None  # the run directory that it lies in, if it lies in one
+    file: Path | None = None  # the GGUF file that `path` was opened from
 
     @property
     def name(self) -> str:
@@ -212,7 +215,7 @@ class RunDir:
                     "name": n,
                     "kind": a.kind,
                     "stage": _stage_of(a),
-                    "path": _relative(a.run or a.path, self.path),
+                    "path": _relative(a.run or a.file or a.path, self.path),
                     "digest": a.digest,
                 }
                 for n, a in self.inputs.items()
@@ -339,10 +342,15 @@ def matching(reference: str, root: Path, proof: str) -> list[Path]:
 
 
 def find(reference: str, kind: str, root: Path) -> Artifact:
-    """The artifact that a path or `recipe/stage` names. Raises `ArtifactError` saying what is there instead."""
+    """The artifact that a reference names: a folder, a run's directory, `recipe/stage`, a GGUF file, or the short name of one in
+    a package. Raises `ArtifactError` saying what is there instead."""
     path = Path(reference).expanduser()
+    if kind in ("model", "tokenizer") and is_gguf(path):
+        return _of_gguf(path, kind)
     if not path.exists():
         matches = matching(reference, root, "DONE")
+        if not matches and kind in ("model", "tokenizer") and (file := packaged(reference)) is not None:
+            return _of_gguf(file, kind)
         if not matches:
             unfinished = matching(reference, root, "run.json")
             if unfinished:
@@ -351,7 +359,8 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
                 f"no {kind} there",
                 file=reference,
                 fix=f"give a folder, or a finished run as recipe/stage (`tutelage runs --runs {root}` lists them"
-                + ("; `tutelage run recipes/quickstart.yaml` makes this one)" if reference.startswith("quickstart/") else ")"),
+                + ("; `tutelage run recipes/quickstart.yaml` makes this one)" if reference.startswith("quickstart/") else ")")
+                + (f"; a GGUF file, or {_quoted(short_names())}" if kind in ("model", "tokenizer") else ""),
             )
         path = matches[-1]
     if (path / "run.json").exists():
@@ -363,9 +372,15 @@ def find(reference: str, kind: str, root: Path) -> Artifact:
         inside = path.resolve().parent
         run = inside if (inside / "run.json").exists() else None
         return Artifact(kind, path, _known(path, run) or folder_digest(path), run)
+    models = sorted(path.glob("*.gguf")) if kind in ("model", "tokenizer") and path.is_dir() else []
     raise ArtifactError(
-        f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path), fix=_how_to_make(kind)
-    )
+        f"not a {kind} folder: it has no {wanted or 'run.json'}", file=path, found=_contents(path),
+        fix=f"give the GGUF file itself: {models[0]}" if models else _how_to_make(kind),
+    )  # fmt: skip
+
+
+def _of_gguf(file: Path, kind: str) -> Artifact:
+    return Artifact(kind, model_folder(file), file_digest(file), file=file)
 
 
 def _known(path: Path, run: Path | None) -> str | None:
@@ -399,12 +414,16 @@ def _contents(path: Path) -> str:
     return ", ".join(names) or "an empty folder"
 
 
+def _quoted(names: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
 def _how_to_make(kind: str) -> str | None:
     return {
         "records": "make one with `tutelage data --sources YOUR_FILES`",
         "tokenizer": "make one with `tutelage tokenizer --data RECORDS`, or give a Hugging Face folder with tokenizer.json",
         "run": "give a finished run as recipe/stage, or its folder (`tutelage runs` lists them)",
-        "model": "give a Hugging Face model folder, or a finished pretrain or sft run",
+        "model": "give a Hugging Face model folder, a GGUF file, a finished pretrain or sft run, or " + _quoted(short_names()),
         "adapter": "give a folder that peft wrote, or a finished run with adapter.kind set",
     }.get(kind)
 

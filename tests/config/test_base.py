@@ -73,7 +73,7 @@ def test_unknown_keys_name_the_nearest() -> None:
     base = {"data": "d", "tokenizer": "t"}
     for values, key, hint in (
         ({"step": 3}, "step", "steps"),
-        ({"lr": 1e-3}, "lr", "optimizer.lr"),
+        ({"matrix_lr": 1e-3}, "matrix_lr", "optimizer.matrix_lr"),
         ({"optimizer": {"lrr": 1e-3}}, "optimizer.lrr", "optimizer.lr"),
         ({"schedule": {"warm_up": 1}}, "schedule.warm_up", "schedule.warmup"),
     ):

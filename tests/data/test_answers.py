@@ -32,7 +32,8 @@ def test_records_keep_all_right_answers(tmp_path: Path) -> None:
     assert prompt.answer == "Brussels" and prompt.meta["accepted"] == ["Bruxelles"]
     (talk,) = records(tmp_path, "conversations", Conversation, ROW)
     assert talk.messages[1].content == "Brussels" and Prompt.of(talk).meta["accepted"] == ["Bruxelles"]
-    assert [grade(talk, text).correct for text in ("Brussels", "bruxelles", "Antwerp")] == [True, True, False]
+    answers = ("Brussels", "Bruxelles", "bruxelles", "Antwerp")  # case counts: a grade is never generous
+    assert [grade(talk, text).correct for text in answers] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("answer", [[], [""], [["a"], ["b"]], [{"a": 1}, "x"]])
@@ -68,6 +69,10 @@ def test_rewards_take_any_right_answer(reward: str, texts: list[str], right: lis
 
 
 def test_other_answers_that_are_no_list_are_named() -> None:
-    """`accepted: "Bruxelles"` would be read as nine answers of a letter each."""
-    with rubric({"exact": {}}) as made, pytest.raises(RewardError, match="other right answers are a list"):
-        made.judge([rollout("B", "Brussels", accepted="Bruxelles")])
+    """`accepted: "Bruxelles"` would be read as nine answers of a letter each, and an object as answers that are its keys."""
+    with rubric({"exact": {}}) as made:
+        found = made.judge([rollout(text, "Brussels", i, accepted="Bruxelles") for i, text in enumerate(("B", "Bruxelles"))])
+        assert [verdict.reward for verdict in found] == [0, 1]
+        for accepted in ({"Bruxelles": 1}, [["Bruxelles"]]):
+            with pytest.raises(RewardError, match="other right answers are a list"):
+                made.judge([rollout("Bruxelles", "Brussels", accepted=accepted)])

@@ -104,7 +104,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_data_stage_collects_them(tmp_path: Path) -> None:
-    """Texts with spans that are cleaned, so that the spans point elsewhere; one text on both sides of the split."""
+    """Texts that are trimmed although spans point into them (they stay byte for byte); one text on both sides of the split."""
     rows = [{"text": f"  x{i}  y\r\n", "label": "a" if i % 2 else "b"} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[0]]))
     (tmp_path / "tagged.conll").write_text("-DOCSTART- -X- O\n\nAda NNP B-P\nsat VBD O\n\nEve NNP B-P\n")
@@ -115,7 +115,7 @@ def test_the_data_stage_collects_them(tmp_path: Path) -> None:
     assert (
         len(found) == 20
         and facts["rejected"] == {"duplicate": 1}
-        and {e.text for e in found} == {f"  x{i}  y" for i in range(20)}
+        and {e.text for e in found} == {f"  x{i}  y\r\n" for i in range(20)}
     )
     assert json.loads((out / "schema.json").read_text())["type"] == "Example"
     other = tmp_path / "other"

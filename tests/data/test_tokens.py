@@ -122,7 +122,7 @@ def test_lines_belong_to_one_chunk(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from tutelage.data import encode, tokens
+from tutelage.data.tokens import encode, shards as tokens
 encode.CHUNK_BYTES = 4000
 records, tokenizer, out, workers, stop = sys.argv[1:]
 def progress(done, total):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,25 @@ EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 def estimate(value: float, low: float, high: float, n: int = 40) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n, "unit": "share"}
+
+
+def scores(digest: str = "3", **sections: Any) -> dict[str, Any]:
+    """scores.json of a model with this digest."""
+    about = {"name": "assistant-dddd", "digest": digest}
+    return {"version": 2, "model": about, "definitions": {"bits_per_byte": "bits / bytes"}, **sections}
+
+
+def page_of(run: Path, folder: Path, *given: Path) -> str:
+    write_report(run, folder / "r.html", given)
+    text = (folder / "r.html").read_text(encoding="utf-8")
+    Page(text)
+    return text
+
+
+def shown_scores(run: Path) -> dict[str, Any]:
+    """The scores of the run's model, as the fixture wrote them."""
+    found: dict[str, Any] = read_json(run.parent / "scores-eeee" / "scores" / "scores.json")
+    return found
 
 
 def make_run(root: Path, name: str, stage: str, parents: list[tuple[str, str, str]] = (), **facts: Any) -> Path:  # type: ignore[assignment]
@@ -87,23 +107,28 @@ def finished(tmp_path: Path) -> Path:
               "bytes_per_token": [2.5, 3.125]}  # fmt: skip
     run = make_run(
         root, "assistant-dddd", "sft", [("model", "model", "base-cccc")], artifact={"kind": "model", "digest": "3"},
-        change={EVIL: change},
+        adaptation_effect={EVIL: change},
     )  # fmt: skip
     scored = make_run(root, "scores-eeee", "evaluate", [("model", "model", "assistant-dddd")])
     rows = [
         {"name": "xz", "label": "xz -9e", "bits_per_byte": estimate(1.6, 1.5, 1.7)},
         {"name": "model", "label": EVIL, "bits_per_byte": estimate(1.4, 1.3, 1.5)},
     ]
-    task = {"task": EVIL, "judged_by": "correct", "correct": estimate(0.9, 0.8, 0.95), "recognisable": estimate(0.9, 0.8, 0.95),
-            "overlap": estimate(0.9, 0.8, 0.95), "guess": 0.25, "guess_from": "stated chance", "above_guess": True}  # fmt: skip
-    verdict = {"text": "12.5% fewer bits than the better yardstick.", "saving": estimate(0.125, 0.1, 0.15)}
-    write_json(
-        scored / "scores" / "scores.json",
-        {"documents": {"count": 40, "bytes": 9000, "rows": rows, "verdict": verdict}, "questions": {"tasks": [task]}},
-    )
-    answer = {"task": "t", "prompt": EVIL, "expected": "4", "answer": EVIL, "correct": False, "score": 0.1}
+    task = {"task": EVIL, "scorer": "answer", "correct": estimate(0.9, 0.8, 0.95), "guess": 0.25, "guess_from": "stated chance",
+            "above_guess": True, "guess_interval": None}  # fmt: skip
+    verdict = {"text": f"{EVIL} needs 12.5% fewer bits than the best baseline.", "saving": estimate(0.125, 0.1, 0.15)}
+    documents = {
+        "data": "docs-aaaa",
+        "count": 40,
+        "bytes": 9000,
+        "rows": rows,
+        "verdict": verdict,
+        "perplexity": estimate(23.4, 21, 25.8),
+    }
+    write_json(scored / "scores" / "scores.json", scores(documents=documents, questions={"data": "asked-1", "tasks": [task]}))
+    answer = {"task": "t", "prompt": EVIL, "expected": "4", "answer": EVIL, "correct": False, "scorer": "answer"}
     shown = {"kind": "prompt", "prompt": EVIL, "continuation": EVIL, "truth": None, "sampling": {"temperature": 0.8}}
-    write_json(scored / "scores" / "gallery.json", {"answers": [answer], "continuations": [shown]})
+    write_json(scored / "scores" / "samples.json", {"answers": [answer], "continuations": [shown]})
     return run
 
 
@@ -145,11 +170,24 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
     assert not re.search(r"url\((?!#)|@import", text)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    for section in ("yardsticks", "questions", "says", "curves", "data", "lineage", "cost", "use", "details", "change-1"):
+    for section in (
+        "baselines",
+        "figures",
+        "questions",
+        "says",
+        "curves",
+        "data",
+        "lineage",
+        "cost",
+        "use",
+        "details",
+        "effect-1",
+    ):
         assert section in ids
     for shown in (
         "12.5% fewer bits",
         "1.400",
+        "23.4 (21.0 to 25.8)",
         "4.2M",
         "90.0%",
         "3.21",
@@ -166,20 +204,17 @@ def test_everything_is_there_and_nothing_runs(finished: Path, tmp_path: Path) ->
 
 def test_questions_alone_have_a_verdict(finished: Path, tmp_path: Path) -> None:
     """ "Not measured yet" at the head of a page that shows measures."""
-    both = read_story(finished).scores
-    assert both is not None
-    task = both["questions"]["tasks"][0]
-    for above, words in ((True, "Clearly better than guessing"), (False, "Not clearly better than guessing")):
-        write_json(tmp_path / "scores.json", {"questions": {"tasks": [{**task, "above_guess": above}]}})
-        write_report(finished, tmp_path / "r.html", [tmp_path])
-        text = (tmp_path / "r.html").read_text(encoding="utf-8")
-        assert words in text and "Not measured yet" not in text
+    task = shown_scores(finished)["questions"]["tasks"][0]
+    shutil.rmtree(finished.parent / "scores-eeee")
+    for above, words in ((True, "is clearly better than guessing"), (False, "is not clearly better than guessing")):
+        write_json(tmp_path / "scores.json", scores(questions={"tasks": [{**task, "above_guess": above}]}))
+        text = page_of(finished, tmp_path, tmp_path)
+        assert f"assistant {words}" in text and "has not been measured" not in text
 
 
 def test_one_document_has_no_interval(finished: Path, tmp_path: Path) -> None:
     """ "1.400 to 1.400": an interval of no width where nothing is known of how far others would lie."""
-    both = read_story(finished).scores
-    assert both is not None
+    both = shown_scores(finished)
     for row in both["documents"]["rows"]:
         value = row["bits_per_byte"]["value"]
         row["bits_per_byte"] |= {"low": value, "high": value, "method": "one unit: no interval"}
@@ -202,7 +237,7 @@ def test_the_gain_by_rewards_is_on_the_page(finished: Path, tmp_path: Path) -> N
     write_report(finished, tmp_path / "r.html")
     write_json(finished / "run.json", row)
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert all(shown in text for shown in ("What was gained by rewards", "0.155", "0.255", "+0.100", "+0.032 to +0.168"))
+    assert all(shown in text for shown in ("The effect of training on rewards", "0.155", "0.255", "+0.100", "+0.032 to +0.168"))
 
 
 def test_lineage_is_parents_first_and_each_once(finished: Path) -> None:
@@ -213,9 +248,11 @@ def test_lineage_is_parents_first_and_each_once(finished: Path) -> None:
 def test_scores_of_another_model_are_not_shown(finished: Path) -> None:
     """The newest evaluation in the folder may belong to another run."""
     other = make_run(finished.parent, "later-ffff", "evaluate", [("model", "model", "somewhere-else")])
-    write_json(other / "scores" / "scores.json", {"documents": {"verdict": {"text": "someone else"}}})
+    strange = {"documents": {"data": "docs-aaaa", "verdict": {"text": "someone else"}}}
+    write_json(other / "scores" / "scores.json", scores("9", **strange))
     story = read_story(finished)
-    assert story.scores is not None and story.scores["documents"]["verdict"]["text"].startswith("12.5%")
+    assert story.model is not None and not story.others
+    assert "12.5%" in story.model.documents["docs-aaaa"]["verdict"]["text"]
 
 
 def test_what_is_missing_is_left_out_with_a_reason(tmp_path: Path) -> None:
@@ -226,7 +263,7 @@ def test_what_is_missing_is_left_out_with_a_reason(tmp_path: Path) -> None:
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     Page(text)
     for reason in (
-        "no finished evaluation of this run",
+        "no finished evaluation of base was found",
         "metrics.jsonl with losses",
         "wrote a data card",
         "gone-1, which is not a run directory",
@@ -261,27 +298,97 @@ def test_units() -> None:
     assert (size(2_300_000), scientific(1.2e15), scientific(3e-4)) == ("2.3 MB", "1.2 × 10¹⁵", "3.0 × 10⁻⁴")
 
 
-def test_what_an_evaluation_gained_is_on_the_page(finished: Path, tmp_path: Path) -> None:
-    """Gains of preferences that no page showed; and those of a model that the run does not come from."""
+def test_comparisons_are_on_the_page(finished: Path, tmp_path: Path) -> None:
+    """Comparisons that no page showed; and those of a model that the run does not come from."""
     made = [("sums-eeee", "assistant-dddd", 0.155), ("other-ffff", "stranger-9999", 0.777)]
     for name, model, after in made:
         run = make_run(finished.parent, name, "evaluate", [("model", "model", model)])
-        row = {"task": "add", "judged_by": "correct", "before": estimate(0.14, 0.1, 0.2), "after": estimate(after, 0.1, 0.2)}
-        gains = {"model": f"chat-{EVIL}", "questions": [row | {"gain": estimate(after - 0.14, -0.021, 0.052, 200)}]}
-        write_json(run / "scores" / "scores.json", {"gains": gains})
-    write_report(finished, tmp_path / "r.html")
-    text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    shown = ("What was gained on held-out questions", "14.0%", "15.5%", "+1.5<", "-2.1 to +5.2")
+        row = {"task": "add", "scorer": "exact", "reference": estimate(0.14, 0.1, 0.2), "model": estimate(after, 0.1, 0.2)}
+        row |= {"difference": estimate(after - 0.14, -0.021, 0.052, 200)}
+        found = {"model": name, "reference": f"chat-{EVIL}", "questions": [row]}
+        write_json(run / "scores" / "scores.json", scores("x", comparison=found))
+    text = page_of(finished, tmp_path)
+    shown = ("Models compared on held-out questions", "14.0%", "15.5%", "+1.5<", "-2.1 to +5.2")
     assert all(part in text for part in shown) and "77.7%" not in text and EVIL not in text
 
 
 def test_a_wrong_answer_is_not_marked_right(finished: Path, tmp_path: Path) -> None:
     """`s u u` for `s u l`, two letters of three, under a green mark where only exact answers count."""
-    scored = next(p.parent for p in finished.parent.glob("*/scores/scores.json"))
-    row = {"task": "t", "prompt": "?", "expected": "s u l", "answer": "s u u", "correct": False, "score": 0.67}
-    write_json(scored / "gallery.json", {"answers": [row], "continuations": []})
-    task = read_json(scored / "scores.json")["questions"]["tasks"][0]
-    for judged_by, mark in (("correct", "✗ wrong"), ("recognisable", "≈ recognisable")):
-        write_json(scored / "scores.json", {"questions": {"tasks": [task | {"task": "t", "judged_by": judged_by}]}})
-        write_report(finished, tmp_path / "r.html", [scored])
-        assert mark in (tmp_path / "r.html").read_text(encoding="utf-8")
+    row = {"task": "t", "prompt": "?", "expected": "s u l", "answer": "s u u"}
+    for correct, scorer, mark in (
+        (False, "exact", "✗ wrong"),
+        (True, "word_overlap", "≈ words overlap"),
+        (True, "exact", "✓ right"),
+    ):
+        answer = row | {"correct": correct, "scorer": scorer}
+        write_json(finished.parent / "scores-eeee" / "scores" / "samples.json", {"answers": [answer], "continuations": []})
+        assert mark in page_of(finished, tmp_path)
+
+
+def documents(nats: float, **more: Any) -> dict[str, Any]:
+    """Figures of ten documents of 100 bytes."""
+    value = nats / math.log(2) / 100
+    rows = [{"name": "model", "label": "m", "bits_per_byte": estimate(value, value - 0.1, value + 0.1)},
+            {"name": "xz", "label": "xz -9e", "bits_per_byte": estimate(1.65, 1.6, 1.7)}]  # fmt: skip
+    each = [{"document": str(i), "nats": nats, "tokens": 20, "bytes": 100} for i in range(10)]
+    return {"data": "docs-aaaa", "count": 10, "bytes": 1000, "rows": rows, "per_document": each} | more
+
+
+def of_base(finished: Path, **sections: Any) -> Path:
+    """An evaluation of the model that the run's own was trained from."""
+    run = make_run(finished.parent, "base_scores-ffff", "evaluate", [("model", "model", "base-cccc")])
+    write_json(run / "scores" / "scores.json", scores("2", **sections))
+    return run / "scores"
+
+
+def test_the_verdict_is_about_the_model_that_is_handed_over(finished: Path, tmp_path: Path) -> None:
+    """ "11.4% fewer bits" at the head of the page of a chat model: the figure of its base, while the chat model itself needed 84%
+    more bits than the baseline. Here the base is good and the model of the run is bad: the page must open with the bad."""
+    better = {"text": "base-cccc needs 11.4% fewer bits.", "saving": estimate(0.114, 0.1, 0.13)}
+    base = of_base(finished, documents=documents(101.3, verdict=better))
+    worse = {"text": "assistant-dddd is worse than a baseline: it needs 84.0% more bits.", "saving": estimate(-0.84, -0.9, -0.8)}
+    own = finished.parent / "scores-eeee" / "scores"
+    write_json(own / "scores.json", shown_scores(finished) | {"documents": documents(210.5, verdict=worse)})
+    for given in ([own, base], [base], []):  # whether or not the recipe names them
+        text = page_of(finished, tmp_path, *given)
+        head = text[text.index("<h1>") : text.index('id="figures"')]
+        first, second = re.findall(r'<p class="verdict (\w*)">(.*?)</p>', head)[:2]
+        assert first == ("bad", worse["text"].replace("-dddd", ""))
+        assert second[0] == "bad" and "assistant needs 107.8% more bits" in second[1] and "than base, which" in second[1]
+        assert "3.037 against 1.461 bits per byte for docs-aaaa" in second[1]
+        assert "11.4%" not in text  # praise of another model
+        assert (
+            head.count('class="bar ours"') == head.count('class="bar parent"') == 1 and "base, which it was trained from" in head
+        )
+        others = text[text.index('id="others"') :]
+        assert "<td>base</td>" in others and "1.461 bits per byte" in others
+
+
+def test_praise_of_the_base_alone_is_no_verdict(finished: Path, tmp_path: Path) -> None:
+    """A run whose base was measured on documents and that was not: the page says so first."""
+    base = of_base(finished, documents=documents(101.3, verdict={"text": "base-cccc needs 11.4% fewer bits."}))
+    own = shown_scores(finished)
+    write_json(finished.parent / "scores-eeee" / "scores" / "scores.json", {k: v for k, v in own.items() if k != "documents"})
+    text = page_of(finished, tmp_path, base)
+    first = re.findall(r'<p class="verdict (\w*)">(.*?)</p>', text)[0]
+    assert first[0] == "bad" and "assistant was not measured on the documents of docs-aaaa, as base was" in first[1]
+    assert 'id="baselines"' not in text and "11.4%" not in text
+
+
+def test_scores_of_the_earlier_layout_are_an_error(finished: Path, tmp_path: Path) -> None:
+    """Sections that silently vanish because their keys have other names now."""
+    own = finished.parent / "scores-eeee" / "scores"
+    write_json(own / "scores.json", shown_scores(finished) | {"version": 1})
+    with pytest.raises(ArtifactError, match=r"(?s)another version.*measure the model again"):
+        page_of(finished, tmp_path, own)
+    assert "these scores were written by another version" in page_of(finished, tmp_path)
+
+
+def test_a_reference_is_not_the_model_of_an_evaluation(finished: Path, tmp_path: Path) -> None:
+    """The page of an evaluation that compares two models: the one compared with comes last in the chain."""
+    other = make_run(finished.parent, "other-1111", "sft", artifact={"kind": "model", "digest": "7"})
+    theirs = make_run(finished.parent, "theirs-2222", "evaluate", [("model", "model", other.name)], artifact={"kind": "scores"})
+    parents = [("model", "model", finished.name), ("compare_with", "scores", theirs.name)]
+    run = make_run(finished.parent, "mine-3333", "evaluate", parents, artifact={"kind": "scores"})
+    story = read_story(run)
+    assert story.model is not None and (story.model.name, [m.name for m in story.parents]) == ("assistant", ["base"])

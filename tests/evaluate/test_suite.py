@@ -68,18 +68,30 @@ def test_a_uniform_model_costs_its_entropy_and_loses(records: tuple[Path, Path],
     assert model["value"] == pytest.approx(math.log2(257) * (size + 10) / size, rel=1e-6)
     assert model["n"] == 10 and model["low"] <= model["value"] <= model["high"]
     assert result["documents"]["perplexity"]["value"] == pytest.approx(257, rel=1e-6)
-    assert result["documents"]["verdict"]["text"].startswith("Worse than a yardstick")
+    assert result["documents"]["verdict"]["text"].startswith("uniform is worse than a baseline: it needs ")
     assert {r["name"] for r in result["documents"]["rows"]} == {"model", "xz", "kn-bytes", "kn-tokens"}
     task = result["questions"]["tasks"][0]
     assert task["correct"]["value"] == 1.0 and task["above_guess"]
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == json.loads(json.dumps(result))
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 30
-    assert json.loads((tmp_path / "out" / "gallery.json").read_text())["continuations"]
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["continuations"]
+
+
+def test_figures_name_their_model_and_data(
+    records: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table without its model's perplexity, and a verdict that could be quoted for any model."""
+    result = suite.evaluate(subject(), tmp_path / "out", documents=records[0], conversations=records[1], baselines=False)
+    assert (result["documents"]["data"], result["questions"]["data"]) == ("docs", "chats")
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "10 held-out documents of docs" in shown and "held-out questions of chats, answered by uniform" in shown
+    assert "perplexity" in shown and "257.0 to 257.0" in shown
+    assert "uniform needs" in shown
 
 
 def test_limits_spread_and_nothing_to_measure(records: tuple[Path, Path], tmp_path: Path) -> None:
     """A limit that takes the first documents measures one corner of the data."""
-    result = suite.evaluate(subject(), tmp_path / "out", documents=records[0], yardsticks=False, max_documents=5)
+    result = suite.evaluate(subject(), tmp_path / "out", documents=records[0], baselines=False, max_documents=5)
     assert result["documents"]["count"] == 5
     assert suite.spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
     with pytest.raises(DataError, match="nothing to measure"):
@@ -87,9 +99,14 @@ def test_limits_spread_and_nothing_to_measure(records: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("factor", "starts"), [(0.9, "10.0% fewer bits"), (1.1, "Worse than a yardstick: 10.0% more"), (1.0, "No clear difference")]
+    ("factor", "starts"),
+    [
+        (0.9, "m needs 10.0% fewer"),
+        (1.1, "m is worse than a baseline: it needs 10.0% more"),
+        (1.0, "m shows no clear difference"),
+    ],
 )
-def test_verdict_compares_on_the_units_of_the_yardstick(factor: float, starts: str) -> None:
+def test_verdict_compares_on_the_units_of_the_baseline(factor: float, starts: str) -> None:
     """xz is only known per group of documents; the model's documents must be added up the same way. A tie is called a tie."""
     rng = np.random.default_rng(0)
     members = np.repeat(np.arange(8), 5)
@@ -98,6 +115,6 @@ def test_verdict_compares_on_the_units_of_the_yardstick(factor: float, starts: s
     xz = Baseline("xz", "xz", np.bincount(members, weights=ours) / factor * noise, np.full(8, 500.0), "group", members)
     weak = Baseline("kn", "kn", ours * 3, np.full(40, 100.0), "document", np.arange(40))
     sums = DocumentSums((ours * math.log(2)).tolist(), [100] * 40, [100] * 40, [""] * 40)
-    verdict = suite.verdict(sums, [weak, xz])
-    assert verdict["better_yardstick"] == "xz"
+    verdict = suite.verdict(sums, [weak, xz], model="m", data="corpus-1")
+    assert verdict["best_baseline"] == "xz" and "40 held-out documents of corpus-1" in verdict["text"]
     assert verdict["text"].startswith(starts)

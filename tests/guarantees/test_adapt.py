@@ -102,7 +102,7 @@ def test_gain_and_loss_are_facts() -> None:
     rows = sum(row["rows"] for row in facts["replayed"].values())
     assert rows == 6 * 4 and facts["replayed"]["general"]["rows"] > 0
     before, after = (read_json(straight() / f"{name}.json") for name in ("before", "after"))
-    for kind, found in facts["change"].items():
+    for kind, found in facts["adaptation_effect"].items():
         assert [r["document"] for r in before[kind]] == [r["document"] for r in after[kind]] and found["documents"] == 4
         bits = [
             sum(r["nats"] for r in rows) / sum(r["bytes"] for r in rows) / 0.6931471805599453
@@ -111,7 +111,7 @@ def test_gain_and_loss_are_facts() -> None:
         assert bits == pytest.approx([found["before"]["value"], found["after"]["value"]])
         assert found["change"]["value"] == pytest.approx(bits[1] - bits[0])
         assert found["change"]["low"] <= found["change"]["value"] <= found["change"]["high"]
-    assert facts["change"]["field"]["change"]["high"] < 0 and facts["bits_per_byte"] < 5
+    assert facts["adaptation_effect"]["field"]["change"]["high"] < 0 and facts["bits_per_byte"] < 5
     assert facts["bytes_per_token"] > 1.3 * facts["bytes_per_token_before"] and facts["verdict"].startswith("field: ")
     assert any("general_bits_per_byte" in row for row in tiny.metrics(straight()))
 

@@ -153,9 +153,9 @@ def test_what_is_cut_or_dropped_is_counted_and_said(policy, expected, tmp_path, 
     report = source.report
     for key, value in expected.items():
         assert report[key] == value, (key, report)
-    text_rows.say_packing(report)
+    text_rows.say_packing(report, 16)
     said = capsys.readouterr().err
-    assert all(f"{key}: " in said for key in expected)
+    assert all(text_rows.LOSSES.get(key, f"{key}: ") in said for key in expected)
     for step in range(2 * source.rows_per_epoch // 4 + 1):
         for micro in source.next(step).micro:
             assert (micro.weights.sum(1) > 0).all()

@@ -57,7 +57,7 @@ def test_from_text_to_answer_without_network(tmp_path: Path) -> None:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # what a user's shell does not set
         environ.pop(name, None)
     both = (
-        "import sys; from tutelage import cli\n"
+        "import sys; from tutelage.cli import main as cli\n"
         f"sys.argv = ['tutelage', 'run', {str(tmp_path / 'r.yaml')!r}]\n"
         "try: cli.main()\nexcept SystemExit as left: assert not left.code\n"
         "sys.argv = ['tutelage', 'chat', 'small/chat', '-m', 'Where is cat 3?', '--max-tokens', '4']\n"

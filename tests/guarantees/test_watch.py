@@ -72,7 +72,7 @@ def test_a_frozen_tensor_that_changes_stops_the_run(tmp_path, at):
 def test_a_zero_learning_rate_is_noticed(tmp_path):
     """Guards against updates that are lost: rates so small that no float32 weight changes."""
     model = tiny.model()
-    rates = tiny.Rates(1e-30, 1e-30, 1e-30)
+    rates = tiny.LearningRates(1e-30, 1e-30, 1e-30)
     with pytest.raises(TrainingStopped, match=r"(\d+) of \1 tensors should have been trained"):
         train(tiny.job(tmp_path, parts={"policy": model}, optimizers=Optimizers({"policy": model}, Optimizer(), rates)))
 
@@ -82,7 +82,7 @@ def slow_job(folder: Path, peak: float, steps: int = 60, model: nn.Module | None
     parts = {"policy": model or tiny.model()}
     with torch.no_grad():
         parts["policy"].model.norm.weight.fill_(1.0)
-    rates = tiny.Rates(peak, peak, peak)
+    rates = tiny.LearningRates(peak, peak, peak)
     schedule = Schedule(name="linear", warmup=40.0, final=0.0)
     optimizers = Optimizers(parts, Optimizer(name="adamw", weight_decay=0.0), rates)
     return tiny.job(folder, parts=parts, optimizers=optimizers, steps=steps, schedule=schedule)

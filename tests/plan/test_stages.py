@@ -27,7 +27,7 @@ def exactly(value: float) -> Span:
         (parts.encode(exactly(2_566_832), 1), 1.18),
         (parts.encode(exactly(4_281_621), 1), 1.24),
         (parts.read(MODEL, exactly(45_307), 0.5, PEAK, "cpu"), 7.8),
-        (parts.yardsticks(exactly(2_169_520), exactly(169_178)), 13.2),
+        (parts.baselines(exactly(2_169_520), exactly(169_178)), 13.2),
         (parts.answer(MODEL, exactly(500), 64, PEAK, "cpu"), 2.52),
         (parts.REPORT, 1.26),
     ],
@@ -39,11 +39,11 @@ def test_measured_parts_lie_inside(estimate: Estimate, seconds: float) -> None:
 
 
 def test_estimates_grow_with_what_they_depend_on() -> None:
-    """Guards against a figure that ignores its input, and against yardsticks that read more than they do."""
+    """Guards against a figure that ignores its input, and against baselines that read more than they do."""
     small, large = (parts.collect(exactly(n), "documents", n) for n in (1e6, 2e6))
     assert large.seconds.low == 2 * small.seconds.low and large.memory_bytes.high == 2 * small.memory_bytes.high
     assert parts.encode(exactly(1e9), 4).seconds.low == parts.encode(exactly(1e9), 1).seconds.low / 4
-    assert parts.yardsticks(exactly(1e9), exactly(1)) == parts.yardsticks(exactly(32e6), exactly(1))
+    assert parts.baselines(exactly(1e9), exactly(1)) == parts.baselines(exactly(32e6), exactly(1))
     once, twice = (parts.read(MODEL, exactly(1e6), stride, PEAK, "cpu").seconds for stride in (0.0, 0.5))
     assert once.low == twice.low and twice.high == pytest.approx(2 * once.high)
     assert "GFLOP/s measured" in parts.read(MODEL, exactly(1e6), 0.5, PEAK, "cpu").because

@@ -223,7 +223,7 @@ def test_an_ordinary_user_has_the_same_walls(tmp_path_factory: pytest.TempPathFa
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder, "tutelage")
         source = Path(module.__file__).parents[1]
-        for name in ("__init__.py", "errors.py"):
+        for name in ("__init__.py", "errors.py", "unicode.py"):
             package.mkdir(exist_ok=True)
             shutil.copy(source / name, package / name)
         shutil.copytree(source / "sandbox", package / "sandbox")

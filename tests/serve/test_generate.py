@@ -189,9 +189,9 @@ def test_rows_are_read_as_slots_free_up(model: Path, tmp_path: Path, monkeypatch
 
 DYING = """
 import os, signal, sys
-from tutelage import cli
-from tutelage.serve.part import PartFile
-append, left = PartFile.append, {count}
+from tutelage.cli import main as cli
+from tutelage.inference.output_file import ResumableOutput
+append, left = ResumableOutput.append, {count}
 def dying(self, *result):
     global left
     left -= 1
@@ -201,7 +201,7 @@ def dying(self, *result):
             self.file.flush()
         os.kill(os.getpid(), {signal})
     append(self, *result)
-PartFile.append = dying
+ResumableOutput.append = dying
 sys.argv = ["tutelage", *{words!r}]
 cli.main()
 """

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from tests.engine import small
+from tests.gguf.gguf_files import tiny
 from tests.serve.running import Running
 from tutelage.engine import Engine, Sampling
 from tutelage.models.export import save
@@ -97,6 +98,21 @@ def test_only_allowed_folders_are_loaded(house: House, base: Path) -> None:
         reply = house.load("x", base / path)
         assert (reply.status_code, reply.json()["error"]["code"]) == (403, "path_not_allowed"), path
     assert not house.loading.is_set()
+
+
+def test_a_gguf_file_is_loaded(house: House, base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GGUF file that only the command line takes, or one that is loaded from outside the allowed folders."""
+    monkeypatch.setattr("tutelage.gguf.folder._cache_folder", lambda: tmp_path)
+    template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    for place, status in (("allowed", 200), ("elsewhere", 403)):
+        file = tiny(base / place / "model.gguf", tokenizer__chat_template=template)
+        reply = house.load(f"{place}-file", file)
+        assert reply.status_code == status, reply.text
+        file.unlink()
+    assert house.client.completions.create(model="allowed-file", **GREEDY).usage.completion_tokens == 12
+    (base / "allowed" / "cut.gguf").write_bytes(b"GGUF")
+    assert house.load("cut", base / "allowed" / "cut.gguf").json()["error"]["param"] == "path"
+    (base / "allowed" / "cut.gguf").unlink()
 
 
 def test_mistakes_of_loading(house: House, base: Path) -> None:

@@ -187,8 +187,8 @@ class Typist:
 
     def __init__(self, folder: Path, state: Path, **how: Any) -> None:
         code = (
-            "from pathlib import Path; from tutelage.engine import Sampling; from tutelage.serve import terminal; "
-            f"terminal.chat(Path({str(folder)!r}), sampling=Sampling(3000, seed=1, ignore_eos=True), **{how!r}); print('left')"
+            "from pathlib import Path; from tutelage.engine import Sampling; from tutelage.cli.chat import chat; "
+            f"chat(Path({str(folder)!r}), sampling=Sampling(3000, seed=1, ignore_eos=True), **{how!r}); print('left')"
         )
         ours, theirs = pty.openpty()
         environ = {**environment(), "XDG_STATE_HOME": str(state), "TERM": "xterm"}
@@ -300,8 +300,8 @@ def test_missing_model_is_an_error(tmp_path: Path) -> None:
 def test_no_slow_imports(folder: Path) -> None:
     """transformers takes longer to import than a small model takes to answer."""
     code = (
-        "import sys\nfrom tutelage.serve import terminal\nassert 'torch' not in sys.modules\n"
-        f"terminal.chat({str(folder)!r}, once='hi')\n"
+        "import sys\nimport tutelage.cli.chat\nassert 'torch' not in sys.modules\n"
+        f"tutelage.cli.chat.chat({str(folder)!r}, once='hi')\n"
         "assert not {'transformers', 'fastapi', 'pydantic_settings'} & set(sys.modules), 'slow import'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tutelage.chat.templates import styles
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.tokenizer.load import TokenizerFolder
-from tutelage.tokenizer.measure import measure
+from tutelage.tokenizer.measure import describe, measure
 from tutelage.tokenizer.train import PATTERNS, train
 
 CORPUS = [
@@ -295,6 +295,14 @@ def test_token_bytes_of_sentencepiece(tmp_path: Path) -> None:
     inner.decoder = decoders.ByteFallback()
     inner.add_special_tokens(["<s>"])
     assert _save(tmp_path, inner, bos_token="<s>").token_bytes().tolist() == [0, 2, 1, 2]
+
+
+def test_bytes_per_token_are_printed(make: Callable[..., TokenizerFolder]) -> None:
+    """The compression of a tokenizer stood in files alone."""
+    report = measure(make(), CORPUS)
+    line = describe(report, "the held-out texts of corpus-1")
+    assert line.startswith(f"{report['bytes_per_token']:.2f} bytes per token on the held-out texts of corpus-1")
+    assert "GPT-2's tokenizer (50,257 tokens) reaches 4.4 on OpenWebText" in line
 
 
 def test_measure(make: Callable[..., TokenizerFolder]) -> None:

@@ -15,7 +15,7 @@ from tutelage.cli.options import RUNS, Runs
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, run, or recipe/stage.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, GGUF file, run, recipe/stage, or smollm2.")],
     message: Annotated[
         str | None, typer.Option("--message", "-m", metavar="TEXT", help="Ask once, print the answer and leave.")
     ] = None,
@@ -49,7 +49,9 @@ def _option(*names: str, help: str, panel: str, metavar: str | None, **rest: Any
 
 
 def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model folders, runs, or recipe/stage.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Model folders, GGUF files, runs, recipe/stage, or smollm2.")
+    ],
     host: Annotated[
         str, _option(help="Address to listen on; other machines reach only what you bind.", panel=NETWORK, metavar="HOST")
     ] = "127.0.0.1",

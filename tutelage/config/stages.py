@@ -11,7 +11,20 @@ from tutelage.config.base import Section, artifact, setting
 from tutelage.config.rewards import Rewards
 from tutelage.config.tasks import Classify as Classify
 from tutelage.config.tasks import Translate as Translate
-from tutelage.config.train import DEVICE, Count, Derived, Positive, Schedule, Share, Train, Tune
+from tutelage.config.train import (
+    DEVICE,
+    Count,
+    Derived,
+    Positive,
+    Schedule,
+    Share,
+    Train,
+    Tune,
+    general_documents,
+    general_text,
+    replay_share,
+    replay_weight,
+)
 
 # A single name is a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -122,6 +135,10 @@ class Sft(Train):
     data: str = artifact("Conversations to train on.", kind="records")
     epochs: float | None = setting(2.0, "Number of passes over the data.", gt=0)
     template: str | None = setting(None, "Chat template for a checkpoint that has none, or to replace its own.")
+    general: str | None = general_text()
+    replay_share: float = replay_share()
+    replay_weight: Positive = replay_weight()
+    max_documents: int = general_documents()
     seed: int = setting(0, "Seed for data order.")
 
 
@@ -283,36 +300,41 @@ class Adapt(Train):
 
 
 class Evaluate(Section):
-    """Evaluate a model on held-out documents and questions, next to simple baselines."""
+    """Evaluate a model on held-out documents and questions, next to baselines."""
 
     model: str = artifact("Model to evaluate.", kind="model")
-    documents: str | None = artifact("Records whose validation part is measured in bits per byte.", kind="records", default=None)
-    questions: str | None = artifact("Conversations whose validation part is asked.", kind="records", default=None)
-    before: str | None = artifact(
-        "Earlier evaluation on the same records, to compare with in pairs.", kind="scores", default=None
+    documents: str | None = artifact(
+        "Records whose validation part is read, for bits per byte and perplexity.", kind="records", default=None
     )
-    yardsticks: bool = setting(True, "Measure xz and Kneser-Ney n-grams too, given the same training text.")
+    questions: str | None = artifact("Conversations whose validation part is asked.", kind="records", default=None)
+    compare_with: str | None = artifact(
+        "Evaluation of another model on the same records, compared question by question and document by document.",
+        kind="scores", default=None,
+    )  # fmt: skip
+    baselines: bool = setting(True, "Measure xz and Kneser-Ney n-grams too, given the same training text.")
     stride: Share = setting(0.5, "Share of the context (0 to 1) kept when a long document is read in windows.")
-    max_documents: int = setting(0, "Largest number of documents; 0: all.", ge=0)
-    max_questions: int = setting(500, "Largest number of questions; 0: all.", ge=0)
+    max_documents: int = setting(0, "Largest number of held-out documents; 0: all.", ge=0)
+    max_questions: int = setting(500, "Largest number of held-out questions; 0: all.", ge=0)
     max_tokens: Count = setting(64, "Longest answer in tokens.")
-    scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "recognisable"] | None = setting(
-        None, "Grading of answers, as the reward of that name does; null: `numeric` for worked solutions that end in a "
-"number, overlap of words for free text, else `answer`."
+    scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "word_overlap"] | None = setting(
+        None, "Grading of answers, as the reward of that name does, or by word overlap; null: a question's meta.scorer, "
+"or by the expected answer."
     )  # fmt: skip
     device: str = setting(
         "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
     )
-    seed: int = setting(0, "Seed for the bootstrap.")
+    seed: int = setting(0, "Seed for the bootstrap of intervals and for sampled continuations.")
 
 
 class Report(Section):
     """Write one self-contained HTML page about a run and everything it came from."""
 
     run: str = artifact("Run to report on.", kind="run")
-    scores: str | None = artifact("Evaluation of the run; the nearest one where left out.", kind="scores", default=None)
+    scores: str | None = artifact(
+        "Evaluation of the run's model; evaluations in the same folder where left out.", kind="scores", default=None
+    )
     base_scores: str | None = artifact(
-        "Evaluation of the model that the run started from, for what `scores` lacks.", kind="scores", default=None
+        "Evaluation of a model that the run's model was trained from, shown under that model's name.", kind="scores", default=None
     )
 
 
@@ -402,6 +424,10 @@ class Preference(Tune):
     )
     epochs: Positive = setting(1.0, "Number of passes over the data, where steps are derived.")
     reference: str | None = artifact("Reference model; the start where left out.", kind="model", default=None)
+    general: str | None = general_text()
+    replay_share: float = replay_share()
+    replay_weight: Positive = replay_weight()
+    max_documents: int = general_documents()
     seed: int = setting(0, "Seed for data order.")
 
 
@@ -510,4 +536,8 @@ class Rl(Tune):
     probes: int = setting(
         200, "Number of held-out prompts answered greedily before, during and after training; 0: none.", ge=0, identity=False
     )
+    general: str | None = general_text()
+    replay_share: float = replay_share()
+    replay_weight: Positive = replay_weight()
+    max_documents: int = general_documents()
     seed: int = setting(0, "Seed for the order of prompts and for sampling.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field as Bound
+from pydantic import model_validator
 
 from tutelage.config.adapter import Adapter
 from tutelage.config.base import Section, artifact, assign, build, setting
@@ -22,11 +23,15 @@ class Optimizer(Section):
     name: Literal["adamw", "muon"] = setting(
         "muon", "Optimizer. muon: Muon for matrices, AdamW for the rest and for adapters; adamw: AdamW for everything."
     )
-    lr: Positive | Derived = setting("derived", "Peak learning rate of AdamW's parameters; derived from the model's width.")
-    matrix_lr: Positive | Derived = setting(
-        "derived", "Peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)."
+    lr: Positive | Derived = setting(
+        "derived",
+        "Peak learning rate, derived from the model's size; matrix_lr and embedding_lr keep their derived ratio to"
+        " it unless set.",
     )
-    embedding_lr: Positive | Derived = setting("derived", "Peak learning rate of the embedding table.")
+    matrix_lr: Positive | Derived = setting(
+        "derived", "Override: peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)."
+    )
+    embedding_lr: Positive | Derived = setting("derived", "Override: peak learning rate of the embedding table.")
     beta1: Share = setting(0.9, "AdamW's decay of the mean of gradients.")
     beta2: Share = setting(0.95, "AdamW's decay of the mean of squared gradients.")
     eps: Positive = setting(1e-8, "AdamW's addend to the root of the second moment.")
@@ -51,6 +56,10 @@ class Loop(Section):
     """Settings of every method that trains."""
 
     steps: Count | Derived = setting("derived", "Number of optimizer steps; derived: from tokens or epochs.")
+    lr: Positive | None = setting(
+        None,
+        "Peak learning rate of all weights, short for optimizer.lr; rates of matrices and embeddings keep their ratio to it.",
+    )
     optimizer: Optimizer = setting(Optimizer(), "Optimizer.")
     schedule: Schedule = setting(Schedule(), "Learning-rate schedule.")
     adapter: Adapter = setting(Adapter(), "Adapter: a few weights trained on a frozen base.")
@@ -80,6 +89,17 @@ class Loop(Section):
         "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
     )
     threads: int = setting(0, "Number of CPU threads; 0 uses all cores.", ge=0, identity=False)
+
+    @model_validator(mode="after")
+    def _one_peak(self) -> Self:
+        """Raises `ConfigError` for a peak learning rate that is given twice."""
+        other = self.optimizer.lr
+        if self.lr is not None and other not in ("derived", self.lr):
+            raise ConfigError(
+                "the learning rate is given twice", field="lr", found=f"lr {self.lr:g} and optimizer.lr {other:g}",
+                expected="one of them", fix="leave optimizer.lr out",
+            )  # fmt: skip
+        return self
 
 
 class Train(Loop):
@@ -129,6 +149,26 @@ class Tune(Loop):
         "rows: padded. Results are equal to rounding.",
         identity=False,
     )
+
+
+def general_text() -> Any:
+    return artifact(
+        "Documents of the kind the checkpoint knows: a share is replayed, and the held-out part measures forgetting.",
+        kind="records",
+        default=None,
+    )
+
+
+def replay_share() -> Any:
+    return setting(0.2, "Share of each step's tokens (0 to 1) that are general text; 0: forgetting is only measured.", ge=0, lt=1)
+
+
+def replay_weight() -> Any:
+    return setting(1.0, "Weight of the mean loss on replayed tokens, next to the mean loss of what is taught.")
+
+
+def general_documents() -> Any:
+    return setting(100, "Held-out general documents that are measured before and after; 0: all.", ge=0)
 
 
 T = TypeVar("T", bound=Train)

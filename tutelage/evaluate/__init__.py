@@ -1,1 +1,1 @@
-"""How good is it, and why believe it: bits per byte, questions, yardsticks, intervals, the report."""
+"""Evaluation: bits per byte, questions, baselines, intervals, comparisons, the report."""

@@ -1,7 +1,7 @@
-"""What training changed: bits per byte of the same held-out documents before and after.
+"""The effect of training: bits per byte of the same held-out documents before and after.
 
 Bits per byte do not depend on the tokenizer, so the models may have different ones. The change is measured document by document:
-its interval is that of the difference, far narrower than what the intervals of the two numbers would suggest.
+its interval is that of the difference, far narrower than the intervals of the two numbers suggest.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def held_out(records: Path, most: int, what: str) -> list[Document]:
     found: list[Document] = spread(list(read_records(records / "validation.jsonl", Document)), most)
     if not found:
         raise DataError(
-            f"{what} has no held-out document, so what training does to it can't be measured", file=records / "validation.jsonl",
+            f"{what} has no held-out document, so the effect of training can't be measured", file=records / "validation.jsonl",
             fix="make it with a larger validation_share, or with validation_sources",
         )  # fmt: skip
     return found
 
 
 def measure(model: Any, words: TokenizerFolder, documents: Sequence[Document], device: str) -> DocumentSums:
-    """What `model`, reading through `words`, pays for each document. Raises `ArtifactError` where `words` has no end token."""
+    """The nats that `model`, with the tokenizer `words`, needs for each document. Raises `ArtifactError` where the tokenizer has
+    no end token."""
     if words.eos_id is None:
         raise ArtifactError(
             "the tokenizer has no end token, so the end of a document has no cost", file=words.folder,
@@ -53,12 +54,12 @@ def measure(model: Any, words: TokenizerFolder, documents: Sequence[Document], d
 
 
 def to_sums(rows: Sequence[Mapping[str, Any]]) -> DocumentSums:
-    """What `DocumentSums.to_json` gave."""
+    """The inverse of `DocumentSums.to_json`."""
     return DocumentSums(*([row[key] for row in rows] for key in ("nats", "tokens", "bytes", "document")))
 
 
-def change(before: DocumentSums, after: DocumentSums, seed: int = 0) -> dict[str, Any]:
-    """Both numbers, their difference and its share, each with a bootstrap over documents."""
+def effect(before: DocumentSums, after: DocumentSums, seed: int = 0) -> dict[str, Any]:
+    """Bits per byte before and after, the change, and the change as a share, each with a bootstrap over documents."""
     assert before.names == after.names and before.bytes == after.bytes
     saved = relative_saving(after.bits, before.bits, seed=seed)
     return {

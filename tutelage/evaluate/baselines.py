@@ -1,13 +1,13 @@
-"""What a language model has to beat: `xz`, and Kneser-Ney n-grams over bytes and over the model's own tokens. No torch.
+"""Baselines that a language model has to beat: `xz`, and Kneser-Ney n-grams over bytes and over the model's tokens. No torch.
 
-Every yardstick gets the same training text and is scored on the same validation documents as the model, in bits per byte of
-their UTF-8 text, the end of each document included (a model that says where a text ends pays for it; so do these).
+Every baseline gets the same training text and is scored on the same validation documents as the model, in bits per byte of
+their UTF-8 text, the end of each document included (the model pays for predicting where a text ends, and so do these).
 
-Where a choice must be made it is made in the yardstick's favour:
+Every choice is made in favour of the baseline:
 
-- `xz` compresses the training text followed by all validation documents as one stream and pays only what the second
-  part adds, so it also learns from the validation documents already seen; its best of two settings counts, the dictionary
-  holds everything, and no header is counted.
+- `xz` compresses the training text followed by all validation documents as one stream and pays only for what the second
+  part adds, so it also learns from the validation documents already read; the better of two settings counts, the dictionary
+  holds the whole stream, and headers are free.
 - The n-gram order is chosen on a tenth of the training documents held out, then the model is fitted on all of them.
 """
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tutelage.evaluate.intervals import Estimate, ratio
 from tutelage.evaluate.kneser_ney import KneserNey
 
-BYTE_ORDER = 12  # longest byte n-gram tried; each one more costs 0.4 s per 2 MB and gained under 1.5% on Python's documentation
+BYTE_ORDER = 12  # longest byte n-gram tried; one more costs 0.4 s per 2 MB and gains under 1.5% on Python's documentation
 TOKEN_ORDER = 7
 XZ_GROUPS = 8  # the stream is cut here to learn what each part of the validation documents adds
 XZ_SETTINGS: tuple[dict[str, int], ...] = ({"lc": 3, "lp": 0, "pb": 2}, {"lc": 4, "lp": 0, "pb": 0})
@@ -38,7 +38,7 @@ Encode = Callable[[str], Sequence[int]]
 
 @dataclass(slots=True, frozen=True)
 class Baseline:
-    """Scores of one yardstick on the validation documents."""
+    """Scores of one baseline on the validation documents."""
 
     name: str  # xz | kn-bytes | kn-tokens
     label: str  # for people: "Kneser-Ney, bytes, order 10"
@@ -46,7 +46,7 @@ class Baseline:
     bytes: NDArray[np.float64]  # per unit, UTF-8
     unit: str  # what an entry of `bits` is: "document", or "group of documents" for xz
     members: NDArray[np.int64]  # per validation document: the unit that it belongs to
-    details: dict[str, Any] = field(default_factory=dict)  # chosen order, what each order gave, settings, sizes
+    details: dict[str, Any] = field(default_factory=dict)  # chosen order, bits with each order, settings, sizes
 
     def bits_per_byte(self, seed: int = 0) -> Estimate:
         return ratio(self.bits, self.bytes, seed=seed)
@@ -62,18 +62,18 @@ def measure(
     byte_order: int = BYTE_ORDER,
     token_order: int = TOKEN_ORDER,
 ) -> list[Baseline]:
-    """All yardsticks on the same texts; the token n-gram only where `encode` (text to ids below `vocabulary`) is given.
+    """All baselines on the same texts; the token n-gram only where `encode` (text to ids below `vocabulary`) is given.
 
-    Above `max_train_bytes` they get a random subset of the training documents of that size, and `details` says so
-    (`train_bytes`, `train_bytes_given`): memory of the n-gram model grows with order times bytes.
+    Above `max_train_bytes` they get a random subset of the training documents of that size, recorded in `details`
+    (`train_bytes`, `train_bytes_given`): the memory of the n-gram model grows with order times bytes.
     """
     if not train or not validation:
-        raise ValueError("yardsticks need training and validation documents")
+        raise ValueError("baselines need training and validation documents")
     given = sum(len(x.encode()) for x in train)
     train = _subset(train, max_train_bytes / given) if given > max_train_bytes else train
     sizes = {"train_bytes": sum(len(x.encode()) for x in train), "train_bytes_given": given, "train_documents": len(train)}
-    with ThreadPoolExecutor(1) as beside:  # xz runs outside Python's lock
-        compressed = beside.submit(xz, train, validation)
+    with ThreadPoolExecutor(1) as background:  # xz runs outside Python's lock
+        compressed = background.submit(xz, train, validation)
         results = [kn_bytes(train, validation, byte_order)]
         if encode is not None:
             results.append(kn_tokens(train, validation, encode, vocabulary, token_order))

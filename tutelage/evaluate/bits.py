@@ -1,12 +1,12 @@
 """Bits per byte and perplexity of a model on held-out documents, streaming.
 
 Each document is read on its own, from its begin mark: no document sees another. A document longer than the context is read
-through windows that move on by `stride` tokens, and every token after the begin mark is predicted exactly once, the
-end-of-document token included: a model that says where a text ends pays for it. Where a tokenizer has no begin mark nothing
+through windows that advance by `stride` tokens. Every token after the begin mark is predicted exactly once, the
+end-of-document token included: the model pays for predicting where a text ends. Where a tokenizer has no begin mark, nothing
 predicts the first token, and it costs ln(vocabulary) nats. Bits per byte = nats / ln 2 / UTF-8 bytes of the document's
 text (marks have no bytes), so models with different tokenizers can be compared, and `xz` too.
 
-Only log-probabilities of the predicted tokens are made, by the head, chunk by chunk; what stays is two numbers a document.
+The head computes only log-probabilities of the predicted tokens, chunk by chunk; two numbers per document are kept.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from tutelage.errors import DataError, TrainingStopped
 from tutelage.evaluate.intervals import Estimate, ratio
 from tutelage.models.interface import Batch
 
-GROUP_TOKENS = 4_000_000  # documents whose ids are held at a time
+GROUP_TOKENS = 4_000_000  # ids of documents held in memory at a time
 
 
 @dataclass(slots=True, frozen=True)
 class Encoded:
-    """A document ready to be read: `ids` begins with the begin mark, where there is one, and ends with the end mark."""
+    """An encoded document: `ids` begins with the begin mark, where there is one, and ends with the end mark."""
 
     ids: NDArray[np.integer]
     bytes: int  # UTF-8 bytes of its text
     name: str = ""  # record id
-    first_nats: float = 0.0  # what ids[0] costs: 0 for a begin mark, which is given
+    first_nats: float = 0.0  # cost of ids[0]: 0 for a begin mark, which is given
 
 
 @dataclass(slots=True)
 class DocumentSums:
-    """Per document: what the model paid. Parallel lists, in the order of the documents."""
+    """Per document: the nats that the model needs. Parallel lists, in the order of the documents."""
 
     nats: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # paid for
+    tokens: list[int] = field(default_factory=list)  # predicted
     bytes: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ class DocumentSums:
         return ratio(self.bits, self.bytes, seed=seed)
 
     def perplexity(self, seed: int = 0) -> Estimate:
-        """exp(nats per predicted token): depends on the tokenizer, so only comparable with the same one."""
+        """exp(nats per predicted token). It depends on the tokenizer: compare models with the same one only."""
         return ratio(self.nats, self.tokens, seed=seed, transform=np.exp)
 
     def bytes_per_token(self) -> float:
@@ -77,9 +77,9 @@ def measure(
     batch_tokens: int = 8192,
     device: str | torch.device = "cpu",
 ) -> DocumentSums:
-    """What `model` pays for each document; its training mode is put back afterwards.
+    """The nats that `model` needs for each document; its training mode is restored afterwards.
 
-    `row_length` is the context in tokens, `stride` (default: half of it) how far a window moves on: each predicted token sees
+    `row_length` is the context in tokens, `stride` (default: half of it) how far a window advances: each predicted token sees
     at least `row_length - stride` tokens before it, or all there are. A batch has at most `batch_tokens` tokens.
     Raises `DataError` for a document without tokens to predict, `TrainingStopped` for a log-probability that is not finite.
     """
@@ -93,7 +93,7 @@ def measure(
     finally:
         model.train(was_training)
     if not sums.nats:
-        raise DataError("no document to measure on", fix="check that the validation file is not empty")
+        raise DataError("no held-out document to measure", fix="check that the validation file is not empty")
     return sums
 
 
@@ -101,7 +101,7 @@ def _groups(documents: Iterable[Encoded]) -> Iterator[list[Encoded]]:
     group, held = [], 0
     for document in documents:
         if len(document.ids) < 2 or document.bytes < 1:
-            raise DataError("a document without a token to predict", field="text", found=document.name, expected="some text")
+            raise DataError("a document has no token to predict", field="text", found=document.name, expected="some text")
         group.append(document)
         held += len(document.ids)
         if held >= GROUP_TOKENS:
@@ -133,7 +133,9 @@ def _measure_group(
         if not np.isfinite(logprobs).all():
             names = sorted({group[i].name or f"document {i}" for i in owners[~np.isfinite(logprobs)]})
             raise TrainingStopped(
-                "a log-probability is not finite", found=", ".join(names[:3]), fix="the weights are damaged: use an earlier one"
+                "a log-probability is not finite",
+                found=", ".join(names[:3]),
+                fix="the weights are damaged: use an earlier checkpoint",
             )
         np.add.at(nats, owners, -logprobs)
         np.add.at(tokens, owners, 1)
@@ -147,7 +149,7 @@ def _measure_group(
 def make_batch(
     ids: list[NDArray[np.integer]], rows: list[Pieces], device: str | torch.device = "cpu"
 ) -> tuple[Batch, NDArray[np.int64]]:
-    """The batch of some evaluation rows, and the document of each place: [B,T], -1 where there is padding."""
+    """The batch of some evaluation rows, and the document of each position: [B,T], -1 for padding."""
     width = max(int(row.tokens.sum()) for row in rows)
     shape = (len(rows), width)
     tokens, targets, positions = (np.zeros(shape, np.int64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""What a classifier got right: accuracy, F1, a confusion matrix, calibration. numpy only; every share with its interval.
+"""Metrics of a classifier: accuracy, F1, confusion matrix, calibration. numpy only; every share has its interval.
 
 Shapes: n texts, K classes.
 """
@@ -13,32 +13,33 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage import log
-from tutelage.evaluate.intervals import Estimate, mean, said, wilson
+from tutelage.evaluate.intervals import Estimate, mean, wilson
+from tutelage.evaluate.intervals import said as with_interval
 from tutelage.records import Span
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 DRAWS = 1000
-NAME = 22  # characters of a class beside its row of the confusion matrix
+NAME = 22  # characters of a class name next to its row of the confusion matrix
 
 
-def confusion(truth: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
-    """[K,K] counts: rows are the truth, columns what was said."""
+def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """[K,K] counts: rows are the truth, columns the predictions."""
     table = np.zeros((classes, classes), np.int64)
-    np.add.at(table, (truth, said), 1)
+    np.add.at(table, (truth, predicted), 1)
     return table
 
 
-def f1(right: np.ndarray, said: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """F1 of each class; 0 for one that is neither there nor said."""
-    return 2 * right / np.maximum(said + there, 1)  # type: ignore[no-any-return]
+def f1(right: np.ndarray, predicted: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """F1 of each class; 0 for one that is neither true nor predicted anywhere."""
+    return 2 * right / np.maximum(predicted + there, 1)  # type: ignore[no-any-return]
 
 
 def measures(truth: np.ndarray, odds: np.ndarray, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Of texts that have one class each: `truth` [n] class numbers, `odds` [n,K] probabilities."""
-    said, n = odds.argmax(1), len(truth)
-    table = confusion(truth, said, len(names))
-    right = said == truth
-    each = np.stack([_one_hot(x, len(names)) for x in (said, truth)])
+    """Metrics for texts with one class each: `truth` [n] class numbers, `odds` [n,K] probabilities."""
+    predicted, n = odds.argmax(1), len(truth)
+    table = confusion(truth, predicted, len(names))
+    right = predicted == truth
+    each = np.stack([_one_hot(x, len(names)) for x in (predicted, truth)])
     facts = {
         "texts": n,
         "accuracy": wilson(int(right.sum()), n).to_json(),
@@ -52,26 +53,26 @@ def measures(truth: np.ndarray, odds: np.ndarray, names: Sequence[str], seed: in
 
 
 def many_measures(truth: np.ndarray, odds: np.ndarray, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Of texts that may have several classes: `truth` [n,K] of 0 and 1. Accuracy is the share with all classes right."""
-    said, there = odds > 0.5, truth > 0
-    each = np.stack([said, there])
-    right = (said & there).sum(0)
+    """Metrics for texts with any number of classes: `truth` [n,K] of 0 and 1. Accuracy is the share with all classes right."""
+    predicted, there = odds > 0.5, truth > 0
+    each = np.stack([predicted, there])
+    right = (predicted & there).sum(0)
     return {
         "texts": len(truth),
-        "accuracy": wilson(int((said == there).all(1).sum()), len(truth)).to_json(),
+        "accuracy": wilson(int((predicted == there).all(1).sum()), len(truth)).to_json(),
         "macro_f1": _macro(each, seed).to_json(),
-        "ece": calibration(np.maximum(odds, 1 - odds).ravel(), (said == there).ravel()),
-        "classes": _rows(right, said.sum(0), there.sum(0), names),
+        "ece": calibration(np.maximum(odds, 1 - odds).ravel(), (predicted == there).ravel()),
+        "classes": _rows(right, predicted.sum(0), there.sum(0), names),
     }
 
 
-def tag_measures(truth: Sequence[Sequence[Span]], said: Sequence[Sequence[Span]]) -> dict[str, Any]:
-    """Of tagged texts: spans count as right where both ends and the name are; characters count one by one."""
-    names = sorted({s.label for spans in (*truth, *said) for s in spans})
+def tag_measures(truth: Sequence[Sequence[Span]], predicted: Sequence[Sequence[Span]]) -> dict[str, Any]:
+    """Metrics for tagged texts: a span is right where both ends and its label are; characters are counted one by one."""
+    names = sorted({s.label for spans in (*truth, *predicted) for s in spans})
     number = {name: i for i, name in enumerate(names)}
-    counts = np.zeros((3, len(names)), np.int64)  # right, said, there
+    counts = np.zeros((3, len(names)), np.int64)  # right, predicted, there
     per_text, shares = np.zeros((len(truth), 3), np.int64), []
-    for i, (wanted, found) in enumerate(zip(truth, said, strict=True)):
+    for i, (wanted, found) in enumerate(zip(truth, predicted, strict=True)):
         common = set(wanted) & set(found)
         for row, spans in enumerate((common, set(found), set(wanted))):
             for span in spans:
@@ -92,36 +93,36 @@ def tag_measures(truth: Sequence[Sequence[Span]], said: Sequence[Sequence[Span]]
     }  # fmt: skip
 
 
-def _characters(truth: Sequence[Span], said: Sequence[Span]) -> float:
+def _characters(truth: Sequence[Span], predicted: Sequence[Span]) -> float:
     """F1 of the characters of one text, as in SemEval 2021's task 5; 1 where neither has any."""
-    a, b = ({(c, s.label) for s in spans for c in range(s.start, s.end)} for spans in (truth, said))
+    a, b = ({(c, s.label) for s in spans for c in range(s.start, s.end)} for spans in (truth, predicted))
     return 1.0 if not a and not b else 2 * len(a & b) / (len(a) + len(b))
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): how far confidence is from accuracy, over 15 bins."""
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean gap between confidence and accuracy in 15 bins."""
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = [abs(float(confidence[bins == b].mean() - right[bins == b].mean())) * (bins == b).sum() for b in np.unique(bins)]
     return round(float(sum(gaps) / len(confidence)), 4)
 
 
 def over_folds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of one number a fold, with Student's t interval. Folds share training texts: the interval is a little too narrow."""
+    """Mean over folds, with Student's t interval. Folds share training texts: the interval is a little too narrow."""
     found = mean(values, bounds=(0.0, 1.0))
     row = found.to_json()
     return {"mean": found.value, "low": row["low"], "high": row["high"], "folds": [round(v, 4) for v in values]}
 
 
 def _macro(each: np.ndarray, seed: int) -> Estimate:
-    """Mean F1 of the classes that are there, with a bootstrap over texts. `each` [2,n,K]: said, there."""
-    said, there = each.astype(np.float64)
+    """Mean F1 of the classes that occur, with a bootstrap over texts. `each` [2,n,K]: predicted, true."""
+    predicted, there = each.astype(np.float64)
     known = there.sum(0) > 0
 
     def value(weights: np.ndarray) -> float:
-        counts = [weights @ (said * there), weights @ said, weights @ there]
+        counts = [weights @ (predicted * there), weights @ predicted, weights @ there]
         return float(f1(*counts)[known].mean())
 
-    n = len(said)
+    n = len(predicted)
     rng = np.random.default_rng(seed)
     drawn = [value(rng.multinomial(n, np.full(n, 1 / n)).astype(np.float64)) for _ in range(DRAWS)]
     found = value(np.ones(n))
@@ -130,10 +131,10 @@ def _macro(each: np.ndarray, seed: int) -> Estimate:
     return Estimate(found, min(found, float(low)), max(found, float(high)), n, float(np.std(drawn, ddof=1)), method)
 
 
-def _rows(right: np.ndarray, said: np.ndarray, there: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    scores = f1(right, said, there)
+def _rows(right: np.ndarray, predicted: np.ndarray, there: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    scores = f1(right, predicted, there)
     return [
-        {"class": name, "texts": int(there[i]), "precision": round(float(right[i] / max(said[i], 1)), 4),
+        {"class": name, "texts": int(there[i]), "precision": round(float(right[i] / max(predicted[i], 1)), 4),
          "recall": round(float(right[i] / max(there[i], 1)), 4), "f1": round(float(scores[i]), 4)}
         for i, name in enumerate(names)
     ]  # fmt: skip
@@ -155,13 +156,13 @@ def show(facts: dict[str, Any], title: str) -> None:
 
 
 def show_confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> None:
-    """Prints the matrix where it fits: what was said stands across, as numbers of the classes. The picture has them all."""
+    """Prints the matrix where it fits the terminal: columns are predictions, numbered as the rows. The picture always has it."""
     digits = max(len(str(len(names))), *(len(str(c)) for row in counts for c in row))
     label = min(NAME, max(map(len, names))) + len(str(len(names))) + 1
     if label + len(names) * (digits + 1) > log.console.width:
-        log.say(f"confusion matrix: {len(names)} classes are too many for this terminal; it is drawn in scores/")
+        log.say(f"confusion matrix: {len(names)} classes are too many for this terminal; scores/ has it as a picture")
         return
-    log.say("confusion matrix (down: truth, across: said)")
+    log.say("confusion matrix (rows: truth, columns: predictions)")
     across = "".join(f" {i + 1:>{digits}}" for i in range(len(names)))
     log.console.print(Text(" " * label + across, style="dim"))
     for i, (name, row) in enumerate(zip(names, counts, strict=True)):
@@ -174,7 +175,7 @@ def show_confusion(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Non
 def summary(facts: dict[str, Any]) -> str:
     """One line: the numbers with their intervals."""
     names = ("accuracy", "macro_f1", "span_f1", "character_f1")
-    parts = [f"{name.replace('_', ' ')} {said(facts[name])}" for name in names if name in facts]
+    parts = [f"{name.replace('_', ' ')} {with_interval(facts[name])}" for name in names if name in facts]
     if "majority" in facts:
         parts.append(f"always the most frequent class: {facts['majority']:.3f}")
     if "ece" in facts:

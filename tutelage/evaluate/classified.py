@@ -1,4 +1,4 @@
-"""Judged texts: what a classifier and its baseline said of them, compared and written down."""
+"""Predictions of a classifier and of its baseline on the same texts, compared and written to files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tutelage.records import Example, Span
 
 
 class ClassifiedTexts:
-    """Texts with what was said of them, by the classifier and by the baseline."""
+    """Texts with the predictions of the classifier and of the baseline."""
 
     def __init__(self, examples: Sequence[Example], odds: list[np.ndarray], spans: list[tuple[Span, ...]]) -> None:
         self.examples, self.odds, self.spans = list(examples), odds, spans
@@ -31,16 +31,16 @@ class ClassifiedTexts:
 
 
 def judge(part: Any, labels: Labels, families: ExampleFamilies) -> ClassifiedTexts:
-    """What a trained classifier says of texts."""
+    """The predictions of a trained classifier."""
     odds = probabilities(part, families.encoded, labels.task)
     spans = [tagged(e, p, labels.names) for e, p in zip(families.encoded, odds, strict=True)] if labels.task == "tag" else []
     return ClassifiedTexts(families.examples, odds, spans)
 
 
 def add_baseline(found: ClassifiedTexts, train: Sequence[Example], labels: Labels, *, wanted: bool) -> None:
-    """What word counts say of the same texts, or why they say nothing."""
+    """Adds the baseline's predictions for the same texts, or the reason why there are none."""
     if labels.task == "tag":
-        found.why_not = "word counts do not tag"
+        found.why_not = "word counts cannot tag spans"
     elif not wanted:
         found.why_not = "baseline=false"
     else:
@@ -74,7 +74,7 @@ def truth_of(examples: Sequence[Example], labels: Labels) -> np.ndarray:
 
 
 def write(found: ClassifiedTexts, labels: Labels, out: Path, name: str) -> dict[str, Any]:
-    """Prints and writes the measures, the predictions and the picture; returns what scores.json says of them."""
+    """Prints and writes the metrics, the predictions and the picture; returns the metrics for scores.json."""
     title = name.replace("_", " ")
     with whole_file(out / f"{name}.jsonl") as f:
         for row in rows(found, labels):
@@ -107,7 +107,7 @@ def write(found: ClassifiedTexts, labels: Labels, out: Path, name: str) -> dict[
 def compared(
     found: ClassifiedTexts, truth: np.ndarray, odds: np.ndarray, theirs: dict[str, Any], labels: Labels
 ) -> dict[str, Any]:
-    """The baseline's measures, and whether the classifier is better on the same texts."""
+    """The baseline's metrics, and whether the classifier is better on the same texts."""
     assert found.baseline is not None
     if labels.task == "class":
         a, b = odds.argmax(1) == truth, found.baseline.argmax(1) == truth
@@ -116,13 +116,13 @@ def compared(
     gain = paired_shares(a, b)
     p = mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
     log.say(f"TF-IDF + logistic regression: {classification.summary(theirs)}")
-    more = f"{abs(100 * gain.value):.1f} points {'more' if gain.value >= 0 else 'less'} often"
-    log.say(f"the classifier is right {more} than it, difference of shares {gain.said('+.3f')}, McNemar p = {p:.2g}")
+    more = f"{abs(100 * gain.value):.1f} points {'more' if gain.value >= 0 else 'less'} often than the baseline"
+    log.say(f"the classifier is right {more}, difference of shares {gain.said('+.3f')}, McNemar p = {p:.2g}")
     return {**{k: theirs[k] for k in ("accuracy", "macro_f1", "ece", "classes")}, "gain": gain.to_json(), "mcnemar_p": p}
 
 
 def rows(found: ClassifiedTexts, labels: Labels) -> list[dict[str, Any]]:
-    """One object a text: its id, the truth, and what was said."""
+    """One object per text: its id, the truth, and the prediction."""
     out: list[dict[str, Any]] = []
     for i, example in enumerate(found.examples):
         row: dict[str, Any] = {"id": example.id, "source": example.source, "fold": int(found.fold[i])}

@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture: an SVG by matplotlib, dark where many texts are."""
+"""The confusion matrix as a picture: an SVG by matplotlib, darker cells for more texts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def picture(table: Sequence[Sequence[int]], names: Sequence[str]) -> str:
         places = range(len(names))
         axes.set_xticks(places, names, rotation=45, ha="right")
         axes.set_yticks(places, names)
-        axes.set_xlabel("said")
+        axes.set_xlabel("predicted")
         axes.set_ylabel("truth")
         for i in places:
             for j in places:

@@ -1,4 +1,4 @@
-"""Intervals for every number that evaluation prints. numpy only; each random one takes a seed.
+"""Intervals for every number that evaluation prints. numpy only; those that resample take a seed.
 
 Means use Student's t, proportions Wilson (or the exact Clopper-Pearson) and their differences Newcombe, ratios of sums (bits
 per byte, perplexity) a bootstrap that resamples whole documents, because tokens of one document are not independent.
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-MOST_UNITS = 2000  # that a bootstrap draws from; more are first put into groups
-LEAST_VALUES = 3  # from which a mean has an interval
+MOST_UNITS = 2000  # most units that a bootstrap draws from; more are first summed in groups
+LEAST_VALUES = 3  # fewest values for which a mean has an interval
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,22 +46,23 @@ class Estimate:
         return said(asdict(self), form)
 
 
-def said(row: Mapping[str, Any], form: str = ".3f") -> str:
-    """`Estimate.said` of an estimate as JSON."""
+def said(row: Mapping[str, Any], form: str = ".3f", unit: str = "") -> str:
+    """`Estimate.said` of an estimate as JSON, with the unit between the value and its interval."""
     ends = [row["low"], row["high"]]
     known = all(end is not None and math.isfinite(end) for end in ends)
-    return f"{row['value']:{form}} ({' to '.join(format(end, form) for end in ends) if known else row['method']})"
+    value = f"{row['value']:{form}} {unit}".rstrip()
+    return f"{value} ({' to '.join(format(end, form) for end in ends) if known else row['method']})"
 
 
 def number(estimate: Estimate, unit: str, definition: str) -> dict[str, Any]:
-    """How a number stands in scores.json."""
+    """An estimate as scores.json stores it."""
     return {**estimate.to_json(), "unit": unit, "definition": definition}
 
 
 def mean(values: ArrayLike, level: float = 0.95, *, bounds: tuple[float, float] | None = None) -> Estimate:
-    """Mean of independent values with Student's t interval; without one where there are fewer than `LEAST_VALUES`, or all are
-    the same, since nothing then says how far others would lie. Of values that lie within `bounds` whatever is measured, the
-    interval does too; where each of them is one of the bounds, it is Wilson's. Raises `ValueError` for no values."""
+    """Mean of independent values with Student's t interval. Fewer than `LEAST_VALUES` values, or values that are all the same,
+    have no interval: they do not tell how much others would vary. With `bounds` on the possible values, the interval lies
+    within them; where every value is one of the bounds, it is Wilson's. Raises `ValueError` for no values."""
     x = np.asarray(values, np.float64)
     if x.size == 0:
         raise ValueError("mean of no values")

@@ -117,7 +117,7 @@ class KneserNey:
         return np.stack(self._probabilities(rows.reshape(-1), place, ends))
 
     def _probabilities(self, symbols: Ints, place: Ints, ends: Ints) -> list[Floats]:
-        """Probability of `symbols[ends]` given what stands before, with each order from 1 up as the highest one."""
+        """Probability of `symbols[ends]` given the symbols before it, with each order from 1 up as the highest one."""
         width = self.size + 2
         lower = np.full(len(ends), 1.0 / (self.size + 1))
         known = np.zeros(len(symbols), np.int64)  # id of the context that ends one before each place; -1: not seen

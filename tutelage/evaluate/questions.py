@@ -1,14 +1,15 @@
-"""Held-out questions: greedy answers, how they are graded, intervals, and what guessing would reach.
+"""Held-out questions: greedy answers, their grades with intervals, and the share that guessing would get right.
 
-An answer is *correct* where its scorer says so: a kind of reward (`tutelage.rewards`), so that a model is measured as it is
-rewarded: the evaluation's choice, or else what the question's own facts name (`meta["scorer"]`; skills are `exact`). Without
-either the expected answer decides, question by question: the final number where the expected answer is a
-worked solution (`#### 18`, a box, an equation at its end), else the stated answer. It is *recognisable* when its words overlap
-with an accepted one by F1 >= 0.5 (the harmonic mean of the share of its words that are expected and of expected words that it
-has). A task whose expected answers are free text, more than six words on average, is judged by recognisable, others by correct.
+One scorer grades each answer, and its verdict is the only one reported. A scorer is a kind of reward (`tutelage.rewards`), so
+that a model is measured as it is rewarded. The evaluation may choose it; else the question's metadata may name it
+(`meta["scorer"]`; skills use `exact`); else the expected answer decides, question by question: `numeric` compares the final
+number of a worked solution (`#### 18`, a box, an equation at its end), and `answer` the stated answer. Only free text (expected
+answers of more than six words on average, none of them a worked solution) is graded by `word_overlap`: word F1 of at least 0.5
+with an accepted answer (the harmonic mean of precision and recall of words) and the same numbers in both, because a wrong number
+hardly changes the overlap.
 
-The level to beat is the best of three that know nothing about the question: the task's stated chance, the answer that is most
-common among the other questions, and the answer of another question.
+Guessing is the best of three strategies that do not look at the question: the task's stated chance, the most common answer of
+the other questions, and the answer of another question.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 from tutelage.config.base import nearest
@@ -29,13 +31,14 @@ from tutelage.records import Prompt as Record
 from tutelage.rewards.answers import bare, measure, right, same_number, same_text
 from tutelage.rewards.build import build
 from tutelage.rewards.check import judge_texts
-from tutelage.rewards.forms import folded
-from tutelage.rewards.numbers import final_number, final_part
+from tutelage.rewards.forms import folded, plain_maths
+from tutelage.rewards.numbers import NUMBER, NUMBER_WORDS, Number, final_number, final_part, number_at
 
-RECOGNISABLE = 0.5
+OVERLAP = "word_overlap"
+LEAST_F1 = 0.5  # word F1 from which `word_overlap` calls an answer right
 FREE_TEXT_WORDS = 6.0
-SCORERS = ("answer", "exact", "numeric", "maths", "regex", "json_schema", "recognisable")
-"""Kinds of rewards that need no more than the answer and the question's record; and overlap of words."""
+SCORERS = ("answer", "exact", "numeric", "maths", "regex", "json_schema", OVERLAP)
+"""Kinds of rewards that need only the answer and the question's record; and overlap of words."""
 _EQUATION_LAST = re.compile(r"=\s*[^\s=].{0,80}$", re.DOTALL)
 
 
@@ -53,7 +56,7 @@ class Prediction:
     """One question asked.
 
     Example:
-        Prediction("9f…", "arithmetic", "What is 2+2?", "4", "4", True, 1.0)
+        Prediction("9f…", "arithmetic", "What is 2+2?", "4", "4", True, "exact")
     """
 
     id: str  # of the conversation
@@ -61,11 +64,11 @@ class Prediction:
     prompt: str  # the last user turn
     expected: str
     answer: str
-    correct: bool  # by its scorer
-    score: float  # word F1 with the best accepted answer, 0..1
+    correct: bool  # the scorer's verdict
+    scorer: str = "answer"  # one of SCORERS
+    word_f1: float | None = None  # with the best accepted answer, 0..1; only where the scorer is `word_overlap`
     meta: Mapping[str, Any] | None = None
     too_long: bool | None = None  # longer than the context: never asked, and counted as wrong
-    scorer: str | None = None  # of `correct`: one of SCORERS
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v is not None}
@@ -73,27 +76,16 @@ class Prediction:
 
 @dataclass(slots=True, frozen=True)
 class TaskScore:
-    """What came out for the questions of one task."""
+    """The result of one task."""
 
     task: str
-    judged_by: str  # correct | recognisable
-    correct: Estimate
-    recognisable: Estimate
-    overlap: Estimate  # mean F1
-    guess: float  # the level to beat, for the measure that it is judged by
+    scorers: tuple[str, ...]  # that graded its answers; several where its questions differ
+    correct: Estimate  # share of answers that their scorers call right
+    word_f1: Estimate | None  # mean word F1, where all answers were graded by `word_overlap`
+    guess: float  # share that guessing gets right
     guess_from: str  # stated chance | most common answer | answer of another question
-    guess_interval: Estimate | None  # of a level that was measured on these questions; None for a stated chance
-    above_guess: bool  # surely: the interval lies above the chance, or question by question above what was guessed
-    scorers: tuple[str, ...]  # of `correct`
-
-    @property
-    def main(self) -> Estimate:
-        return self.correct if self.judged_by == "correct" else self.recognisable
-
-    @property
-    def scored_by(self) -> str:
-        """Example: `numeric`; `answer, numeric` where questions of a task differ."""
-        return "recognisable" if self.judged_by == "recognisable" else ", ".join(self.scorers)
+    guess_interval: Estimate | None  # where guessing was measured on these questions; None for a stated chance
+    above_guess: bool  # clearly: the interval lies above the stated chance, or the paired difference from guessing above 0
 
 
 def ask(
@@ -118,7 +110,7 @@ def ask(
                 found=conversation.id,
                 expected="a conversation that ends with an assistant turn",
             )
-    grade_all(conversations, [""] * len(conversations), scorer)  # what cannot be graded is said before the model is asked
+    grade_all(conversations, [""] * len(conversations), scorer)  # raises before the model is asked where grading is impossible
     order = sorted(range(len(conversations)), key=lambda i: -sum(len(m.content) for m in conversations[i].messages))
     prompts = {i: list(prompt(conversations[i])) for i in order}
     fitting = [i for i in order if context is None or len(prompts[i]) < context]
@@ -133,8 +125,8 @@ def ask(
 
 
 def scorer_for(expected: str) -> str:
-    """The scorer of a question for which none was chosen: `numeric` where the expected answer is a worked solution that ends in
-    a number, else `answer`.
+    """The scorer of a question for which none was chosen, unless its task is free text: `numeric` where the expected answer is
+    a worked solution that ends in a number, else `answer`.
 
     Example:
         >>> scorer_for("He has 2 + 2 = 4 eggs.\\n#### 4"), scorer_for("4 eggs")
@@ -153,12 +145,13 @@ def grade(conversation: Conversation, given: str | None, scorer: str | None = No
 
 
 def grade_all(conversations: Sequence[Conversation], given: Sequence[str | None], scorer: str | None = None) -> list[Prediction]:
-    """The verdict on each answer; None for a question too long to be asked. `meta["accepted"]` may list other right answers.
+    """The grade of each answer; an answer is None where the question was too long to be asked. `meta["accepted"]` may list
+    other right answers.
 
     Raises `RewardError` for an expected answer that the scorer cannot read, `MissingExtra` for a scorer that is not installed.
     """
     records = [_record(c) for c in conversations]
-    scorers = [scorer or _named(c) or scorer_for(_accepted(r)[0]) for c, r in zip(conversations, records, strict=True)]
+    scorers = _scorers(conversations, records, scorer)
     correct = [False] * len(records)
     for kind in dict.fromkeys(scorers):
         rows = [i for i, one in enumerate(scorers) if one == kind and given[i] is not None]
@@ -167,9 +160,29 @@ def grade_all(conversations: Sequence[Conversation], given: Sequence[str | None]
     return [_prediction(*row) for row in zip(conversations, records, given, scorers, correct, strict=True)]
 
 
+def _scorers(conversations: Sequence[Conversation], records: Sequence[Record], scorer: str | None) -> list[str]:
+    """The scorer of each question. Of those that neither the evaluation nor a question names, a task of free text gets
+    `word_overlap`: exact comparison would call every paraphrase wrong."""
+    if scorer is not None:
+        return [scorer] * len(records)
+    out: list[str] = []
+    derived: dict[str, list[int]] = {}  # questions of a task whose scorer the expected answers decide
+    for i, (conversation, record) in enumerate(zip(conversations, records, strict=True)):
+        named = _named(conversation)
+        out.append(named or scorer_for(_accepted(record)[0]))
+        if named is None:
+            derived.setdefault(_task(conversation), []).append(i)
+    for rows in derived.values():
+        words = sum(len(_accepted(records[i])[0].split()) for i in rows) / len(rows)
+        if words > FREE_TEXT_WORDS and all(out[i] == "answer" for i in rows):
+            for i in rows:
+                out[i] = OVERLAP
+    return out
+
+
 def _judge(kind: str, records: Sequence[Record], texts: Sequence[str]) -> list[bool]:
-    if kind == "recognisable":
-        return [any(recognised(t, x) for x in _accepted(r)) for r, t in zip(records, texts, strict=True)]
+    if kind == OVERLAP:
+        return [any(words_overlap(t, x) for x in _accepted(r)) for r, t in zip(records, texts, strict=True)]
     asked = {r.id: _question(r.messages) for r in records}
     with build(terms_of({kind: 1.0}), asked=lambda rollout: asked[rollout.prompt]) as rubric:
         _, verdicts = judge_texts(rubric, zip(records, texts, strict=True))
@@ -177,20 +190,20 @@ def _judge(kind: str, records: Sequence[Record], texts: Sequence[str]) -> list[b
 
 
 def _named(conversation: Conversation) -> str | None:
-    """The scorer that the question's own facts name, in meta["scorer"]."""
+    """The scorer that the question's metadata names, in meta["scorer"]."""
     name = conversation.meta.get("scorer")
     if name is not None and name not in SCORERS:
         near = nearest(str(name), list(SCORERS))
         raise DataError(
             "no such scorer", file=conversation.source, field="meta.scorer", found=name, expected=f"one of: {', '.join(SCORERS)}",
-            fix=f"did you mean `{near}`?" if near else "leave it out: the expected answer decides then",
+            fix=f"did you mean `{near}`?" if near else "use one of them, or remove the key: the expected answer then decides",
         )  # fmt: skip
     return name
 
 
 def _record(conversation: Conversation) -> Record:
-    """What is asked, as rewards know it: right are the expected answer of the facts (`answer`), what the assistant says, and what
-    the facts list as `accepted`."""
+    """The question as rewards see it. Right answers are `answer` in its metadata, the assistant's turn, and those that the
+    metadata lists as `accepted`."""
     said, meta = conversation.messages[-1].content, conversation.meta
     right = [meta["answer"]] if isinstance(meta.get("answer"), str | int | float) else list(meta.get("answer") or [])
     first, *others = dict.fromkeys([*map(str, right), said, *others_of(meta)])
@@ -206,19 +219,23 @@ def _question(messages: Sequence[Any]) -> str:
     return next((m.content for m in reversed(messages) if m.role == "user"), messages[0].content)
 
 
+def _task(conversation: Conversation) -> str:
+    return str(conversation.meta.get("task", "questions"))
+
+
 def _prediction(conversation: Conversation, record: Record, given: str | None, scorer: str, correct: bool) -> Prediction:
     answer = given or ""
     return Prediction(
         id=conversation.id,
-        task=str(conversation.meta.get("task", "questions")),
+        task=_task(conversation),
         prompt=_question(conversation.messages[:-1]),
         expected=conversation.messages[-1].content,
         answer=answer,
         correct=correct,
-        score=max(word_f1(answer, x) for x in _accepted(record)),
+        scorer=scorer,
+        word_f1=max(word_f1(answer, x) for x in _accepted(record)) if scorer == OVERLAP else None,
         meta={k: v for k, v in conversation.meta.items() if k in ("family", "seen", "split", "level")} or None,
         too_long=True if given is None else None,
-        scorer=scorer,
     )
 
 
@@ -231,26 +248,28 @@ def scores(predictions: Sequence[Prediction], chance: Mapping[str, float] | None
 
 
 def _score(task: str, rows: list[Prediction], chance: float) -> TaskScore:
-    scorers = tuple(dict.fromkeys(x.scorer or "answer" for x in rows))
-    words = sum(len(x.expected.split()) for x in rows) / len(rows)
-    free = set(scorers) == {"recognisable"} or (scorers == ("answer",) and words > FREE_TEXT_WORDS)
-    hits = [x.score >= RECOGNISABLE if free else x.correct for x in rows]
+    scorers = tuple(dict.fromkeys(x.scorer for x in rows))
+    hits = [x.correct for x in rows]
+    overlaps = [x.word_f1 for x in rows if x.word_f1 is not None]
     blind: dict[str, list[bool]] = {}
     if len(rows) > 1:  # one question has no other answers to guess from
         blind = {
-            "most common answer": [_same(x, guess, free) for x, guess in zip(rows, _commonest(rows), strict=True)],
-            "answer of another question": [_same(x, rows[i - 1].expected, free) for i, x in enumerate(rows)],
+            "most common answer": [_same(x, guess) for x, guess in zip(rows, _commonest(rows), strict=True)],
+            "answer of another question": [_same(x, rows[i - 1].expected) for i, x in enumerate(rows)],
         }
     levels = {"stated chance": chance} | {name: sum(found) / len(rows) for name, found in blind.items()}
     best = max(levels, key=lambda k: levels[k])
-    main = accuracy(hits)
-    measured = blind.get(best)
+    correct, guessed = accuracy(hits), blind.get(best)
     return TaskScore(
-        task, "recognisable" if free else "correct", accuracy([x.correct for x in rows]),
-        accuracy([x.score >= RECOGNISABLE for x in rows]), mean([x.score for x in rows], bounds=(0.0, 1.0)), levels[best], best,
-        accuracy(measured) if measured else None,
-        paired_shares(hits, measured).low > 0 if measured else main.low > chance, scorers,
-    )  # fmt: skip
+        task,
+        scorers,
+        correct,
+        word_f1=mean(overlaps, bounds=(0.0, 1.0)) if len(overlaps) == len(rows) else None,
+        guess=levels[best],
+        guess_from=best,
+        guess_interval=accuracy(guessed) if guessed else None,
+        above_guess=paired_shares(hits, guessed).low > 0 if guessed else correct.low > chance,
+    )
 
 
 def _commonest(rows: Sequence[Prediction]) -> list[str]:
@@ -262,10 +281,10 @@ def _commonest(rows: Sequence[Prediction]) -> list[str]:
     return [second if x.expected == first and most - 1 < less else first for x in rows]
 
 
-def _same(row: Prediction, guess: str, free: bool) -> bool:
+def _same(row: Prediction, guess: str) -> bool:
     """Whether a guess would have been right, as far as the expected answer tells."""
-    if free:
-        return recognised(guess, row.expected)
+    if row.scorer == OVERLAP:
+        return words_overlap(guess, row.expected)
     if row.scorer in ("numeric", "maths"):
         wanted, found = final_number(row.expected), final_number(guess)
         if wanted is not None and found is not None:
@@ -287,8 +306,21 @@ def word_f1(answer: str, expected: str) -> float:
     return 2 * same / (len(a) + len(b))
 
 
-def recognised(answer: str, expected: str) -> bool:
-    return word_f1(answer, expected) >= RECOGNISABLE
+def words_overlap(answer: str, expected: str) -> bool:
+    """Whether two free texts have enough words in common and the same numbers, in digits or words.
+
+    Example:
+        >>> [words_overlap(text, "He has 18 eggs left") for text in ("18 eggs are what he has left", "He has 19 eggs left")]
+        [True, False]
+    """
+    return word_f1(answer, expected) >= LEAST_F1 and _numbers(answer) == _numbers(expected)
+
+
+def _numbers(text: str) -> set[Number | str]:
+    """All numbers in a text; one that cannot be read as its spelling. `one` is more often a pronoun, and is left out."""
+    text = plain_maths(folded(text))
+    digits: set[Number | str] = {number_at(text, found) or found[0].strip() for found in NUMBER.finditer(text)}
+    return digits | {Number(Fraction(NUMBER_WORDS[word])) for word in _words(text) if word in NUMBER_WORDS and word != "one"}
 
 
 def _words(text: str) -> list[str]:

@@ -14,18 +14,25 @@ from tutelage import __version__, log
 from tutelage.evaluate import report_charts as charts
 from tutelage.evaluate import report_data as data
 from tutelage.evaluate.report_data import Node, Story
+from tutelage.evaluate.report_models import Finding, bars, findings
 from tutelage.files import whole_file
 
 
-def write_report(run: Path, out: Path, scores: Sequence[Path] = ()) -> None:
-    """Writes the page of a run directory to the file `out`. `scores`: folders of evaluations to show (else found by lineage).
+def write_report(run: Path, out: Path, scores: Sequence[Path] = ()) -> list[str]:
+    """Writes the page of a run directory to the file `out`, prints its verdict, and returns it: sentences about the model of the
+    run, those first that say where it is worse. `scores`: folders of evaluations that come before those found by lineage.
 
-    Raises `ArtifactError` if `run` is no run directory. Whatever else is missing is left out, and the page says why.
+    Raises `ArtifactError` if `run` is not a run directory. Whatever else is missing is left out, and the page says why.
     """
-    page = render(data.read_story(run, scores))
+    story = data.read_story(run, scores)
+    page = render(story)
     with whole_file(out) as f:
         f.write(page)
+    verdict = [finding.text for finding in _findings(story)]
+    for line in verdict:
+        log.say(line)
     log.say(f"report: {out} ({len(page.encode()) / 1e3:.0f} kB, one file, opens offline)")
+    return verdict
 
 
 def render(story: Story) -> str:
@@ -48,23 +55,27 @@ def context(story: Story) -> dict[str, Any]:
     if tokenizer is None:
         story.left_out.append(("Tokenizer", "no tokenizer was trained in this chain"))
     total_wh = [data.energy(n) for n in story.chain]
-    model = next((n for n in reversed(story.chain) if n.kind == "model"), None)
+    whole = next((n for n in reversed(story.chain) if n.kind == "model"), None)
+    name = story.model.name if story.model else story.run.name
+    if not story.measured():
+        story.left_out.append(("Scores", f"no finished evaluation of {name} was found: `tutelage evaluate` makes one"))
     learnt = [story.run, *story.training()]  # its own samples, else those of the first that has any
     growth = next(((n.name, s) for n, s in ((n, data.training_samples(n)) for n in learnt) if len(s) > 1), ("", []))
-    tasks = ((story.scores or {}).get("questions") or {}).get("tasks") or []
     return {
         "title": f"{story.run.path.parent.name} / {story.run.name}",
         "version": __version__,
         "run": story.run,
-        "scores": story.scores,
+        "name": name,
+        "findings": _findings(story),
         "documents": _documents(story),
-        "tasks": tasks,
-        "judged_by": {t.get("task"): t.get("judged_by") for t in tasks},
-        "definitions": (story.scores or {}).get("definitions") or {},
-        "gallery": story.gallery or {},
-        "changes": [(n.name, n.facts["change"]) for n in story.chain if isinstance(n.facts.get("change"), dict)],
-        "gains": [(n.name, n.facts) for n in story.chain if isinstance(n.facts.get("held_out_gain"), dict)],
-        "answered": [(name, g) for name, g in story.gains if g.get("questions")],
+        "questions": list(story.model.questions.items()) if story.model else [],
+        "tasks": [t for q in story.model.questions.values() for t in q.get("tasks") or []] if story.model else [],
+        "definitions": {k: v for m in reversed(story.measured()) for k, v in m.definitions.items()},
+        "samples": story.model.samples if story.model else {},
+        "others": [m for m in story.measured() if m is not story.model],
+        "effects": [(n.name, found) for n in story.chain if (found := _effect(n))],
+        "rewarded": [(n.name, n.facts) for n in story.chain if isinstance(n.facts.get("held_out_gain"), dict)],
+        "compared": [(m.name, c) for m in story.measured() for c in m.comparisons if c.get("questions")],
         "growth": growth[1],
         "growth_of": growth[0],
         "training": training,
@@ -77,25 +88,39 @@ def context(story: Story) -> dict[str, Any]:
         "energy_how": sorted({e["how"] for e in total_wh}),
         "plans": [(n.name, rows) for n in story.chain if (rows := data.plan_rows(n))],
         "parameters": _parameters(story),
-        "model": model,
-        "model_path": None if model is None else _shown(model, story),
+        "model_path": None if whole is None else _shown(whole, story),
         "left_out": list(dict.fromkeys(story.left_out)),
     }
 
 
-def _documents(story: Story) -> dict[str, Any] | None:
-    """The yardstick bars: rows best first, on one scale from 0 to a little above the longest interval."""
-    documents = (story.scores or {}).get("documents")
-    if not isinstance(documents, dict) or not documents.get("rows"):
-        return None
-    rows = sorted(documents["rows"], key=lambda r: float(r["bits_per_byte"]["value"]))
-    top = max(float(r["bits_per_byte"]["high"]) for r in rows) * 1.04
-    bars = [
-        {"label": r["label"], "ours": r["name"] == "model", **r["bits_per_byte"],
-         **{f"{k}_share": 100 * float(r["bits_per_byte"][k]) / top for k in ("value", "low", "high")}}
-        for r in rows
+def _findings(story: Story) -> list[Finding]:
+    """The verdict on the model of the run; of a run that `evaluate` does not measure, what it says of itself."""
+    verdict = story.run.facts.get("verdict")
+    if story.model is not None and (story.measured() or not isinstance(verdict, str)):
+        return findings(story.model, story.parents)
+    return [
+        Finding(
+            verdict
+            if isinstance(verdict, str)
+            else f"{story.run.name} has not been measured: no finished evaluation of it was found."
+        )
+    ]
+
+
+def _documents(story: Story) -> list[dict[str, Any]]:
+    """Each set of held-out documents that the model was measured on, with the bars of its figure."""
+    if story.model is None:
+        return []
+    return [
+        {**found, "data": name, "bars": bars(story.model, story.parents, name)}
+        for name, found in story.model.documents.items() if found.get("rows")
     ]  # fmt: skip
-    return {**documents, "bars": bars}
+
+
+def _effect(node: Node) -> dict[str, Any] | None:
+    """What training changed on held-out text, as `adapt` measures it; runs of older versions call it `change`."""
+    found = node.facts.get("adaptation_effect", node.facts.get("change"))
+    return found if isinstance(found, dict) else None
 
 
 def _training(node: Node, story: Story) -> dict[str, Any]:
@@ -132,12 +157,12 @@ PANELS = (
     ("tokens_per_second", "Tokens per second"),
     ("lr", "Learning rate, first parameter group"),
     ("grad_norm", "Gradient norm before clipping"),
-    ("mfu", "Share of the machine's product rate"),
-    ("term/accuracy", "pairs in the right order"),
-    ("rollout/length", "tokens of an answer"),
-    ("rollout/silent_share", "groups without a signal"),
-    ("term/entropy", "entropy, nats a token"),
-    ("rollout/kl", "divergence from the reference, nats a token"),
+    ("mfu", "Share of the machine's measured matrix-product rate"),
+    ("term/accuracy", "Pairs in the right order"),
+    ("rollout/length", "Tokens per answer"),
+    ("rollout/silent_share", "Prompt groups whose answers all have the same reward"),
+    ("term/entropy", "Entropy, nats per token"),
+    ("rollout/kl", "KL divergence from the reference, nats per token"),
 )
 
 
@@ -168,7 +193,7 @@ def _parameters(story: Story) -> float | None:
         found = data.number(node.facts.get("parameters")) or data.stored_parameters(node.path / "model")
         if found is not None:
             return found
-    return data.number(((story.scores or {}).get("model") or {}).get("parameters"))
+    return data.number(story.model.facts.get("parameters")) if story.model else None
 
 
 def _shown(model: Node, story: Story) -> str:

@@ -1,4 +1,4 @@
-"""What the report knows: a run, everything it came from, and the evaluation of it, read from run directories alone.
+"""What the report knows: a run, everything it came from, and the evaluations of its models, read from run directories alone.
 
 Everything is optional: a file that is missing or cannot be read leaves its section out, with the reason in `left_out`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,11 @@ import numpy as np
 import yaml
 
 from tutelage.errors import ArtifactError
+from tutelage.evaluate.report_models import MODELS, Measured, measured_path, read_scores
 from tutelage.files import read_json
 from tutelage.plan.energy import energy as estimated
 
 HISTOGRAM_BYTES = 64_000_000  # above this, document lengths come from the card's quantiles alone
-ROLES = {
-    "records": "data",
-    "tokenizer": "tokenizer",
-    "tokens": "tokens",
-    "model": "model",
-    "scores": "evaluation",
-    "report": "report",
-}
 
 
 @dataclass(slots=True)
@@ -61,46 +54,113 @@ class Node:
 
 @dataclass(slots=True)
 class Story:
-    """The chain of one run, parents before children, and what was found beside it."""
+    """The chain of one run, parents before children, and the evaluations of its models."""
 
     run: Node
     chain: list[Node]
-    scores: dict[str, Any] | None = None
-    gallery: dict[str, Any] | None = None
-    gains: list[tuple[str, dict[str, Any]]] = field(
-        default_factory=list
-    )  # model, what an evaluation says was gained since another
+    model: Measured | None = None  # the model that is handed over
+    parents: list[Measured] = field(default_factory=list)  # the models that it was trained from, nearest first
+    others: list[Measured] = field(default_factory=list)  # further models that were evaluated, such as a teacher
     left_out: list[tuple[str, str]] = field(default_factory=list)  # section, reason
 
     def training(self) -> list[Node]:
         return [n for n in self.chain if any("loss" in row for row in n.metrics)]
 
+    def measured(self) -> list[Measured]:
+        """All models with figures."""
+        known = [*([self.model] if self.model else []), *self.parents, *self.others]
+        return [m for m in known if m.documents or m.questions]
+
 
 def read_story(run: Path, scores: Sequence[Path] = ()) -> Story:
-    """The story of a run directory. `scores` are folders of evaluations (scores.json), each section from the first that has it;
-    without any the newest finished one in the chain, or beside the run, whose parents lie in the chain. Raises `ArtifactError`
-    where there is no run.json."""
+    """The story of a run directory. `scores` are folders of evaluations that come before those in the same folder as the run; of
+    these, the ones that measured a model of the chain are read, the newest first. Raises `ArtifactError` where there is no
+    run.json, or for given scores that cannot be shown."""
     if not (run / "run.json").exists():
         raise ArtifactError("not a run directory: it has no run.json", file=run, fix="give a folder that `tutelage runs` lists")
     left_out: list[tuple[str, str]] = []
     chain: list[Node] = []
     _walk(run.resolve(), chain, set(), left_out)
     story = Story(chain[-1], chain, left_out=left_out)
-    found, story.gains = _find_scores(story), _find_gains(story, scores)
-    folders = list(scores) or ([found] if found else [])
-    if not folders:
-        left_out.append(("Scores", "no finished evaluation of this run was found: `tutelage evaluate` makes one"))
-    for folder in folders:
-        story.scores = _joined(story.scores, _optional_json(folder / "scores.json", "Scores", left_out))
-        story.gallery = _joined(story.gallery, _optional_json(folder / "gallery.json", "What it says", left_out))
+    ancestry = _ancestry(story)
+    if ancestry:
+        story.model, *story.parents = ancestry
+    _add_evaluations(story, scores)
     return story
 
 
-def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Two evaluations as one: what the first lacks or has empty comes from the second."""
-    if first is None or second is None:
-        return first or second
-    return {**second, **{k: v for k, v in first.items() if v}}
+def _ancestry(story: Story) -> list[Measured]:
+    """The model of the run and those that it was trained from, nearest first, as far as run directories name them."""
+    nodes = {node.path: node for node in story.chain}
+    if story.run.kind in MODELS:
+        place: Path | None = story.run.path
+    else:
+        place = _trained_from(story.run) or next((n.path for n in reversed(story.chain) if n.kind in MODELS), None)
+    out: list[Measured] = []
+    while place is not None and place not in [m.path for m in out]:
+        node = nodes.get(place)
+        out.append(Measured(_title(node, story) if node else place.name, place))
+        place = _trained_from(node) if node else None
+    return out
+
+
+def _trained_from(node: Node) -> Path | None:
+    """Where the model is that a run began with, or that it measured."""
+    by_name = {str(p.get("name")): p for p in node.parents if p.get("kind") in MODELS}
+    found = by_name.get("adapter") or by_name.get("model")
+    return Path(os.path.normpath(node.path / str(found.get("path", "")))) if found else None
+
+
+def _title(node: Node, story: Story) -> str:
+    """The name of a run, with its digest where another of the chain has the same."""
+    return node.name if [n.name for n in story.chain].count(node.name) == 1 else node.path.name
+
+
+def _add_evaluations(story: Story, given: Sequence[Path]) -> None:
+    """Reads the evaluations into the models that they measured."""
+    near = [n.path / "scores" for n in reversed(story.chain) if (n.path / "scores" / "scores.json").exists()]
+    found = sorted(story.run.path.parent.glob("*/scores/scores.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    folders = [(Path(f), True) for f in given] + [(f, False) for f in (*near, *(p.parent for p in found))]
+    seen: set[Path] = set()
+    for folder, wanted in folders:
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        try:
+            scores = read_scores(folder)
+        except ArtifactError as error:
+            if wanted:
+                raise
+            if _model_of(folder, {}, story, every=False) is not None:
+                story.left_out.append(("Scores", f"{folder.parent.name}: {error.message}"))
+            continue
+        except OSError as error:
+            raise ArtifactError("no scores of `tutelage evaluate`", file=folder, found=str(error)) from error
+        model = _model_of(folder, scores, story, every=wanted) if scores else None
+        if model is not None and scores is not None:
+            samples = _quiet_json(folder / "samples.json")
+            model.add(scores, samples if isinstance(samples, dict) else None)
+        elif wanted:
+            story.left_out.append(("Scores", f"{folder.parent.name} does not tell which model it measured"))
+
+
+def _model_of(folder: Path, scores: Mapping[str, Any], story: Story, *, every: bool) -> Measured | None:
+    """The model that an evaluation measured, by its run.json or the digest in its scores. Of one that is not in the chain, None,
+    unless `every` model is wanted."""
+    known = [*([story.model] if story.model else []), *story.parents, *story.others]
+    facts = scores.get("model") or {}
+    path = measured_path(folder)
+    by_digest = [n for n in story.chain if n.kind in MODELS and n.facts["artifact"].get("digest") == facts.get("digest")]
+    if path is None and by_digest:
+        path = by_digest[-1].path
+    for model in known:
+        if path == model.path or (path is None and facts.get("digest") and facts["digest"] == model.facts.get("digest")):
+            return model
+    node = next((n for n in story.chain if n.path == path), None)
+    if path is None or (node is None and not every):
+        return None
+    story.others.append(Measured(_title(node, story) if node else str(facts.get("name") or path.name), path))
+    return story.others[-1]
 
 
 def _walk(path: Path, chain: list[Node], seen: set[Path], left_out: list[tuple[str, str]]) -> None:
@@ -124,45 +184,6 @@ def _walk(path: Path, chain: list[Node], seen: set[Path], left_out: list[tuple[s
         node.config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
     node.metrics = read_metrics(path / "metrics.jsonl")
     chain.append(node)
-
-
-def _find_scores(story: Story) -> Path | None:
-    """The evaluation nearest to the run: itself, an ancestor, or a run beside it that measured one of the chain's models."""
-    for node in reversed(story.chain):
-        if (node.path / "scores" / "scores.json").exists():
-            return node.path / "scores"
-    paths = [n.path for n in story.chain]
-    candidates = sorted(story.run.path.parent.glob("*/scores/scores.json"), key=lambda p: p.stat().st_mtime)
-    best: tuple[int, Path] | None = None
-    for file in candidates:
-        target = _measured(file)
-        if target in paths and (best is None or paths.index(target) >= best[0]):
-            best = (paths.index(target), file.parent)
-    return best[1] if best else None
-
-
-def _measured(scores: Path) -> Path | None:
-    """The run whose model an evaluation is of."""
-    facts = _quiet_json(scores.parent.parent / "run.json") or {}
-    models = [p for p in facts.get("parents") or [] if p.get("kind") == "model"]
-    return Path(os.path.normpath(scores.parent.parent / str(models[0].get("path", "")))) if models else None
-
-
-def _find_gains(story: Story, given: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """(model, gains) of the evaluations given or beside the run that measured a model of its chain and name one from before, the
-    newest of each pair of models, in the chain's order."""
-    places = {node.path: i for i, node in enumerate(story.chain)}
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    files = [
-        *story.run.path.parent.glob("*/scores/scores.json"),
-        *(f / "scores.json" for f in given if (f / "scores.json").exists()),
-    ]
-    for file in sorted({p.resolve() for p in files}, key=lambda p: p.stat().st_mtime):
-        target = _measured(file)
-        row = (_quiet_json(file) or {}).get("gains")
-        if target in places and isinstance(row, dict):
-            found[places[target], str(row.get("model"))] = row
-    return [(story.chain[place].name, row) for (place, _), row in sorted(found.items(), key=lambda item: item[0])]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -232,7 +253,7 @@ def training_samples(node: Node, most: int = 5) -> list[dict[str, Any]]:
 
 
 def energy(node: Node) -> dict[str, Any]:
-    """Watt-hours of a run: what it recorded (`energy` in run.json, of `plan.energy`), else the same count of its seconds here."""
+    """Watt-hours of a run: as recorded (`energy` in run.json, from `plan.energy`), else estimated from its seconds alike."""
     own = node.facts.get("energy")
     kwh = number(own.get("kwh")) if isinstance(own, dict) else None
     if isinstance(own, dict) and kwh is not None:
@@ -259,7 +280,7 @@ def stored_parameters(model: Path) -> float | None:
 
 
 def rates(node: Node) -> dict[str, float | None]:
-    """What a training run reached: tokens, tokens/s, share of the machine's product rate, FLOPs, final losses."""
+    """Figures of a training run: tokens, tokens/s, share of the machine's product rate, FLOPs, final losses."""
     steps = [row for row in node.metrics if "loss" in row]
     tokens = number(node.facts.get("tokens")) or (number(steps[-1].get("tokens")) if steps else None)
     speeds = [row["tokens_per_second"] for row in steps if "tokens_per_second" in row]
@@ -278,7 +299,7 @@ def rates(node: Node) -> dict[str, float | None]:
 
 
 def plan_rows(node: Node) -> list[dict[str, Any]]:
-    """Planned beside measured, for what the run recorded of both: `plan` in run.json and the fact of the same name."""
+    """Planned and measured values, where the run recorded both: `plan` in run.json and the fact of the same name."""
     plan = node.facts.get("plan")
     rows = []
     if isinstance(plan, dict):

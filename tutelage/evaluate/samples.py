@@ -1,4 +1,4 @@
-"""What the model says, to look at: continuations of opening words and of held-out documents, and questions with answers."""
+"""Samples to look at: continuations of opening words and of held-out documents, and questions with the model's answers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def continuations(
     """Rows `{"kind", "prompt", "continuation", "truth", "sampling"}`.
 
     The first words of some held-out `documents` are continued once by sampling (temperature 0.8, top-p 0.95, the given seed).
-    The beginnings (about a fifth, at most 160 characters, cut at a space) of others are continued greedily, beside what really
-    follows (`truth`). Both are evenly spread.
+    The beginnings (about a fifth, at most 160 characters, cut at a space) of others are continued greedily, next to the real
+    continuation (`truth`). Both are evenly spread.
     """
     sampling = {**SAMPLED, "max_tokens": max_tokens, "seed": seed}
     prompts = openings(documents, openings_used)

@@ -1,4 +1,4 @@
-"""How well a model that scores agrees with people, beside what scoring by length would do: such models learn length readily
+"""How well a scoring model agrees with people, compared with scoring by length, which such models learn readily
 (Singhal et al. 2023, arXiv:2310.03716). Numpy only; every share and mean has an interval."""
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from tutelage.evaluate.intervals import mcnemar, mean, ratio, wilson
 
 Floats = NDArray[np.float64]
-SHOWN = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # quantiles of a distribution
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)  # of a distribution
 
 
 def of_pairs(rewards: Floats, lengths: Floats) -> dict[str, Any]:
-    """Of pairs, the chosen answer first: rewards [n,2] and lengths [n,2] in tokens. A tie is half right.
+    """Agreement on pairs, the chosen answer first: rewards [n,2] and lengths [n,2] in tokens. A tie is half right.
 
-    `longer_wins`: what choosing the longer answer gives. `beyond_length`: the chance of such a difference from the better of
-    choosing the longer and choosing the shorter answer, if there were none. `against_length`: accuracy where that rule is wrong.
+    `longer_wins`: accuracy of choosing the longer answer. `beyond_length`: McNemar's p-value for the difference from the better
+    of choosing the longer and choosing the shorter answer. `against_length`: accuracy where that rule is wrong.
     """
     right, longer = _wins(rewards), _wins(lengths)
     rule = longer if longer.mean() >= 0.5 else 1.0 - longer
@@ -38,8 +38,8 @@ def of_pairs(rewards: Floats, lengths: Floats) -> dict[str, Any]:
 
 
 def of_ratings(scores: Floats, ratings: Floats, lengths: Floats, aspects: Sequence[str], means: Floats) -> dict[str, Any]:
-    """Of rated answers, by aspect: scores and ratings [n,K], NaN where there is none, lengths [n]. `explained` is the share that
-    is gone of the squared error which giving everyone the mean of the training ratings (`means` [K]) would make."""
+    """Agreement with ratings, by aspect: scores and ratings [n,K], NaN where there is none, lengths [n]. `explained`: 1 - squared
+    error / squared error of always predicting the mean of the training ratings (`means` [K])."""
     out: dict[str, Any] = {}
     for k, name in enumerate(aspects):
         given = np.isfinite(ratings[:, k])
@@ -61,8 +61,9 @@ def of_ratings(scores: Floats, ratings: Floats, lengths: Floats, aspects: Sequen
 
 
 def of_steps(odds: Floats, wanted: Floats, right_in_training: float) -> dict[str, Any]:
-    """Of judged steps: log-odds of right [m] against the share of right [m]. `usual`: what saying the commoner verdict of the
-    training data gives; `separation`: how often a right step has higher odds than a wrong one (area under the curve)."""
+    """Agreement on labelled steps: log-odds of right [m] and the share of people who say right [m]. `usual`: accuracy of always
+    predicting the more common label of the training data; `separation`: how often a right step has higher odds than a wrong one
+    (area under the ROC curve)."""
     truth = wanted > 0.5
     said = odds > 0
     usual = truth == (right_in_training > 0.5)
@@ -78,7 +79,7 @@ def of_steps(odds: Floats, wanted: Floats, right_in_training: float) -> dict[str
 
 
 def separation(high: Floats, low: Floats) -> float:
-    """How often one of `high` is above one of `low`, ties counted half (Mann and Whitney, 1947)."""
+    """How often a value of `high` is above one of `low`; ties count half (Mann and Whitney, 1947)."""
     values, index = np.unique(np.concatenate([high, low]), return_inverse=True)
     of_low = np.bincount(index[len(high) :], minlength=len(values))
     below = np.cumsum(of_low) - of_low
@@ -86,7 +87,7 @@ def separation(high: Floats, low: Floats) -> float:
 
 
 def correlation(a: Floats, b: Floats) -> float | None:
-    """Pearson's; None where one of the two is always the same."""
+    """Pearson's; None where one of the two is constant."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(np.corrcoef(a, b)[0, 1])
@@ -94,7 +95,7 @@ def correlation(a: Floats, b: Floats) -> float | None:
 
 def distribution(values: Floats) -> dict[str, float]:
     """Mean, standard deviation and quantiles."""
-    rows = {f"p{100 * q:g}": float(x) for q, x in zip(SHOWN, np.quantile(values, SHOWN), strict=True)}
+    rows = {f"p{100 * q:g}": float(x) for q, x in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
     return {"mean": float(values.mean()), "deviation": float(values.std()), **rows}
 
 

@@ -1,4 +1,4 @@
-"""The baseline that every classifier has to beat: TF-IDF of words and word pairs, and logistic regression (scikit-learn)."""
+"""The baseline for classifiers: TF-IDF of words and word pairs, and logistic regression (scikit-learn)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from tutelage.errors import DataError, MissingExtra
 
-CHOSEN = 5000  # texts up to which the regression's settings are chosen: six settings, three parts
+TUNED_TEXTS = 5000  # most texts for which the regression is tuned: six settings, three folds
 
 
 class WordCounts:
@@ -17,8 +17,8 @@ class WordCounts:
     for texts without a word.
 
     `targets`: class numbers [n], or where a text may have several 0 and 1 [n,K]. Where texts have one class each and are few,
-    strength and weights of the regression are chosen for macro-F1 by cross-validation inside these texts: a yardstick is of no
-    use when it is too short.
+    regularisation and class weights are chosen for macro-F1 by cross-validation on these texts, because a weak baseline proves
+    nothing.
     """
 
     def __init__(self, texts: Sequence[str], targets: np.ndarray, classes: int) -> None:
@@ -33,13 +33,13 @@ class WordCounts:
         words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, strip_accents="unicode", token_pattern=r"(?u)\b\w+\b")
         with_words = sum(map(bool, map(words.build_analyzer(), texts)))
         if not with_words:
-            raise DataError("no text to learn from has a word", found=texts[0], expected="letters or digits")
+            raise DataError("no training text contains a word", found=texts[0], expected="letters or digits")
         regression: Any = LogisticRegression(C=10.0, max_iter=2000)
         self.several, self.classes = targets.ndim == 2, classes
         model: Any = make_pipeline(words, OneVsRestClassifier(regression) if self.several else regression)
-        parts = 0 if self.several or len(texts) > CHOSEN else min(3, int(np.unique(targets, return_counts=True)[1].min()))
+        parts = 0 if self.several or len(texts) > TUNED_TEXTS else min(3, int(np.unique(targets, return_counts=True)[1].min()))
         if with_words <= len(texts) / max(parts, 1) + classes:
-            parts = 0  # one part might have all the words, and the others none to fit on
+            parts = 0  # one fold might hold all the words, and leave none to fit on
         if parts > 1:
             grid = {"logisticregression__C": [1.0, 10.0, 100.0], "logisticregression__class_weight": [None, "balanced"]}
             model = GridSearchCV(model, grid, scoring="f1_macro", cv=parts)

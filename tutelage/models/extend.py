@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError, Setting
 from tutelage.models.decoder import Decoder
+from tutelage.models.unfilled import unfilled
 
 Pieces = Sequence[Sequence[int]]
 Start = Callable[[Tensor, Pieces, bool, bool], Tensor]
@@ -70,7 +71,7 @@ def _decoder(model: Decoder, size: int) -> Decoder:
         if id(p) in old:
             state[name] = p.new_empty(size, *p.shape[1:])
             state[name][: len(p)] = p.detach()
-    with torch.device("meta"):
+    with unfilled():
         grown = Decoder(model.config.with_vocabulary(size))
     grown.load_state_dict(state, strict=False, assign=True)
     grown.tie()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
+from tutelage.models.unfilled import unfilled
 
 SCHEMES = {
     "depth": lambda layers: (2 * layers) ** -0.5,  # GPT-2: each of 2 x layers blocks adds its share of variance
@@ -31,7 +32,7 @@ def build(
     A tensor depends on the seed and its name alone: not on the number of layers, the device or the order of creation.
     """
     factor = SCHEMES[scheme](config.num_hidden_layers)
-    with torch.device("meta"):
+    with unfilled():
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     model.tie()

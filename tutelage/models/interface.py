@@ -147,6 +147,7 @@ class Batch:
     answers: Answers | None = None  # what objectives about whole answers look at, in place of `targets` and `weights`
     source_ids: Tensor | None = None  # [B,S] int64
     source_segments: Tensor | None = None  # [B,S] int32: 0 = padding, else 1
+    replay: bool = False  # rows of plain text beside what the objective is about (objectives/replay.py)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from tutelage.artifacts import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.errors import ArtifactError
 from tutelage.files import check_readable, read_object
+from tutelage.gguf.folder import LINK, file_of, header_of, model_folder, source_of
+from tutelage.gguf.reader import AGAIN
+from tutelage.gguf.weights import GgufTensors
 from tutelage.models import families
 from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Model
 from tutelage.models.names import Stored, stored
+from tutelage.models.unfilled import unfilled
 from tutelage.plan.config_json import EXPORT_AGAIN, read_config_json
 
 __all__ = ["check_folder", "check_vocabulary", "load", "read_config"]
@@ -35,12 +39,12 @@ def load(
     folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", adapter: bool = True
 ) -> Model:
     """The model of `folder`, in evaluation mode, its weights copied to `device` as `dtype`. Of an adapter's folder it is the base
-    that the folder names, with the adapter.
+    that the folder names, with the adapter. A GGUF file, or the short name of one in a package, is a model's folder too.
 
     A model that is not of our families runs on `transformers` (extra `hf`), unless `adapter` is off.
     Raises ArtifactError for a folder that is not a model, and for weights that are missing or of another shape.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if is_adapter(folder):
         from tutelage.models.adapters.start import load_with_base
@@ -66,13 +70,19 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The configuration of a model folder that another library is to read. Raises `ArtifactError` for what is never read here:
     pickled weights, code of the model's own."""
     raw = read_config(folder)
+    if (file := file_of(folder)) is not None:
+        raise ArtifactError(
+            "a GGUF file is read by our own decoder alone", file=file,
+            fix="train from it, or merge an adapter on it: what comes of it is an ordinary model folder",
+        )  # fmt: skip
     _refuse_code(folder, raw)
     _Files.find(folder)
     return raw
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The object in `folder`/config.json. Raises ArtifactError when `folder` is not a model folder."""
+    """The object in `folder`/config.json, or of a GGUF file. Raises ArtifactError when `folder` is not a model folder."""
+    folder = model_folder(folder)
     path = folder / "config.json"
     fix = "give the folder that holds config.json and model.safetensors"
     if not folder.is_dir():
@@ -120,7 +130,7 @@ def _refuse_code(folder: Path, raw: dict[str, Any]) -> None:
 
 def _load_decoder(folder: Path, raw: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Decoder:
     config = DecoderConfig.from_hf(raw, folder / "config.json")
-    with torch.device("meta"):
+    with unfilled():
         model = Decoder(config).to(dtype)
     fill(model, folder, config, device, dtype)
     model.tie()
@@ -132,21 +142,44 @@ def fill(model: nn.Module, folder: Path, config: DecoderConfig, device: torch.de
     shapes = {name: p.shape for name, p in model.named_parameters()}
     disk = families.family(config.model_type).disk
     wanted = stored(disk, list(shapes))
-    with _Files.find(folder).open(disk.prefix, wanted) as files:
-        files.check(wanted, shapes, tied=config.tie_word_embeddings)
+    with _open(folder, disk.prefix, wanted) as files:
+        _check(files, folder, wanted, shapes, tied=config.tie_word_embeddings)
         state: dict[str, Tensor] = {}
         for row in wanted:
             for name, part in row.split(files.tensor(row.name), shapes):
                 # A copy of its own: a view of the mapped file would change or vanish with the file.
-                state[name] = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+                state[name] = part.to(device, dtype, copy=not files.copies, memory_format=torch.contiguous_format)
     model.load_state_dict(state, strict=False, assign=True)
 
 
 def stored_shapes(folder: Path, names: list[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of those of the tensors `names` that the files of `folder` hold."""
-    with _Files.find(folder).open("", []) as files:
-        found = {name: files.place[name] for name in names if name in files.place}
-        return {name: tuple(handle.get_slice(key).get_shape()) for name, (_, handle, key) in found.items()}
+    with _open(folder, "", []) as files:
+        held = set(files.names())
+        return {name: files.shape(name) for name in names if name in held}
+
+
+class Tensors(Protocol):
+    """Stored tensors by the names of the current release of their family."""
+
+    copies: bool  # whether a tensor is already a copy of its own
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        ...
+
+
+def _open(folder: Path, prefix: str, wanted: list[Stored]) -> contextlib.AbstractContextManager[Tensors]:
+    """The stored tensors of a model folder."""
+    if (folder / LINK).is_file():
+        return GgufTensors(header_of(folder))
+    return _Files.find(folder).open(prefix, wanted)
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -212,44 +245,57 @@ class _Files:
                     raise ArtifactError(
                         f"a damaged safetensors file ({error})", file=path, fix="export or download the model again"
                     ) from error
-            yield _Opened(self.folder, handles, prefix, {row.name for row in wanted})
+            yield _Opened(handles, prefix, {row.name for row in wanted})
 
 
 class _Opened:
-    """Open safetensors files, tensors by the names of the current release of their family."""
+    """Open safetensors files."""
 
-    def __init__(self, folder: Path, handles: dict[Path, Any], prefix: str, wanted: set[str]) -> None:
-        self.folder, self.place = folder, {}
+    copies = False
+
+    def __init__(self, handles: dict[Path, Any], prefix: str, wanted: set[str]) -> None:
+        self.place = {}
         for path, handle in handles.items():
             for key in handle.keys():  # noqa: SIM118 (not a dict)
                 name = prefix + key if key not in wanted and prefix and not key.startswith((prefix, "lm_head.")) else key
                 self.place[name] = (path, handle, key)
 
+    def names(self) -> list[str]:
+        return list(self.place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        _, handle, key = self.place[name]
+        return tuple(handle.get_slice(key).get_shape())
+
     def tensor(self, name: str) -> Tensor:
         _, handle, key = self.place[name]
         return handle.get_tensor(key)  # type: ignore[no-any-return]
 
-    def check(self, wanted: list[Stored], shapes: dict[str, torch.Size], tied: bool) -> None:
-        """Every tensor there, of its shape, and no other."""
-        missing = [row.name for row in wanted if row.name not in self.place]
-        if missing:
+    def file(self, name: str) -> Path:
+        return self.place[name][0]
+
+
+def _check(files: Tensors, folder: Path, wanted: list[Stored], shapes: dict[str, torch.Size], tied: bool) -> None:
+    """Every tensor there, of its shape, and no other."""
+    folder, held = source_of(folder), set(files.names())
+    missing = [row.name for row in wanted if row.name not in held]
+    fix = "config.json and the weights have to be of the same model" if folder.is_dir() else AGAIN
+    if missing:
+        raise ArtifactError(
+            f"{len(missing)} of {len(wanted)} tensors are missing from the model's weights", file=folder,
+            found=f"no {', '.join(missing[:3])}", fix=fix,
+        )  # fmt: skip
+    for row in wanted:
+        found, expected = files.shape(row.name), row.shape(shapes)
+        if found != expected:
             raise ArtifactError(
-                f"{len(missing)} of {len(wanted)} tensors are missing from the model's weights", file=self.folder,
-                found=f"no {', '.join(missing[:3])}", fix="config.json and the weights have to be of the same model",
+                "a tensor has another shape than the model's configuration says", file=files.file(row.name), field=row.name,
+                found=list(found), expected=str(list(expected)), fix=fix,
             )  # fmt: skip
-        for row in wanted:
-            path, handle, key = self.place[row.name]
-            found, expected = tuple(handle.get_slice(key).get_shape()), row.shape(shapes)
-            if found != expected:
-                raise ArtifactError(
-                    "a tensor has another shape than config.json says", file=path, field=row.name,
-                    found=list(found), expected=str(list(expected)),
-                    fix="config.json and the weights have to be of the same model",
-                )  # fmt: skip
-        known = {row.name for row in wanted} | ({"lm_head.weight"} if tied else set())
-        extra = [n for n in self.place if n not in known and not n.endswith(families.recomputed())]
-        if extra:
-            raise ArtifactError(
-                f"{len(extra)} tensors in the model's weights belong to nothing in config.json", file=self.folder,
-                found=", ".join(sorted(extra)[:3]), fix="config.json and the weights have to be of the same model",
-            )  # fmt: skip
+    known = {row.name for row in wanted} | ({"lm_head.weight"} if tied else set())
+    extra = [n for n in held if n not in known and not n.endswith(families.recomputed())]
+    if extra:
+        raise ArtifactError(
+            f"{len(extra)} tensors in the model's weights belong to nothing in its configuration", file=folder,
+            found=", ".join(sorted(extra)[:3]), fix=fix,
+        )  # fmt: skip

@@ -22,6 +22,7 @@ from tutelage.models.config import DecoderConfig, unsupported
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
 from tutelage.models.load import DTYPES, check_folder, fill, read_config, scores, stored_shapes
+from tutelage.models.unfilled import unfilled
 
 HEAD = ("score.weight", "score.bias")
 SHARED_TOKENS = 16
@@ -175,7 +176,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
     if HEAD[0] not in shapes:
         raise ArtifactError("the score head is missing from the model's weights", file=folder, expected=f"a tensor {HEAD[0]}")
     config = DecoderConfig.from_hf(raw, folder / "config.json")
-    with torch.device("meta"):
+    with unfilled():
         decoder = Decoder(config).to(kind)
         del decoder.lm_head
         head = nn.Linear(config.hidden_size, shapes[HEAD[0]][0], bias=HEAD[1] in shapes, dtype=kind)

@@ -202,12 +202,13 @@ def _training(values: dict[str, Any], settle: Any, shape: dict[str, Any], parame
         f"{rule['factor']} x FLOPs^{rule['power']} = {free:.2g} (DeepSeek LLM 2024), at most {rule['most']:g}; for AdamW",
     )  # fmt: skip
     rule, width = table["matrix_lr"], Shape.of(shape).hidden
-    settle(
-        "matrix_lr", round(rule["factor"] * width ** rule["power"], 6),
-        f"{rule['factor']} x width^{rule['power']}: 0.02 on an orthogonal update (Jordan et al. 2024) at RMS 0.2; for Muon",
-    )  # fmt: skip
+    ratio = lr / round(min(free, table["lr"]["most"]), 6)  # 1 unless lr is given
+    text = f"{rule['factor']} x width^{rule['power']}: 0.02 on an orthogonal update (Jordan et al. 2024) at RMS 0.2; for Muon"
+    if ratio != 1:
+        text = f"{ratio:.3g} x ({text}), as lr is {ratio:.3g} x its derived value"
+    settle("matrix_lr", round(rule["factor"] * width ** rule["power"] * ratio, 10 if ratio != 1 else 6), text)
     factor = table["embedding_lr"]["factor"]
-    settle("embedding_lr", round(lr * factor, 6), f"{factor:g} x lr")
+    settle("embedding_lr", round(lr * factor, 6) if ratio == 1 else lr * factor, f"{factor:g} x lr")
     settle("weight_decay", table["weight_decay"], "matrices only")
     rule = table["warmup"]
     warmup = min(max(rule["least_steps"], round(rule["share"] * steps)), rule["most_steps"], max(1, steps // 2))

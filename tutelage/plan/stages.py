@@ -29,22 +29,22 @@ COLLECT = {
 }
 LEARN = Span(1e6, 6e6)  # 3.9M; with its measurement 2.5M
 ENCODE = Span(1.2e6, 4.5e6)  # of JSONL: 2.2M documents, 3.5M conversations, 4.5M where words repeat much (bench/tokens.py)
-YARDSTICKS = Span(0.1e6, 0.4e6)  # 0.14M on one core, 0.18M on two
-YARDSTICKS_MOST = 32e6  # bytes of training text that they read (evaluate/baselines.py)
+BASELINES = Span(0.1e6, 0.4e6)  # 0.14M on one core, 0.18M on two
+BASELINES_MOST = 32e6  # bytes of training text that they read (evaluate/baselines.py)
 
 # Bytes of memory for each byte
 COLLECT_MEMORY = Span(0.05, 1)  # of text, for ids, sketches and lines: 0.1 for pages, more for short records
 FILE_MEMORY = Span(2, 6)  # of the largest file, which is held as bytes and as text
 LEARN_MEMORY = Span(0.5, 20)  # of text, for words and pairs: 18 at 2 MB, less beyond
 ENCODE_MEMORY = Span(60e6, 120e6)  # in all, of a process: 85M
-YARDSTICKS_MEMORY = Span(300, 800)  # of training text: 580
+BASELINES_MEMORY = Span(300, 800)  # of training text: 580
 
 READ_TOKENS = 8192  # in one forward pass (evaluate/suite.py)
 SLOTS = 32  # answers that are generated at a time (stages/evaluate.py)
 LAYER_PASS = Span(1e-3, 6e-3)  # seconds that one more token of all slots costs a layer of a small model: 2 to 5 ms
 ANSWER = Span(1 / 10, 1)  # length of an answer as a share of the most: 1/8
 PROMPT = Span(10, 200)  # tokens of a question: 15
-GALLERY_PASSES = 2 * 96  # for the samples beside the scores, at most
+SAMPLE_PASSES = 2 * 96  # for the samples beside the scores, at most
 
 
 def bytes_per_token(vocabulary: int) -> Span:
@@ -102,13 +102,13 @@ def read(shape: Mapping[str, Any], tokens: Span, stride: float, peak_flops: floa
     return compute(tokens * windows * each, peak_flops, device, what) + Estimate(NOTHING, memory, "", room)
 
 
-def yardsticks(train: Span, held_out: Span) -> Estimate:
+def baselines(train: Span, held_out: Span) -> Estimate:
     """xz and Kneser-Ney n-grams over bytes and tokens, on bytes of training and of held-out text."""
-    train = Span(min(train.low, YARDSTICKS_MOST), min(train.high, YARDSTICKS_MOST))
+    train = Span(min(train.low, BASELINES_MOST), min(train.high, BASELINES_MOST))
     text = train + held_out
-    because = f"{text.said('B')} of text / ({YARDSTICKS.said('B/s')}) for the yardsticks"
-    room = f"{train.said('B')} of text x {YARDSTICKS_MEMORY.said('B')} each for the yardsticks"
-    return Estimate(text / YARDSTICKS, train * YARDSTICKS_MEMORY, because, room)
+    because = f"{text.said('B')} of text / ({BASELINES.said('B/s')}) for the baselines"
+    room = f"{train.said('B')} of text x {BASELINES_MEMORY.said('B')} each for the baselines"
+    return Estimate(text / BASELINES, train * BASELINES_MEMORY, because, room)
 
 
 def answer(shape: Mapping[str, Any], questions: Span, max_tokens: int, peak_flops: float, device: str) -> Estimate:
@@ -124,9 +124,9 @@ def answer(shape: Mapping[str, Any], questions: Span, max_tokens: int, peak_flop
     return out + _passes(questions * (1 / SLOTS) * lengths, s.layers, "answers")
 
 
-def gallery(shape: Mapping[str, Any]) -> Estimate:
+def samples(shape: Mapping[str, Any]) -> Estimate:
     """The samples beside the scores."""
-    return _passes(Span(GALLERY_PASSES / 8, GALLERY_PASSES), Shape.of(shape).layers, "samples")
+    return _passes(Span(SAMPLE_PASSES / 8, SAMPLE_PASSES), Shape.of(shape).layers, "samples")
 
 
 def _passes(count: Span, layers: int, what: str) -> Estimate:

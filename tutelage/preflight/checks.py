@@ -7,6 +7,8 @@ Without torch, but for the settings of an objective.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tutelage.chat.templates import style
 from tutelage.config.base import Section
 from tutelage.config.rewards import Environment, RewardModel, terms_of
@@ -89,6 +91,7 @@ def sft(planned: Planned) -> None:
     if config.template is not None:
         style(config.template)
     _reads(planned, "data", "Conversation")
+    _replay(planned)
 
 
 def extend_vocab(planned: Planned) -> None:
@@ -155,6 +158,7 @@ def preference(planned: Planned) -> None:
     assert isinstance(config, Preference)
     preference_method(config)
     _reads(planned, "data", "Rating" if TABLE[config.method].data == "ratings" else "Preference")
+    _replay(planned)
 
 
 def sample(planned: Planned) -> None:
@@ -190,6 +194,7 @@ def rl(planned: Planned) -> None:
     if config.environment:
         Environments(config.environment, config.environment_seconds).close()
     _rewards(config)
+    _replay(planned)
 
 
 def _rewards(config: Rl | Sample) -> None:
@@ -283,6 +288,14 @@ def _texts(config: Classify | Translate) -> None:
 def _no_adapter(config: Loop, why: str) -> None:
     if config.adapter.kind != "none":
         raise ConfigError(f"no adapter is trained here: {why}", field="adapter.kind", found=config.adapter.kind, expected="none")
+
+
+def _replay(planned: Planned) -> None:
+    """General text is documents, and settings of replay are used."""
+    config: Any = planned.config
+    unused = () if config.general else ("replay_share", "replay_weight", "max_documents")
+    reject_unused(config, {"no general text": unused, "replay_share=0": () if config.replay_share else ("replay_weight",)})
+    _reads(planned, "general", "Document")
 
 
 def _reads(planned: Planned, key: str, *wanted: str) -> None:

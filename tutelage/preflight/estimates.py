@@ -302,7 +302,7 @@ def _texts(planned: Planned, raw: Mapping[str, Any], most: int, times: int) -> E
 
 
 def evaluate(planned: Planned) -> Estimate:
-    """Reading the held-out documents, the yardsticks, and answering the held-out questions."""
+    """Reading the held-out documents, the baselines, and answering the held-out questions."""
     config = planned.config
     assert isinstance(config, Evaluate)
     shape = shape_of(planned)
@@ -316,8 +316,8 @@ def evaluate(planned: Planned) -> Estimate:
             part = min(1.0, config.max_documents / found.held_out.high) if config.max_documents else 1.0
             text = Span(found.held_out_bytes.low * part, found.held_out_bytes.high * part)
             read = text / parts.bytes_per_token(vocabulary) + found.held_out * part
-            out += parts.read(shape, read, config.stride, peak, device) + parts.gallery(shape)
-            out = out + parts.yardsticks(found.train_bytes, text) if config.yardsticks else out
+            out += parts.read(shape, read, config.stride, peak, device) + parts.samples(shape)
+            out = out + parts.baselines(found.train_bytes, text) if config.baselines else out
         if config.questions:
             asked = records_of(planned, "questions").held_out
             most = config.max_questions or asked.high

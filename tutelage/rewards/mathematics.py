@@ -24,13 +24,15 @@ _SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,20}(?:\.\d{1,20})?[eE][-+]?\d{1,2}(?![
 
 
 def maths(question: dict[str, Any]) -> dict[str, Any]:
-    """Whether a text's final answer is one of the expected ones, by math-verify; numbers are read as `numeric` reads them. An
-    expected answer that can't be read is said."""
+    """Whether a text's final answer is one of the expected ones, by math-verify; numbers are read as `numeric` reads them.
+    Expected answers that can't be read do not count while others can; where none can, the first is returned as `unreadable`."""
     out: dict[str, Any] = {}
     for answer in question["answers"]:
-        out = _one(answer, question["text"])
-        if out.get("value") or "unreadable" in out:
-            break
+        found = _one(answer, question["text"])
+        if found.get("value"):
+            return found
+        if not out or ("unreadable" in out and "value" in found):
+            out = found
     return out
 
 
@@ -65,12 +67,6 @@ def _one(answer: str, text: str) -> dict[str, Any]:
 def _near(a: Fraction, b: Fraction) -> bool:
     """To six decimals, as fractions are given; of numbers below 1 to six digits."""
     return abs(a - b) <= min(Fraction(1), max(abs(a), abs(b))) * Fraction(1, 500_000)
-
-
-def any_of(question: dict[str, Any]) -> dict[str, Any]:
-    """Whether a text's final answer is one of several, of which those that can't be read do not count while others can."""
-    said = [maths({"answer": answer, "text": question["text"]}) for answer in question["answers"]]
-    return max((one for one in said if "value" in one), key=lambda one: one["value"], default=said[0])
 
 
 def _parse(text: str) -> list[Any]:

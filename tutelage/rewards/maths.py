@@ -25,7 +25,7 @@ class Maths:
             raise MissingExtra(
                 "math-verify", "rl", "the reward `maths` (`by: numbers`, which compares numbers only, does without)"
             )
-        self._workers = verify.workers("mathematics:any_of", settings.seconds)
+        self._workers = verify.workers("mathematics:maths", settings.seconds)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         if self.settings.by == "numbers":

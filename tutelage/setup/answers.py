@@ -27,7 +27,7 @@ from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
 from tutelage.rundir import RunDir
-from tutelage.setup.hyperparameters import ranks_sharing, tuning_rates
+from tutelage.setup.hyperparameters import ranks_sharing, said_rates, tuning_rates
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.optim import LearningRates
 
@@ -113,11 +113,7 @@ def held_out(read: Callable[[], F]) -> F | None:
 def rates(config: Loop, parameters: int, at_7b: float, heads: bool = False) -> LearningRates:
     """The settings' rates; those left to derive from the model's size, said with their reason. `heads`: score heads are trained,
     too."""
-    found = tuning_rates(config, at_7b, parameters, heads)
-    open_rates = [name for name in found if getattr(config.optimizer, name) == "derived"]
-    for rate, reason in dict.fromkeys(found[name] for name in open_rates):
-        log.say(f"learning rate {rate:g}: {reason}; set optimizer.lr to change it")
-    return LearningRates(**{n: found[n][0] if n in open_rates else float(getattr(config.optimizer, n)) for n in found})
+    return said_rates(config, tuning_rates(config, at_7b, parameters, heads))
 
 
 def steps_of(config: Tune, epochs: float, families: int) -> int:

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tutelage.objectives import objective
 from tutelage.records import Example
 from tutelage.rundir import RunDir
 from tutelage.setup.answers import size_of, wear_under_head
-from tutelage.setup.hyperparameters import ADAPTER_RATES, HEADS_APART, passes
+from tutelage.setup.hyperparameters import ADAPTER_RATES, HEADS_APART, RATES, passes, said_rates
 from tutelage.setup.trainer import TrainingSpec, run_training, write_scores
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 from tutelage.train import distributed
@@ -211,9 +211,8 @@ def rates_of(config: Classify, part: torch.nn.Module) -> LearningRates:
     own = scaled(config.adapter.kind, part, TUNE_RATE, TUNE_AT)
     if config.adapter.kind not in HEADS_APART:
         return rates(config, *own)
-    log.say(f"learning rate {own[0]:.2g}: {own[1]}")
-    whole = rates(config, *scaled("none", part, TUNE_RATE, TUNE_AT))  # of the heads
-    return replace(whole, lr=own[0] if config.optimizer.lr == "derived" else whole.lr)
+    heads = scaled("none", part, TUNE_RATE, TUNE_AT)
+    return said_rates(config, {"lr": own, "matrix_lr": heads, "embedding_lr": heads})
 
 
 def scaled(kind: str, model: torch.nn.Module, rate: float, at: float) -> tuple[float, str]:
@@ -228,10 +227,7 @@ def scaled(kind: str, model: torch.nn.Module, rate: float, at: float) -> tuple[f
 
 def rates(config: Tune, rate: float, reason: str) -> LearningRates:
     """The settings' rates; those left to derive are `rate`, which is said with its reason."""
-    given = [config.optimizer.lr, config.optimizer.matrix_lr, config.optimizer.embedding_lr]
-    if "derived" in given:
-        log.say(f"learning rate {rate:.2g}: {reason}")
-    return LearningRates(*(rate if r == "derived" else float(r) for r in given))
+    return said_rates(config, dict.fromkeys(RATES, (rate, reason)))
 
 
 def shape(part: Any, outputs: int) -> dict[str, Any]:

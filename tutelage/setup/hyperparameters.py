@@ -22,6 +22,7 @@ from tutelage.setup.extend import ParentRun
 if TYPE_CHECKING:
     from tutelage.data.tokens.shards import Segments
     from tutelage.setup.text_rows import Hyperparameters
+    from tutelage.train.optim import LearningRates
 
 MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger ones, and much leaner
 KEPT = ("sequence_length", "batch_tokens", "lr", "matrix_lr", "embedding_lr")  # a child run takes them from its parent
@@ -77,6 +78,42 @@ def tuning_rate(kind: str, at_7b: float, parameters: int) -> tuple[float, str]:
     return rate, f"{at_7b:g}{times}{grows}{': a trained model moves in small steps' if kind == 'none' else ''}"
 
 
+RATES = ("lr", "matrix_lr", "embedding_lr")
+
+
+def explicit_rates(config: Loop) -> dict[str, float | None]:
+    """The rates that the settings name; None for those left to derive."""
+    out = {name: _given(getattr(config.optimizer, name)) for name in RATES}
+    return out if config.lr is None else {**out, "lr": config.lr}
+
+
+def scaled_rates(explicit: Mapping[str, float | None], derived: Mapping[str, tuple[float, str]]) -> dict[str, tuple[float, str]]:
+    """All rates with their reasons. `lr` is the one dial: a derived rate keeps its ratio to the derived `lr`."""
+    peak = explicit["lr"]
+    ratio = 1.0 if peak is None else peak / derived["lr"][0]
+    out = {}
+    for name, (rate, reason) in derived.items():
+        value = explicit[name]
+        if value is not None:
+            out[name] = value, "given"
+        elif peak is None:
+            out[name] = rate, reason
+        else:
+            out[name] = rate * ratio, f"{rate / derived['lr'][0]:g} x lr, the ratio of the derived rates"
+    return out
+
+
+def said_rates(config: Loop, derived: Mapping[str, tuple[float, str]]) -> LearningRates:
+    """The rates of a stage; prints those that were derived, each with its reason."""
+    from tutelage.train.optim import LearningRates
+
+    explicit = explicit_rates(config)
+    found = scaled_rates(explicit, derived)
+    for rate, reason in dict.fromkeys(found[name] for name in RATES if explicit[name] is None):
+        log.say(f"learning rate {rate:.3g}: {reason}; set lr to change it")
+    return LearningRates(**{name: rate for name, (rate, _) in found.items()})
+
+
 def learnt_share(config: Train) -> float:
     """The share of rows that are of `data`: an epoch is a pass over these, however many others are between them."""
     return 1.0 - config.replay_share if isinstance(config, Adapt) and config.general is not None else 1.0
@@ -102,9 +139,7 @@ def derive_all(
         "batch_tokens": _given(config.batch_tokens),
         "steps": _given(config.steps),
         "tokens": _given(config.tokens),
-        "lr": _given(config.optimizer.lr),
-        "matrix_lr": _given(config.optimizer.matrix_lr),
-        "embedding_lr": _given(config.optimizer.embedding_lr),
+        **explicit_rates(config),
         "weight_decay": config.optimizer.weight_decay,
     }
     epochs = config.epochs if given["steps"] is None and given["tokens"] is None else None
@@ -120,7 +155,8 @@ def derive_all(
         architecture = raw
         parameters = count_config(raw).total
         size = str(parameters)
-        for key, (rate, reason) in tuning_rates(config, FINE_TUNE_RATE, parameters).items():
+        derived_rates = tuning_rates(config, FINE_TUNE_RATE, parameters)
+        for key, (rate, reason) in scaled_rates({name: given[name] for name in RATES}, derived_rates).items():
             if given[key] is None:
                 given[key], because[key] = rate, reason
         if given["sequence_length"] is None:

@@ -10,20 +10,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tutelage import log
 from tutelage.config.stages import Adapt, ExtendVocab
 from tutelage.data.tokens.loader import MixSource
 from tutelage.data.tokens.shards import Segments
 from tutelage.evaluate import adaptation_effect
-from tutelage.evaluate.bits import DocumentSums
-from tutelage.files import read_json, write_json
-from tutelage.models.load import load
 from tutelage.preflight.checks import WITHOUT
 from tutelage.records import Document
 from tutelage.rundir import RunDir
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
+from tutelage.setup.replay import measured, report
 from tutelage.setup.text_rows import Hyperparameters
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train.hooks import Validate
@@ -50,7 +46,8 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
     if source is not None:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:
-        out |= report(before, measured(run, "after", trainer.result_of(config, run), texts, device), run.seed)
+        found = report(before, measured(run, "after", trainer.result_of(config, run), texts, device), run.seed)
+        out |= {**found, "bits_per_byte": found["adaptation_effect"]["field"]["after"]["value"]}
     return out
 
 
@@ -64,21 +61,6 @@ def held_out(config: Adapt, run: RunDir) -> dict[str, list[Document]]:
             style="yellow",
         )
     return {kind: adaptation_effect.held_out(run.input(key), config.max_documents, f"`{key}`") for kind, key in kinds.items()}
-
-
-def measured(
-    run: RunDir, name: str, model: Path, texts: dict[str, list[Document]], device: torch.device
-) -> dict[str, DocumentSums]:
-    """What the model of a folder pays for each document, kept in the run: a resumed run does not measure again."""
-    file = run.folder(f"{name}.json")
-    if not file.exists():
-        log.say(f"measuring {sum(map(len, texts.values())):,} held-out documents {name} training")
-        words, loaded = TokenizerFolder.open(model), load(model, device=device)
-        found = {kind: adaptation_effect.measure(loaded, words, documents, str(device)) for kind, documents in texts.items()}
-        if log.rank() != 0:
-            return found
-        write_json(file, {kind: sums.to_json() for kind, sums in found.items()})
-    return {kind: adaptation_effect.to_sums(rows) for kind, rows in read_json(file).items()}
 
 
 def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]:
@@ -126,12 +108,3 @@ def forgetting(config: Adapt, general: Segments, numbers: Hyperparameters) -> di
     assert batches is not None, "`held_out` has refused general text without a held-out part"
     every = config.evaluate_every or max(1, math.ceil(numbers.steps / 10))
     return {"general": Validate(*batches, every, text_rows.tokens_per_byte(general), of="general")}
-
-
-def report(before: dict[str, DocumentSums], after: dict[str, DocumentSums], seed: int) -> dict[str, Any]:
-    """Gain and loss as facts, printed."""
-    rows = {kind: adaptation_effect.change(before[kind], after[kind], seed) for kind in after}
-    log.console.print(adaptation_effect.table(rows))
-    verdict = "; ".join(adaptation_effect.verdict(kind, found) for kind, found in rows.items())
-    log.say(verdict)
-    return {"change": rows, "verdict": verdict, "bits_per_byte": rows["field"]["after"]["value"]}

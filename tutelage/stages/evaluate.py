@@ -1,4 +1,4 @@
-"""Stage `evaluate`: a model beside its yardsticks on held-out text, and held-out questions asked."""
+"""Stage `evaluate`: a model and its baselines on held-out text, and the model's answers to held-out questions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
             out,
             documents=run.input("documents") if config.documents else None,
             conversations=run.input("questions") if config.questions else None,
-            yardsticks=config.yardsticks,
+            baselines=config.baselines,
             stride=config.stride,
             max_documents=config.max_documents,
             max_questions=config.max_questions,
@@ -41,17 +41,31 @@ def run(config: Evaluate, run: RunDir) -> dict[str, Any]:
             scorer=config.scorer,
             chance=CHANCE,
             seed=config.seed,
-            before=run.input("before") if config.before else None,
+            compare_with=run.input("compare_with") if config.compare_with else None,
         )
-    facts: dict[str, Any] = {}
+    return facts_of(result)
+
+
+def facts_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What run.json keeps of scores.json: the headline figures with their intervals, their model and their data."""
+    facts: dict[str, Any] = {"model": result["model"]["name"]}
     if "documents" in result:
-        facts["bits_per_byte"] = result["documents"]["rows"][0]["bits_per_byte"]["value"]
-        facts["verdict"] = result["documents"]["verdict"]["text"]
+        found = result["documents"]
+        facts |= {"documents": found["data"], "verdict": found["verdict"]["text"], "perplexity": _figure(found["perplexity"])}
+        facts["bits_per_byte"] = next(_figure(r["bits_per_byte"]) for r in found["rows"] if r["name"] == "model")
+        if "saving" in found["verdict"]:
+            facts |= {"saving": _figure(found["verdict"]["saving"]), "baseline": found["verdict"]["baseline_label"]}
     if "questions" in result:
-        facts["correct"] = {row["task"]: row["correct"]["value"] for row in result["questions"]["tasks"]}
-    if "gains" in result:
-        facts["gains"] = result["gains"]
+        facts["questions"] = result["questions"]["data"]
+        facts["correct"] = {row["task"]: _figure(row["correct"]) for row in result["questions"]["tasks"]}
+    if "comparison" in result:
+        facts["comparison"] = result["comparison"]
     return facts
+
+
+def _figure(found: dict[str, Any]) -> dict[str, Any]:
+    """A number of scores.json without its definition, which is the same in every run."""
+    return {key: value for key, value in found.items() if key != "definition"}
 
 
 def make_subject(config: Evaluate, run: RunDir) -> Subject:
@@ -80,8 +94,8 @@ def make_subject(config: Evaluate, run: RunDir) -> Subject:
     def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> list[str]:
         assert engine is not None
         wanted = int(sampling.pop("max_tokens"))
-        max_text_tokens = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends where the context does
-        seed = sampling.pop("seed", None)  # each prompt has noise of its own
+        max_text_tokens = [max(1, engine.context_length - len(p)) for p in prompts]  # an answer ends at the end of the context
+        seed = sampling.pop("seed", None)  # each prompt has its own random stream
         seeds = [None if seed is None else (int(seed) << 20) + i for i in range(len(prompts))]
         how = [Sampling(max_tokens=min(wanted, r), seed=s, **sampling) for r, s in zip(max_text_tokens, seeds, strict=True)]
         return [c.text for c in engine.generate(prompts, how)]

@@ -22,6 +22,7 @@ from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
 from tutelage.setup.feedback import read_rows
 from tutelage.setup.methods import preference_method
+from tutelage.setup.replay import train_with_replay
 from tutelage.setup.trainer import TrainingSpec
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed
@@ -67,7 +68,7 @@ def run(config: Preference, run: RunDir) -> dict[str, Any]:
         validation=None if held_out is None else source_of(held_out, config, layout, UNITS[kind], 1).validation(),
     )
     return {
-        **trainer.run_training(config, run, work, device),
+        **train_with_replay(config, run, work, start, device),
         "method": config.method,
         "answers": len(train),
         "packing": train.report,

@@ -11,5 +11,5 @@ from tutelage.rundir import RunDir
 
 def run(config: Report, run: RunDir) -> dict[str, Any]:
     out = run.folder("report") / "report.html"
-    write_report(run.input("run"), out, [run.input(k) for k in ("scores", "base_scores") if k in run.inputs])
-    return {"bytes": out.stat().st_size}
+    verdict = write_report(run.input("run"), out, [run.input(k) for k in ("scores", "base_scores") if k in run.inputs])
+    return {"bytes": out.stat().st_size, "verdict": verdict[0]}

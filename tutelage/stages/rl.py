@@ -18,6 +18,7 @@ from tutelage.rollout.probe import Measured, Probe
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
 from tutelage.setup.methods import policy_method
+from tutelage.setup.replay import train_with_replay
 from tutelage.setup.rollouts import RolloutSetup
 from tutelage.setup.sampling import read_prompts, reward_model_of, rubric_of, with_room
 from tutelage.setup.trainer import TrainingSpec
@@ -79,7 +80,7 @@ def learn(config: Rl, run: RunDir, kit: RolloutSetup, chosen: Objective, words: 
         beside=kit.held(source),
         forward_share=0.5,
     )
-    facts = trainer.run_training(config, run, work, kit.device)
+    facts = train_with_replay(config, run, work, run.input("model"), kit.device)
     return {
         **facts,
         "method": config.method,

@@ -15,6 +15,7 @@ from tutelage.data.tokens.shards import Segments
 from tutelage.files import whole_folder, write_json
 from tutelage.rundir import RunDir
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
+from tutelage.setup.replay import train_with_replay
 from tutelage.setup.token_checks import warn_untrained_tokens
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 
@@ -33,7 +34,7 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     shown = text_rows.first_kept(segments[0], numbers.sequence_length, config.too_long)
     show_sample(segments[0], shown, tokenizer)
     spec = text_rows.next_token_spec(config, run, model, segments, tokenizer, numbers, parent)
-    return trainer.run_training(config, run, spec, device, parent)
+    return train_with_replay(config, run, spec, tokenizer, device, parent)
 
 
 def show_sample(segments: Segments, number: int, tokenizer: Path) -> None:

@@ -12,7 +12,7 @@ from tutelage.files import write_json
 from tutelage.records import TURNS, TYPES, read_records
 from tutelage.rundir import RunDir
 from tutelage.setup.inputs import record_type
-from tutelage.tokenizer.measure import measure
+from tutelage.tokenizer import measure as fit
 from tutelage.tokenizer.train import describe, train
 
 
@@ -34,6 +34,7 @@ def run(config: Tokenizer, run: RunDir) -> dict[str, Any]:
         texts(records, "train"), vocab_size=config.vocab_size, pattern=config.pattern, template=config.template, out=out
     )
     log.say(describe(facts))
-    report = measure(out, texts(records, "validation"))
+    report = fit.measure(out, texts(records, "validation"))
+    log.say(fit.describe(report, f"the held-out texts of {run.inputs['data'].name}"))
     write_json(run.folder("compression.json"), report)
     return {**facts, **{k: v for k, v in report.items() if isinstance(v, int | float)}}

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object, unreadable
+from tutelage.gguf.folder import model_folder
 from tutelage.plan.config_json import end_ids
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ class TokenizerFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self._text = _read_tokenizer(self.folder)
+        self.folder = model_folder(folder)
+        self._text, tokenizer = _read_tokenizer(self.folder)
         config = _optional(self.folder / "tokenizer_config.json")
         named = {**_optional(self.folder / "special_tokens_map.json"), **config}
         self.special_tokens = {key: _content(named[key], key, self.folder) for key in _NAMED if named.get(key)}
-        self.tokenizer = _complete(Tokenizer.from_str(self._text), config, self.folder)
+        self.tokenizer = _complete(tokenizer, config, self.folder)
         facts = _optional(self.folder / "tutelage.json")
         self.template: str | None = _template(self.folder, config)
         self.history: str | None = facts.get("history")
@@ -72,7 +73,7 @@ class TokenizerFolder:
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenizerFolder:
-        """The tokenizer in `folder`. Raises `ArtifactError` when there is none or it cannot be read."""
+        """The tokenizer in `folder`, or in a GGUF file. Raises `ArtifactError` when there is none or it cannot be read."""
         return cls(Path(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -195,7 +196,8 @@ class TokenizerFolder:
         return end_ids(said, file) if "eos_token_id" in said else () if self.eos_id is None else (self.eos_id,)
 
 
-def _read_tokenizer(folder: Path) -> str:
+def _read_tokenizer(folder: Path) -> tuple[str, Tokenizer]:
+    """The text of tokenizer.json, and what it describes."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ArtifactError(
@@ -206,7 +208,7 @@ def _read_tokenizer(folder: Path) -> str:
         )
     text = _read_text(file)
     try:
-        Tokenizer.from_str(text)
+        return text, Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
         raise ArtifactError(
             f"tokenizer.json cannot be read ({error})",
@@ -214,7 +216,6 @@ def _read_tokenizer(folder: Path) -> str:
             expected="a file that `tokenizers` wrote",
             fix="copy it again, or train it again with --force",
         ) from error
-    return text
 
 
 def _optional(file: Path) -> dict[str, Any]:

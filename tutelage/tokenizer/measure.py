@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,17 @@ from tutelage.errors import DataError
 from tutelage.tokenizer.load import TokenizerFolder
 
 # GPT-2 (vocabulary 50,257) on OpenWebText: 39.77 GB of text (size on the data set's card) are 9,040,017,095 tokens (nanoGPT's
-# data/openwebtext/readme.md, training + validation, one end token a document). English web text: a yardstick, not the same text.
+# data/openwebtext/readme.md, training + validation, one end token a document). English web text: a baseline, not the same text.
 GPT2_OPENWEBTEXT_BYTES_PER_TOKEN = 4.4
+
+
+def describe(report: Mapping[str, Any], held_out: str) -> str:
+    """The compression report in one line for people. `held_out` names the text that was measured."""
+    ours, gpt2 = report["bytes_per_token"], report["gpt2_openwebtext_bytes_per_token"]
+    return (
+        f"{ours:.2f} bytes per token on {held_out} ({report['bytes']:,} bytes, {report['tokens']:,} tokens); GPT-2's tokenizer "
+        f"(50,257 tokens) reaches {gpt2} on OpenWebText, which is other text"
+    )
 
 
 def measure(folder: Path | TokenizerFolder, texts: Iterable[str]) -> dict[str, Any]:

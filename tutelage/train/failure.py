@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,7 +31,7 @@ def stop_with_rows(recipe: StepConfig, batch: GlobalBatch, result: StepResult, s
     target = folder / "failure" / f"step_{step:06d}"
     several = distributed.world() > 1
     index, rows = _culprits(recipe, batch, loss=not math.isfinite(result.loss))
-    names = [names for part in _apart(batch, index) for names in (part.rows or ())[:1]]
+    names = [names for part in batch.rows_apart(index) for names in (part.rows or ())[:1]]
     known = distributed.any_rank(rows=bool(rows))["rows"]
     if rows or (not known and log.rank() == 0):
         _save(target / f"rank_{log.rank()}" if several else target, batch.micro[index], index, rows, names, result, step)
@@ -85,7 +84,7 @@ def _culprits(recipe: StepConfig, batch: GlobalBatch, loss: bool) -> tuple[int, 
     check = _finite_loss if loss else _finite_gradient
     shared = prepared(recipe, batch.micro, batch.counts)
     bad = [
-        [r for r, row in enumerate(_apart(batch, i)) if not check(recipe, with_shared(row.to(recipe.device), shared))]
+        [r for r, row in enumerate(batch.rows_apart(i)) if not check(recipe, with_shared(row.to(recipe.device), shared))]
         for i in range(len(batch.micro))
     ]
     return next(((index, rows) for index, rows in enumerate(bad) if rows), (0, []))
@@ -111,11 +110,3 @@ def _finite_gradient(recipe: StepConfig, row: Batch) -> bool:
     for part in recipe.parts.values():
         part.zero_grad(set_to_none=True)
     return all(found)
-
-
-def _apart(batch: GlobalBatch, index: int) -> list[Batch]:
-    if batch.apart is not None:
-        return batch.apart(index)
-    micro = batch.micro[index]
-    rows = [slice(r, r + 1) for r in range(len(micro.ids))]
-    return [replace(micro, **{n: getattr(micro, n)[r] for n in TENSORS}, rows=micro.rows and micro.rows[r]) for r in rows]

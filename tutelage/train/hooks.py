@@ -127,13 +127,19 @@ def duration(seconds: float) -> str:
 
 class Validate(Quiet):
     """Loss on fixed validation batches, every `every` steps and at the end. Streams: only sums are kept. `of` names other texts
-    than those that are learnt: their numbers stand under names of their own."""
+    than those that are learnt: their numbers stand under names of their own. `term`: the term that counts, if not their sum."""
 
     def __init__(
-        self, batches: list[Batch], counts: dict[str, float], every: int, tokens_per_byte: float = 0.0, of: str = ""
+        self,
+        batches: list[Batch],
+        counts: dict[str, float],
+        every: int,
+        tokens_per_byte: float = 0.0,
+        of: str = "",
+        term: str = "",
     ) -> None:
         self.batches, self.counts, self.every, self.tokens_per_byte = batches, counts, every, tokens_per_byte
-        self.of = of
+        self.of, self.term = of, term
         self.latest: float | None = None
         self.terms: dict[str, float] = {}
         self.at = -1
@@ -148,7 +154,7 @@ class Validate(Quiet):
 
     def run(self, state: State) -> None:
         terms = measure(state.job.recipe, self.batches, self.counts)
-        self.latest, self.terms = state.job.recipe.total(terms), terms
+        self.latest, self.terms = terms[self.term] if self.term else state.job.recipe.total(terms), terms
         self.at = state.progress.step
         row: dict[str, Any] = {"step": self.at, "tokens": state.progress.tokens, "validation_loss": self.latest}
         if len(terms) > 1:

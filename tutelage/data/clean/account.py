@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tutelage.data.sources.readers_base import EXCERPT_CHARS, Rejections
+from tutelage.unicode import printable
 
 SAMPLES = 3  # of each reason
 SHOWN_CHARS = 120
@@ -24,7 +25,7 @@ class Account(Rejections):
         Rejections.add(self, reason, source=source, excerpt=excerpt, **rest)
         kept = self.samples.setdefault(reason, [])
         if len(kept) < SAMPLES:
-            kept.append({"source": source, "text": excerpt[:SHOWN_CHARS]})
+            kept.append({"source": source, "text": printable(excerpt[:SHOWN_CHARS], lines=True)})
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """By reason, the most frequent first: how many records, their share of those offered, and samples."""

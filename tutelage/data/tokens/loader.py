@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tutelage.errors import ArtifactError, ConfigError
 from tutelage.models.interface import Batch
 
 TRIM_TO = 64  # a trimmed micro-batch is a multiple of this wide, so that few shapes occur
+BY_ROW = ("ids", "segments", "positions", "targets", "weights")  # tensors of a batch that have a row for each row
 MIX_BLOCK = 1000  # rows in which a mixture's shares are exact
 
 
@@ -39,6 +40,14 @@ class GlobalBatch:
     counts: dict[str, float]
     rows: list[tuple[str, ...]]  # record ids of each row of this rank, in the order of the micro-batches
     apart: Callable[[int], list[Batch]] | None = None  # micro-batch i in its smallest parts; None: its rows are
+
+    def rows_apart(self, index: int) -> list[Batch]:
+        """Micro-batch `index` in its smallest parts."""
+        if self.apart is not None:
+            return self.apart(index)
+        micro = self.micro[index]
+        one = [slice(r, r + 1) for r in range(len(micro.ids))]
+        return [replace(micro, **{n: getattr(micro, n)[r] for n in BY_ROW}, rows=micro.rows and micro.rows[r]) for r in one]
 
 
 @dataclass(slots=True, frozen=True)

@@ -30,6 +30,7 @@ from tutelage.models.adapters.virtual_tokens import VirtualTokens, max_text_toke
 from tutelage.models.decoder import Decoder
 from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded
+from tutelage.models.unfilled import unfilled
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
 IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.dense")
@@ -341,7 +342,7 @@ def inference_view(model: Any) -> tuple[Any, Lora | None]:
     alone = isinstance(model, Decoder) and model.virtual is None and not is_sharded(model)
     if not alone or any(m.quantized for _, m in layers):
         return model, None
-    with torch.device("meta"):
+    with unfilled():
         plain = Decoder(model.config)
     lora: dict[str, LowRank] = {}
     state = {name: p.detach() for name, p in model.named_parameters() if ".change." not in name}

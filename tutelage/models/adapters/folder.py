@@ -23,6 +23,7 @@ from tutelage.artifacts import adapter_config, weights_digest
 from tutelage.config.adapter import Adapter
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object, whole_folder, write_json
+from tutelage.gguf.folder import reference_to
 from tutelage.models.adapters import attach
 from tutelage.models.adapters.attach import AttachedAdapter, adapter_of, attach_adapter
 from tutelage.models.adapters.embeddings import put_tables, token_tables
@@ -54,7 +55,7 @@ def save_adapter(model: Any, folder: Path, *, base: Path, tokenizer: Path | None
     if is_sharded(model) and log.rank() != 0:
         return
     own = {"base_weights": weights_digest(base), "quantize": wearing.config.quantize, "version": 1}
-    write_adapter(folder, whole, peft_config(model, wearing) | {"base_model_name_or_path": str(base.resolve())}, own, copied)
+    write_adapter(folder, whole, peft_config(model, wearing) | {"base_model_name_or_path": reference_to(base)}, own, copied)
 
 
 def write_adapter(

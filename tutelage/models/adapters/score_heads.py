@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tutelage.artifacts import SCORED, base_of, is_scored, weights_digest, whole_of
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object
+from tutelage.gguf.folder import reference_to
 from tutelage.models.adapters.attach import adapter_of, with_heads
 from tutelage.models.adapters.folder import (
     OURS,
@@ -50,7 +51,7 @@ def save_scored(part: Scorer | ClassScorer, folder: Path, *, base: Path, tokeniz
     body, virtual = _body(part), wearing.config.kind in VIRTUAL
     root = _WIDER if virtual else PREFIX
     tensors = tensors_of(body, wearing) | {f"{root}{name}": p for name, p in _heads(part).items()}
-    config = peft_config(body, wearing) | {"task_type": task_of(part), "base_model_name_or_path": str(base.resolve())}
+    config = peft_config(body, wearing) | {"task_type": task_of(part), "base_model_name_or_path": reference_to(base)}
     config["modules_to_save"] = [*config.get("modules_to_save", ()), *_shortened(part)]
     own = {
         "base_weights": weights_digest(base), "quantize": wearing.config.quantize, "version": 1, "outputs": list(names_of(part)),

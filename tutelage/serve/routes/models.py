@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from tutelage.gguf.folder import model_folder
 from tutelage.models.adapters.lora import is_lora
 from tutelage.serve.names import MODEL_NAME
 from tutelage.serve.registry import Base
@@ -44,6 +45,8 @@ async def load(request: Request) -> dict[str, Any]:
     state.refuse_draining()
     folder = _allowed(state, asked.path)
     try:
+        with as_api_errors("path"):
+            folder = model_folder(folder)
         _check_folder(folder)
         with as_api_errors("path"):
             if not is_lora(folder):
@@ -64,7 +67,9 @@ async def unload(request: Request, name: str) -> dict[str, Any]:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise ApiError(400, "there is no such folder; the path is one of this machine, not a run's name", param="path")
+        raise ApiError(
+            400, "there is no such folder or GGUF file; the path is one of this machine, not a run's name", param="path"
+        )
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ApiError(400, "this folder holds neither a model (config.json) nor an adapter (adapter_config.json)", param="path")
 

@@ -1,4 +1,4 @@
-"""The yardsticks are given their best chance, and say what they did."""
+"""The baselines are given their best chance, and say what they did."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def encode(text: str) -> list[int]:
     return [WORDS.index(w) for w in text.split()]
 
 
-def test_all_yardsticks_count_the_same_bytes() -> None:
+def test_all_baselines_count_the_same_bytes() -> None:
     """Bits per byte are only comparable over the same bytes: those of the text, without separators."""
     train, validation = texts(0, 60), texts(1, 9)
     results = ys.measure(train, validation, encode=encode, vocabulary=len(WORDS))
@@ -34,7 +34,7 @@ def test_all_yardsticks_count_the_same_bytes() -> None:
 
 
 def test_random_words_cost_their_entropy() -> None:
-    """Nothing can beat log2(12) bits a word here: a yardstick below it would be looking at the answers."""
+    """Nothing can beat log2(12) bits a word here: a baseline below it would be looking at the answers."""
     train, validation = texts(0, 120), texts(1, 30)
     entropy = np.log2(len(WORDS)) * sum(len(v.split()) for v in validation)
     for result in ys.measure(train, validation, encode=encode, vocabulary=len(WORDS)):
@@ -72,7 +72,7 @@ def test_order_is_chosen_without_the_validation_documents() -> None:
 
 
 def test_too_much_text_is_sampled_and_said() -> None:
-    """Memory stays bounded, and the page can say that the yardstick saw less."""
+    """Memory stays bounded, and the page can say that the baseline saw less."""
     result = ys.measure(texts(0, 200), texts(1, 5), max_train_bytes=20_000)[1]
     assert result.details["train_bytes"] < 30_000 < result.details["train_bytes_given"]
 
