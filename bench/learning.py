@@ -36,7 +36,7 @@ def train(method: str, args: argparse.Namespace, data: Any, seed: int) -> Any:
         model=args.model, data=data, rewards=RULE, samples=6, max_tokens=48, max_prompts=args.answered, seed=seed, runs=args.runs
     )
     pairs = api.select(answers=answers, data=data, make="preferences", seed=seed, runs=args.runs)
-    return api.prefer(
+    return api.preference(
         model=args.model,
         data=pairs,
         method=method,

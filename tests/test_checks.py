@@ -21,14 +21,14 @@ LAST: list[tuple[dict[str, Any], str, str]] = [
     ({"stage": "rl", "rewards": {"model": 1}}, "a reward of the kind `model` needs one", "reward_model"),
     ({"stage": "rl", "rewards": {"mine": {"kind": "function", "path": "no:f"}}}, "cannot be imported", "rewards.mine.path"),
     ({"stage": "reward", "method": "reward", "loss": "huber"}, "`loss` means nothing to reward", "loss"),
-    ({"stage": "prefer", "method": "grpo"}, "a method of another stage", "method"),
-    ({"stage": "prefer", "method": "simpo", "reference": "$chat"}, "keeps no reference", "reference"),
+    ({"stage": "preference", "method": "grpo"}, "a method of another stage", "method"),
+    ({"stage": "preference", "method": "simpo", "reference": "$chat"}, "keeps no reference", "reference"),
     ({"stage": "distil", "teacher": "$chat", "policy": "on", "top_k": 4}, "changes nothing here, with policy=on", "top_k"),
     ({"stage": "rl", "rewards": {"exact": 1}, "tools": ["calculater"]}, "no such tool", "tools"),
     ({"stage": "rl", "rewards": {"exact": 1}, "environment": "no:Game"}, "no environment there", "environment"),
     ({"stage": "rl", "rewards": {"environment": 1}}, "`environment` needs one", "environment"),
     ({"stage": "rl", "rewards": {"exact": 0}}, "all weights are 0", "rewards"),
-    ({"stage": "prefer"}, "other records than this stage reads(.|\n)*Conversation, which asked makes", "data"),
+    ({"stage": "preference"}, "other records than this stage reads(.|\n)*Conversation, which asked makes", "data"),
     ({"stage": "reward"}, "other records than this stage reads", "data"),
     ({"stage": "classify", "model": "$chat", "folds": 1}, "not a number of folds", "folds"),
     ({"stage": "classify", "model": "$chat"}, "other records than this stage reads(.|\n)*--kind examples", "data"),
@@ -36,7 +36,7 @@ LAST: list[tuple[dict[str, Any], str, str]] = [
     ({"stage": "evaluate", "data": None}, "nothing to measure", "documents"),
     ({"stage": "merge", "model": None, "data": None, "adapter": "$chat"}, "trains a whole model", "adapter"),
     ({"stage": "adapt", "replay_share": 0.5}, "changes nothing here, with no general text", "replay_share"),
-    ({"stage": "vocabulary", "train": False, "epochs": 2}, "changes nothing here, with train=false", "epochs"),
+    ({"stage": "extend_vocab", "train": False, "epochs": 2}, "changes nothing here, with train=false", "epochs"),
 ]  # fmt: skip
 
 

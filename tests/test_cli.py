@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline import TRAIN, World, environment, inside, tutelage, world, write_recipe, write_sources  # noqa: F401 (a fixture)
-from tutelage import __version__, api
-from tutelage.cli.main import STAGE_HELP
+from tutelage import __version__, api, log
+from tutelage.cli.options import hyphens
+from tutelage.cli.spelling import spelled, spelling_of
 from tutelage.config.base import known_keys, subsection
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 from tutelage.files import read_json, write_json
 from tutelage.rundir import RunDir
 from tutelage.stages import STAGES
@@ -37,30 +39,29 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 def test_every_stage_is_a_command(capsys: Capture) -> None:
     """A stage that recipes know and the command line does not."""
-    assert list(STAGE_HELP) == list(STAGES)
     said = tutelage(capsys, "--help")
-    assert said.code == 0 and all(f" {name} " in said.out for name in STAGES)
+    assert said.code == 0 and all(f" {hyphens(name)} " in said.out for name in STAGES)
     assert tutelage(capsys, "--version").out == f"tutelage {__version__}\n"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_every_setting(stage: str, capsys: Capture) -> None:
     """A setting that only the source knows; a default or a `[required]` eaten as markup; an option that takes a section."""
-    page = tutelage(capsys, stage, "--help", columns=200).out
+    page = " ".join(tutelage(capsys, hyphens(stage), "--help", columns=200).out.replace("│", " ").split())
     section = STAGES[stage].config()
     for key, field in section.model_fields.items():
         if subsection(field) is not None:
-            assert f" --{key} " not in page
-            assert all(f"--set {inner}=" in page for inner in known_keys(section) if inner.startswith(f"{key}."))
+            assert f" --{hyphens(key)} " not in page
+            assert all(f" --set {inner}=" in page for inner in known_keys(section) if inner.startswith(f"{key}."))
             continue
-        assert f" --{key} " in page and (field.description or "") in page, key
+        assert f" --{hyphens(key)} " in page and (field.description or "") in page, key
         if (
             field.default not in (None, "", [], {})
             and isinstance(field.default, int | str)
             and not isinstance(field.default, bool)
         ):
             assert f"default: {field.default})" in page
-    required = [f"--{k} " for k, f in section.model_fields.items() if f.is_required()]
+    required = [f"--{hyphens(k)} " for k, f in section.model_fields.items() if f.is_required()]
     assert page.index("Required") < min(page.index(r) for r in required)
     if "Settings" in page:
         assert max(page.index(r) for r in required) < page.index("Settings")
@@ -69,8 +70,8 @@ def test_help_lists_every_setting(stage: str, capsys: Capture) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_narrow_terminals_show_every_option(stage: str, capsys: Capture) -> None:
     """`--sequen…`: an option's name that nobody can type."""
-    page = tutelage(capsys, stage, "--help", columns=70).out
-    assert all(f"--{k}" in page for k, f in STAGES[stage].config().model_fields.items() if subsection(f) is None)
+    page = tutelage(capsys, hyphens(stage), "--help", columns=70).out
+    assert all(f"--{hyphens(k)}" in page for k, f in STAGES[stage].config().model_fields.items() if subsection(f) is None)
 
 
 def test_mistakes(capsys: Capture, tmp_path: Path) -> None:
@@ -160,10 +161,10 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
         "tokens": ["--data", corpus, "--tokenizer", words],
         "pretrain": ["--data", corpus, "--tokenizer", words, "--size", "500k"],
         "sft": ["--model", model, "--data", world.made["chats"]],
-        "vocabulary": ["--model", model, "--data", corpus],
+        "extend_vocab": ["--model", model, "--data", corpus],
         "adapt": ["--model", model, "--data", corpus, "--general", corpus, "--vocab-add", "20"],
         "reward": ["--model", model, "--data", prefs],
-        "prefer": ["--model", model, "--data", prefs],
+        "preference": ["--model", model, "--data", prefs],
         "classify": ["--data", labelled, "--tokenizer", words],
         "translate": ["--data", world.made["chats"], "--tokenizer", words],
         "rl": ["--model", model, "--data", prompts, "--rewards", "{exact: 1}"],
@@ -176,8 +177,9 @@ def test_dry_run_of_every_stage(world: World, tmp_path: Path, capsys: Capture) -
     }
     assert lines.keys() == STAGES.keys()
     for stage, line in lines.items():
-        said = tutelage(capsys, stage, *line, "--runs", tmp_path / "runs", "--dry-run", columns=80)
+        said = tutelage(capsys, hyphens(stage), *line, "--runs", tmp_path / "runs", "--dry-run", columns=80)
         assert said.code == 0, said.err
+        assert STAGES[stage].help in " ".join(said.err.split())
         assert f"{tmp_path}/runs/cli/{stage}-" in said.err and not (tmp_path / "runs").exists()
         assert all(f"{key}:" in said.out for key in STAGES[stage].config().model_fields)
         assert " s - " in said.err and (" MB - " in said.err or " GB - " in said.err) and f"{stage}: 0.3 to " in said.err
@@ -213,6 +215,18 @@ def test_errors_speak_of_settings_as_they_are_typed(tmp_path: Path, capsys: Capt
     said = tutelage(capsys, "data", "--kind", "conversations", "--sources", file, *runs)
     assert "--fields '{prompt: YOUR_KEY, completion: YOUR_KEY}'" in said.err
     assert "--set optimizer.lr=1e-3" in tutelage(capsys, "pretrain", "--data", "x", "--set", "steps").err
+    error = DataError(
+        "x", fix=f"use {Setting('adapter.kind', 'lora')}, {Setting('too_long', 'left')} or {Setting('by', 'words')}"
+    )
+    assert spelled(error, "sft").endswith("use --set adapter.kind=lora, --too-long left or by=words")
+    assert spelled(error, "run").endswith("use adapter: {kind: lora}, too_long: left or by: words")
+    for copy in (error, error.but(line=3), pickle.loads(pickle.dumps(error))):
+        assert str(copy).endswith("use adapter.kind=lora, too_long=left or by=words") and copy.fix in str(copy)
+        assert "--too-long left" in spelled(copy, "sft")
+    log.say(f"use {Setting('too_long', 'left')}")
+    with log.spelling(spelling_of("sft")):
+        log.say(f"use {Setting('too_long', 'right')}")
+    assert capsys.readouterr().err == "use too_long=left\nuse --too-long right\n"
 
 
 @pytest.mark.parametrize("columns", [40, 300])

@@ -6,20 +6,26 @@ import ast
 import functools
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.pipeline import recipe_of, write_recipe, write_sources
+from tests.pipeline import recipe_of, tutelage, write_recipe, write_sources
 from tutelage import api
+from tutelage.cli import main
+from tutelage.config import stages
+from tutelage.config.base import Section, artifact, setting
+from tutelage.config.spec import RENAMED, StageSpec
 from tutelage.config.stages import Data
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan import code
 from tutelage.recipe import Runner, load_recipe, plan_recipe
 from tutelage.rundir import RunDir, lineage
-from tutelage.stages import STAGES
+from tutelage.stages import FILE_COMMANDS, STAGES
 
 TEXT = """\
 name: test
@@ -251,3 +257,58 @@ def test_lineage(small: Path) -> None:
     assert parent["digest"] == made["corpus"].facts["artifact"]["digest"] and parent["stage"] == "data"
     resolved = (made["words"].path / "config.yaml").read_text()
     assert str(made["corpus"].path) in resolved and "$corpus" not in resolved
+
+
+def test_a_section_and_a_row_declare_a_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that has to be described in six places, one of which is forgotten."""
+
+    class CountWords(Section):
+        """Count the words of the training part."""
+
+        data: str = artifact("Documents to count.", kind="records")
+        least: int = setting(1, "Shortest word, in characters.")
+
+    def run(config: CountWords, run: RunDir) -> dict[str, Any]:
+        run.folder("words").mkdir()
+        text = (run.input("data") / "train.jsonl").read_text(encoding="utf-8")
+        return {"words": sum(len(word) >= config.least for word in text.split())}
+
+    write_sources(tmp_path)
+    monkeypatch.setattr(stages, "CountWords", CountWords, raising=False)
+    monkeypatch.setitem(sys.modules, "tutelage.stages.count_words", SimpleNamespace(run=run))  # type: ignore[arg-type]
+    monkeypatch.setitem(STAGES, "count_words", StageSpec("CountWords", makes="words"))
+    recipe = {"name": "r", "stages": {
+        "corpus": {"stage": "data", "sources": [str(tmp_path / "texts")]},
+        "words": {"stage": "count_words", "data": "$corpus", "least": 3},
+    }}  # fmt: skip
+    made = api.run(write_recipe(tmp_path / "r.yaml", recipe), runs=tmp_path / "runs")
+    found = api.count_words(data=made["corpus"], least=3, runs=tmp_path / "runs")
+    assert found.facts["words"] == made["words"].facts["words"] > 100 and "count_words" in dir(api)
+    assert api.count_words.__doc__ == STAGES["count_words"].help == "Count the words of the training part."
+    monkeypatch.setattr(main.app, "registered_commands", list(main.app.registered_commands))
+    page = tutelage(capsys, "count-words", "--help").out + tutelage(capsys, "--help").out
+    assert "Count the words of the training part." in page
+
+
+def test_the_table_names_what_is_there() -> None:
+    """A row whose name, module, check or estimate is another's: found by name, a misspelt one would be no check at all."""
+    for name, spec in (STAGES | FILE_COMMANDS).items():
+        assert spec.name == name and callable(spec.run()), name
+    unchecked = {name for name, spec in STAGES.items() if spec.check() is None}
+    assert unchecked == {"tokenizer", "tokens", "report"}
+    assert all(spec.estimate() is not None for spec in STAGES.values())
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_names_of_stages_lead_to_the_new(old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command of last month's notes that is unknown without a word of its new name."""
+    said = tutelage(capsys, old, "--help")
+    assert said.code == 2 and f"It is called '{new.replace('_', '-')}' now" in said.err
+    with pytest.raises(AttributeError, match=f"called `{new}` now"):
+        getattr(api, old)
+    if new in STAGES:
+        recipe = write_recipe(tmp_path / "r.yaml", {"name": "r", "stages": {"one": {"stage": old}}})
+        with pytest.raises(ConfigError, match=f"did you mean `{new}`"):
+            load_recipe(recipe, STAGES, [])

@@ -15,22 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config.base import assign, build, nearest
-from tutelage.config.stages import Generate, Label
+from tutelage.config.spec import RENAMED
+from tutelage.config.stages import Generate, Predict
 from tutelage.errors import ConfigError
 from tutelage.files import named_folder
 from tutelage.recipe import Runner, load_recipe, run_recipe
 from tutelage.rundir import RunDir
-from tutelage.stages import STAGES
+from tutelage.stages import FILE_COMMANDS, STAGES
+
+FUNCTIONS = (*STAGES, "run", *FILE_COMMANDS)
 
 
 def stage(
     name: str, *, runs: str | Path = "runs", force: bool = False, extend: dict[str, Any] | None = None, **settings: Any
 ) -> RunDir:
     """Runs, resumes or finds one stage. Inputs may be folders, `recipe/stage` names or the `RunDir` of another call.
-    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). `extend={"steps": 2000}` goes on from the finished
-    training of these settings, in a run of its own. Raises the errors of `tutelage.errors`."""
+    Keys of nested sections are given as mappings (`optimizer={"lr": 1e-3}`). `extend={"steps": 2000}` continues the finished
+    training of these settings in a new run. Raises the errors of `tutelage.errors`."""
     if name not in STAGES:
-        near = nearest(name, list(STAGES))
+        near = nearest(RENAMED.get(name, name), list(STAGES))
         raise ConfigError(
             f"unknown stage `{name}`", expected=f"one of: {', '.join(STAGES)}", fix=f"did you mean `{near}`?" if near else None
         )
@@ -70,22 +73,27 @@ def generate(*, runs: str | Path = "runs", force: bool = False, **settings: Any)
     return answer(build(Generate, {key: _plain(value) for key, value in settings.items()}), named_folder(runs), force=force)
 
 
-def label(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
-    """Labels every row of a file: `model`, `input`, `output` and the other settings of the command.
+def predict(*, runs: str | Path = "runs", force: bool = False, **settings: Any) -> dict[str, Any]:
+    """Predicts the labels of every row of a file: `model`, `input`, `output` and the other settings of the command.
 
-    Returns rows, how many were cut, how often each label was said, and seconds. Raises the errors of `tutelage.errors`.
+    Returns rows, how many were cut, how often each label was predicted, and seconds. Raises the errors of `tutelage.errors`.
     """
-    from tutelage.stages.label import run as judge
+    from tutelage.stages.predict import run as classify_rows
 
-    return judge(build(Label, {key: _plain(value) for key, value in settings.items()}), named_folder(runs), force=force)
+    return classify_rows(build(Predict, {key: _plain(value) for key, value in settings.items()}), named_folder(runs), force=force)
 
 
 def __getattr__(name: str) -> Callable[..., RunDir]:
     if name not in STAGES:
-        raise AttributeError(f"tutelage.api has no stage {name!r}; there are: {', '.join(STAGES)}, run, generate, label")
+        hint = f"it is called `{RENAMED[name]}` now" if name in RENAMED else f"there are: {', '.join(FUNCTIONS)}"
+        raise AttributeError(f"tutelage.api has no stage {name!r}; {hint}")
 
     def call(**settings: Any) -> RunDir:
         return stage(name, **settings)
 
     call.__doc__ = STAGES[name].help
     return call
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *STAGES]

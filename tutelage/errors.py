@@ -15,10 +15,59 @@ TutelageError
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from tutelage.unicode import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting inside an error's text, which is spelled by whoever prints the error: `key=value` in Python, `--key value` on a
+    command line, `key: value` in a recipe.
+
+    Example:
+        raise DataError("a broken row", fix=f"mend it, or leave such rows out with {Setting('on_error', 'skip')}")
+    """
+
+    key: str  # dotted for a nested section
+    value: str
+
+    @property
+    def plain(self) -> str:
+        return f"{self.key}={self.value}"
+
+    def __str__(self) -> str:
+        """In marks that no text holds (Unicode keeps them for programs), so that f-strings and sums of texts carry it along."""
+        return f"{_BEGIN}{self.plain}{_END}"
+
+
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_MARKED = re.compile(f"{_BEGIN}([^={_END}]*)=([^{_END}]*){_END}")
+
+
+class ErrorText(str):
+    """A text with settings in it. Reads as Python has them; `spelled` gives another spelling."""
+
+    __slots__ = ("marked",)
+    marked: str
+
+    def __new__(cls, text: str) -> ErrorText:
+        marked = text.marked if isinstance(text, ErrorText) else text
+        self = super().__new__(cls, _MARKED.sub(r"\1=\2", marked))
+        self.marked = marked
+        return self
+
+    def spelled(self, spelling: Callable[[Setting], str]) -> str:
+        return _MARKED.sub(lambda found: spelling(Setting(found[1], found[2])), self.marked)
+
+
+def with_settings(text: str | None) -> str | None:
+    """The text of an error to build another one from: with its settings, which an f-string would take out."""
+    return text.marked if isinstance(text, ErrorText) else text
 
 
 class TutelageError(Exception):
@@ -46,8 +95,8 @@ class UserError(TutelageError):
         expected: str | None = None,
         fix: str | None = None,
     ) -> None:
-        self.message, self.file, self.line, self.field = message, file, line, field
-        self.found, self.expected, self.fix = found, expected, fix
+        self.message, self.file, self.line, self.field = ErrorText(message), file, line, field
+        self.found, self.expected, self.fix = found, _text(expected), _text(fix)
         super().__init__(self.render())
 
     def but(self, **changes: Any) -> Self:
@@ -57,16 +106,22 @@ class UserError(TutelageError):
             raise error.but(field=f"rewards.{error.field}") from error
         """
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__ | changes)
+        texts = {key: _text(changes[key]) for key in ("message", "expected", "fix") if key in changes}
+        other.__dict__.update(self.__dict__ | changes | texts)
         other.args = (other.render(),)
         return other
 
-    def render(self) -> str:
+    def render(self, spelling: Callable[[Setting], str] | None = None) -> str:
+        """The text for people, with its settings in this spelling; in Python's where none is given."""
+
+        def told(text: str | None) -> str | None:
+            return text.spelled(spelling) if spelling is not None and isinstance(text, ErrorText) else text
+
         file = None if self.file is None else printable(str(self.file))
         where = "" if file is None else f"{file}:{self.line}: " if self.line else f"{file}: "
-        rows = [where + printable(self.message, lines=True)]
+        rows = [where + printable(told(self.message) or "", lines=True)]
         shown = None if self.found is None else _short(self.found)
-        for label, value in (("field", self.field), ("found", shown), ("expected", self.expected), ("fix", self.fix)):
+        for label, value in (("field", self.field), ("found", shown), ("expected", told(self.expected)), ("fix", told(self.fix))):
             if value is not None:
                 rows.append(f"  {label + ':':<9} {printable(value, lines=True)}")
         return "\n".join(rows)
@@ -109,6 +164,10 @@ class MissingExtra(UserError):
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs `{library}`, which is not installed", fix=f'pip install "tutelage[{extra}]"')
+
+
+def _text(text: str | None) -> ErrorText | None:
+    return None if text is None else ErrorText(text)
 
 
 def _short(value: object, limit: int = 160) -> str:

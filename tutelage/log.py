@@ -9,18 +9,34 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 
+from tutelage.errors import ErrorText, Setting
 from tutelage.files import whole_file
 from tutelage.unicode import printable
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
 _log_files: list[TextIO] = []  # of the runs being made, the innermost last
+
+
+_spelling: Callable[[Setting], str] = lambda setting: setting.plain  # noqa: E731
+
+
+@contextmanager
+def spelling(how: Callable[[Setting], str]) -> Iterator[None]:
+    """Settings in lines for people are spelled like this inside: a command's users type `--key value`."""
+    global _spelling
+    before, _spelling = _spelling, how
+    try:
+        yield
+    finally:
+        _spelling = before
 
 
 def to_file(path: Path) -> None:
@@ -35,7 +51,7 @@ def close_file() -> None:
 
 def say(text: str, *, style: str | None = None) -> None:
     """One line for people. The text is plain: brackets are not markup, and what a terminal would obey is written as an escape."""
-    text = printable(text, lines=True)
+    text = printable(ErrorText(text).spelled(_spelling), lines=True)
     if rank() == 0:
         console.print(text, style=style, soft_wrap=True, markup=False, emoji=False)
     for file in _log_files:

@@ -1,23 +1,24 @@
-"""A recipe is a set of named stages. The runner plans them, runs or resumes what is not there yet, and skips what is.
+"""A recipe is a set of named stages. The runner plans them, runs or resumes those that are not finished, and skips the rest.
 
-A single command is a recipe of one stage. What a run's digest covers: the settings that can change the result, the content
-of its inputs, and the content of the source files that the stage imports. Nothing else makes it run again.
+A single command is a recipe of one stage. A run's digest covers the settings that can change the result, the content of its
+inputs, and the source files that the stage imports. Nothing else makes it run again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tutelage import log
 from tutelage.config.base import Section, SourceLocations, artifacts_of, assign, build, identity_of, load_yaml, located, nearest
+from tutelage.config.spec import RENAMED, StageSpec
 from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError, UserError
 from tutelage.plan.code import code_digest
@@ -26,63 +27,41 @@ from tutelage.rundir import Artifact, RunDir, find
 
 
 @dataclass(frozen=True, slots=True)
-class StageSpec:
-    """A row of the table of stages. Strings are imported when used, so that the table itself costs nothing."""
-
-    section: str  # name of the class in config/stages.py
-    module: str  # has `run(config, run) -> facts`
-    help: str
-    estimate: str  # "module:function" (planned) -> Estimate, without torch; raises `Unknown`
-    makes: str = ""  # kind of the artifact
-    ranks: bool = False  # every rank of `torchrun` takes part
-    outside: str | None = None  # "module:function" (config) -> digest of inputs that are no artifacts
-    check: str | None = None  # "module:function" (planned): raises where the settings alone are wrong
-
-    def config(self) -> type[Section]:
-        found: type[Section] = getattr(importlib.import_module("tutelage.config.stages"), self.section)
-        return found
-
-    def run(self, config: Section, run: RunDir) -> dict[str, Any]:
-        facts: dict[str, Any] = _function(f"{self.module}:run")(config, run)
-        return facts
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a stage is expected to take. Ranges, never a point."""
+    """Expected time and memory of a stage, as ranges."""
 
     seconds: Span
     memory_bytes: Span
-    because: str  # the formula of the time, with its numbers
-    room: str  # that of the memory
+    because: str  # formula of the time, with its numbers
+    room: str  # formula of the memory
 
     def __add__(self, other: Estimate) -> Estimate:
-        """One part after another, with the memory of both."""
+        """Times of two parts that run one after the other, and the memory of both."""
         because, room = (" + ".join(filter(None, pair)) for pair in ((self.because, other.because), (self.room, other.room)))
         return Estimate(self.seconds + other.seconds, self.memory_bytes + other.memory_bytes, because, room)
 
 
 class Unknown(Exception):
-    """An estimate that has to wait, as the plan says it: `known after corpus`."""
+    """An estimate that is not possible yet; the text is the reason that the plan shows: `known after corpus`."""
 
 
 @dataclass(slots=True)
 class Planned:
-    """One stage of a recipe, as far as it is known before it runs."""
+    """One stage of a recipe, with what is known before it runs."""
 
     name: str
     kind: str
     config: Section
     inputs: dict[str, Artifact] = field(default_factory=dict)
-    waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs whose content is not known yet, and what makes them
+    waits_for: dict[str, Planned] = field(default_factory=dict)  # inputs that do not exist yet, and the stages that make them
     run: RunDir | None = None  # set when everything is known
     estimate: Estimate | Unknown | None = None  # None: nothing to do
+
+    @property
+    def directory(self) -> RunDir:
+        """The run directory, once everything is known."""
+        assert self.run is not None, f"{self.name} waits for {list(self.waits_for)}"
+        return self.run
 
     @property
     def status(self) -> str:
@@ -135,10 +114,11 @@ class Runner:
         return planned
 
     def _check(self, planned: Planned) -> None:
-        """Once for each stage, and not for what is there already."""
-        check = self.table[planned.kind].check
-        if check is not None and planned.name not in self.checked and (planned.status != "hit" or self.force):
-            _function(check)(planned)
+        """Checks each stage once; finished ones are not checked."""
+        if planned.name in self.checked or (planned.status == "hit" and not self.force):
+            return
+        if (check := self.table[planned.kind].check()) is not None:
+            check(planned)
             self.checked.add(planned.name)
 
     def _child(self, name: str, kind: str, config: Section, extend: Mapping[str, Any]) -> Section:
@@ -164,20 +144,31 @@ class Runner:
             "config": identity_of(config),
             "inputs": {n: a.digest for n, a in inputs.items()},
             "code": code_digest(row.module),
-            "outside": _function(row.outside)(config) if row.outside else None,
+            "outside": row.outside_digest(config),
         }
         return hashlib.sha256(json.dumps(covered, sort_keys=True, default=str).encode()).hexdigest()
 
     def run(self, planned: Planned) -> RunDir:
-        """Runs, resumes or finds one stage. Says which."""
-        run, row = planned.run, self.table[planned.kind]
-        assert run is not None, f"{planned.name} waits for {list(planned.waits_for)}"
+        """Runs, resumes or finds one stage, and reports which."""
+        with self.attempt(planned) as facts:
+            if facts is not None:
+                facts.update(self.table[planned.kind].run()(planned.config, planned.run))
+        return planned.directory
+
+    @contextmanager
+    def attempt(self, planned: Planned) -> Iterator[dict[str, Any] | None]:
+        """Reports what is done with a stage, and holds its run directory while the body runs it. Yields the facts to fill in;
+        None where the result exists already or another rank makes it."""
+        run, row = planned.directory, self.table[planned.kind]
         self.finished[planned.name] = run
         if run.done and not self.force:
             log.say(f"{planned.name}: hit, {run.path}", style="green")
-            return run
+            yield None
+            return
         if log.rank() != 0 and not row.ranks:
-            return _wait(run)
+            _wait(run)
+            yield None
+            return
         self._check_extension(planned)
         fault = run.fault() if run.finished and not self.force else None
         if fault is not None:
@@ -188,23 +179,22 @@ class Runner:
         resolved = planned.config.model_dump()
         resolved.update({key: str(found.run or found.path) for key, found in planned.inputs.items()})
         with run.attempt(resolved, fresh=self.force) as facts:
-            facts.update(row.run(planned.config, run))
-        return run
+            yield facts
 
     def _check_extension(self, planned: Planned) -> None:
-        """A run that can't go on from the one it extends is refused before it has a folder: its derivation tells."""
+        """Refuses a run that cannot continue the one it extends before it has a folder; deriving its settings finds out."""
         if getattr(planned.config, "extends", None) is not None and planned.status == "run":
             self.estimate(planned)
 
     def estimate(self, planned: Planned) -> Estimate | Unknown | None:
-        """What a stage is expected to take, or what has to be known first; None for a finished one."""
+        """Expected time and memory of a stage, or what has to be known first; None for a finished one."""
         if planned.status == "hit" and not self.force:
             return None
         try:
-            found: Estimate = _function(self.table[planned.kind].estimate)(planned)
+            estimate = self.table[planned.kind].estimate()
+            return Unknown("no estimate") if estimate is None else estimate(planned)
         except Unknown as reason:
             return reason
-        return found
 
     def nested(self, kind: str, values: dict[str, Any]) -> RunDir:
         """A stage that another stage needs, such as its tokens: cached and recorded like any other."""
@@ -213,11 +203,10 @@ class Runner:
         return runner.run(runner.plan(kind, kind, config))
 
 
-def _wait(run: RunDir, poll_seconds: float = 0.2) -> RunDir:
-    """Other ranks wait for rank 0's file; no process group is open meanwhile, so nothing can time out."""
+def _wait(run: RunDir, poll_seconds: float = 0.2) -> None:
+    """Waits for rank 0's file. No process group is open meanwhile, so nothing can time out."""
     while not run.done:
         time.sleep(poll_seconds)
-    return run
 
 
 @dataclass(slots=True)
@@ -231,7 +220,7 @@ class Recipe:
     places: SourceLocations = field(default_factory=SourceLocations)
 
     def plan(self, name: str, runner: Runner) -> Planned:
-        """Raises what the settings of this stage alone are wrong in, with its name and place."""
+        """Plans one stage. Raises configuration errors with the stage's name and place."""
         kind, config = self.stages[name]
         try:
             return runner.plan(name, kind, config, self.extensions.get(name))
@@ -282,7 +271,7 @@ def load_recipe(
 
 
 def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[str, dict[str, Any]]:
-    """What is asked of each stage that is extended."""
+    """The changes for each stage that is extended."""
     out: dict[str, dict[str, Any]] = {}
     for key, value in extend:
         stage, _, setting = key.partition(".")
@@ -300,7 +289,7 @@ def _extensions(extend: Sequence[tuple[str, Any]], stages: list[str]) -> dict[st
 def _settings(
     values: dict[str, Any], settings: list[tuple[str, Any]], places: SourceLocations
 ) -> Iterator[tuple[str, Any, int | str]]:
-    """(key, value, line or words of the command line) of the asked scale, then of each `--set`."""
+    """(key, value, line or words of the command line) of the chosen scale, then of each `--set`."""
     scales = values.get("scales") or {}
     if not isinstance(scales, dict) or not all(isinstance(scale, dict) for scale in scales.values()):
         raise ConfigError(
@@ -340,7 +329,7 @@ def _stage(
             f"unknown stage kind `{kind}`",
             **places.of(f"{here}.stage"),
             expected=f"one of: {', '.join(table)}",
-            fix=_did_you_mean(str(kind), list(table)),
+            fix=_did_you_mean(RENAMED.get(str(kind), str(kind)), list(table)),
         )
     rest = {k: v for k, v in raw.items() if k != "stage"}
     config = build(table[kind].config(), rest, places=places, prefix=f"{here}.")
@@ -376,7 +365,7 @@ def _did_you_mean(word: str, names: list[str]) -> str | None:
 
 
 def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
-    """The plan of all stages: what is there, what will run, and what it is expected to take."""
+    """The plan of all stages: what is finished, what will run, and its expected time and memory."""
     out = []
     for name in recipe.stages:
         planned = _plan(recipe, name, runner)
@@ -386,7 +375,7 @@ def plan_recipe(recipe: Recipe, runner: Runner) -> list[Planned]:
 
 
 def _plan(recipe: Recipe, name: str, runner: Runner) -> Planned:
-    """A stage that is there already counts as finished for those behind it."""
+    """A stage that is done counts as finished for the stages after it."""
     planned = recipe.plan(name, runner)
     if planned.run is not None and planned.run.done and not runner.force:
         runner.finished[name] = planned.run
@@ -394,8 +383,7 @@ def _plan(recipe: Recipe, name: str, runner: Runner) -> Planned:
 
 
 def run_recipe(recipe: Recipe, runner: Runner) -> dict[str, RunDir]:
-    """Runs every stage in order; stages that are there already are hits. All are planned first: what is wrong by the settings
-    of the last one is said before the first one runs."""
+    """Runs every stage in order; finished stages are hits. All stages are validated before any runs."""
     for name in recipe.stages:
         _plan(recipe, name, runner)
     for name in recipe.stages:

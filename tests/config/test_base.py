@@ -19,7 +19,7 @@ from tutelage.config.base import (
     parse_value,
     subsection,
 )
-from tutelage.config.stages import Data, Prefer, Pretrain
+from tutelage.config.stages import Data, Preference, Pretrain
 from tutelage.errors import ConfigError
 from tutelage.stages import STAGES
 
@@ -135,12 +135,12 @@ def test_sections_are_frozen_and_know_what_changes_a_result() -> None:
 
 def test_one_key_of_a_nested_section_changes_that_key_alone() -> None:
     """`--set optimizer.lr=1e-4` of a stage whose optimizer is AdamW by default, which turned it into Muon without a word."""
-    plain = build(Prefer, {"data": "d", "model": "m"})
-    changed = build(Prefer, {"data": "d", "model": "m", "optimizer": {"lr": 1e-4}, "schedule": {"warmup": 0.3}})
+    plain = build(Preference, {"data": "d", "model": "m"})
+    changed = build(Preference, {"data": "d", "model": "m", "optimizer": {"lr": 1e-4}, "schedule": {"warmup": 0.3}})
     assert changed.optimizer == plain.optimizer.model_copy(update={"lr": 1e-4}) and changed.optimizer.name == "adamw"
     assert changed.schedule == plain.schedule.model_copy(update={"warmup": 0.3}) and changed.schedule.name == "linear"
     with pytest.raises(ConfigError, match=r"optimizer\.lrr"):
-        build(Prefer, {"data": "d", "model": "m", "optimizer": {"lrr": 1e-4}})
+        build(Preference, {"data": "d", "model": "m", "optimizer": {"lrr": 1e-4}})
 
 
 def test_settings() -> None:

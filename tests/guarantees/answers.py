@@ -42,7 +42,7 @@ def _made(kind: str, rows: list[dict[str, Any]]) -> Path:
 
 
 STAGES: dict[str, dict[str, Any]] = {
-    "prefer": {"steps": 6, "batch": 4, "method": "dpo", "micro_tokens": 128},
+    "preference": {"steps": 6, "batch": 4, "method": "dpo", "micro_tokens": 128},
     "grpo": {"stage": "rl", "steps": 6, "batch": 4, "samples": 4, "max_tokens": 8, "probes": 4, "micro_tokens": 128,
              "rewards": {"letters": {"kind": "regex", "pattern": "(?s).*[aeiou].*"}, "short": {"kind": "length", "maximum": 6}}},
 }  # fmt: skip
@@ -54,7 +54,7 @@ STAGES["episodes"] = {**STAGES["grpo"], "environment": f"{GAMES}:Dice", "max_rou
 def settings(name: str, **change: Any) -> dict[str, Any]:
     """The settings of a tiny stage, its inputs included."""
     own = dict(STAGES[name])
-    data = preferences() if own.get("stage", name) == "prefer" else prompts()
+    data = preferences() if own.get("stage", name) == "preference" else prompts()
     return {"model": str(tiny.checkpoint()), "data": str(data), **COMMON, **own, **change}
 
 

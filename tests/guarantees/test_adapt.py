@@ -52,7 +52,7 @@ def test_killed_in_either_phase_and_resumed_is_never_killed(tmp_path: Path) -> N
         assert killed.wait() == -signal.SIGKILL, (place, killed.said)
     last = tiny.start(tmp_path, **settings())
     assert last.wait() == 0, last.said
-    for stage, files in (("vocabulary", ("model/model.safetensors",)), ("adapt", ("model/model.safetensors", "after.json"))):
+    for stage, files in (("extend_vocab", ("model/model.safetensors",)), ("adapt", ("model/model.safetensors", "after.json"))):
         one, two = tiny.run_folder(tmp_path, stage), straight().parent / tiny.run_folder(tmp_path, stage).name
         assert all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
         assert tiny.metrics(one) == tiny.metrics(two)
@@ -123,7 +123,7 @@ def test_a_child_run_goes_on_with_the_new_tokens(tmp_path: Path) -> None:
     first = tiny.Process({"argv": tiny.arguments(runs, stage=stage, **given), "die": {}, "env": {}})
     assert first.wait() == 0, first.said
     second = tiny.Process({"argv": [*tiny.arguments(runs, stage=stage, **given), "--extend", "steps=8"], "die": {}, "env": {}})
-    assert second.wait() == 0 and "vocabulary: hit" in second.said, second.said
+    assert second.wait() == 0 and "extend_vocab: hit" in second.said, second.said
     found = [read_json(p) for p in runs.glob("cli/adapt-*/run.json")]
     assert sorted(f["steps"] for f in found) == [6, 8] and any("extended_from" in f for f in found)
 
@@ -171,15 +171,15 @@ def test_settings_that_change_nothing_are_refused(tmp_path: Path, change: dict[s
 
 def test_new_tokens_may_be_begun_only(tmp_path: Path) -> None:
     """Guards against training settings that `adapt` hands to a stage which has no use for them, and against those that are taken
-    and ignored: `vocabulary --train false --steps 33`."""
+    and ignored: `extend-vocab --train false --steps 33`."""
     made = adapt(tmp_path, warm_steps=0, steps=1, optimizer={"lr": 1e-3})
     assert made.facts["tokens_added"] > 0
     how: dict[str, Any] = {"model": str(tiny.checkpoint()), "data": str(field()), "add": 8, "train": False, "threads": 1}
     for name, value in {"steps": 33, "dtype": "bfloat16", "schedule": {"warmup": 0.5}}.items():
         with pytest.raises(ConfigError, match="changes nothing here, with train=false") as caught:
-            api.vocabulary(**how, **{name: value}, runs=tmp_path)
+            api.extend_vocab(**how, **{name: value}, runs=tmp_path)
         assert caught.value.field == name
-    assert api.vocabulary(**how, runs=tmp_path).facts["tokens_added"] == 8
+    assert api.extend_vocab(**how, runs=tmp_path).facts["tokens_added"] == 8
 
 
 def test_what_cannot_be_adapted_is_refused(tmp_path: Path) -> None:

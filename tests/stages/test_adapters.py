@@ -164,7 +164,7 @@ def test_a_preference_run_takes_the_base_as_its_reference(world: World, tmp_path
     """A reference with the adapter in it, a second model in memory, a run that writes the whole model."""
     data = preferences(tmp_path)
     same = {"data": data, "model": world.made["chat"], "batch": 4, "steps": 2, "threads": 1, "runs": tmp_path, "max_length": 108}
-    kinds = {kind: api.prefer(adapter={"kind": kind}, **same) for kind in ("none", "lora", "prompt")}
+    kinds = {kind: api.preference(adapter={"kind": kind}, **same) for kind in ("none", "lora", "prompt")}
     found = {kind: sorted(run.path.glob("reference/*/logprobs.npy")) for kind, run in kinds.items()}
     assert found["none"] and (kinds["lora"].path / "adapter").is_dir()
     for kind in ("lora", "prompt"):
@@ -228,7 +228,7 @@ def test_every_stage_that_trains_takes_an_adapter(world: World, tmp_path: Path) 
     for run in (distilled, adapted):
         assert run.facts["artifact"]["kind"] == "adapter" and not (run.path / "model").exists()
     with pytest.raises(ConfigError, match="no adapter is trained here"):
-        api.vocabulary(data=world.made["corpus"], add=4, **same, **rows)
+        api.extend_vocab(data=world.made["corpus"], add=4, **same, **rows)
 
 
 def test_heads_beside_virtual_tokens_have_a_rate_of_their_own(capsys: Capture) -> None:

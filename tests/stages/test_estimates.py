@@ -34,10 +34,10 @@ def test_a_measured_quickstart_lies_inside_its_plan(tmp_path: Path) -> None:
     """Guards the chain of guesses from sources to questions: seconds of a quickstart on two cores at 191 GFLOP/s."""
     found = plan(ROOT / "recipes" / "quickstart.yaml", tmp_path)
     took = {"corpus": 2.64, "questions": 0.59, "tokenizer": 0.92, "base": 475.5, "base_scores": 22.66, "chat": 172.6,
-            "sums": 0.4, "answers": 4.0, "practised": 104.7, "scores": 2.79, "report": 1.26}  # fmt: skip
+            "sums": 0.4, "answers": 4.0, "rl": 104.7, "scores": 2.79, "report": 1.26}  # fmt: skip
     unknown = {name for name, estimate in found.items() if isinstance(estimate, Unknown)}
-    asked = {"sums_before", "sums_preferred", "sums_practised"}  # under a second each
-    assert unknown == {"pairs", "preferred"} and found.keys() == took.keys() | unknown | asked
+    asked = {"sums_before", "sums_dpo", "sums_rl"}  # under a second each
+    assert unknown == {"pairs", "dpo"} and found.keys() == took.keys() | unknown | asked
     for name, seconds in took.items():
         estimate = found[name]
         assert isinstance(estimate, Estimate) and estimate.because and estimate.room

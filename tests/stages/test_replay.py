@@ -72,7 +72,7 @@ def test_preferences_and_rewards_replay_too(world: World, tmp_path: Path) -> Non
     """Every tuning stage has the setting: a stage that ignored it would train without general text."""
     quick = {"steps": 2, "batch": 4, "threads": 1, "kernels": False, "micro_tokens": 200, "max_documents": 3, "runs": tmp_path}
     pairs = records(tmp_path, "preferences")
-    chosen = api.prefer(model=world.made["chat"], data=pairs, general=world.made["corpus"], **quick)
+    chosen = api.preference(model=world.made["chat"], data=pairs, general=world.made["corpus"], **quick)
     prompts = api.data(sources=[str(tmp_path / "preferences.jsonl")], kind="prompts", fields={"answer": "chosen"}, dedup="exact",
                        validation_share=0.2, runs=tmp_path / "made")  # fmt: skip
     rewarded = api.rl(

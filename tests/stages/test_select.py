@@ -39,7 +39,7 @@ def test_from_prompts_to_a_trained_model(world: World, tmp_path: Path) -> None: 
     pairs = api.select(runs=tmp_path, answers=ended, data=world.made["chats"], make="preferences")
     assert chosen.facts["prompts"] == 10 and chosen.facts["records"] <= 10 and pairs.facts["records"] > 0
     learnt = api.sft(runs=tmp_path, model=world.made["chat"], data=chosen, **TRAIN)
-    preferred = api.prefer(runs=tmp_path, model=world.made["chat"], data=pairs, steps=1, batch=2, threads=1)
+    preferred = api.preference(runs=tmp_path, model=world.made["chat"], data=pairs, steps=1, batch=2, threads=1)
     assert (learnt.path / "model").is_dir() and (preferred.path / "model").is_dir()
     with pytest.raises(DataError, match="no answer is good enough"):
         api.select(runs=tmp_path, answers=ended, data=world.made["chats"], threshold=1e9)

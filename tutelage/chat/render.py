@@ -36,7 +36,7 @@ from tutelage.chat.messages import plain_messages
 from tutelage.chat.spans import Sample
 from tutelage.chat.template_probe import probe_template
 from tutelage.chat.templates import compile_template, style, styles
-from tutelage.errors import ArtifactError, DataError
+from tutelage.errors import ArtifactError, DataError, Setting
 from tutelage.records import Conversation, Message
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -244,7 +244,8 @@ class Renderer:
                 raise DataError(
                     "the chat template writes no reasoning, so that it would be lost", field=f"messages[{i}].{REASONING[0]}",
                     found=turn[REASONING[0]], expected=f"a template that reads one of: {', '.join(REASONING)}",
-                    fix="choose another style (template=default, chatml, qwen or plain), or put the reasoning into content",
+                    fix=f"choose another style ({Setting('template', 'chatml')}, default, qwen or plain), or put the reasoning "
+                    "into content",
                 )  # fmt: skip
         return turns
 
@@ -307,8 +308,8 @@ class Renderer:
                 file=self._where(),
                 found=after[region.start :][:120],
                 expected="every message in the text, each answer followed by a control token",
-                fix="mend the template ({{ message['content'] }}, then {{ eos_token }}), or choose template=plain, which "
-                "needs no control token but the end token",
+                fix="mend the template ({{ message['content'] }}, then {{ eos_token }}), or choose "
+                f"{Setting('template', 'plain')}, which needs no control token but the end token",
             )
         return region
 
@@ -318,8 +319,8 @@ class Renderer:
                 "this tokenizer has no chat template",
                 file=self.tokenizer.folder,
                 expected="chat_template.jinja, or `chat_template` in tokenizer_config.json",
-                fix=f"fine-tune it with a style, template=NAME ({', '.join(styles())}; plain suits any checkpoint), or use "
-                "prompt/completion rows",
+                fix=f"fine-tune it with a style, {Setting('template', 'NAME')} ({', '.join(styles())}; plain suits any "
+                "checkpoint), or use prompt/completion rows",
             )
         try:
             return self._render(
@@ -334,7 +335,7 @@ class Renderer:
                 f"the chat template refuses these messages: {error}",
                 field="messages",
                 found=" ".join(str(m["role"]) for m in messages),
-                fix="change the conversation, or choose another style: template=NAME",
+                fix=f"change the conversation, or choose another style: {Setting('template', 'NAME')}",
             ) from error
         except Exception as error:  # a template is a program of a stranger's, which may raise anything
             raise DataError(

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from tutelage.chat.message_keys import REASONING
-from tutelage.errors import ArtifactError, DataError
+from tutelage.errors import ArtifactError, DataError, Setting
 from tutelage.tokenizer.load import TokenizerFolder
 
 MARKS = range(
@@ -253,7 +253,7 @@ class PieceEncoder:
                     file=self.tokenizer.folder,
                     found=text[max(0, at - 20) : at + 20],
                     expected="the ids of the prompt to begin the ids of the whole text",
-                    fix="choose a template with a control token before the answer (template=NAME)",
+                    fix=f"choose a template with a control token before the answer ({Setting('template', 'NAME')})",
                 )
         parts = [encoding.ids[a:b] for a, b in itertools.pairwise(cuts)]
         return self._join(sample, parts, flags)

@@ -20,7 +20,7 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ArtifactError, ConfigError, Setting
 
 
 @dataclass(slots=True, frozen=True)
@@ -104,7 +104,7 @@ def compile_template(source: str, now: datetime | None = None) -> Callable[..., 
             f"the chat template is not valid Jinja ({error.message})",
             file="chat_template.jinja",
             line=error.lineno,
-            fix="correct the template, or choose a shipped style: template=NAME",
+            fix=f"correct the template, or choose a shipped style: {Setting('template', 'NAME')}",
         ) from error
     except (RecursionError, ValueError, ArithmeticError, TypeError, SyntaxError, MemoryError) as error:
         raise ArtifactError(

@@ -95,13 +95,13 @@ class Chat:
             say(f" (cut at max_tokens={self.sampling.max_tokens}; /params max_tokens=N for longer answers)", style="dim")
 
     def undo(self) -> str | None:
-        """Takes the last exchange back; what was asked in it, or None where there is none."""
+        """Removes the last exchange. Returns its question, or None where there is none."""
         last = next((i for i in range(len(self.messages) - 1, -1, -1) if self.messages[i]["role"] == "user"), None)
         if last is None:
             return None
-        asked = str(self.messages[last]["content"])
+        question = str(self.messages[last]["content"])
         del self.messages[last:]
-        return asked
+        return question
 
     def set(self, settings: list[str]) -> None:
         """Changes sampling parameters given as `name=value`. Raises `ConfigError`, and then changes none."""
@@ -241,8 +241,8 @@ def _reset(talk: Chat, _: str) -> None:
 
 
 def _undo(talk: Chat, _: str) -> None:
-    asked = talk.undo()
-    say("nothing to take back" if asked is None else f"taken back: {asked}", style="dim")
+    question = talk.undo()
+    say("nothing to take back" if question is None else f"taken back: {question}", style="dim")
 
 
 def _exit(_talk: Chat, _: str) -> bool:

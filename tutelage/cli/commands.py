@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,18 +15,24 @@ from tutelage.cli.options import RUNS, Runs
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="a model folder, a GGUF file, a run, recipe/stage, or smollm2")],
-    message: Annotated[str | None, typer.Option("--message", "-m", help="ask once, print the answer, leave")] = None,
-    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
-    no_history: Annotated[bool, typer.Option("--no-history", help="neither read nor keep what is typed")] = False,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, GGUF file, run, recipe/stage, or smollm2.")],
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="Ask once, print the answer and leave.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")] = 128,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", metavar=" ", help="Neither read nor keep the history of typed lines.")
+    ] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Talk to a model in the terminal; /help there lists the commands."""
     from tutelage.rundir import find
 
-    folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is told at once
+    folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is reported at once
     from tutelage.cli.chat import chat as talk
     from tutelage.engine import Sampling
 
@@ -35,67 +41,110 @@ def chat(
 
 
 API_KEY = "TUTELAGE_API_KEY"  # environment variable with a key of the server
+NETWORK, ACCESS, ENGINE, SPEED, STORE = "Network", "Access", "Engine", "Speed", "Stored responses"
+
+
+def _option(*names: str, help: str, panel: str, metavar: str | None, **rest: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, **rest)
 
 
 def serve(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="model folders, GGUF files, runs, recipe/stage, or smollm2")
+        list[str], typer.Argument(metavar="MODEL", help="Model folders, GGUF files, runs, recipe/stage, or smollm2.")
     ],
-    host: Annotated[str, typer.Option(help="address to listen on; other machines reach only what you bind")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port; 0 takes a free one")] = 8000,
+    host: Annotated[
+        str, _option(help="Address to listen on; other machines reach only what you bind.", panel=NETWORK, metavar="HOST")
+    ] = "127.0.0.1",
+    port: Annotated[int, _option(help="Port; 0 takes a free one.", panel=NETWORK, metavar="N")] = 8000,
     name: Annotated[
-        list[str], typer.Option(help="what clients call a model, one for each; default: the stage's or the folder's name")
+        list[str],
+        _option(
+            help="Name that clients use, one for each model. Default: the stage's or the folder's name.",
+            panel=NETWORK, metavar="NAME",
+        ),
     ] = [],  # noqa: B006
     adapter: Annotated[
-        list[str], typer.Option(metavar="NAME=FOLDER", help="serve the first model with this LoRA too, under a name of its own")
+        list[str],
+        _option(help="LoRA to serve on the first model, under its own name. Repeatable.", panel=ENGINE, metavar="NAME=FOLDER"),
     ] = [],  # noqa: B006
-    keys: Annotated[Path | None, typer.Option(help="a file of `tutelage keys`: who may do what, and how much")] = None,
-    api_key: Annotated[
-        list[str], typer.Option("--api-key", help=f"a key without limits for inference; ps shows it: better set {API_KEY}")
-    ] = [],  # noqa: B006
-    insecure: Annotated[bool, typer.Option("--insecure", help="listen beyond loopback without a key")] = False,
-    allow_models: Annotated[
-        list[Path], typer.Option(metavar="FOLDER", help="let keys of scope admin load models from here")
-    ] = [],  # noqa: B006
-    max_waiting: Annotated[int, typer.Option(min=1, help="requests get 429 while so many answers of their model wait")] = 256,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="how long answers may go on after SIGTERM")] = 30.0,
-    engine: Annotated[str, typer.Option(help="tutelage; or vllm, where it is installed: for GPUs")] = "tutelage",
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="answers of a model that run at a time; default: 16, or as vLLM sees fit")
+    keys: Annotated[
+        Path | None, _option(help="File of `tutelage keys`: API keys with scopes and limits.", panel=ACCESS, metavar="FILE")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the model's context")] = None,
+    api_key: Annotated[
+        list[str],
+        _option(
+            "--api-key", help=f"API key for inference, without limits. Visible to ps: better set {API_KEY}.", panel=ACCESS,
+            metavar="KEY",
+        ),
+    ] = [],  # noqa: B006
+    insecure: Annotated[
+        bool, _option("--insecure", help="Listen beyond loopback without a key.", panel=ACCESS, metavar=" ")
+    ] = False,
+    allow_models: Annotated[
+        list[Path],
+        _option(help="Folder that keys of scope admin may load models from. Repeatable.", panel=ACCESS, metavar="FOLDER"),
+    ] = [],  # noqa: B006
+    max_waiting: Annotated[
+        int, _option(min=1, help="Waiting answers per model beyond which requests get 429.", panel=NETWORK, metavar="N")
+    ] = 256,
+    drain_seconds: Annotated[
+        float, _option(min=0, help="Seconds that running answers may take after SIGTERM.", panel=NETWORK, metavar="X")
+    ] = 30.0,
+    engine: Annotated[
+        str, _option(help="Inference engine: tutelage; or vllm for GPUs, where it is installed.", panel=ENGINE, metavar="NAME")
+    ] = "tutelage",
+    slots: Annotated[
+        int | None,
+        _option(
+            min=1, help="Answers of a model generated at a time. Default: 16, or chosen by vLLM.", panel=ENGINE, metavar="N"
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, _option(help="Longest prompt and answer in tokens. Default: the model's context.", panel=ENGINE, metavar="N")
+    ] = None,
     cache_gib: Annotated[
-        float, typer.Option(min=0.001, help="memory for the keys and values of a model's running answers")
+        float, _option(min=0.001, help="Memory in GiB for the KV cache of a model.", panel=ENGINE, metavar="X")
     ] = 2.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, _option(help="Device: cpu or cuda.", panel=ENGINE, metavar="NAME")] = "cpu",
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float32 (the default), or int8: smaller, faster, a little less exact; "
-            "vllm: stored (the default), auto, float32, bfloat16, float16"
+        _option(
+            help="Data type of the weights: float32 (the default), or int8: smaller, faster, a little less exact. With vllm: "
+            "stored (the default), auto, float32, bfloat16 or float16.", panel=ENGINE, metavar="NAME",
         ),
     ] = None,
     speculate: Annotated[
-        int, typer.Option(min=0, help="tokens guessed ahead by looking them up in the text; changes nothing")
+        int,
+        _option(
+            min=0, help="Tokens guessed ahead by looking them up in the text; answers stay the same.", panel=SPEED, metavar="N"
+        ),
     ] = 0,
     draft: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="a smaller model with the same tokenizer, which makes the guesses")
+        str | None,
+        _option(help="Smaller model with the same tokenizer that makes the guesses.", panel=SPEED, metavar="MODEL"),
     ] = None,
-    prefix_cache: Annotated[bool, typer.Option(help="start prompts from what earlier ones have in common with them")] = True,
+    prefix_cache: Annotated[
+        bool, _option(help="Reuse the KV cache of common prefixes of prompts.", panel=SPEED, metavar=" ")
+    ] = True,
     batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="answers do not depend on what else runs, to the bit")
+        bool,
+        _option("--batch-invariant", help="Make answers bit-identical whatever else runs.", panel=SPEED, metavar=" "),
     ] = False,
     vllm: Annotated[
-        list[str], typer.Option(metavar="KEY=VALUE", help="another argument of vLLM, such as tensor_parallel_size=2")
+        list[str],
+        _option(help="Further argument of vLLM, such as tensor_parallel_size=2. Repeatable.", panel=ENGINE, metavar="KEY=VALUE"),
     ] = [],  # noqa: B006
     store: Annotated[
-        Path | None, typer.Option(help="a file that keeps what /v1/responses answers; default: nothing is kept")
+        Path | None,
+        _option(help="File that stores the answers of /v1/responses. Default: nothing is stored.", panel=STORE, metavar="FILE"),
     ] = None,
-    store_days: Annotated[int, typer.Option(min=1, help="days to keep a response that is not continued any more")] = 30,
+    store_days: Annotated[
+        int, _option(min=1, help="Days after which a response that is not continued is deleted.", panel=STORE, metavar="N")
+    ] = 30,
     runs: Runs = RUNS,
-) -> None:
+) -> None:  # fmt: skip
     """Serve models behind the OpenAI API."""
-    folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is told at once
+    folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is reported at once
     adapters = _named_adapters(adapter, folders)
     from tutelage.config.base import parse_set
     from tutelage.rundir import find
@@ -125,7 +174,7 @@ def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, 
         _check_name(name, "name")
     if len(known) != len(found) or len(set(known)) != len(known):
         raise ConfigError(
-            "every model needs a name of its own", field="name", found=", ".join(known), expected=f"{len(found)} different names",
+            "every model needs its own name", field="name", found=", ".join(known), expected=f"{len(found)} different names",
             fix="give --name once for each model, in their order",
         )  # fmt: skip
     return {name: f.path for name, f in zip(known, found, strict=True)}
@@ -157,24 +206,28 @@ def _named_adapters(given: list[str], models: Collection[str]) -> dict[str, Path
         if not Path(folder).is_dir():
             raise ConfigError("no such folder", field="adapter", found=folder, expected="a folder that peft wrote")
         if name in out or name in models:
-            raise ConfigError("every model and adapter needs a name of its own", field="adapter", found=name)
+            raise ConfigError("every model and adapter needs its own name", field="adapter", found=name)
         out[name] = Path(folder)
     return out
 
 
 keys_app = typer.Typer(help="Make, list and remove the API keys of a server.", no_args_is_help=True)
-KeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="a JSON file; it holds hashes, never a key")]
+KeyFile = Annotated[Path, typer.Argument(metavar="FILE", help="JSON file; it holds hashes, never a key.")]
 
 
 @keys_app.command("add")
 def keys_add(
     file: KeyFile,
-    name: Annotated[str, typer.Argument(help="whose key it is")],
-    scope: Annotated[list[str], typer.Option(help="inference (the default), metrics or admin; repeat it for more")] = [],  # noqa: B006
-    requests_per_minute: Annotated[int | None, typer.Option(help="default: no limit")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="of prompts and answers together; default: no limit")] = None,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Owner of the key.")],
+    scope: Annotated[
+        list[str], typer.Option(metavar="SCOPE", help="Scope: inference (the default), metrics or admin. Repeatable.")
+    ] = [],  # noqa: B006
+    requests_per_minute: Annotated[int | None, typer.Option(metavar="N", help="Requests per minute. Default: no limit.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of prompts and answers per minute. Default: no limit.")
+    ] = None,
 ) -> None:
-    """Make a key and print it: this once, it is kept nowhere. A running server takes it at once."""
+    """Make a key and print it, this once: it is stored nowhere. A running server accepts it at once."""
     from tutelage.serve.keys import add_key
 
     limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
@@ -194,8 +247,8 @@ def keys_list(file: KeyFile) -> None:
 
 
 @keys_app.command("remove")
-def keys_remove(file: KeyFile, name: Annotated[str, typer.Argument(help="whose key it is")]) -> None:
-    """Take a key away. A running server forgets it at once."""
+def keys_remove(file: KeyFile, name: Annotated[str, typer.Argument(metavar="NAME", help="Owner of the key.")]) -> None:
+    """Remove a key. A running server refuses it at once."""
     from tutelage.serve.keys import remove_key
 
     remove_key(file, name)

@@ -1,4 +1,4 @@
-"""`tutelage runs --remove`: runs go, but for those that others were made from."""
+"""`tutelage runs --remove`: removes runs, except those that others were made from."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Row = tuple[Path, dict[str, Any]]
 
 def remove(root: Path, chosen: Sequence[Row], *, needed_too: bool, yes: bool) -> None:
     """Removes run directories, after a question on a terminal. Raises `ArtifactError` where another run was made from one of them
-    (unless `needed_too`), `StorageError` where one is being made, and `ConfigError` where nobody can be asked."""
+    (unless `needed_too`), `StorageError` where one is being made, and `ConfigError` where there is no terminal to ask on."""
     if not chosen:
-        log.say("no run is like that: nothing to remove")
+        log.say("no run matches: nothing to remove")
         return
     for path, _ in chosen:
         if held(path):
@@ -50,7 +50,7 @@ def _agreed(question: str) -> bool:
 
 
 def _refuse_needed(root: Path, chosen: Collection[Path]) -> None:
-    """Runs that failed need nothing any more; all others may be looked into, or go on."""
+    """Failed runs need nothing any more; all others may be inspected or resumed."""
     going = {path.resolve(): path for path in chosen}
     for path, row in all_runs(root):
         if path.resolve() in going or row["status"] == "failed":

@@ -1,4 +1,4 @@
-"""What the command line shows of plans, runs and lineage."""
+"""Tables of plans, runs and lineage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tutelage.rundir import RunDir, all_runs, find, finished, held, lineage, mat
 
 
 def show_plan(plan: list[Planned], runner: Runner) -> None:
-    """The table of a plan: stage, hit or miss, time and memory, with their sum; below it where each run is, and the formulas."""
+    """Prints the plan: stage, hit or miss, time and memory with their sums; then where each run is, and the formulas."""
     table = Table("stage", "kind", "status", "time", "memory", title=f"plan of {runner.recipe}", title_justify="left")
     notes = []
     for item in plan:
@@ -46,8 +46,16 @@ def show_plan(plan: list[Planned], runner: Runner) -> None:
         log.say(note, style="dim")
 
 
+def show_stage_plan(planned: Planned, runner: Runner) -> None:
+    """The plan of a single stage: what it does, its row of the plan, and every setting."""
+    planned.estimate = runner.estimate(planned)
+    log.say(runner.table[planned.kind].help, style="bold")
+    show_plan([planned], runner)
+    show_config(planned.config)
+
+
 def _expected(estimate: Estimate | Unknown | None, resumes: bool = False) -> tuple[str, str]:
-    """Time and memory of a stage, for people. Of one that `resumes` an earlier attempt has done some of the work."""
+    """Time and memory of a stage, for people. If it `resumes`, an earlier attempt has done some of the work."""
     if isinstance(estimate, Unknown):
         return str(estimate), str(estimate)
     if estimate is None:
@@ -58,7 +66,7 @@ def _expected(estimate: Estimate | Unknown | None, resumes: bool = False) -> tup
 
 
 def _total(plan: list[Planned]) -> str:
-    """The sum of the times, the largest of the memories, and what is in neither."""
+    """The sum of the times, the largest memory, and the stages that are in neither."""
     known = [item.estimate for item in plan if isinstance(item.estimate, Estimate)]
     seconds = sum((e.seconds for e in known), NOTHING)
     low, high = (max((getattr(e.memory_bytes, end) for e in known), default=0) for end in ("low", "high"))
@@ -75,7 +83,7 @@ def show_config(config: Section) -> None:
 
 
 def out() -> Console:
-    """Where asked-for tables go: stdout, and in a pipe as wide as they need."""
+    """Console for requested tables: stdout, and as wide as needed in a pipe."""
     return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 10_000)
 
 
@@ -98,7 +106,7 @@ STATES = ("done", "failed", "interrupted", "killed", "running", "damaged", "lost
 
 def chosen_runs(root: Path, like: str | None, stage: str | None, status: str | None) -> list[tuple[Path, dict[str, Any]]]:
     """The runs below a folder that fit, oldest first. `like`: a part of `recipe/stage-digest`, also with *; or a run directory.
-    Raises `ConfigError` for a status that there is not."""
+    Raises `ConfigError` for an unknown status."""
     if status is not None and status not in STATES:
         near = nearest(status, list(STATES))
         raise ConfigError(
@@ -134,7 +142,7 @@ def show_runs(rows: list[tuple[Path, dict[str, Any]]], root: Path) -> None:
 
 
 def status_of(path: Path, row: dict[str, Any]) -> str:
-    """The status in run.json, but for a run whose process is gone."""
+    """The status in run.json, corrected for a run whose process is gone."""
     made = (row.get("artifact") or {}).get("path")
     if row["status"] == "done" and not finished(path):  # a removal, or an attempt with --force, was cut short
         return "killed (resumes)"
@@ -146,7 +154,7 @@ def status_of(path: Path, row: dict[str, Any]) -> str:
 
 
 def spent(path: Path, row: dict[str, Any]) -> float:
-    """Seconds of all attempts, one that goes on included."""
+    """Seconds of all attempts, including one that is running."""
     going = row["status"] == "running" and held(path)
     since = time.time() - datetime.fromisoformat(row["started"]).timestamp() if going else 0.0
     return float(row.get("seconds") or 0.0) + max(0.0, since)
@@ -301,7 +309,7 @@ def _short(path: Path) -> str:
 
 
 def show_next(made: dict[str, RunDir]) -> None:
-    """What to do with what a recipe made."""
+    """Prints what to do next with the results of a recipe."""
     models = [(n, r) for n, r in made.items() if (r.path / "model").exists() and _talks(r.path / "model" / "config.json")]
     reports = [r for r in made.values() if (r.path / "report").exists()]
     if reports:

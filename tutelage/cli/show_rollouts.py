@@ -1,4 +1,4 @@
-"""What the command line shows of rollouts: prompts, the answers of a group, and what each was worth."""
+"""Shows rollouts: prompts, the answers of each group, and their rewards."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def show_rollouts(reference: str, root: Path, step: int | None = None, limit: in
             "no rollouts of this step", file=folder, found=chosen, expected=f"one of: {', '.join(map(str, list(files)[:12]))}, …"
         )
     rollouts = list(read_records(files[chosen], Rollout))  # answers may hold what `splitlines` takes for the end of a line
-    asked = _prompts(folder.parent)
+    questions = _prompts(folder.parent)
     console = out()
     for shown, (prompt, group) in enumerate(groupby(rollouts, key=lambda r: r.prompt)):
         if shown == limit:
             break
-        console.print(_group(asked.get(prompt, prompt), list(group)))
+        console.print(_group(questions.get(prompt, prompt), list(group)))
     rewards = [r.reward for r in rollouts if r.reward is not None]
     log.say(
         f"step {chosen}: {len(rollouts)} answers to {len({r.prompt for r in rollouts})} prompts, "

@@ -1,4 +1,4 @@
-"""Settings of adapters: a few weights that are trained beside a base that stays as it is."""
+"""Settings of adapters: a few weights trained on a frozen base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USES: dict[str, tuple[str, ...]] = {
     "prompt": ("tokens", "init", "quantize"),
     "prefix": ("tokens", "init", "quantize"),
 }
-"""The settings that each kind has a use for."""
+"""The settings that each kind uses."""
 _OF_A, _OF_VALUES = ("kaiming", "gaussian"), ("vocabulary", "random")
 INITS = {"lora": _OF_A, "dora": _OF_A, "prompt": _OF_VALUES, "prefix": _OF_VALUES}
 
@@ -29,37 +29,37 @@ INITS = {"lora": _OF_A, "dora": _OF_A, "prompt": _OF_VALUES, "prefix": _OF_VALUE
 class Adapter(Section):
     kind: Literal["none", "lora", "dora", "ia3", "prompt", "prefix"] = setting(
         "none",
-        "none: all weights are trained; lora: low-rank changes of linear layers; dora: lora with a trained length of each row; "
-        "ia3: factors of keys, values and the feed-forward's inner activations; prompt: virtual tokens before every text; "
-        "prefix: keys and values of virtual tokens in every layer",
+        "Kind of adapter. none: all weights are trained; lora: low-rank updates of linear layers; dora: lora with "
+        "a trained norm of each row; ia3: trained scales of keys, values and feed-forward activations; prompt: "
+        "virtual tokens before every text; prefix: keys and values of virtual tokens in every layer.",
     )
-    rank: int = setting(16, "lora, dora: rank of the change", ge=1)
-    alpha: float = setting(32.0, "lora, dora: the change is multiplied by alpha / rank", gt=0.0)
-    rslora: bool = setting(False, "lora, dora: multiply by alpha / sqrt(rank) instead (rsLoRA)")
-    dropout: float = setting(0.0, "lora, dora: share of the change's inputs left out in each step", ge=0.0, lt=1.0)
+    rank: int = setting(16, "Rank of the update (lora, dora).", ge=1)
+    alpha: float = setting(32.0, "Scale of the update, which is multiplied by alpha / rank (lora, dora).", gt=0.0)
+    rslora: bool = setting(False, "Multiply the update by alpha / sqrt(rank) instead: rsLoRA (lora, dora).")
+    dropout: float = setting(0.0, "Share of the update's inputs dropped in each step, 0 to 1 (lora, dora).", ge=0.0, lt=1.0)
     targets: Targets = setting(
         ["derived"],
-        "lora, dora, ia3: names of linear layers as they are in the model's folder, such as q_proj; or all-linear; "
-        "derived: all-linear, and for ia3 keys, values and the last of the feed-forward network",
+        "Names of linear layers as they are in the model's folder, such as q_proj; or all-linear; derived: all-"
+        "linear, and for ia3 keys, values and the last of the feed-forward network (lora, dora, ia3).",
     )
     quantize: Literal["none", "nf4"] = setting(
-        "none", "nf4: the base's linear layers are held in 4 bits (QLoRA) and the adapter learns on what that leaves of them"
+        "none", "Quantization of the base. nf4: its linear layers are held in 4 bits (QLoRA), and the adapter is trained on top."
     )
     embeddings: bool = setting(
         False,
-        "lora, dora, ia3: the tables of tokens are trained whole beside it, for a base that has not read the control tokens of "
-        "its chat template, or texts like these",
+        "Train embedding and head in full as well, for a base that has not read the control tokens of its chat "
+        "template, or texts like these (lora, dora, ia3).",
     )
-    tokens: int = setting(20, "prompt, prefix: virtual tokens", ge=1)
+    tokens: int = setting(20, "Number of virtual tokens (prompt, prefix).", ge=1)
     init: Literal["derived", "kaiming", "gaussian", "vocabulary", "random"] = setting(
         "derived",
-        "lora, dora: A is kaiming (uniform, the default) or gaussian; prompt, prefix: what real tokens give (vocabulary, the "
-        "default) or random",
+        "Initial values. lora, dora: matrix A kaiming (uniform, the default) or gaussian; prompt, prefix: from "
+        "real tokens (vocabulary, the default) or random.",
     )
 
     @model_validator(mode="after")
     def _honoured(self) -> Self:
-        """Raises `ConfigError` for a setting that the kind has no use for."""
+        """Raises `ConfigError` for a setting that the kind does not use."""
         for name, field in type(self).model_fields.items():
             value: Any = getattr(self, name)
             if name == "kind" or name in USES[self.kind] or value == field.default:

@@ -1,4 +1,4 @@
-"""Sections, and the errors that a wrong key or value gets."""
+"""Sections, and the errors for a wrong key or value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic import Field as _PydanticField
 from pydantic.fields import FieldInfo
 
-from tutelage.errors import ConfigError, UserError
+from tutelage.errors import ConfigError, Setting, UserError
 from tutelage.unicode import HALF, half_character
 
 
@@ -28,7 +28,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _completed(cls, values: Any) -> Any:
-        """What is not said of a nested section is as in the default of its field here, which may be another than its own."""
+        """Unset keys of a nested section fall back to this field's default, which may differ from the section's own."""
         if not isinstance(values, Mapping):
             return values
         defaults = {n: f.default for n, f in cls.model_fields.items() if isinstance(f.default, Section)}
@@ -41,7 +41,7 @@ S = TypeVar("S", bound=Section)
 
 
 def setting(default: Any, text: str, *, identity: bool = True, **rest: Any) -> Any:
-    """A field with its explanation. `identity=False`: cannot change the result, so it stays out of the digest."""
+    """A field with its help text. `identity=False`: it cannot change the result, so it stays out of the digest."""
     return _PydanticField(default, description=text, json_schema_extra={"identity": identity}, **rest)
 
 
@@ -104,7 +104,7 @@ class SourceLocations:
     typed: dict[str, str] = dataclasses.field(default_factory=dict)  # key: the words of the command line
 
     def of(self, *keys: str) -> dict[str, Any]:
-        """`file` and `line` for an error about the first of `keys` that has a place."""
+        """`file` and `line` for an error about the first of `keys` whose place is known."""
         for key in keys:
             if key in self.typed:
                 return {"file": self.typed[key]}
@@ -113,7 +113,7 @@ class SourceLocations:
         return {"file": self.file}
 
     def replace(self, key: str, where: int | str) -> None:
-        """The value of `key`, with all that is below it, is that of a line or of a `--set` from now on."""
+        """Sets the place of `key`, and of everything below it, to a line or a `--set`."""
         for known in (self.lines, self.typed):
             for old in [k for k in known if k == key or k.startswith(f"{key}.")]:
                 del known[old]  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def build(section: type[S], values: Mapping[str, Any], *, places: SourceLocation
             ) from None
         if first["type"] == "missing":
             raise ConfigError(f"`{key}` is required", **where, expected=_describe(section, path)) from None
-        # A value that may be of several types gets one complaint for each of them.
+        # A value with several allowed types gets one complaint per type.
         wrong = [e["msg"] for e in error.errors() if _known_part(section, e) == path]
         expected = _describe(section, path)
         raise ConfigError(
@@ -170,30 +170,30 @@ SWITCHED = {True: ("on", "true", "yes", "always"), False: ("off", "false", "none
 
 
 def _choice(error: Any, key: str) -> str | None:
-    """What to write instead of a value that is none of the words which a setting takes."""
+    """What to write instead of a word that the setting does not take."""
     if error["type"] not in ("literal_error", "enum"):
         return None
     said = str(error["ctx"]["expected"])
     words = re.findall(r"'([^']*)'", said) or re.split(r", | or ", said)
     found = error.get("input")
-    asked = {"true": True, "yes": True, "false": False, "no": False}.get(str(found).lower())
-    meant = next((w for w in words if asked is not None and w in SWITCHED[asked]), None)
+    switch = {"true": True, "yes": True, "false": False, "no": False}.get(str(found).lower())
+    meant = next((w for w in words if switch is not None and w in SWITCHED[switch]), None)
     near = meant or next(iter(difflib.get_close_matches(str(found).lower(), words, n=1, cutoff=0.6)), None)
-    return f"did you mean {key}={near}?" if near else f"set {key} to one of: {', '.join(words)}"
+    return f"did you mean {Setting(key, near)}?" if near else f"set {key} to one of: {', '.join(words)}"
 
 
 E = TypeVar("E", bound=UserError)
 
 
 def located(error: E, places: SourceLocations, prefix: str) -> E:
-    """The error of a section with the section's name before its field, and the place where that, or what it is in, stands."""
+    """The error with the section's name before its field, and the place of that field or of the nearest key around it."""
     key = ".".join(filter(None, (prefix, error.field)))
     parts = key.split(".")
     return error.but(field=key or None, **places.of(*(".".join(parts[:n]) for n in range(len(parts), 0, -1))))
 
 
 def _known_part(section: type[Section], error: Any) -> list[str]:
-    """The dotted key that a complaint is about, without the names that pydantic gives to the types of a union."""
+    """The dotted key of a complaint, without the names that pydantic gives to the types of a union."""
     out: list[str] = []
     current: type[Section] | None = section
     for part in error["loc"]:

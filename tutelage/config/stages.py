@@ -1,4 +1,5 @@
-"""One section a stage: what a command takes, a recipe's stage holds, and a Python call passes, under the same names."""
+"""One section per stage: the settings of its command, of its entry in a recipe and of its Python function, under the same
+names. The first line of a docstring is the stage's help."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tutelage.config.train import (
     replay_weight,
 )
 
-# One name may stand for a list of one: --set corpus.sources=docs/
+# A single name is a list of one: --set corpus.sources=docs/
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -35,412 +36,508 @@ class Data(Section):
     # Sources enter the digest by their content (stages/sources.py), so that moving a file changes nothing.
     sources: Names = setting(
         ...,
-        "files, folders, globs, python-docs:, python-code:, python-questions:, python-areas:, skill:…, hf:org/name",
+        "Files, folders or globs; or python-docs:, python-code:, python-questions:, python-areas:, skill:…, hf:org/name.",
         identity=False,
         min_length=1,
     )
     kind: Literal["documents", "conversations", "preferences", "ratings", "prompts", "examples"] = setting(
         "documents",
-        "plain text; dialogues or prompt/completion pairs; a better and a worse answer; answers with scores; what is asked; "
-        "texts with classes",
+        "Type of record to make. documents: plain text; conversations: dialogues or prompt/completion pairs; "
+        "preferences: a better and a worse answer; ratings: answers with scores; prompts: questions with an "
+        "optional expected answer; examples: texts with classes.",
     )
-    text_field: str = setting("text", "field that holds the text in JSONL, CSV and Parquet rows")
+    text_field: str = setting("text", "Field that holds the text in JSONL, CSV and Parquet rows.")
     fields: dict[str, str] = setting(
         {},
-        "names of your rows' fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}; a path"
-        " leads into nested rows, as in {answer: instances.0.output}",
+        "Names of your fields, such as {prompt: question, completion: answer} or {text: comment, label: toxic}. A "
+        "path leads into nested rows, as in {answer: instances.0.output}.",
     )
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "qa"] = setting(
-        "auto", "conversations: the rows' format; auto looks at each row"
+        "auto", "Format of conversation rows; auto detects it row by row."
     )
-    encoding: str = setting("utf-8", "of text files; several, such as utf-8,cp1252, are tried in order on each file")
-    split: Literal["none", "blank_lines", "form_feed", "lines"] = setting("none", "how one text file becomes documents")
-    chunk_chars: Count | None = setting(None, "cut longer documents at paragraph borders into pieces of about so many characters")
-    min_chars: int = setting(32, "shorter documents are rejected", ge=0)
-    max_chars: Count = setting(10_000_000, "longer documents are rejected")
+    encoding: str = setting("utf-8", "Encoding of text files; several, such as utf-8,cp1252, are tried in order on each file.")
+    split: Literal["none", "blank_lines", "form_feed", "lines"] = setting("none", "Rule that cuts one text file into documents.")
+    chunk_chars: Count | None = setting(
+        None, "Size in characters of the pieces that longer documents are cut into, at paragraph borders; null: no cutting."
+    )
+    min_chars: int = setting(32, "Shortest document that is kept, in characters.", ge=0)
+    max_chars: Count = setting(10_000_000, "Longest document that is kept, in characters.")
     normalise: Literal["NFC", "NFKC", "none"] = setting(
-        "none", "documents: Unicode normal form to bring texts to; none leaves them byte for byte"
+        "none", "Unicode normal form of documents; none leaves them byte for byte."
     )
     clean: bool = setting(
         False,
-        "documents: make line ends \\n, take out control characters, spaces at line ends and more than two blank lines in a row; "
-        "this changes Markdown's line breaks, patches and tables",
+        "Clean documents: line ends become \\n; control characters, spaces at line ends and more than two blank "
+        "lines in a row are removed. Changes Markdown's line breaks, patches and tables.",
     )
     boilerplate: Literal["keep", "drop"] = setting(
-        "keep", "documents: drop takes out lines that 10 documents and 10% of them share; not for code or tables"
+        "keep",
+        "Treatment of lines that at least 10 documents and 10% of all documents share; drop removes them. Not for "
+        "code or tables.",
     )
-    licence: str | None = setting(None, "of sources that name none, as an SPDX id such as CC-BY-4.0")
+    licence: str | None = setting(None, "Licence of sources that name none, as an SPDX id such as CC-BY-4.0.")
     dedup: Literal["none", "exact", "near"] = setting(
         "near",
-        "near: MinHash, Jaccard 0.8, and none across the split; rows are compared by what is asked and answered, without the "
-        "text that many share",
+        "Deduplication. exact: equal records; near: MinHash with Jaccard similarity 0.8, also across the split. "
+        "Rows are compared by question and answer, without text that many rows share.",
     )
-    validation_share: Share = setting(0.05, "share held out, by hash of the document")
-    validation_sources: Names = setting([], "sources whose every record is held out, instead of a share", identity=False)
+    validation_share: Share = setting(0.05, "Share of records held out for validation (0 to 1), chosen by a hash of the record.")
+    validation_sources: Names = setting([], "Sources whose records are all held out, instead of a share.", identity=False)
     on_error: Literal["stop", "skip"] = setting(
-        "stop", "what a broken row or file does; skipped ones are counted and kept in rejected.jsonl"
+        "stop", "Reaction to a broken row or file; skipped ones are counted and kept in rejected.jsonl."
     )
     max_reject_share: Share = setting(
-        0.05, "with on_error=skip: stop when more than this share of rows is broken; a file is a row, and one may be broken"
+        0.05,
+        "Largest share of broken rows (0 to 1) that on_error=skip accepts; a file counts as a row, and one file "
+        "may always be broken.",
     )
-    seed: int = setting(0, "of the split and of generated sources")
+    seed: int = setting(0, "Seed for the split and for generated sources.")
 
 
 class Tokenizer(Section):
     """Train a byte-level BPE tokenizer and measure it."""
 
-    data: str = artifact("documents or conversations to learn from", kind="records")
-    vocab_size: Count = setting(4096, "entries, special tokens and the 256 bytes included")
-    pattern: str = setting("qwen2", "split pattern, by llama.cpp's name: gpt-2, llama-bpe, qwen2")
-    template: str = setting("default", "chat template: default, chatml, llama3, qwen, gemma, mistral")
+    data: str = artifact("Documents or conversations to learn from.", kind="records")
+    vocab_size: Count = setting(4096, "Vocabulary size in tokens, including special tokens and the 256 bytes.")
+    pattern: str = setting("qwen2", "Pre-tokenization pattern, by llama.cpp's name: gpt-2, llama-bpe, qwen2.")
+    template: str = setting("default", "Chat template: default, chatml, llama3, qwen, gemma, mistral, plain.")
 
 
 class Tokens(Section):
     """Turn records into memory-mapped token shards."""
 
-    data: str = artifact("documents or conversations", kind="records")
-    tokenizer: str = artifact("tokenizer or model folder", kind="tokenizer")
-    workers: int = setting(0, "processes; 0: one a core", ge=0, identity=False)
+    data: str = artifact("Documents or conversations to encode.", kind="records")
+    tokenizer: str = artifact("Tokenizer or model folder.", kind="tokenizer")
+    workers: int = setting(0, "Number of worker processes; 0 uses one per core.", ge=0, identity=False)
 
 
 class Pretrain(Train):
-    """Train a model on plain text: from scratch, or on from a checkpoint."""
+    """Train a model on plain text, from scratch or from a checkpoint."""
 
-    data: str = artifact("documents", kind="records")
-    tokenizer: str | None = artifact("tokenizer folder; not needed with `model`", kind="tokenizer", default=None)
-    model: str | None = artifact("checkpoint to go on from; none: from scratch", kind="model", default=None)
-    size: str = setting("3m", "from scratch: number of parameters, from which shape, batch, rates and token budget are derived")
-    architecture: dict[str, Any] = setting({}, "from scratch: config.json keys that override the derived shape")
-    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
-    seed: int = setting(0, "of initial weights and data order")
+    data: str = artifact("Documents to train on.", kind="records")
+    tokenizer: str | None = artifact("Tokenizer folder for a new model; not needed with `model`.", kind="tokenizer", default=None)
+    model: str | None = artifact("Checkpoint to continue from; trains from scratch where left out.", kind="model", default=None)
+    size: str = setting(
+        "3m",
+        "Number of parameters of a new model, such as 3m; shape, batch, learning rates and token budget are derived from it.",
+    )
+    architecture: dict[str, Any] = setting({}, "Keys of config.json that override the derived shape of a new model.")
+    too_long: Literal["split", "drop", "left", "right"] = setting(
+        "split", "Treatment of a document longer than a row: split it, drop it, or cut its left or right end. Always counted."
+    )
+    seed: int = setting(0, "Seed for initial weights and data order.")
 
 
 class Sft(Train):
-    """Supervised fine-tuning on conversations."""
+    """Fine-tune a checkpoint on conversations."""
 
-    model: str = artifact("checkpoint to start from", kind="model")
-    data: str = artifact("conversations", kind="records")
-    epochs: float | None = setting(2.0, "passes over the data", gt=0)
-    template: str | None = setting(None, "chat template to give a checkpoint that has none, or to replace its own")
+    model: str = artifact("Checkpoint to start from.", kind="model")
+    data: str = artifact("Conversations to train on.", kind="records")
+    epochs: float | None = setting(2.0, "Number of passes over the data.", gt=0)
+    template: str | None = setting(None, "Chat template for a checkpoint that has none, or to replace its own.")
     general: str | None = general_text()
     replay_share: float = replay_share()
     replay_weight: Positive = replay_weight()
     max_documents: int = general_documents()
-    seed: int = setting(0, "of the data order")
+    seed: int = setting(0, "Seed for data order.")
 
 
 class Merge(Section):
-    """Make an adapter part of its base: a whole model."""
+    """Merge an adapter into its base, which gives a whole model."""
 
-    adapter: str = artifact("the adapter: a folder that peft wrote, or a run that trained one", kind="adapter")
-    model: str | None = artifact("its base, where that is not at the place that the adapter names", kind="model", default=None)
+    adapter: str = artifact("Adapter to merge: a folder that peft wrote, or a run that trained one.", kind="adapter")
+    model: str | None = artifact("Base model, where it is not at the place that the adapter names.", kind="model", default=None)
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = setting(
-        "stored", "type of the written weights; stored: as in the base's folder"
+        "stored", "Data type of the written weights; stored keeps the type of the base's folder."
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
+    )
 
 
 class Sample(Section):
-    """Have a model answer each prompt several times, and judge the answers."""
+    """Sample several answers to each prompt and judge them."""
 
-    model: str = artifact("the model to ask", kind="model")
-    data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
+    model: str = artifact("Model that answers.", kind="model")
+    data: str = artifact("Prompts, or conversations whose last question is asked.", kind="records")
     rewards: dict[str, Any] = setting(
         ...,
-        "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
+        "Reward of an answer: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}.",
     )
-    reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
-    part: Literal["train", "validation"] = setting("train", "which prompts of the data are asked")
-    max_prompts: int = setting(0, "prompts asked; 0: all", ge=0)
-    samples: Count = setting(8, "answers to each prompt")
-    max_tokens: Count = setting(64, "longest answer, in tokens")
-    temperature: Positive = setting(1.0, "of the answers")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
-    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
-    kernels: bool = setting(True, "our own CPU kernels", identity=False)
-    seed: int = setting(0, "of every answer")
+    reward_model: str | None = artifact(
+        "Reward model that scores answers for a reward of kind `model`.", kind="model", default=None
+    )
+    part: Literal["train", "validation"] = setting("train", "Part of the data whose prompts are asked.")
+    max_prompts: int = setting(0, "Largest number of prompts; 0: all.", ge=0)
+    samples: Count = setting(8, "Number of answers to each prompt.")
+    max_tokens: Count = setting(64, "Longest answer in tokens.")
+    temperature: Positive = setting(1.0, "Sampling temperature.")
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
+    )
+    threads: int = setting(0, "Number of CPU threads; 0 uses all cores.", ge=0, identity=False)
+    kernels: bool = setting(True, "Use the C++ kernels on CPUs.", identity=False)
+    seed: int = setting(0, "Seed for sampling.")
 
 
 class Select(Section):
-    """Choose among judged answers: the good ones to imitate, or the best and the worst as a preference."""
+    """Choose among judged answers: good ones to imitate, or pairs of a better and a worse one."""
 
-    answers: str = artifact("judged answers, made by `sample`", kind="records")
-    data: str = artifact("the prompts that they answer", kind="records")
+    answers: str = artifact("Judged answers, as made by `sample`.", kind="records")
+    data: str = artifact("Prompts that the answers belong to.", kind="records")
     make: Literal["conversations", "preferences"] = setting(
-        "conversations", "conversations for `sft`, or preferences for `prefer`"
+        "conversations", "Type of record to make: conversations for `sft`, or preferences for `preference`."
     )
-    threshold: float = setting(1.0, "make=conversations: least reward of an answer that is kept")
-    keep: Literal["best", "all"] = setting("best", "make=conversations: of a prompt's good answers the best, or all that differ")
-    margin: float = setting(0.0, "make=preferences: least difference of rewards; at 0 any difference will do", ge=0.0)
-    validation_share: Share = setting(0.05, "share of the prompts whose answers are held out")
-    seed: int = setting(0, "of the split")
+    threshold: float = setting(1.0, "Smallest reward of an answer that is kept, with make=conversations.")
+    keep: Literal["best", "all"] = setting(
+        "best", "Good answers to keep of each prompt, with make=conversations: the best one, or all that differ."
+    )
+    margin: float = setting(
+        0.0, "Smallest difference of rewards within a pair, with make=preferences; 0 accepts any difference.", ge=0.0
+    )
+    validation_share: Share = setting(0.05, "Share of prompts (0 to 1) whose answers are held out.")
+    seed: int = setting(0, "Seed for the split.")
 
 
 class Rollouts(Section):
-    prompts: Count = setting(16, "prompts in a global batch")
-    samples: Count = setting(1, "answers to each")
-    max_tokens: Count = setting(64, "longest answer, in tokens")
-    temperature: Positive = setting(1.0, "of the answers")
-    micro_tokens: Count = setting(4096, "tokens in one forward pass; changes memory, not the result", identity=False)
+    prompts: Count = setting(16, "Number of prompts in a global batch.")
+    samples: Count = setting(1, "Number of answers to each prompt.")
+    max_tokens: Count = setting(64, "Longest answer in tokens.")
+    temperature: Positive = setting(1.0, "Sampling temperature.")
+    micro_tokens: Count = setting(
+        4096, "Tokens in one forward pass on one device; changes memory, not the result.", identity=False
+    )
 
 
 class Distil(Train):
-    """Train a model to predict what a larger one predicts."""
+    """Train a student model to predict what a larger teacher predicts."""
 
-    model: str = artifact("the student: checkpoint to start from", kind="model")
-    teacher: str = artifact("the model to learn from, with the student's vocabulary", kind="model")
-    data: str = artifact("documents or conversations that both read; with policy=on what is asked", kind="records")
+    model: str = artifact("Student: the checkpoint to start from.", kind="model")
+    teacher: str = artifact("Teacher model, with the student's vocabulary.", kind="model")
+    data: str = artifact("Documents or conversations that both models read; with policy=on, the prompts.", kind="records")
     policy: Literal["off", "on"] = setting(
-        "off", "off: the given texts are read; on: the student's own answers, made in each step"
+        "off", "Texts to learn on. off: the given data; on: the student's own answers, generated in each step."
     )
-    rollouts: Rollouts = setting(Rollouts(), "the student's answers, with policy=on")
+    rollouts: Rollouts = setting(Rollouts(), "Generation of the student's answers, with policy=on.")
     loss: Literal["forward", "reverse", "jsd"] = setting(
-        "forward", "KL(teacher||student), KL(student||teacher), or the generalised Jensen-Shannon divergence between them"
+        "forward",
+        "Divergence between the distributions: KL(teacher||student), KL(student||teacher), or the generalised "
+        "Jensen-Shannon divergence.",
     )
-    beta: Share | None = setting(None, "loss=jsd: the teacher's share of the mixture; none: 0.5")
-    temperature: Positive = setting(1.0, "both distributions are softened by it first")
-    cross_entropy: Share = setting(0.0, "share of the next-token loss; the rest is the teacher's")
+    beta: Share | None = setting(None, "Share of the teacher in the mixture (0 to 1), with loss=jsd; null: 0.5.")
+    temperature: Positive = setting(1.0, "Temperature that softens both distributions before they are compared.")
+    cross_entropy: Share = setting(0.0, "Share of the next-token loss (0 to 1); the rest is the teacher's.")
     top_k: int = setting(
         0,
-        "so many of the teacher's likeliest tokens are kept in files before the start; 0: all, the teacher runs in each step",
+        "Number of the teacher's likeliest tokens stored before training; 0: all tokens, and the teacher runs in each step.",
         ge=0,
     )
     rest: Literal["bucket", "renormalise"] | None = setting(
-        None, "with top_k, all other tokens are: bucket, one token more; renormalise, left out on both sides; none: bucket"
+        None,
+        "Treatment of the tokens outside top_k. bucket: one extra token holds their probability; renormalise: "
+        "dropped on both sides; null: bucket.",
     )
-    epochs: Positive | None = setting(1.0, "passes over the data")
+    epochs: Positive | None = setting(1.0, "Number of passes over the data.")
     too_long: Literal["split", "drop", "left", "right"] | None = setting(  # type: ignore[assignment]
-        None, "what happens to a text longer than a row; none: split for documents, drop for conversations"
+        None, "Treatment of a text longer than a row; null: split for documents, drop for conversations."
     )
-    seed: int = setting(0, "of the data order and of every answer")
+    seed: int = setting(0, "Seed for data order and sampling.")
 
 
-class Vocabulary(Train):
-    """Give a checkpoint new tokens that shorten the texts of a field, and train the rows of these tokens alone."""
+class ExtendVocab(Train):
+    """Add tokens to a checkpoint for the texts of a field, and train only their rows."""
 
-    model: str = artifact("checkpoint whose tokenizer is byte-level BPE", kind="model")
-    data: str = artifact("documents of the field", kind="records")
-    add: Count = setting(256, "new tokens, at most")
+    model: str = artifact("Checkpoint whose tokenizer is byte-level BPE.", kind="model")
+    data: str = artifact("Documents of the field.", kind="records")
+    add: Count = setting(256, "Largest number of new tokens.")
     rows: Literal["mean", "ends", "random"] = setting(
         "mean",
-        "what new rows of embedding and head begin with: mean of the rows of their old pieces; ends: of the last piece to read, "
-        "of the first to predict; random",
+        "Initial values of the new rows of embedding and head. mean: mean of the rows of their old pieces; ends: "
+        "the last piece in the embedding and the first in the head; random: random values.",
     )
-    train: bool = setting(True, "train the new rows, all else frozen; false: only begin them")
-    steps: Count | Derived = setting(100, "optimizer steps; derived from tokens or epochs")
-    schedule: Schedule = setting(Schedule(name="constant", warmup=0.1), "learning rate over time")
-    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
-    seed: int = setting(0, "of the data order")
+    train: bool = setting(True, "Train the new rows and freeze everything else; false: only initialise them.")
+    steps: Count | Derived = setting(100, "Number of optimizer steps; derived: from tokens or epochs.")
+    schedule: Schedule = setting(Schedule(name="constant", warmup=0.1), "Learning-rate schedule.")
+    too_long: Literal["split", "drop", "left", "right"] = setting(
+        "split", "Treatment of a document longer than a row: split it, drop it, or cut its left or right end. Always counted."
+    )
+    seed: int = setting(0, "Seed for data order.")
 
 
 class Adapt(Train):
-    """Go on training a checkpoint on the texts of a field, with replay of general text; measure gain and loss."""
+    """Continue training a checkpoint on the texts of a field, with replay of general text; measure gain and loss."""
 
-    model: str = artifact("checkpoint to adapt", kind="model")
-    data: str = artifact("documents of the field", kind="records")
+    model: str = artifact("Checkpoint to adapt.", kind="model")
+    data: str = artifact("Documents of the field.", kind="records")
     general: str | None = artifact(
-        "documents of the kind the checkpoint knows: a share of them is replayed, and their held-out part measures what is lost",
+        "Documents of the kind that the checkpoint knows: a share is replayed, and the held-out part measures forgetting.",
         kind="records",
         default=None,
     )
     replay_share: float = setting(
-        0.2, "share of rows that are general text, exact in every 1,000; 0: it is only measured", ge=0, lt=1
+        0.2,
+        "Share of rows that are general text (0 to 1), exact in every 1,000 rows; 0: general text is only measured.",
+        ge=0,
+        lt=1,
     )
-    vocab_add: int = setting(0, "new tokens learnt from the texts of the field, at most (see `tutelage vocabulary`)", ge=0)
-    rows: Literal["mean", "ends", "random"] = setting("mean", "vocab_add: what new rows begin with")
-    warm_steps: int = setting(100, "vocab_add: steps in which the new rows alone are trained, before everything is", ge=0)
-    epochs: float | None = setting(1.0, "passes over the field's texts", gt=0)
-    too_long: Literal["split", "drop", "left", "right"] = setting("split", "what happens to a document longer than a row")
-    max_documents: int = setting(500, "held-out documents of each kind that are measured before and after; 0: all", ge=0)
-    seed: int = setting(0, "of the data order")
+    vocab_add: int = setting(
+        0, "Largest number of new tokens learned from the texts of the field (see `tutelage extend-vocab`).", ge=0
+    )
+    rows: Literal["mean", "ends", "random"] = setting(
+        "mean", "Initial values of the rows of new tokens, with vocab_add: mean, ends or random."
+    )
+    warm_steps: int = setting(
+        100, "Number of steps that train the new rows alone before everything is trained, with vocab_add.", ge=0
+    )
+    epochs: float | None = setting(1.0, "Number of passes over the texts of the field.", gt=0)
+    too_long: Literal["split", "drop", "left", "right"] = setting(
+        "split", "Treatment of a document longer than a row: split it, drop it, or cut its left or right end. Always counted."
+    )
+    max_documents: int = setting(
+        500, "Largest number of held-out documents of each kind measured before and after; 0: all.", ge=0
+    )
+    seed: int = setting(0, "Seed for data order.")
 
 
 class Evaluate(Section):
-    """Measure a model on held-out documents and questions, and compare it with baselines."""
+    """Evaluate a model on held-out documents and questions, next to baselines."""
 
-    model: str = artifact("the model", kind="model")
+    model: str = artifact("Model to evaluate.", kind="model")
     documents: str | None = artifact(
-        "records whose validation part is read, for bits per byte and perplexity", kind="records", default=None
+        "Records whose validation part is read, for bits per byte and perplexity.", kind="records", default=None
     )
-    questions: str | None = artifact("conversations whose validation part is asked", kind="records", default=None)
+    questions: str | None = artifact("Conversations whose validation part is asked.", kind="records", default=None)
     compare_with: str | None = artifact(
-        "another model's evaluation on the same records: both are compared question by question and document by document",
+        "Evaluation of another model on the same records, compared question by question and document by document.",
         kind="scores", default=None,
     )  # fmt: skip
-    baselines: bool = setting(True, "also measure xz and Kneser-Ney n-grams, given the same training text")
-    stride: Share = setting(0.5, "share of the context kept when a long document is read in windows")
-    max_documents: int = setting(0, "held-out documents read, at most; 0: all", ge=0)
-    max_questions: int = setting(500, "held-out questions asked, at most; 0: all", ge=0)
-    max_tokens: Count = setting(64, "longest answer, in tokens")
+    baselines: bool = setting(True, "Measure xz and Kneser-Ney n-grams too, given the same training text.")
+    stride: Share = setting(0.5, "Share of the context (0 to 1) kept when a long document is read in windows.")
+    max_documents: int = setting(0, "Largest number of held-out documents; 0: all.", ge=0)
+    max_questions: int = setting(500, "Largest number of held-out questions; 0: all.", ge=0)
+    max_tokens: Count = setting(64, "Longest answer in tokens.")
     scorer: Literal["answer", "exact", "numeric", "maths", "regex", "json_schema", "word_overlap"] | None = setting(
-        None, "grade answers as this reward does, or free text by word overlap; none: a question's meta.scorer, or by the "
-        "expected answer"
+        None, "Grading of answers, as the reward of that name does, or by word overlap; null: a question's meta.scorer, "
+"or by the expected answer."
     )  # fmt: skip
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
-    seed: int = setting(0, "seed for the bootstrap of intervals and for sampled continuations")
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
+    )
+    seed: int = setting(0, "Seed for the bootstrap of intervals and for sampled continuations.")
 
 
 class Report(Section):
-    """One self-contained HTML page about a run and everything it came from."""
+    """Write one self-contained HTML page about a run and everything it came from."""
 
-    run: str = artifact("the run to report on", kind="run")
+    run: str = artifact("Run to report on.", kind="run")
     scores: str | None = artifact(
-        "an evaluation of its model; without one, evaluations in the same folder are used", kind="scores", default=None
+        "Evaluation of the run's model; evaluations in the same folder where left out.", kind="scores", default=None
     )
     base_scores: str | None = artifact(
-        "an evaluation of a model that it was trained from, shown under that model's name", kind="scores", default=None
+        "Evaluation of a model that the run's model was trained from, shown under that model's name.", kind="scores", default=None
     )
 
 
 class Generate(Section):
-    """Answer every row of a file with a model. What was interrupted goes on with the same command."""
+    """Answer every row of a file with a model; the same command resumes what was interrupted."""
 
-    model: str = artifact("a model folder, a run, or recipe/stage", kind="model")
+    model: str = artifact("Model folder, run, or recipe/stage.", kind="model")
     input: str = setting(
-        ..., "JSONL(.gz), JSON, CSV, Parquet; an OpenAI batch file; or text, a prompt a line; - is standard input", identity=False
+        ...,
+        "JSONL(.gz), JSON, CSV, Parquet; an OpenAI batch file; or text with one prompt per line. - reads standard input.",
+        identity=False,
     )
-    output: str = setting(..., "JSON lines: the rows of the input, in their order, with the answers", identity=False)
-    column: str | None = setting(None, "field that holds the prompt or the messages; none: `prompt` or `messages`")
-    prompt_template: str | None = setting(None, "prompt made from a row's fields, such as 'Describe {name}: {text}'")
-    chat: bool = setting(False, "prompts are asked as a user's message; otherwise they are continued as text")
-    system: str | None = setting(None, "system prompt of every row; implies chat")
-    max_tokens: Count = setting(256, "longest answer in tokens; it ends earlier where the context does")
-    temperature: float = setting(0.0, "0: always the likeliest token")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability")
-    top_k: int = setting(0, "sample from so many of the likeliest tokens; 0: all")
-    min_p: float = setting(0.0, "sample from tokens at least this likely relative to the likeliest one")
-    n: Count = setting(1, "answers per row; more than one give a list `completions`")
-    stop: Names = setting([], "texts that end an answer")
-    beams: Count = setting(1, "beginnings of an answer that are searched together for the likeliest whole; 1: no search")
-    length_penalty: float = setting(1.0, "of beams: an answer's log-probability is divided by its length to this power")
-    early_stopping: bool = setting(False, "of beams: the search ends with as many answers as beams")
-    no_repeat_ngram: int = setting(0, "no so many tokens in a row come twice; 0: they may")
-    seed: int = setting(0, "of sampling: row i draws from (seed, i), so that neither order nor interruptions change an answer")
-    slots: Count = setting(32, "answers in the making at a time", identity=False)
-    engine: Literal["tutelage", "vllm"] = setting("tutelage", "vllm, where it is installed: for GPUs")
+    output: str = setting(..., "JSON lines: the rows of the input in their order, with the answers.", identity=False)
+    column: str | None = setting(None, "Field that holds the prompt or the messages; `prompt` or `messages` where left out.")
+    prompt_template: str | None = setting(None, "Prompt made from a row's fields, such as 'Describe {name}: {text}'.")
+    chat: bool = setting(False, "Ask prompts as a user's message; otherwise they are continued as text.")
+    system: str | None = setting(None, "System prompt of every row; implies chat.")
+    max_tokens: Count = setting(256, "Longest answer in tokens; shorter where the context ends earlier.")
+    temperature: float = setting(0.0, "Sampling temperature; 0 always takes the likeliest token.")
+    top_p: float = setting(1.0, "Probability mass of the likeliest tokens that are sampled from (0 to 1).")
+    top_k: int = setting(0, "Number of likeliest tokens that are sampled from; 0: all.")
+    min_p: float = setting(0.0, "Smallest probability of a sampled token relative to the likeliest one (0 to 1).")
+    n: Count = setting(1, "Number of answers per row; more than one give a list `completions`.")
+    stop: Names = setting([], "Texts that end an answer.")
+    beams: Count = setting(1, "Number of beams in beam search; 1: no search.")
+    length_penalty: float = setting(
+        1.0, "Exponent of the length in beam search: an answer's log-probability is divided by its length to this power."
+    )
+    early_stopping: bool = setting(False, "End beam search once there are as many answers as beams.")
+    no_repeat_ngram: int = setting(0, "Length in tokens of n-grams that may not repeat; 0: no limit.")
+    seed: int = setting(
+        0, "Seed for sampling: row i draws from (seed, i), so that neither order nor interruptions change an answer."
+    )
+    slots: Count = setting(32, "Number of answers generated at a time.", identity=False)
+    engine: Literal["tutelage", "vllm"] = setting("tutelage", "Inference engine; vllm for GPUs, where it is installed.")
     on_error: Literal["stop", "skip"] = setting(
-        "stop", "what a row that cannot be answered does; skipped ones get a field `error` and are counted", identity=False
+        "stop", "Reaction to a row that cannot be answered; skipped ones get a field `error` and are counted.", identity=False
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
+    )
 
 
-class Label(Section):
-    """Label every row of a file with a classifier or a tagger."""
+class Predict(Section):
+    """Predict the labels of every row of a file with a classifier or a tagger."""
 
-    model: str = artifact("a classifier: the folder or the run of `tutelage classify`, or a folder of transformers", kind="model")
+    model: str = artifact("Classifier: the folder or the run of `tutelage classify`, or a folder of transformers.", kind="model")
     input: str = setting(
-        ..., "JSONL(.gz), JSON, CSV or Parquet of rows with a text, and a pair; or plain text, one a line; - is standard input",
+        ..., "JSONL(.gz), JSON, CSV or Parquet rows with a text and an optional pair; or plain text, one per line. - "
+"reads standard input.",
         identity=False,
     )  # fmt: skip
-    output: str = setting(..., "JSON lines: id or number of each row, its text, what was said and probabilities", identity=False)
-    fields: dict[str, str] = setting({}, "names of your fields, where they are not text and pair: {text: comment, pair: title}")
-    too_long: Literal["right", "left"] = setting("right", "the end at which a text is cut that is longer than the model reads")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
-
-
-class Prefer(Tune):
-    """Train a model towards preferred answers, directly: DPO and its family."""
-
-    model: str = artifact("the model to train, usually a fine-tuned one; it is the reference too", kind="model")
-    data: str = artifact("preferences", kind="records")
-    method: str = setting(
-        "dpo", "a row of the table of objectives: dpo, ipo, hinge, robust, orpo, simpo, cpo, … of preferences; kto of ratings"
+    output: str = setting(
+        ..., "JSON lines: id or number of each row, its text, the predicted label and probabilities.", identity=False
     )
-    beta: Positive | None = setting(None, "how closely the model stays to the reference; the method's own where left out")
-    label_smoothing: Share | None = setting(None, "cdpo, robust, exo_pair: share of preferences taken to be the wrong way round")
-    offset: float | None = setting(None, "dpo: how much of the data's margins the rewards must differ by", ge=0.0)
-    gamma: float | None = setting(None, "simpo: margin that the better answer must have", ge=0.0)
-    sft: float | None = setting(None, "simpo, cpo: weight of also learning the chosen answers", ge=0.0)
-    tau: Positive | None = setting(None, "discopop: where its two losses meet")
-    average: bool | None = setting(None, "ipo: log-probabilities a token (the authors' code) instead of sums (the paper)")
-    prompts: bool | None = setting(None, "orpo: also learn prompts, as TRL does, not the chosen answers alone")
-    desirable_weight: Positive | None = setting(None, "kto: weight of good answers")
-    undesirable_weight: Positive | None = setting(None, "kto: weight of bad answers")
-    too_long: Literal["drop", "left", "right"] = setting("drop", "a pair over max_length: left out, or cut; always counted")
-    epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
-    reference: str | None = artifact("another model to stay close to, instead of the start", kind="model", default=None)
+    fields: dict[str, str] = setting({}, "Names of your fields, where they are not text and pair: {text: comment, pair: title}.")
+    too_long: Literal["right", "left"] = setting("right", "End at which a text is cut that is longer than the model reads.")
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
+    )
+
+
+class Preference(Tune):
+    """Train a model directly on preferences (DPO and its family) or ratings (KTO)."""
+
+    model: str = artifact("Model to train, usually a fine-tuned one; it is the reference too.", kind="model")
+    data: str = artifact("Preferences, or ratings for kto.", kind="records")
+    method: str = setting(
+        "dpo", "Objective: dpo, ipo, hinge, robust, orpo, simpo, cpo, … learn from preferences; kto from ratings."
+    )
+    beta: Positive | None = setting(None, "Strength of the pull towards the reference; null: the method's own.")
+    label_smoothing: Share | None = setting(
+        None, "Share of preferences taken to be the wrong way round (0 to 1), with cdpo, robust, exo_pair."
+    )
+    offset: float | None = setting(None, "Share of the data's margins that the rewards must differ by, with dpo.", ge=0.0)
+    gamma: float | None = setting(None, "Margin between the rewards of a pair, with simpo.", ge=0.0)
+    sft: float | None = setting(None, "Weight of the loss on the chosen answers, with simpo and cpo.", ge=0.0)
+    tau: Positive | None = setting(None, "Temperature that blends the two losses of discopop.")
+    average: bool | None = setting(
+        None, "Average log-probabilities over tokens (the authors' code) instead of summing them (the paper), with ipo."
+    )
+    prompts: bool | None = setting(None, "Learn prompts too, as TRL does, instead of the chosen answers alone, with orpo.")
+    desirable_weight: Positive | None = setting(None, "Weight of good answers, with kto.")
+    undesirable_weight: Positive | None = setting(None, "Weight of bad answers, with kto.")
+    too_long: Literal["drop", "left", "right"] = setting(
+        "drop", "Treatment of a pair longer than max_length: drop it, or cut its left or right end. Always counted."
+    )
+    epochs: Positive = setting(1.0, "Number of passes over the data, where steps are derived.")
+    reference: str | None = artifact("Reference model; the start where left out.", kind="model", default=None)
     general: str | None = general_text()
     replay_share: float = replay_share()
     replay_weight: Positive = replay_weight()
     max_documents: int = general_documents()
-    seed: int = setting(0, "of the data order")
+    seed: int = setting(0, "Seed for data order.")
 
 
 class Reward(Tune):
-    """Train a model that scores answers as people did: from preferences, ratings, or verdicts on steps."""
+    """Train a reward model from preferences, ratings, or verdicts on steps."""
 
-    model: str = artifact("the language model to start from, or a reward model to go on with", kind="model")
-    data: str = artifact("preferences or ratings", kind="records")
+    model: str = artifact("Language model to start from, or a reward model to continue with.", kind="model")
+    data: str = artifact("Preferences or ratings.", kind="records")
     method: Literal["reward", "rating", "process"] | None = setting(
-        None, "reward: from preferences; rating: from scores by aspect; process: from scores of steps. None: by the data"
+        None,
+        "Objective. reward: from preferences; rating: from scores by aspect; process: from scores of steps; null: "
+        "chosen by the data.",
     )
-    centring: float | None = setting(None, "reward: how strongly the mean of a pair's rewards is held at 0", ge=0.0)
-    aspects: Names = setting([], "rating: the aspects to learn, a score each; none: all that the data has")
-    loss: Literal["mse", "huber"] | None = setting(None, "rating: the squared error, or one that is linear beyond `delta`")
-    delta: Positive | None = setting(None, "rating with loss=huber: where it becomes linear")
-    too_long: Literal["drop", "left", "right"] = setting("drop", "a text over max_length: left out, or cut; always counted")
-    epochs: Positive = setting(1.0, "passes over the data, where steps is not given")
-    seed: int = setting(0, "of the new head and the data order")
+    centring: float | None = setting(
+        None, "Weight of the penalty that keeps the mean reward of a pair at 0, with method=reward.", ge=0.0
+    )
+    aspects: Names = setting([], "Aspects to learn, one score each, with method=rating; all aspects of the data where left out.")
+    loss: Literal["mse", "huber"] | None = setting(
+        None, "Loss of method=rating: squared error, or Huber, which is linear beyond `delta`."
+    )
+    delta: Positive | None = setting(None, "Error from which the Huber loss is linear, with loss=huber.")
+    too_long: Literal["drop", "left", "right"] = setting(
+        "drop", "Treatment of a text longer than max_length: drop it, or cut its left or right end. Always counted."
+    )
+    epochs: Positive = setting(1.0, "Number of passes over the data, where steps are derived.")
+    seed: int = setting(0, "Seed for the new head and data order.")
 
 
 class Rl(Tune):
-    """Train a model on its own answers, by what they are worth: policy gradients and PPO."""
+    """Train a model on its own answers by their rewards: GRPO and its family, PPO."""
 
-    model: str = artifact("the model to train, usually a fine-tuned one", kind="model")
-    data: str = artifact("prompts, or conversations whose last question is asked", kind="records")
+    model: str = artifact("Model to train, usually a fine-tuned one.", kind="model")
+    data: str = artifact("Prompts, or conversations whose last question is asked.", kind="records")
     rewards: Rewards = setting(
         ...,
-        "what answers are worth: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}",
+        "Reward of an answer: a kind and its weight, {exact: 1}; or a name and settings, {right: {kind: maths, weight: 1}}.",
     )
-    method: str = setting("grpo", "a row about rollouts in the table of objectives: grpo, rloo, dapo, ppo, …")
-    samples: Count = setting(8, "answers to each prompt")
-    max_tokens: Count = setting(64, "longest answer, in tokens")
-    temperature: Positive = setting(1.0, "of the answers; the loss is about the same distribution")
-    epochs: Positive = setting(1.0, "passes over the prompts, where steps is not given")
-    updates: Count = setting(1, "times that each answer is trained on")
-    minibatches: Count = setting(1, "steps that one time is made in")
+    method: str = setting("grpo", "Policy-gradient method: reinforce, rloo, grpo, dr_grpo, dapo, gspo, cispo or ppo.")
+    samples: Count = setting(8, "Number of answers to each prompt.")
+    max_tokens: Count = setting(64, "Longest answer in tokens.")
+    temperature: Positive = setting(1.0, "Sampling temperature; the loss uses the same distribution.")
+    epochs: Positive = setting(1.0, "Number of passes over the prompts, where steps are derived.")
+    updates: Count = setting(1, "Number of times that each answer is trained on.")
+    minibatches: Count = setting(1, "Number of optimizer steps in one pass over a batch of answers.")
     silent: Literal["keep", "skip", "resample"] = setting(
-        "keep", "groups whose answers are all worth the same: kept, left out, or others asked for instead; always counted"
+        "keep",
+        "Treatment of groups whose answers all have the same reward: keep them, skip them, or resample other "
+        "prompts. Always counted.",
     )
     truncated: Literal["keep", "mask", "penalise"] = setting(
-        "keep", "answers cut at max_tokens: kept, not trained on, or their reward lowered by `penalty`; always counted"
+        "keep",
+        "Treatment of answers cut at max_tokens: keep them, mask them out of the loss, or lower their reward by "
+        "`penalty`. Always counted.",
     )
-    penalty: float = setting(1.0, "what truncated=penalise takes off a reward", ge=0.0)
-    kl: float = setting(0.0, "weight of staying close to the reference; 0: no reference is kept", ge=0.0)
-    kl_in: Literal["loss", "reward"] = setting("loss", "where the weight of `kl` is: a term of the loss, or taken off rewards")
+    penalty: float = setting(1.0, "Amount that truncated=penalise takes off a reward.", ge=0.0)
+    kl: float = setting(0.0, "Weight of the KL divergence from the reference; 0: no reference is kept.", ge=0.0)
+    kl_in: Literal["loss", "reward"] = setting("loss", "Place of the KL term: in the loss, or taken off rewards.")
     kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
-        None, "of the divergence; the method's own: k3 in the loss, k1 in rewards"
+        None, "Estimator of the KL divergence; null: k3 in the loss, k1 in rewards."
     )
-    clip_low: Positive | None = setting(None, "how far below 1 the ratio of a token counts; the method's own where left out")
-    clip_high: Positive | None = setting(None, "how far above 1; the method's own where left out")
-    delta: Positive | None = setting(None, "largest ratio where the advantage is negative (dual clip); none where left out")
-    value_clip: Positive | None = setting(None, "ppo: how far from the old value a new one counts; the method's own: 0.2")
-    entropy: float = setting(0.0, "weight of a bonus for uncertainty", ge=0.0)
+    clip_low: Positive | None = setting(
+        None, "Distance below 1 at which the probability ratio is clipped; null: the method's own."
+    )
+    clip_high: Positive | None = setting(
+        None, "Distance above 1 at which the probability ratio is clipped; null: the method's own."
+    )
+    delta: Positive | None = setting(
+        None, "Largest probability ratio where the advantage is negative (dual clip); null: no limit."
+    )
+    value_clip: Positive | None = setting(
+        None, "Distance from the old value at which a new value is clipped, with ppo; null: 0.2."
+    )
+    entropy: float = setting(0.0, "Weight of the entropy bonus.", ge=0.0)
     old: Literal["derived", "engine", "trainer"] = setting(
-        "derived", "whose log-probabilities the ratio starts from; derived: the engine's, but at other temperatures than 1"
+        "derived", "Source of the old log-probabilities in the ratio; derived: the engine's, except at temperatures other than 1."
     )
     correction: Literal["none", "truncate", "mask"] = setting(
-        "none", "of what engine and trainer disagree about, with old=trainer: ratios above the cap cut to it, or left out"
+        "none",
+        "Importance-sampling correction between engine and trainer, with old=trainer: truncate ratios at the cap, "
+        "or mask those above it.",
     )
-    correction_level: Literal["token", "sequence"] = setting("token", "the ratio is of each token, or of an answer's together")
-    correction_cap: Positive = setting(2.0, "largest ratio of trainer to engine")
-    reference: str | None = artifact("the model to stay close to, instead of the start", kind="model", default=None)
+    correction_level: Literal["token", "sequence"] = setting(
+        "token", "Unit of the correction's ratio: each token, or the whole answer."
+    )
+    correction_cap: Positive = setting(2.0, "Largest ratio of trainer to engine probability.")
+    reference: str | None = artifact("Reference model; the start where left out.", kind="model", default=None)
     value: str | None = artifact(
-        "ppo: a reward model that values start from; without one, the start with a new head", kind="model", default=None
+        "Reward model that the value function starts from, with ppo; the start with a new head where left out.",
+        kind="model",
+        default=None,
     )
-    reward_model: str | None = artifact("what a reward of the kind `model` asks", kind="model", default=None)
-    gamma: Share = setting(1.0, "ppo: discount of rewards a token later")
-    lam: Share = setting(0.95, "ppo: how far advantages look ahead (lambda of GAE)")
-    value_weight: Positive = setting(0.5, "ppo: weight of the values' error in the loss")
-    tools: Names = setting([], "tools that answers may call: calculator, python (in the sandbox)")
-    environment: str | None = setting(None, "a class by import path, such as my_game:Game, that the model talks with")
+    reward_model: str | None = artifact(
+        "Reward model that scores answers for a reward of kind `model`.", kind="model", default=None
+    )
+    gamma: Share = setting(1.0, "Discount per token (0 to 1), with ppo.")
+    lam: Share = setting(0.95, "Lambda of generalised advantage estimation (0 to 1), with ppo.")
+    value_weight: Positive = setting(0.5, "Weight of the value loss, with ppo.")
+    tools: Names = setting([], "Tools that answers may call: calculator, python (in the sandbox).")
+    environment: str | None = setting(None, "Environment class by import path, such as my_game:Game, that the model talks with.")
     environment_seconds: Positive = setting(
-        30.0, "for one step of an episode (its start, a reply, its score); an environment past it stops the run", identity=False
+        30.0,
+        "Time limit in seconds for one step of an episode (its start, a reply, its score); exceeding it stops the run.",
+        identity=False,
     )
-    max_rounds: Count = setting(4, "answers of the model in one episode, with tools or an environment")
-    probes: int = setting(200, "held-out prompts asked greedily before, during and after; 0: none", ge=0, identity=False)
+    max_rounds: Count = setting(4, "Largest number of answers in one episode, with tools or an environment.")
+    probes: int = setting(
+        200, "Number of held-out prompts answered greedily before, during and after training; 0: none.", ge=0, identity=False
+    )
     general: str | None = general_text()
     replay_share: float = replay_share()
     replay_weight: Positive = replay_weight()
     max_documents: int = general_documents()
-    seed: int = setting(0, "of the order of prompts and of every answer")
+    seed: int = setting(0, "Seed for the order of prompts and for sampling.")

@@ -21,29 +21,30 @@ DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 class Optimizer(Section):
     name: Literal["adamw", "muon"] = setting(
-        "muon", "muon: matrices by Muon, the rest and adapters by AdamW; adamw: everything by AdamW"
+        "muon", "Optimizer. muon: Muon for matrices, AdamW for the rest and for adapters; adamw: AdamW for everything."
     )
     lr: Positive | Derived = setting(
         "derived",
-        "Peak learning rate, derived from the model's size; the next two keep their derived ratio to it unless set",
+        "Peak learning rate, derived from the model's size; matrix_lr and embedding_lr keep their derived ratio to"
+        " it unless set.",
     )
     matrix_lr: Positive | Derived = setting(
-        "derived", "Override: peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)"
+        "derived", "Override: peak learning rate of Muon's matrices, in AdamW's scale (update RMS 0.2)."
     )
-    embedding_lr: Positive | Derived = setting("derived", "Override: peak learning rate of the embedding table")
-    beta1: Share = setting(0.9, "AdamW: decay of the mean of gradients")
-    beta2: Share = setting(0.95, "AdamW: decay of the mean of squared gradients")
-    eps: Positive = setting(1e-8, "AdamW: added to the root of the second moment")
-    momentum: Share = setting(0.95, "Muon: momentum")
-    weight_decay: float = setting(0.1, "decoupled decay of matrices; never of norms, biases and embeddings", ge=0.0)
-    clip: Positive | None = setting(1.0, "largest global norm of the gradient; null: no clipping")
+    embedding_lr: Positive | Derived = setting("derived", "Override: peak learning rate of the embedding table.")
+    beta1: Share = setting(0.9, "AdamW's decay of the mean of gradients.")
+    beta2: Share = setting(0.95, "AdamW's decay of the mean of squared gradients.")
+    eps: Positive = setting(1e-8, "AdamW's addend to the root of the second moment.")
+    momentum: Share = setting(0.95, "Momentum of Muon.")
+    weight_decay: float = setting(0.1, "Decoupled weight decay of matrices; norms, biases and embeddings have none.", ge=0.0)
+    clip: Positive | None = setting(1.0, "Largest global norm of the gradient; null: no clipping.")
 
 
 class Schedule(Section):
-    name: Literal["cosine", "linear", "wsd", "constant"] = setting("cosine", "shape of the learning rate after warm-up")
-    warmup: float = setting(0.02, "steps of linear warm-up; below 1 a share of all steps", ge=0.0)
-    decay: Share = setting(0.2, "wsd: share of all steps in the final linear decay")
-    final: Share = setting(0.1, "last learning rate as a share of the peak")
+    name: Literal["cosine", "linear", "wsd", "constant"] = setting("cosine", "Shape of the learning rate after warm-up.")
+    warmup: float = setting(0.02, "Number of warm-up steps; below 1 a share of all steps.", ge=0.0)
+    decay: Share = setting(0.2, "Share of all steps in the final linear decay (0 to 1), with wsd.")
+    final: Share = setting(0.1, "Last learning rate as a share of the peak (0 to 1).")
 
 
 def warmup_steps(schedule: Schedule, steps: int) -> int:
@@ -52,39 +53,42 @@ def warmup_steps(schedule: Schedule, steps: int) -> int:
 
 
 class Loop(Section):
-    """What every method that trains has."""
+    """Settings of every method that trains."""
 
-    steps: Count | Derived = setting("derived", "optimizer steps; derived from tokens or epochs")
+    steps: Count | Derived = setting("derived", "Number of optimizer steps; derived: from tokens or epochs.")
     lr: Positive | None = setting(
         None,
-        "Peak learning rate of all weights, short for optimizer.lr; rates of matrices and embeddings keep their ratio to it",
+        "Peak learning rate of all weights, short for optimizer.lr; rates of matrices and embeddings keep their ratio to it.",
     )
-    optimizer: Optimizer = setting(Optimizer(), "optimizer")
-    schedule: Schedule = setting(Schedule(), "learning rate over time")
-    adapter: Adapter = setting(Adapter(), "what is trained beside a frozen base, instead of all weights")
+    optimizer: Optimizer = setting(Optimizer(), "Optimizer.")
+    schedule: Schedule = setting(Schedule(), "Learning-rate schedule.")
+    adapter: Adapter = setting(Adapter(), "Adapter: a few weights trained on a frozen base.")
     dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "float32, or bfloat16 products with float32 weights (only where the machine is faster with it)"
+        "float32", "Data type of matrix products; weights stay float32. bfloat16 pays only where the machine is faster with it."
     )
     compile: Literal["auto", "on", "off"] = setting(
-        "auto", "torch.compile; auto: on for CUDA, off for a CPU whose own kernels are available", identity=False
+        "auto", "Use of torch.compile; auto: on for CUDA, off for a CPU whose C++ kernels are available.", identity=False
     )
-    kernels: bool = setting(True, "use the C++ kernels where a compiler is found (results equal to rounding)")
+    kernels: bool = setting(True, "Use the C++ kernels where a compiler is found (results are equal to rounding).")
     checkpointing: Literal["none", "layer"] = setting(
-        "none", "layer: recompute each layer's activations in the backward pass", identity=False
+        "none", "Activation checkpointing; layer: recompute each layer's activations in the backward pass.", identity=False
     )
-    evaluate_every: int = setting(0, "steps between validation losses; 0: ten times a run", ge=0, identity=False)
+    evaluate_every: int = setting(0, "Number of steps between validation losses; 0: ten times a run.", ge=0, identity=False)
     checkpoint_every: int = setting(
-        0, "steps between checkpoints; 0: every 10 minutes or so and at the end", ge=0, identity=False
+        0, "Number of steps between checkpoints; 0: about every 10 minutes, and at the end.", ge=0, identity=False
     )
-    keep_checkpoints: Count = setting(2, "checkpoints kept; older ones are removed", identity=False)
-    patience: int = setting(0, "stop after this many validations without a better loss; 0: never", ge=0)
+    keep_checkpoints: Count = setting(2, "Number of checkpoints kept; older ones are removed.", identity=False)
+    patience: int = setting(0, "Number of validations without a better loss after which training stops; 0: never.", ge=0)
     shard: Literal["none", "full"] = setting(
         "none",
-        "none: every rank holds the whole model; full: each holds its rows of weights, gradients and optimizer state",
+        "Sharding over ranks. none: every rank holds the whole model; full: each rank holds its rows of weights, "
+        "gradients and optimizer state.",
         identity=False,
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1", identity=False, pattern=DEVICE)
-    threads: int = setting(0, "CPU threads; 0: all cores", ge=0, identity=False)
+    device: str = setting(
+        "auto", "Device: auto, cpu, cuda or cuda:1. auto takes a GPU where there is one.", identity=False, pattern=DEVICE
+    )
+    threads: int = setting(0, "Number of CPU threads; 0 uses all cores.", ge=0, identity=False)
 
     @model_validator(mode="after")
     def _one_peak(self) -> Self:
@@ -102,72 +106,74 @@ class Train(Loop):
     """Training on rows of tokens."""
 
     extends: str | None = artifact(
-        "a finished run of the same stage and settings; go on from its last checkpoint: weights, optimizer, order of data",
+        "Finished run of the same stage and settings to continue from its last checkpoint: weights, optimizer, data order.",
         kind="run",
         default=None,
     )
-    sample_every: int = setting(0, "steps between samples; 0: five times a run", ge=0, identity=False)
-    tokens: Positive | Derived = setting("derived", "token budget; derived from the size (20 tokens a parameter) or epochs")
-    epochs: Positive | None = setting(None, "passes over the data, instead of a token budget")
-    sequence_length: Count | Derived = setting("derived", "tokens in a row, at most the model's context")
-    batch_tokens: Count | Derived = setting("derived", "tokens in a global batch (all ranks, all accumulation)")
+    sample_every: int = setting(0, "Number of steps between samples; 0: five times a run.", ge=0, identity=False)
+    tokens: Positive | Derived = setting("derived", "Token budget; derived: from the size (20 tokens per parameter) or epochs.")
+    epochs: Positive | None = setting(None, "Number of passes over the data, instead of a token budget.")
+    sequence_length: Count | Derived = setting("derived", "Row length in tokens, at most the model's context.")
+    batch_tokens: Count | Derived = setting("derived", "Tokens in a global batch (all ranks, all accumulation).")
     micro_rows: Count | Derived = setting(
-        "derived", "rows in one forward pass on one device; changes memory, not the result", identity=False
+        "derived", "Number of rows in one forward pass on one device; changes memory, not the result.", identity=False
     )
     packing: Literal["best_fit", "none"] = setting(
-        "best_fit", "best_fit: several samples a row, isolated from one another; none: one sample a row"
+        "best_fit",
+        "Packing of samples into rows. best_fit: several samples a row, isolated from one another; none: one sample a row.",
     )
     too_long: Literal["split", "drop", "left", "right"] = setting(
         "drop",
-        "a sample longer than a row: cut it in pieces, leave it out, or cut its left or right end; always counted",
+        "Treatment of a sample longer than a row: split it, drop it, or cut its left or right end. Always counted.",
     )
     evaluate_rows: Count = setting(
-        64, "rows of the validation set used during the run (the evaluate stage uses all)", identity=False
+        64, "Number of validation rows used during the run (the evaluate stage uses all).", identity=False
     )
 
 
 class Tune(Loop):
-    """Training on answers: prompts, each with the answers to it that are judged."""
+    """Training on answers: prompts, each with its judged answers."""
 
-    optimizer: Optimizer = setting(Optimizer(name="adamw", weight_decay=0.0), "optimizer")
-    schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "learning rate over time")
-    batch: Count = setting(16, "prompts with their answers in a global batch (all ranks, all accumulation)")
+    optimizer: Optimizer = setting(Optimizer(name="adamw", weight_decay=0.0), "Optimizer.")
+    schedule: Schedule = setting(Schedule(name="linear", warmup=0.1, final=0.0), "Learning-rate schedule.")
+    batch: Count = setting(16, "Number of prompts, with their answers, in a global batch (all ranks, all accumulation).")
     max_length: Count | Derived = setting(
-        "derived", "tokens of a prompt and one answer; derived: the model's context, at most 2048"
+        "derived", "Longest prompt with one answer in tokens; derived: the model's context, at most 2048."
     )
     micro_tokens: Count = setting(
-        4096, "tokens in one forward pass on one device; changes memory, not the result", identity=False
+        4096, "Tokens in one forward pass on one device; changes memory, not the result.", identity=False
     )
     layout: Literal["tree", "packed", "rows"] = setting(
         "tree",
-        "tree: a prompt is read once for all its answers; packed: texts one after another; rows: padded. Equal to rounding",
+        "Layout of a batch. tree: a prompt is read once for all its answers; packed: texts one after another; "
+        "rows: padded. Results are equal to rounding.",
         identity=False,
     )
 
 
 def general_text() -> Any:
     return artifact(
-        "Documents of the kind the checkpoint knows: a share of them is replayed, their held-out part measures what is forgotten",
+        "Documents of the kind the checkpoint knows: a share is replayed, and the held-out part measures forgetting.",
         kind="records",
         default=None,
     )
 
 
 def replay_share() -> Any:
-    return setting(0.2, "Share of each step's tokens that are general text; 0: forgetting is only measured", ge=0, lt=1)
+    return setting(0.2, "Share of each step's tokens (0 to 1) that are general text; 0: forgetting is only measured.", ge=0, lt=1)
 
 
 def replay_weight() -> Any:
-    return setting(1.0, "Weight of the mean loss on replayed tokens, next to the mean loss of what is taught")
+    return setting(1.0, "Weight of the mean loss on replayed tokens, next to the mean loss of what is taught.")
 
 
 def general_documents() -> Any:
-    return setting(100, "Held-out general documents that are measured before and after; 0: all", ge=0)
+    return setting(100, "Held-out general documents that are measured before and after; 0: all.", ge=0)
 
 
 T = TypeVar("T", bound=Train)
-HOW_FAR = {"steps": "derived", "tokens": "derived", "epochs": None}  # one of them ends a run; what they are when they do not
-MAY_CHANGE = (*HOW_FAR, "schedule")  # settings that a child run need not share with the run that it extends
+HOW_FAR = {"steps": "derived", "tokens": "derived", "epochs": None}  # one of them ends a run; values of the others
+MAY_CHANGE = (*HOW_FAR, "schedule")  # settings in which a child run may differ from its parent
 
 
 def extended(config: T, run: str, changes: Mapping[str, Any]) -> T:

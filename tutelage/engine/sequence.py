@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tutelage.engine.drafts import Drafts
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.lora import Lora
 from tutelage.models.generation import GenerationSettings
 from tutelage.structured.grammar import Constraint, Grammar
@@ -84,7 +84,8 @@ class Sampling:
         if self.beams == 1:
             if self.length_penalty != 1 or self.early_stopping:
                 name = "length_penalty" if self.length_penalty != 1 else "early_stopping"
-                raise ConfigError("this is about beams", field=name, found=getattr(self, name), fix="set beams, such as beams=4")
+                fix = f"set beams, such as {Setting('beams', '4')}"
+                raise ConfigError("this is about beams", field=name, found=getattr(self, name), fix=fix)
             return
         if self.n > self.beams:
             raise ConfigError("more answers than beams", field="n", found=self.n, expected=f"at most {self.beams}")

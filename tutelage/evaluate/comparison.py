@@ -136,7 +136,7 @@ def _row(task: str, scorer: str, pairs: Sequence[tuple[bool, bool]]) -> dict[str
 def verdict(found: Mapping[str, Any]) -> str:
     """One sentence about all questions of a comparison.
 
-    Example: `practised against chat, add: 25.5% right against 14.0%, difference +11.5 points (+4.6 to +18.2)`.
+    Example: `rl against chat, add: 25.5% right against 14.0%, difference +11.5 points (+4.6 to +18.2)`.
     """
     row = found["questions"][-1]
     difference = row["difference"]

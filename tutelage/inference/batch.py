@@ -14,7 +14,7 @@ from tutelage import log
 from tutelage.engine import Completion, Engine, Sampling, Sequence
 from tutelage.engine.beams import search
 from tutelage.engine.protocol import EngineProtocol
-from tutelage.errors import ConfigError, DataError, UserError
+from tutelage.errors import ConfigError, DataError, Setting, UserError, with_settings
 from tutelage.inference.input_file import InputFile, InputRow
 from tutelage.inference.output_file import ResumableOutput
 from tutelage.inference.prompts import Prompting, PromptRow
@@ -70,10 +70,11 @@ class Job:
 
 def located(error: UserError, archive: InputFile, entry: InputRow) -> DataError:
     """The error with the row's place, and what can be done about a row among many."""
-    fix = f"{error.fix}; or on_error=skip" if error.fix and "on_error" not in error.fix else error.fix
+    skip = Setting("on_error", "skip")
+    fix = f"{with_settings(error.fix)}; or {skip}" if error.fix and "on_error" not in error.fix else error.fix
     return DataError(
         error.message, file=archive.path, line=entry.line, field=error.field, found=error.found, expected=error.expected,
-        fix=fix or "mend the row, or on_error=skip to keep it with its error",
+        fix=fix or f"mend the row, or {skip} to keep it with its error",
     )  # fmt: skip
 
 
@@ -118,7 +119,8 @@ class Prompts:
 
     def __init__(self, prompting: Prompting, sampling: Sampling, seed: int) -> None:
         self.prompting, self.sampling, self.seed = prompting, sampling, seed
-        alone = "asked as a user's message" if prompting.chat else "continued as text (chat=true asks it as a user's message)"
+        asks = Setting("chat", "true")
+        alone = "asked as a user's message" if prompting.chat else f"continued as text ({asks} asks it as a user's message)"
         self.says = f"messages are answered, a prompt alone is {alone}"
 
     def check(self, entry: InputRow) -> None:

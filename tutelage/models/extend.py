@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import ArtifactError
+from tutelage.errors import ArtifactError, Setting
 from tutelage.models.decoder import Decoder
 from tutelage.models.unfilled import unfilled
 
@@ -83,7 +83,9 @@ def _of_transformers(model: Any, size: int) -> Any:
 
     if not isinstance(model, Adapter):
         raise ArtifactError(
-            "only causal language models can be given new tokens", found=model.config.model_type, fix="set vocab_add=0"
+            "only causal language models can be given new tokens",
+            found=model.config.model_type,
+            fix=f"set {Setting('vocab_add', '0')}",
         )
     model.hf.resize_token_embeddings(size, mean_resizing=False)
     return Adapter(model.hf)

@@ -115,7 +115,7 @@ def refuse_scorer(folder: Path) -> None:
             file=folder / (ADAPTER if worn else "config.json"), field=field, found=raw[field],
             expected=f"a language model, such as {'CAUSAL_LM' if worn else 'a …ForCausalLM'}",
             fix="give the language model; a reward model belongs where a reward is asked for, a classifier is used with "
-            "`tutelage label`",
+            "`tutelage predict`",
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.interface import Batch
 from tutelage.models.shard import release
@@ -45,7 +45,7 @@ def jsd(
     if not 0 < beta < 1:
         raise ConfigError(
             "the mixture needs a share of both", field="beta", found=beta, expected="between 0 and 1",
-            fix="use loss=forward or loss=reverse for the ends",
+            fix=f"use {Setting('loss', 'forward')} or {Setting('loss', 'reverse')} for the ends",
         )  # fmt: skip
     return distil(parts, batch, Distillation("jsd", beta, temperature, cross_entropy, rest))
 

@@ -1,5 +1,6 @@
-"""What is wrong by the settings alone: every stage of a recipe is asked before the first one runs, so that the seventh does not
-fail hours later. A function a row of the table of stages; each raises `ConfigError`, `MissingExtra` or `SandboxError`.
+"""Configuration errors that need no data or model: every stage of a recipe is checked before the first one runs, so that the
+seventh does not fail hours later. One function per stage, found by its name; each raises `ConfigError`, `MissingExtra` or
+`SandboxError`.
 
 Without torch, but for the settings of an objective.
 """
@@ -16,19 +17,19 @@ from tutelage.config.stages import (
     Data,
     Distil,
     Evaluate,
+    ExtendVocab,
     Merge,
-    Prefer,
+    Preference,
     Pretrain,
     Reward,
     Rl,
     Sample,
     Select,
     Sft,
-    Vocabulary,
 )
 from tutelage.config.tasks import Classify, Translate
 from tutelage.config.train import Loop
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.objectives import TABLE
 from tutelage.preflight.unused_settings import reject_unused
 from tutelage.recipe import Planned
@@ -55,7 +56,7 @@ def data(planned: Planned) -> None:
         "text_field", "split", "chunk_chars", "min_chars", "normalise", "clean", "boilerplate",
     )  # fmt: skip
     only = () if config.kind == "conversations" else ("format",)
-    reject_unused(config, {f"kind={config.kind}": (*idle, *only)})
+    reject_unused(config, {f"{Setting('kind', config.kind)}": (*idle, *only)})
 
 
 def pretrain(planned: Planned) -> None:
@@ -93,15 +94,17 @@ def sft(planned: Planned) -> None:
     _replay(planned)
 
 
-def vocabulary(planned: Planned) -> None:
+def extend_vocab(planned: Planned) -> None:
     config = planned.config
-    assert isinstance(config, Vocabulary)
-    reject_unused(config, {"train=false": () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]})
+    assert isinstance(config, ExtendVocab)
+    unused = () if config.train else [n for n in type(config).model_fields if n not in WITHOUT]
+    reject_unused(config, {f"{Setting('train', 'false')}": unused})
     _no_adapter(config, "the new rows of the tables are what is trained")
     if config.train and ranks_sharing(config) > 1:
         raise ConfigError(
             "rows of a table can't be trained alone where ranks share the table", field="shard", found=config.shard,
-            expected="none", fix="run `tutelage vocabulary` with shard=none or train=false, then train its model in shards",
+            expected="none", fix=f"run `tutelage extend-vocab` with {Setting('shard', 'none')} or {Setting('train', 'false')}, "
+            "then train its model in shards",
         )  # fmt: skip
     _reads(planned, "data", "Document")
 
@@ -112,7 +115,7 @@ def adapt(planned: Planned) -> None:
     reject_unused(
         config,
         {
-            "vocab_add=0": () if config.vocab_add else ("rows", "warm_steps"),
+            f"{Setting('vocab_add', '0')}": () if config.vocab_add else ("rows", "warm_steps"),
             "no general text": () if config.general else ("replay_share",),
         },
     )
@@ -126,8 +129,8 @@ def distil(planned: Planned) -> None:
     reject_unused(
         config,
         {
-            f"policy={config.policy}": ("rollouts",) if config.policy == "off" else OFF_POLICY,
-            "top_k=0": ("rest",) * (not config.top_k),
+            f"{Setting('policy', config.policy)}": ("rollouts",) if config.policy == "off" else OFF_POLICY,
+            f"{Setting('top_k', '0')}": ("rest",) * (not config.top_k),
         },
     )
 
@@ -135,7 +138,8 @@ def distil(planned: Planned) -> None:
 def select(planned: Planned) -> None:
     config = planned.config
     assert isinstance(config, Select)
-    reject_unused(config, {f"make={config.make}": ("margin",) if config.make == "conversations" else ("threshold", "keep")})
+    unused = ("margin",) if config.make == "conversations" else ("threshold", "keep")
+    reject_unused(config, {f"{Setting('make', config.make)}": unused})
     _reads(planned, "answers", "Rollout")
     _reads(planned, "data", "Prompt", "Conversation")
 
@@ -149,9 +153,9 @@ def reward(planned: Planned) -> None:
     _reads(planned, "data", "Preference", "Rating")
 
 
-def prefer(planned: Planned) -> None:
+def preference(planned: Planned) -> None:
     config = planned.config
-    assert isinstance(config, Prefer)
+    assert isinstance(config, Preference)
     preference_method(config)
     _reads(planned, "data", "Rating" if TABLE[config.method].data == "ratings" else "Preference")
     _replay(planned)
@@ -176,12 +180,12 @@ def rl(planned: Planned) -> None:
         raise ConfigError("answers can't be made by a model in shards yet", field="shard", found="full", expected="none")
     ppo, several = config.method == "ppo", bool(config.tools or config.environment)
     idle = {
-        "kl=0": ("reference", "kl_in", "kl_estimator") if config.kl == 0 else (),
-        f"truncated={config.truncated}": ("penalty",) if config.truncated != "penalise" else (),
-        "correction=none": ("correction_cap", "correction_level") if config.correction == "none" else (),
+        f"{Setting('kl', '0')}": ("reference", "kl_in", "kl_estimator") if config.kl == 0 else (),
+        f"{Setting('truncated', config.truncated)}": ("penalty",) if config.truncated != "penalise" else (),
+        f"{Setting('correction', 'none')}": ("correction_cap", "correction_level") if config.correction == "none" else (),
         "no tools and no environment": () if several else ("max_rounds",),
         "no environment": () if config.environment else ("environment_seconds",),
-        f"method={config.method}": () if ppo else ("value", "gamma", "lam", "value_weight"),
+        f"{Setting('method', config.method)}": () if ppo else ("value", "gamma", "lam", "value_weight"),
         "": ("patience",),
     }
     reject_unused(config, idle)
@@ -261,7 +265,7 @@ def merge(planned: Planned) -> None:
     if maker is not None and isinstance(maker.config, Loop) and maker.config.adapter.kind == "none":
         raise ConfigError(
             f"`{maker.name}` trains a whole model, not an adapter", field="adapter", found=f"adapter.kind=none in {maker.name}",
-            expected="a stage with adapter.kind=lora, dora or ia3",
+            expected=f"a stage with {Setting('adapter.kind', 'lora')}, or with the kind dora or ia3",
         )  # fmt: skip
 
 

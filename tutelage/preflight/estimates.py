@@ -1,4 +1,4 @@
-"""What each kind of stage is expected to take, before it runs and without torch: one function a row of the table of stages.
+"""What each kind of stage is expected to take, before it runs and without torch: one function a stage, found by its name.
 
 Each raises `Unknown` where a stage that has not run decides.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.artifacts import whole_of
-from tutelage.config.stages import Adapt, Data, Distil, Evaluate, Rl, Sample, Tokens, Vocabulary
+from tutelage.config.stages import Adapt, Data, Distil, Evaluate, ExtendVocab, Rl, Sample, Tokens
 from tutelage.config.tasks import SMALL_ENCODER, SMALL_T5, SOURCE_LENGTH, TARGET_LENGTH, TEXT_LENGTH, Classify, Translate
 from tutelage.config.train import Loop, Train, Tune
 from tutelage.data.tokens.encode import CHUNK_BYTES
@@ -81,6 +81,9 @@ def training(planned: Planned) -> Estimate:
     return replace(out, seconds=out.seconds + making.seconds, because=f"{out.because} + {making.because}") if making else out
 
 
+pretrain = sft = training
+
+
 def distil(planned: Planned) -> Estimate:
     """The student's training, and the teacher's reading: of each step, or of the texts once."""
     config = planned.config
@@ -127,9 +130,9 @@ def _tokens(planned: Planned, ends: list[Derived]) -> Span:
     return Span(steps[0], steps[-1])
 
 
-def vocabulary(planned: Planned) -> Estimate:
+def extend_vocab(planned: Planned) -> Estimate:
     """Learning tokens from the texts, and the steps that train their rows."""
-    assert isinstance(planned.config, Vocabulary)
+    assert isinstance(planned.config, ExtendVocab)
     found = records_of(planned, "data")
     out = parts.learn(found.train_bytes + found.held_out_bytes)
     return training(planned) + out if planned.config.train else parts.START_TORCH + out
@@ -183,7 +186,10 @@ def tuning(planned: Planned) -> Estimate:
     )
 
 
-def rollouts(planned: Planned) -> Estimate:
+reward = preference = tuning
+
+
+def rl(planned: Planned) -> Estimate:
     """Answers made one token after another, read again by references and values, and trained on."""
     config = planned.config
     assert isinstance(config, Rl)

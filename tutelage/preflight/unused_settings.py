@@ -13,7 +13,7 @@ def reject_unused(config: Section, idle: Mapping[str, Iterable[str]]) -> None:
     settings, by why they are ("" where that goes without saying).
 
     Example:
-        refuse_idle(config, {"kl=0": ("reference", "kl_in") if config.kl == 0 else ()})
+        reject_unused(config, {f"{Setting('kl', '0')}": ("reference", "kl_in") if config.kl == 0 else ()})
     """
     for why, names in idle.items():
         for name in names:

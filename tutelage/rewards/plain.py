@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from tutelage.config import rewards as config
-from tutelage.errors import RewardError
+from tutelage.errors import RewardError, Setting
 from tutelage.records import Rollout
 from tutelage.rewards import TermScore
 from tutelage.rewards.answers import right, same_number
@@ -181,7 +181,8 @@ class Environment:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[TermScore]:
         missing = next((r for r in rollouts if "environment" not in r.meta), None)
         if missing is not None:
-            raise RewardError("no environment took part in this answer", found=missing.id, fix="set environment=module:Class")
+            fix = f"set {Setting('environment', 'module:Class')}"
+            raise RewardError("no environment took part in this answer", found=missing.id, fix=fix)
         return [TermScore(float(r.meta["environment"])) for r in rollouts]
 
     def close(self) -> None: ...

@@ -20,7 +20,7 @@ from tutelage.data.groups.dropped import NothingLeft
 from tutelage.data.groups.groups import bins, collate
 from tutelage.data.groups.source import PromptGroups
 from tutelage.data.tokens.shards import Segments
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.files import read_object, whole_file, write_json
 from tutelage.models.adapters.attach import adapter_of, wear_scorer, with_heads
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
@@ -64,7 +64,8 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
         if wanted != own and (name == "kind" or wanted != type(asked).model_fields[name].default):
             raise ConfigError(
                 f"{folder} wears virtual tokens, which can't be merged: they are trained on, with the adapter as it is there",
-                field=f"adapter.{name}", found=wanted, expected=f"{own}", fix=f"set adapter.{name}={own}, or start from its base",
+                field=f"adapter.{name}", found=wanted, expected=f"{own}",
+                fix=f"set {Setting(f'adapter.{name}', str(own))}, or start from its base",
             )  # fmt: skip
     log.say(f"training on the adapter of {folder} ({before.config.kind})")
     before.base = base_of(folder)
@@ -77,7 +78,8 @@ FEW = 20  # held-out families; at 20 a 95% interval of an accuracy is up to 40 p
 
 def say_left_out(report: Mapping[str, float], part: str, length: int, too_long: str) -> None:
     """What of a part is left out or cut, with the settings that change it."""
-    fix = f"raise max_length ({length}), give shorter texts" + (", or set too_long=left" if too_long == "drop" else "")
+    cut = f", or set {Setting('too_long', 'left')}" if too_long == "drop" else ""
+    fix = f"raise max_length ({length}), give shorter texts{cut}"
     dropped.say_left_out(report, fix=fix, part=part)
 
 

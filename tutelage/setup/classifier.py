@@ -19,7 +19,7 @@ from tutelage.config.train import Tune
 from tutelage.data.groups import dropped
 from tutelage.data.groups.examples import ExampleFamilies, Labels, TextEncoder
 from tutelage.data.groups.source import GroupSource
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.inference.classifier import longest, separator
 from tutelage.models.hf.encoder import POSITIONS, PROBLEM, ClassScorer, load_classifier, new_classifier
@@ -201,7 +201,7 @@ def attention_bytes(part: ClassScorer | Scorer, rows: int, length: int) -> dict[
 
 def say_report(families: ExampleFamilies) -> None:
     """Nothing is cut or left out silently."""
-    dropped.say_left_out(families.report, fix="raise max_length, set too_long=right, or give shorter texts")
+    dropped.say_left_out(families.report, fix=f"raise max_length, set {Setting('too_long', 'right')}, or give shorter texts")
 
 
 def rates_of(config: Classify, part: torch.nn.Module) -> LearningRates:

@@ -15,7 +15,7 @@ from tutelage.data.groups.groups import bins, collate
 from tutelage.data.groups.pairs import PreferencePairs, margins
 from tutelage.data.groups.ratings import RatedGroups, aspects_of, ratings_of, steps_of
 from tutelage.data.tokens.shards import Segments
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting
 from tutelage.evaluate import scorers
 from tutelage.models.scorer import Scorer
 from tutelage.objectives.answers import answers_of, own_places
@@ -126,7 +126,10 @@ def load_reward_data(config: Reward, run: RunDir, kind: str, words: TokenizerFol
 
 def _refuse_aspects(config: Reward, method: str) -> None:
     if config.aspects:
-        raise ConfigError(f"`aspects` means nothing to {method}", field="aspects", found=config.aspects, expected="method=rating")
+        raise ConfigError(
+            f"`aspects` means nothing to {method}", field="aspects", found=config.aspects,
+            expected=f"{Setting('method', 'rating')}",
+        )  # fmt: skip
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage import log
 from tutelage.artifacts import whole_of
-from tutelage.config.stages import Adapt, Vocabulary
+from tutelage.config.stages import Adapt, ExtendVocab
 from tutelage.config.tasks import Classify, Translate
 from tutelage.config.train import Loop, Train, warmup_steps
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.plan.config_json import read_config_json
 from tutelage.plan.parameters import count_config
 from tutelage.plan.shape import Derived, derive
@@ -121,7 +121,7 @@ def learnt_share(config: Train) -> float:
 
 def new_tokens(config: Train) -> int:
     """How many tokens a stage adds to its model's vocabulary, at most."""
-    return config.vocab_add if isinstance(config, Adapt) else config.add if isinstance(config, Vocabulary) else 0
+    return config.vocab_add if isinstance(config, Adapt) else config.add if isinstance(config, ExtendVocab) else 0
 
 
 def derive_all(
@@ -169,7 +169,8 @@ def derive_all(
             field="steps",
             found=found.values["steps"],
             expected=f"more than {parent.steps}, the steps of {parent.name}",
-            fix=f"ask for all steps together: steps={parent.steps + max(1, parent.steps // 2)} trains on for half as many again",
+            fix=f"ask for all steps together: {Setting('steps', str(parent.steps + max(1, parent.steps // 2)))} trains on for "
+            "half as many again",
         )
     warm = config.schedule.warmup
     values = {**found.values, "warmup_steps": warmup_steps(config.schedule, int(found.values["steps"]))}

@@ -10,8 +10,8 @@ from tutelage.files import read_object
 from tutelage.records import RECORD_TYPES, TYPES
 
 READERS = {
-    "Document": "tutelage pretrain", "Conversation": "tutelage sft", "Preference": "tutelage prefer, or tutelage reward",
-    "Rating": "tutelage reward, or tutelage prefer --method kto", "Prompt": "tutelage rl", "Example": "tutelage classify",
+    "Document": "tutelage pretrain", "Conversation": "tutelage sft", "Preference": "tutelage preference, or tutelage reward",
+    "Rating": "tutelage reward, or tutelage preference --method kto", "Prompt": "tutelage rl", "Example": "tutelage classify",
 }  # fmt: skip
 """Which stage learns from records of a type."""
 

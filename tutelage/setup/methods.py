@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tutelage.config.base import nearest
-from tutelage.config.stages import Prefer, Reward, Rl
+from tutelage.config.stages import Preference, Reward, Rl
 from tutelage.errors import ConfigError
 from tutelage.objectives import TABLE, Objective, method, objective
 
@@ -30,8 +30,8 @@ def check_method(name: str, names: Sequence[str], what: str = "is of this stage"
         )  # fmt: skip
 
 
-def preference_method(config: Prefer) -> Objective:
-    """The objective of `prefer`. Raises `ConfigError` for a method that does not learn from preferences or ratings."""
+def preference_method(config: Preference) -> Objective:
+    """The objective of `preference`. Raises `ConfigError` for a method that does not learn from preferences or ratings."""
     check_method(config.method, [name for name, row in TABLE.items() if row.data in PREFERENCE_DATA and row.part == "policy"])
     chosen = objective(config.method, **{key: getattr(config, key) for key in PREFERENCE_SETTINGS})
     if config.reference is not None and not method(config.method).reference:

@@ -16,7 +16,7 @@ from tutelage.chat.render import Renderer
 from tutelage.config.stages import Rl
 from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.engine import Engine
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.interface import Batch
 from tutelage.models.load import load
@@ -95,12 +95,16 @@ class RolloutSetup:
         old = c.old if c.old != "derived" else "engine" if c.temperature == 1 else "trainer"
         if old == "engine" and c.temperature != 1:
             raise ConfigError(
-                "the engine's log-probabilities are of temperature 1", field="old", found=old, fix="set old=trainer"
+                "the engine's log-probabilities are of temperature 1",
+                field="old",
+                found=old,
+                fix=f"set {Setting('old', 'trainer')}",
             )
         if c.correction != "none" and (old == "engine" or c.temperature != 1):
             raise ConfigError(
                 "engine and trainer can't be compared", field="correction", found=f"{c.correction}, temperature {c.temperature}",
-                expected="temperature 1", fix="set old=trainer and temperature=1, or correction=none",
+                expected="temperature 1", fix=f"set {Setting('old', 'trainer')} and {Setting('temperature', '1')}, or "
+                f"{Setting('correction', 'none')}",
             )  # fmt: skip
         settings = Settings(
             method=c.method, max_tokens=c.max_tokens, truncated=c.truncated, penalty=c.penalty,

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tutelage import log
 from tutelage.chat.render import check_supervision
 from tutelage.config.train import Train
@@ -23,7 +21,7 @@ from tutelage.objectives import objective
 from tutelage.rundir import RunDir
 from tutelage.setup.extend import ParentRun, say_rate
 from tutelage.setup.inputs import record_type, require_record_type
-from tutelage.setup.trainer import TrainingSpec, run_training, write_model
+from tutelage.setup.trainer import TrainingSpec, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook
@@ -57,25 +55,7 @@ def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, 
     return tuple(Segments.open(folder / split, vocabulary=vocabulary) for split in ("train", "validation"))  # type: ignore[return-value]
 
 
-def train_model(
-    config: Train,
-    run: RunDir,
-    model: Any,
-    segments: tuple[Segments, Segments],
-    tokenizer: Path,
-    numbers: Hyperparameters,
-    device: torch.device,
-    parent: ParentRun | None,
-    source: Source | None = None,
-    beside: Mapping[str, Hook] | None = None,
-) -> dict[str, Any]:
-    """Trains `model` in the run's folder, on from the last step of `parent` if there is one, writes `model/`, returns the facts
-    of the run. `source`: where rows come from, if not from `segments` alone; `beside`: more hooks."""
-    work = work_on_rows(config, run, model, segments, tokenizer, numbers, parent, source, beside)
-    return run_training(config, run, work, device, parent)
-
-
-def work_on_rows(
+def next_token_spec(
     config: Train,
     run: RunDir,
     model: Any,
@@ -86,7 +66,8 @@ def work_on_rows(
     source: Source | None = None,
     beside: Mapping[str, Hook] | None = None,
 ) -> TrainingSpec:
-    """Learning to predict the next token of texts."""
+    """Training `model` to predict the next token of texts, from the last step of `parent` if there is one. `source`: where rows
+    come from, if not from `segments` alone; `beside`: more hooks."""
     totals = segments[0].totals
     if segments[0].kind == "chat":  # a segment's first token is never a target
         check_supervision(totals["supervised"], totals["tokens"] - totals["segments"], "chat")

@@ -10,6 +10,7 @@ import torch
 from tutelage import log
 from tutelage.config.train import Loop
 from tutelage.data.tokens.shards import Segments
+from tutelage.errors import Setting
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.interface import Batch
 
@@ -24,10 +25,10 @@ def warn_untrained_tokens(config: Loop, model: Any, segments: Segments, stop_ids
         return
     cost, guess = cost_of(model, segments, stop_ids), math.log(model.config.vocab_size)
     if cost > guess:
-        kind = "" if adapter.kind in ("lora", "dora", "ia3") else "adapter.kind=lora and "
+        kind = "" if adapter.kind in ("lora", "dora", "ia3") else f"{Setting('adapter.kind', 'lora')} and "
         log.say(
             f"the base has hardly read the token that ends a turn: it costs {cost:.1f} nats, a guess {guess:.1f}; "
-            f"{kind}adapter.embeddings=true trains the tables of tokens too",
+            f"{kind}{Setting('adapter.embeddings', 'true')} trains the tables of tokens too",
             style="yellow",
         )
 

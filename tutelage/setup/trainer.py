@@ -19,9 +19,9 @@ from tutelage.artifacts import is_adapter
 from tutelage.config.base import identity_of
 from tutelage.config.train import Loop
 from tutelage.data.tokens.loader import Source
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models import kernels
-from tutelage.models.adapters.attach import ParameterCount, adapter_of
+from tutelage.models.adapters.attach import adapter_of
 from tutelage.models.adapters.folder import save_adapter
 from tutelage.models.adapters.merge import merge
 from tutelage.models.adapters.score_heads import VIRTUAL, save_scored
@@ -34,15 +34,11 @@ from tutelage.models.scorer_export import save_scorer
 from tutelage.models.shard import is_sharded, shard
 from tutelage.objectives import Objective
 from tutelage.plan.energy import energy
-from tutelage.plan.flops import train_flops_per_token
-from tutelage.plan.machine import Machine
 from tutelage.plan.machine import measure as measure_machine
-from tutelage.plan.memory import Memory, frozen
-from tutelage.plan.memory import estimate as memory
-from tutelage.plan.time import explain
 from tutelage.rundir import RunDir
 from tutelage.setup.extend import ParentRun, start_of
 from tutelage.setup.hyperparameters import ranks_sharing
+from tutelage.setup.run_plan import operations, say_plan
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook, Job, State, train
 from tutelage.train.optim import LearningRates, Optimizers
@@ -123,7 +119,10 @@ def choose_device(config: Any) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            "no CUDA device here", field="device", found=name, fix="use device=cpu, or install a CUDA build of torch"
+            "no CUDA device here",
+            field="device",
+            found=name,
+            fix=f"use {Setting('device', 'cpu')}, or install a CUDA build of torch",
         )
     if name == "cuda" and distributed.world() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -219,38 +218,6 @@ def make_hooks(config: Loop, job: Job, run: RunDir, work: TrainingSpec) -> dict[
     out |= work.hooks(job)
     out["tensorboard"] = hooks.TensorBoard(validate)
     return out
-
-
-def say_plan(config: Loop, work: TrainingSpec, machine: Machine, device: torch.device) -> None:
-    """Time and memory, before the first step (promise 11)."""
-    flops = work.tokens * operations(config, work) * (1 + work.forward_share)
-    log.say(f"time: {explain(flops, machine.peak_flops(device.type, config.dtype), device.type)}")
-    rows, row = work.micro
-    shares = {name: ParameterCount.of(part) for name, part in work.parts.items() if adapter_of(part) is not None}
-    for name, share in shares.items():
-        log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
-    need: Memory | None = None
-    for name, part in work.parts.items():
-        shape = work.shape if need is None else part.config.to_hf()  # type: ignore[operator, union-attr]
-        if need is not None and not any(p.requires_grad for p in part.parameters()):
-            need = need.with_terms({name: frozen(shape, rows * row, config.dtype, ranks_sharing(config))})
-            continue
-        own = memory(
-            shape, rows, row, config.optimizer.name, config.dtype, config.checkpointing, kernels.available(),
-            ranks=ranks_sharing(config), trained=shares[name].trained if name in shares else None,
-            quantized=config.adapter.quantize == "nf4",
-        )  # fmt: skip
-        need = own if need is None else need.with_model(name, own)
-    assert need is not None
-    need = need.with_terms(work.beside)
-    cards = machine.accelerators if device.type == "cuda" else ()
-    here = cards[0].memory_bytes if cards else machine.memory_bytes
-    log.say(f"memory: {need.explain()}; {here / 1e9:,.0f} GB here{'' if need.low <= here else ': IT WILL NOT FIT'}")
-
-
-def operations(config: Loop, work: TrainingSpec) -> float:
-    """FLOPs of training on one token. Frozen weights have no gradient: two of three products are left."""
-    return train_flops_per_token(work.shape, work.length, frozen=config.adapter.kind != "none")
 
 
 def facts(state: State, shape: dict[str, Any], numbers: Mapping[str, Any], cpu: str, parent: ParentRun | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stage `adapt`: a checkpoint and the texts of a field -> the checkpoint adapted, with what it gained there and lost elsewhere.
 
 Rows of general text between those of the field hold back forgetting (replay; Ibrahim et al. 2024, arXiv:2403.08763). New tokens
-come from a `vocabulary` stage that runs first.
+come from an `extend_vocab` stage that runs first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.stages import Adapt, Vocabulary
+from tutelage.config.stages import Adapt, ExtendVocab
 from tutelage.data.tokens.loader import MixSource
 from tutelage.data.tokens.shards import Segments
 from tutelage.evaluate import adaptation_effect
@@ -41,7 +41,8 @@ def run(config: Adapt, run: RunDir) -> dict[str, Any]:
     model: Any = trainer.load_start(start, config, device, run.seed)
     source = mixed(config, run, field[0], general[0], numbers) if general and config.replay_share else None
     beside = forgetting(config, general[1], numbers) if general else {}
-    out |= text_rows.train_model(config, run, model, field, tokenizer, numbers, device, parent, source, beside)
+    spec = text_rows.next_token_spec(config, run, model, field, tokenizer, numbers, parent, source, beside)
+    out |= trainer.run_training(config, run, spec, device, parent)
     if source is not None:
         out["replayed"] = drawn(source, out["steps"])
     if log.rank() == 0:
@@ -67,10 +68,10 @@ def with_tokens(config: Adapt, run: RunDir) -> tuple[Path, Path, dict[str, Any]]
     if not config.vocab_add:
         return run.input("model"), run.input("model"), {}
     assert run.nested is not None
-    shared = {k: v for k, v in config.model_dump().items() if k in Vocabulary.model_fields and k not in OWN}
+    shared = {k: v for k, v in config.model_dump().items() if k in ExtendVocab.model_fields and k not in OWN}
     shared = {**shared, "steps": config.warm_steps} if config.warm_steps else {k: shared[k] for k in WITHOUT if k in shared}
     made = run.nested(
-        "vocabulary",
+        "extend_vocab",
         {**shared, "model": str(run.input("model")), "data": str(run.input("data")), "add": config.vocab_add,
          "train": config.warm_steps > 0},
     )  # fmt: skip

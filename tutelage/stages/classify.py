@@ -12,7 +12,7 @@ from tutelage import log
 from tutelage.config.tasks import Classify
 from tutelage.data.clean.split import position
 from tutelage.data.groups.examples import Labels, labels_of, named
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting
 from tutelage.evaluate.classified import ClassifiedTexts, add_baseline, joined, judge, write
 from tutelage.files import whole_folder, write_json
 from tutelage.records import Example, read_records
@@ -117,7 +117,7 @@ def fold_numbers(examples: Sequence[Example], start: Start) -> list[int]:
             if rare := sorted(set(labels.names) - {str(name) for name in learnt}):
                 raise DataError(
                     "too few examples of a class for cross-validation", found=", ".join(rare[:5]),
-                    expected="two or more of each", fix="give more of them, leave them out, or set folds=0",
+                    expected="two or more of each", fix=f"give more of them, leave them out, or set {Setting('folds', '0')}",
                 )  # fmt: skip
     return out
 

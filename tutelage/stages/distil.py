@@ -13,7 +13,7 @@ from tutelage.config.stages import Distil
 from tutelage.data.tokens.loader import StaticSource
 from tutelage.data.tokens.shards import Segments
 from tutelage.data.tokens.teacher_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.load import load
 from tutelage.objectives import Objective, objective
@@ -39,7 +39,7 @@ def run(config: Distil, run: RunDir) -> dict[str, Any]:
     parent = extend.parent_of(config, run)
     segments = text_rows.open_segments(config, run, tokenizer, model.config.vocab_size)
     numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], tokenizer, parent)
-    work = text_rows.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
+    work = text_rows.next_token_spec(config, run, model, segments, tokenizer, numbers, parent)
     work = replace(work, objective=method(config), per_byte=0.0)
     work = taught(work, config, run, teacher, segments, device) if config.top_k else beside(work, teacher)
     return trainer.run_training(config, run, work, device, parent)
@@ -63,7 +63,7 @@ def load_teacher(folder: Path, tokenizer: Path, model: Any, config: Distil, devi
     TokenizerFolder.open(tokenizer).check_same(TokenizerFolder.open(folder))
     if config.top_k >= teacher.config.vocab_size:
         raise ConfigError("that is the whole vocabulary", field="top_k", found=config.top_k,
-                          expected=f"fewer than {teacher.config.vocab_size}", fix="use top_k=0")  # fmt: skip
+                          expected=f"fewer than {teacher.config.vocab_size}", fix=f"use {Setting('top_k', '0')}")  # fmt: skip
     size, own = (sum(p.numel() for p in m.parameters()) for m in (teacher, model))
     log.say(f"a teacher of {size / 1e6:,.2f}M parameters for a student of {own / 1e6:,.2f}M")
     return teacher.requires_grad_(False).eval()

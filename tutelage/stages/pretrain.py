@@ -25,7 +25,8 @@ def run(config: Pretrain, run: RunDir) -> dict[str, Any]:
     )
     model: Any = trainer.load_start(run.input("model"), config, device, run.seed) if config.model else fresh(config, words, shape)
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    return text_rows.train_model(config, run, model, segments, tokenizer, numbers, device, parent)
+    spec = text_rows.next_token_spec(config, run, model, segments, tokenizer, numbers, parent)
+    return trainer.run_training(config, run, spec, device, parent)
 
 
 def fresh(config: Pretrain, words: TokenizerFolder, shape: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from tutelage import log
 from tutelage.chat.render import Renderer
 from tutelage.config.stages import Sample
+from tutelage.errors import Setting
 from tutelage.files import whole_file, whole_folder, write_json
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.models.load import load
@@ -27,7 +28,8 @@ TOGETHER = 64  # prompts in a file: what an interrupted run loses at most
 
 def run(config: Sample, run: RunDir) -> dict[str, Any]:
     other = "train" if config.part == "validation" else "validation"
-    asked = prompts_of(run, config.part, f"set part={other}, or make data with a {config.part} part (validation_share)")
+    fix = f"set {Setting('part', other)}, or make data with a {config.part} part (validation_share)"
+    asked = prompts_of(run, config.part, fix)
     device = trainer.choose_device(config)
     model: Any = load(run.input("model"), device=device)
     words = TokenizerFolder.open(run.input("model"))

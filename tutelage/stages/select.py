@@ -1,4 +1,4 @@
-"""Stage `select`: judged answers -> the good ones as conversations for `sft`, or best and worst as preferences for `prefer`."""
+"""Stage `select`: judged answers -> good ones as conversations for `sft`, or best and worst as pairs for `preference`."""
 
 from __future__ import annotations
 

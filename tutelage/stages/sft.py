@@ -33,8 +33,10 @@ def run(config: Sft, run: RunDir) -> dict[str, Any]:
     numbers, _ = hyperparameters.derive_numbers(config, model.config.vocab_size, segments[0], run.input("model"), parent)
     shown = text_rows.first_kept(segments[0], numbers.sequence_length, config.too_long)
     show_sample(segments[0], shown, tokenizer)
-    spec = text_rows.work_on_rows(config, run, model, segments, tokenizer, numbers, parent)
-    return train_with_replay(config, run, spec, tokenizer, device, parent)
+    spec = text_rows.next_token_spec(config, run, model, segments, tokenizer, numbers, parent)
+    if config.general:
+        return train_with_replay(config, run, spec, tokenizer, device, parent)
+    return trainer.run_training(config, run, spec, device, parent)
 
 
 def show_sample(segments: Segments, number: int, tokenizer: Path) -> None:

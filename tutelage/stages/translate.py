@@ -1,6 +1,6 @@
 """Stage `translate`: pairs of texts -> an encoder-decoder that makes the second of the first.
 
-A stage of its own, since nothing that makes up `sft` has a meaning here: rows of packed text, templates, one length for both.
+Separate from `sft`, none of whose parts apply here: rows of packed text, templates, one length for both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tutelage.data.groups import dropped
 from tutelage.data.groups.source import GroupSource
 from tutelage.data.groups.translations import Marks, PairedTexts, PairEncoder, pair_of
 from tutelage.engine import Engine, Sampling
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.evaluate.intervals import mean, wilson
 from tutelage.evaluate.texts import similarity
 from tutelage.files import whole_file, whole_folder, write_json
@@ -122,7 +122,8 @@ def rates_of(config: Translate, model: torch.nn.Module) -> LearningRates:
 
 
 def say_report(families: PairedTexts) -> None:
-    dropped.say_left_out(families.report, fix="raise max_length or max_target, set too_long=right, or give shorter texts")
+    fix = f"raise max_length or max_target, set {Setting('too_long', 'right')}, or give shorter texts"
+    dropped.say_left_out(families.report, fix=fix)
 
 
 def compare(

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tutelage.errors import ArtifactError, ConfigError
+from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.tokenizer.load import FILES, TokenizerFolder
 from tutelage.tokenizer.merges import learn
@@ -66,7 +66,7 @@ def extend(folder: Path, texts: Iterable[str], count: int, out: Path) -> Extensi
     if not pieces:
         raise ConfigError(
             "these texts give no new tokens: no two tokens stand beside each other in a word twice", field="vocab_add",
-            found=f"{len(found)} words", fix="set vocab_add=0, or give more text of the field",
+            found=f"{len(found)} words", fix=f"set {Setting('vocab_add', '0')}, or give more text of the field",
         )  # fmt: skip
     described |= {key: read_json(folder / "tokenizer.json").get(key) for key in ("truncation", "padding")}
     with whole_folder(out) as partial:
@@ -89,5 +89,5 @@ def check(described: dict[str, Any], file: Path) -> None:
     raise ArtifactError(
         "new tokens can be learnt for byte-level BPE alone", file=file, field="vocab_add", found=found,
         expected="a tokenizer.json of type BPE with ByteLevel, as of GPT-2, Llama 3, Qwen or ours",
-        fix="set vocab_add=0: the model adapts with the tokens that it has",
+        fix=f"set {Setting('vocab_add', '0')}: the model adapts with the tokens that it has",
     )  # fmt: skip

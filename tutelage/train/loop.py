@@ -16,7 +16,7 @@ import torch
 
 from tutelage import log
 from tutelage.config.train import Schedule, warmup_steps
-from tutelage.errors import TrainingStopped
+from tutelage.errors import Setting, TrainingStopped
 from tutelage.files import whole_folder
 from tutelage.train import checkpoint, distributed
 from tutelage.train.checkpoint import Progress
@@ -167,7 +167,7 @@ def dry_run(job: Job) -> None:
         raise TrainingStopped(
             "the largest batch does not fit in memory",
             found=(str(error) or type(error).__name__).splitlines()[0],
-            fix="lower micro_rows (the global batch stays the same) or set checkpointing=layer",
+            fix=f"lower micro_rows (the global batch stays the same) or set {Setting('checkpointing', 'layer')}",
         ) from error
     finally:
         for part in job.recipe.parts.values():

@@ -14,13 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from tutelage import log
+from tutelage.errors import Setting
 
 NOTABLE = 0.05  # share of the records offered from which on what was left out is said in colour, with samples
 REASONS = {  # in words, with what keeps such records
-    "duplicate": ("equal to an earlier one", "dedup=none keeps them"),
-    "near_duplicate": ("nearly the same as an earlier one", "dedup=exact keeps them"),
-    "found_in_train": ("held out, but more than half of the text is in the training part", "dedup=exact keeps them"),
-    "prompt_in_train": ("held out, but the same prompt is in the training part", "dedup=none keeps them"),
+    "duplicate": ("equal to an earlier one", f"{Setting('dedup', 'none')} keeps them"),
+    "near_duplicate": ("nearly the same as an earlier one", f"{Setting('dedup', 'exact')} keeps them"),
+    "found_in_train": (
+        "held out, but more than half of the text is in the training part",
+        f"{Setting('dedup', 'exact')} keeps them",
+    ),
+    "prompt_in_train": ("held out, but the same prompt is in the training part", f"{Setting('dedup', 'none')} keeps them"),
     "too_short": ("shorter than min_chars", "lower min_chars to keep them"),
     "too_long": ("longer than max_chars", "raise max_chars to keep them, or cut documents with chunk_chars"),
     "empty": ("nothing but white space", "give the field that holds the text (text_field)"),
@@ -192,11 +196,12 @@ def _show_changes(card: dict[str, Any]) -> None:
         for sample in found["samples"]:
             log.say(f"  {sample['source']}: {sample['before']!r} -> {sample['after']!r}")
     if card["boilerplate_lines_removed"]:
-        log.say(f"{card['boilerplate_lines_removed']:,} shared lines taken out (boilerplate=drop), the most frequent:")
+        how = Setting("boilerplate", "drop")
+        log.say(f"{card['boilerplate_lines_removed']:,} shared lines taken out ({how}), the most frequent:")
         for row in card["boilerplate_lines"]:
             log.say(f"  in {row['documents']:,} documents: {row['line']!r}")
     if card["texts_with_c1_controls"]:
         log.say(
             f"warning: {card['texts_with_c1_controls']:,} texts hold control characters U+0080 to U+009F, the sign of a Windows "
-            "file read as latin-1; read it with encoding=cp1252", style="yellow",
+            f"file read as latin-1; read it with {Setting('encoding', 'cp1252')}", style="yellow",
         )  # fmt: skip

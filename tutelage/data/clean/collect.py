@@ -22,7 +22,7 @@ from tutelage.data.clean.account import SAMPLES, Account, Changes
 from tutelage.data.clean.spool import Spool
 from tutelage.data.sources import readers as reading
 from tutelage.data.sources.readers import ReadOptions, Row, source_digest
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting
 from tutelage.files import write_json
 from tutelage.records import (
     RECORD_TYPES,
@@ -254,8 +254,10 @@ class _Collection:
         for held_out, name in ((False, "training"), (True, "validation")):
             wanted = explicit or self.share > 0 if held_out else True
             if wanted and not any(a and h == held_out for a, h in zip(self.spool.alive, self.spool.held_out, strict=True)):
-                fixes = ["cut long texts (chunk_chars=4000)" if self.documents else self._mend(), "give more data"]
-                fix = ", ".join(f for f in fixes if f) + (", or set validation_share=0" if held_out and not explicit else "")
+                cut = f"cut long texts ({Setting('chunk_chars', '4000')})"
+                fixes = [cut if self.documents else self._mend(), "give more data"]
+                none = f", or set {Setting('validation_share', '0')}" if held_out and not explicit else ""
+                fix = ", ".join(f for f in fixes if f) + none
                 found = f"{sum(self.spool.alive)} records; {_counted(self.report)}"
                 raise DataError(f"nothing is left for the {name} part", found=found, fix=fix)
 
@@ -414,7 +416,7 @@ def _family_of(row: dict[str, Any]) -> str:
 
 def _way_out(report: Account) -> str:
     if report.errors:
-        return "mend its rows: run with on_error=stop to see what is wrong with the first"
+        return f"mend its rows: run with {Setting('on_error', 'stop')} to see what is wrong with the first"
     return "check that it holds text in a format that is read"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 
 TOO_LONG, UNTRAINED = "left out, too long", "left out, without a supervised token"
 ALIKE, UNSCORED = "left out, the same tokens on both sides", "left out, without a score"
@@ -66,7 +66,7 @@ def nothing_left(
     counted = {why: n for why, n in reasons if n}
     fixes = [fix for why, fix in FIXES.items() if why in counted]
     if TOO_LONG in counted:
-        left = "" if too_long != "drop" else ", set too_long=left"
+        left = "" if too_long != "drop" else f", set {Setting('too_long', 'left')}"
         fixes = [f"raise max_length ({max_length}){left}, or give shorter texts", *fixes]
     return NothingLeft(
         message, file=file, found=", ".join([f"{count:,} {total}", *(f"{n:,} {why}" for why, n in counted.items())]),

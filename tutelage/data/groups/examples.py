@@ -12,7 +12,7 @@ import numpy as np
 
 from tutelage.config.base import nearest
 from tutelage.data.groups.groups import Completion, Layout, PromptGroup
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting
 from tutelage.records import Example, Span
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -182,7 +182,7 @@ class ExampleFamilies:
         if not self.examples:
             raise DataError(
                 "no example is short enough", found=f"{len(examples)} examples", expected=f"{encode.max_length} tokens",
-                fix="raise max_length, or set too_long=right",
+                fix=f"raise max_length, or set {Setting('too_long', 'right')}",
             )  # fmt: skip
         seen = hashlib.sha256()
         for example, found in zip(self.examples, self.encoded, strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 
 from tutelage.data.groups.dropped import NothingLeft
 from tutelage.data.groups.groups import Completion, Layout, PromptGroup
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 from tutelage.records import Conversation
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -88,7 +88,7 @@ class PairedTexts:
         if not self.families:
             why = [f"{count:,} {what}" for what, count in self.report.items() if count]
             fixes = ["raise max_target"] * bool(self.report["target too long, left out"])
-            fixes += ["raise max_length, or set too_long=right"] * bool(self.report["source too long, left out"])
+            fixes += [f"raise max_length, or set {Setting('too_long', 'right')}"] * bool(self.report["source too long, left out"])
             raise NothingLeft(
                 "no pair is short enough", found=", ".join(why), fix="; ".join([*fixes, "or give shorter texts"]),
                 expected=f"at most {max_source} tokens of a source and {max_target} of a target; the shortest has {min(lengths)}",

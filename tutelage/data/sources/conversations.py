@@ -38,7 +38,7 @@ from tutelage.chat.tool_formats import parsed, read_calls, read_schemas
 from tutelage.data.sources import answers
 from tutelage.data.sources.mapping import mapped
 from tutelage.data.sources.row_keys import behind_system, licence_of, meta_of, with_beside, with_system
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting
 from tutelage.records import Conversation, Message
 
 Row = Mapping[str, Any]
@@ -69,7 +69,7 @@ def sniff(row: Row) -> str:
             "this is a preference row, not a conversation",
             found=", ".join(row),
             expected=_known(),
-            fix="read it with kind=preferences, for `tutelage prefer` and `tutelage reward`",
+            fix=f"read it with {Setting('kind', 'preferences')}, for `tutelage preference` and `tutelage reward`",
         )
     scores = {
         n: sum(bool(difflib.get_close_matches(k, row, 1, 0.7)) for k in keys) / len(keys) for n, (keys, _) in FORMATS.items()
@@ -80,7 +80,7 @@ def sniff(row: Row) -> str:
         "unknown conversation format",
         found=f"keys {', '.join(map(str, row)) or '(none)'}",
         expected=_known(),
-        fix=f"{hint}rename the keys, or map them: fields={{prompt: YOUR_KEY, completion: YOUR_KEY}}",
+        fix=f"{hint}rename the keys, or map them: {Setting('fields', '{prompt: YOUR_KEY, completion: YOUR_KEY}')}",
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import IO, Any
 
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting
 
 # The marks of UTF-32 come first: one of them begins with that of UTF-16.
 BOMS = (
@@ -113,14 +113,15 @@ def advice(data: bytes, start: int) -> str:
     """What to do about a file of another encoding: the one that may fit, and how it reads the place: the user judges."""
     name = likely(data)
     if name is None:
-        return "convert it to UTF-8 (iconv -f ENCODING -t utf-8 IN > OUT), or name its encoding (encoding=ENCODING)"
+        how = Setting("encoding", "ENCODING")
+        return f"convert it to UTF-8 (iconv -f ENCODING -t utf-8 IN > OUT), or name its encoding ({how})"
     low = data.rfind(b"\n", 0, start) + 1
     end = data.find(b"\n", start)
     line = data[max(low, start - SHOWN) : min(end if end >= 0 else len(data), start + SHOWN)]
     reads = line.decode(name, "replace").strip("\ufffd\r\n ")
     return (
-        f"if “{reads}” is right, it is {name}: name that (encoding={name}), or with others that are tried first "
-        f"(encoding=utf-8,{name}), or convert the file (iconv -f {name} -t utf-8 IN > OUT)"
+        f"if “{reads}” is right, it is {name}: name that ({Setting('encoding', name)}), or with others that are "
+        f"tried first ({Setting('encoding', f'utf-8,{name}')}), or convert the file (iconv -f {name} -t utf-8 IN > OUT)"
     )
 
 

@@ -33,7 +33,7 @@ from tutelage.data.sources import answers, conversations
 from tutelage.data.sources.conversations import Row, to_messages
 from tutelage.data.sources.mapping import mapped
 from tutelage.data.sources.row_keys import behind_system, licence_of, meta_of, system_of, with_beside, with_system, without_system
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 from tutelage.records import Message, Preference, Prompt, Rating
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -62,7 +62,7 @@ def _preference(row: Row, source: str) -> Preference:
         if key not in row:
             raise DataError(
                 "a preference needs two answers", field=key, found=", ".join(row), expected="chosen and rejected",
-                fix="map the names of your fields: fields={chosen: YOUR_KEY, rejected: YOUR_KEY}",
+                fix=f"map the names of your fields: {Setting('fields', '{chosen: YOUR_KEY, rejected: YOUR_KEY}')}",
             )  # fmt: skip
     before, style = _before(row)
     if style == "completion":
@@ -247,7 +247,7 @@ def _scores(row: Row) -> dict[str, float]:
     empty = next((key for key in VERDICTS if key in row), None)
     raise DataError(
         "a rating says nothing of its answer", field=empty, found=f"keys {', '.join(row)}" if empty is None else "nothing",
-        expected=f"one of: {', '.join(VERDICTS)}", fix="map the name of your field: fields={label: YOUR_KEY}",
+        expected=f"one of: {', '.join(VERDICTS)}", fix=f"map the name of your field: {Setting('fields', '{label: YOUR_KEY}')}",
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from tutelage.data.sources.conversations import END_MARK, Row
 from tutelage.data.sources.mapping import mapped
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 from tutelage.records import Example, Span
 
 TEXTS = ("text", "sentence", "comment", "full_text")
@@ -77,7 +77,7 @@ def _example(row: Row, source: str) -> Example:
         return Example.make(text, pair=pair, label=_label(row["label"], "label"), **rest)
     raise DataError(
         "this row has no label", found=f"keys {', '.join(map(str, row))}", expected="label, labels, spans, or tokens with tags",
-        fix="map the name of your field: fields={text: YOUR_KEY, label: YOUR_KEY}",
+        fix=f"map the name of your field: {Setting('fields', '{text: YOUR_KEY, label: YOUR_KEY}')}",
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _texts(row: Row) -> tuple[str, str | None]:
     if key is None:
         raise DataError(
             "this row has no text", found=f"keys {', '.join(map(str, row))}", expected=", ".join(TEXTS),
-            fix="map the name of your field: fields={text: YOUR_KEY}",
+            fix=f"map the name of your field: {Setting('fields', '{text: YOUR_KEY}')}",
         )  # fmt: skip
     return _text(row[key], key), _text(row["pair"], "pair") if row.get("pair") is not None else None
 

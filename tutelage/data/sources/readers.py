@@ -34,7 +34,7 @@ from tutelage.data.sources.readers_files import (
     read_text,
 )
 from tutelage.data.sources.source_files import files_of, found_in, is_glob
-from tutelage.errors import ConfigError, DataError, MissingExtra
+from tutelage.errors import ConfigError, DataError, MissingExtra, Setting
 from tutelage.files import file_digest
 from tutelage.records import Conversation, Document, Example
 from tutelage.unicode import printable
@@ -68,9 +68,8 @@ def read(
         yield from _python(scheme, parameters, options, report)
     elif scheme in ("python-questions", "skill"):
         if options.kind not in ("conversations", "prompts"):
-            raise ConfigError(
-                "this source gives conversations", field="sources", found=source, fix="set kind=conversations or kind=prompts"
-            )
+            fix = f"set {Setting('kind', 'conversations')} or {Setting('kind', 'prompts')}"
+            raise ConfigError("this source gives conversations", field="sources", found=source, fix=fix)
         from tutelage.data.demo import questions, skills
 
         parameters.setdefault("seed", str(options.seed))
@@ -80,7 +79,8 @@ def read(
             yield conversation
     elif scheme == "python-areas":
         if options.kind != "examples":
-            raise ConfigError("this source gives examples", field="sources", found=source, fix="set kind=examples")
+            fix = f"set {Setting('kind', 'examples')}"
+            raise ConfigError("this source gives examples", field="sources", found=source, fix=fix)
         from tutelage.data.demo import python_areas
 
         for example in python_areas.read(parameters):
@@ -106,7 +106,7 @@ def _python(scheme: str, parameters: dict[str, str], options: ReadOptions, repor
     from tutelage.data.sources.readers_base import pieces
 
     if options.kind != "documents":
-        fix = "set kind=documents, or use python-questions: for conversations made from them"
+        fix = f"set {Setting('kind', 'documents')}, or use python-questions: for conversations made from them"
         raise ConfigError(f"{scheme}: gives documents", field="sources", fix=fix)
     for document in python_docs.documents() if scheme == "python-docs" else python_code.documents(parameters):
         report.seen += 1
@@ -145,7 +145,7 @@ def _file(path: Path, reader: Reader, source: str, options: ReadOptions, report:
     try:
         if options.kind != "documents" and reader not in TABLES:
             if _is_named(source):
-                fix = "give JSON, JSONL, CSV or Parquet rows; or kind=documents to learn from the text itself"
+                fix = f"give JSON, JSONL, CSV or Parquet rows; or {Setting('kind', 'documents')} to learn from the text itself"
                 raise DataError(f"a text file holds no {options.kind}", file=path, fix=fix)
             report.add("no conversations in such a file", source=str(path), file=str(path))
             return
@@ -191,7 +191,7 @@ def _named_in_unicode(item: Item) -> Item:
 def _refuse(path: Path, what: str, source: str, report: Rejections) -> None:
     """Counts a file that holds no text; raises `DataError` where it is all that the user named."""
     if Path(source).expanduser().is_file():
-        fix = "unpack or convert it first; if it is text in another encoding, name that (encoding=utf-16)"
+        fix = f"unpack or convert it first; if it is text in another encoding, name that ({Setting('encoding', 'utf-16')})"
         raise DataError(f"not text but {what}", file=path, expected=f"text, or a file named {', '.join(READERS)}", fix=fix)
     report.add(f"not text but {what}", source=str(path), file=str(path))
 

@@ -13,13 +13,13 @@ from typing import Any, TextIO
 
 from tutelage.data.sources.encodings import BOMS, decode, listed, marked
 from tutelage.data.sources.text_lines import lines
-from tutelage.errors import ConfigError, DataError
+from tutelage.errors import ConfigError, DataError, Setting, with_settings
 from tutelage.unicode import printable
 
 __all__ = ["BOMS", "ReadOptions", "Rejections", "Row", "TooManyBroken", "chunks", "decode", "not_text", "pieces"]
 
-SKIP_FILE = "or leave such files out with on_error=skip"
-SKIP = "or leave such rows out with on_error=skip"
+SKIP_FILE = f"or leave such files out with {Setting('on_error', 'skip')}"
+SKIP = f"or leave such rows out with {Setting('on_error', 'skip')}"
 
 SPLITS = ("none", "blank_lines", "form_feed", "lines")
 EXCERPT_CHARS = 200
@@ -115,7 +115,9 @@ class Rejections:
     def broken(self, error: DataError, *, source: str, excerpt: str = "") -> None:
         """Raises `error` under `on_error="stop"`; otherwise records it, and raises once too many rows are broken."""
         if self.on_error == "stop":
-            raise error if error.fix and "on_error" in error.fix else error.but(fix=f"{error.fix or 'mend the row'}, {SKIP}")
+            if error.fix and "on_error" in error.fix:
+                raise error
+            raise error.but(fix=f"{with_settings(error.fix) or 'mend the row'}, {SKIP}")
         self.errors += 1
         file = None if error.file is None else str(error.file)
         self.add(f"unreadable: {printable(error.message)}", source=source, file=file, line=error.line, excerpt=excerpt)
@@ -126,7 +128,9 @@ class Rejections:
         """`broken` of a whole file, or of what follows the rows read from it: it counts as one row."""
         self.seen += 1
         self.broken_files += 1
-        fix = error.fix if error.fix and "on_error" in error.fix else f"{error.fix or 'mend the file'}, {SKIP_FILE}"
+        fix = (
+            error.fix if error.fix and "on_error" in error.fix else f"{with_settings(error.fix) or 'mend the file'}, {SKIP_FILE}"
+        )
         self.broken(error.but(file=path, fix=fix), source=str(path), excerpt=str(error.found or ""))
 
     def check(self, last: DataError | None = None) -> None:
@@ -137,9 +141,11 @@ class Rejections:
             share = math.ceil(100 * self.errors / max(self.seen, 1)) / 100
             firsts = [f"{reason} ({place})" for reason, place in self.first.items() if reason.startswith("unreadable")]
             raise TooManyBroken(
-                f"{self.errors} of {self.seen} rows are unreadable (a file counts as a row), more than on_error=skip allows",
+                f"{self.errors} of {self.seen} rows are unreadable (a file counts as a row), more than "
+                f"{Setting('on_error', 'skip')} allows",
                 found="; ".join(firsts[:3]) if last is None else last.render(), expected=f"at most {self.max_share:.0%}",
-                fix=f"mend the file (run once with on_error=stop to see the first), or allow it (max_reject_share={share})",
+                fix=f"mend the file (run once with {Setting('on_error', 'stop')} to see the first), or allow it "
+                f"({Setting('max_reject_share', str(share))})",
             )  # fmt: skip
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from tutelage.chat.message_keys import LOSS, MEDIA, REASONING, says_nothing, text_content
-from tutelage.errors import DataError
+from tutelage.errors import DataError, Setting
 from tutelage.records import Message
 
 DIALOGUE = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "question")
@@ -147,7 +147,7 @@ def _refuse(key: str, value: Any, known: set[str], row: Mapping[str, Any], *, st
     if near and near[0] not in row:
         raise DataError(
             "unknown key of a row", field=key, found=value, expected=", ".join(sorted(known)),
-            fix=f"did you mean `{near[0]}`? Rename it, or map it: fields={{{near[0]}: {key}}}",
+            fix=f"did you mean `{near[0]}`? Rename it, or map it: {Setting('fields', f'{{{near[0]}: {key}}}')}",
         )  # fmt: skip
 
 

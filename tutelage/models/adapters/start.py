@@ -10,7 +10,7 @@ import torch
 from tutelage import log
 from tutelage.artifacts import base_of, is_adapter
 from tutelage.config.adapter import Adapter
-from tutelage.errors import ConfigError
+from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.attach import attach_adapter
 from tutelage.models.adapters.folder import OURS, adapter_section, check_base, kind_of, load_adapter, quantized_as, read_config
 from tutelage.models.adapters.merge import merge
@@ -27,12 +27,12 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
     if sharded and config.quantize != "none":
         raise ConfigError(
             "weights in 4 bits are not cut over ranks", field="adapter.quantize", found=config.quantize, expected="none",
-            fix="use shard=none, where every rank holds the small base",
+            fix=f"use {Setting('shard', 'none')}, where every rank holds the small base",
         )  # fmt: skip
     if sharded and config.embeddings:
         raise ConfigError(
             "tables that are trained beside an adapter are not cut over ranks", field="adapter.embeddings", found=True,
-            expected="false", fix="use shard=none",
+            expected="false", fix=f"use {Setting('shard', 'none')}",
         )  # fmt: skip
     if not is_adapter(folder):
         model = attach_adapter(load(folder, device=device), config, seed)

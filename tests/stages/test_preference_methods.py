@@ -1,4 +1,4 @@
-"""Stage `prefer` with methods beside DPO: what they learn from, and their own settings."""
+"""Stage `preference` with methods beside DPO: what they learn from, and their own settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def records(folder: Path, kind: str) -> Path:
 
 
 def prefer(world: World, tmp_path: Path, kind: str, **settings: Any) -> Any:  # noqa: F811
-    return api.prefer(model=world.made["chat"], data=records(tmp_path, kind), runs=tmp_path / "runs", **QUICK, **settings)
+    return api.preference(model=world.made["chat"], data=records(tmp_path, kind), runs=tmp_path / "runs", **QUICK, **settings)
 
 
 def last(run: Any) -> dict[str, float]:
@@ -88,11 +88,11 @@ def test_pairs_without_a_difference_after_a_cut_are_left_out(world: World, tmp_p
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     how: dict[str, Any] = {"model": world.made["chat"], "runs": tmp_path / "runs", "max_length": 30, "too_long": "right", **QUICK}
     read: dict[str, Any] = {"kind": "preferences", "validation_share": 0.0, "runs": tmp_path / "made"}
-    run = api.prefer(data=api.data(sources=[tmp_path / "all.jsonl"], **read), **how)
+    run = api.preference(data=api.data(sources=[tmp_path / "all.jsonl"], **read), **how)
     assert run.facts["packing"]["left out, the same tokens on both sides"] > 0
     assert run.facts["answers"] == run.facts["packing"]["pairs"] - run.facts["packing"]["left out, the same tokens on both sides"]
     with pytest.raises(DataError, match="no pair is left"):
-        api.prefer(data=api.data(sources=[tmp_path / "same.jsonl"], **read), **how)
+        api.preference(data=api.data(sources=[tmp_path / "same.jsonl"], **read), **how)
 
 
 LONG = "yes " * 60
@@ -114,7 +114,7 @@ def long_ones(folder: Path, kind: str, of: str) -> RunDir:
 
 @pytest.mark.parametrize(
     ("stage", "kind", "more", "message"),
-    [("prefer", "preferences", {}, "no pair is left"), ("prefer", "ratings", {"method": "kto"}, "KTO needs two ratings"),
+    [("preference", "preferences", {}, "no pair is left"), ("preference", "ratings", {"method": "kto"}, "KTO needs two ratings"),
      ("reward", "preferences", {}, "no pair is left"), ("reward", "ratings", {}, "no rating is left")],
 )  # fmt: skip
 def test_held_out_rows_that_are_too_long_stop_nothing(

@@ -1,4 +1,4 @@
-"""`tutelage label`: a trained classifier used on whole files."""
+"""`tutelage predict`: a trained classifier used on whole files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import pytest
 from tests.pipeline import World, environment, tutelage, world  # noqa: F401 (a fixture)
 from tests.stages.test_classify import TINY, classify, data, rows
 from tutelage import api
-from tutelage.config.stages import Label
+from tutelage.cli.options import hyphens
+from tutelage.config.stages import Predict
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json, write_json
 from tutelage.inference.classifier import Classifier
@@ -63,7 +64,7 @@ def test_every_classifier_labels_a_file(trained: dict[str, Path], tmp_path: Path
     made = [{"id": f"r{i}", "text": row["text"], "other": 1} for i, row in enumerate(rows("class"))]
     made = made * 7 + [{"text": "short"}]  # more than are read at a time
     source, output = write(tmp_path / "in.jsonl", made), tmp_path / "out" / "labels.jsonl"
-    said = tutelage(capsys, "label", trained[kind], source, "--output", output)
+    said = tutelage(capsys, "predict", trained[kind], source, "--output", output)
     assert said.code == 0 and said.out == f"{output}\n" and f"{len(made):,} rows in" in said.err, said.err
     found = read(output)
     folder = next(trained[kind] / n for n in ("model", "adapter") if (trained[kind] / n).is_dir())
@@ -84,24 +85,24 @@ def test_tables_lines_and_pairs(trained: dict[str, Path], tmp_path: Path, monkey
     with (tmp_path / "in.csv").open("w", newline="") as f:
         csv.writer(f).writerows([["title", "comment"], ["one", "the cat is red"], ["two", "the dog, who is blue"]])
     out = tmp_path / "out.jsonl"
-    facts = api.label(model=trained["class"], input=plain, output=out)
+    facts = api.predict(model=trained["class"], input=plain, output=out)
     assert [(row["number"], row["text"]) for row in read(out)] == [(1, "the cat is red"), (2, " the dog is blue ")]
     assert facts["rows"] == 2 == sum(facts["labels"].values()) and facts["cut"] == 0
     fields = {"text": "comment", "pair": "title"}
-    api.label(model=trained["class"], input=tmp_path / "in.csv", output=out, fields=fields, force=True)
+    api.predict(model=trained["class"], input=tmp_path / "in.csv", output=out, fields=fields, force=True)
     found = read(out)
     assert [(row["text"], row["pair"]) for row in found] == [("the cat is red", "one"), ("the dog, who is blue", "two")]
     expected = Classifier(trained["class"] / "model").predict([(row["text"], row["pair"]) for row in found])
     assert list(found[1]["probabilities"].values()) == pytest.approx(expected.probabilities[1].tolist(), abs=1e-5)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"text": "an owl", "id": 7}\n')))
-    api.label(model=trained["class"], input="-", output=out, force=True)
+    api.predict(model=trained["class"], input="-", output=out, force=True)
     assert [row["id"] for row in read(out)] == [7] and sorted(p.name for p in tmp_path.iterdir()) == [
         "in.csv",
         "in.txt",
         "out.jsonl",
     ]
     with pytest.raises(DataError, match="mark between the texts of a pair") as error:
-        api.label(model=trained["decoder"], input=tmp_path / "in.csv", output=tmp_path / "no.jsonl", fields=fields)
+        api.predict(model=trained["decoder"], input=tmp_path / "in.csv", output=tmp_path / "no.jsonl", fields=fields)
     assert error.value.line == 2 and not (tmp_path / "no.jsonl").exists()
 
 
@@ -110,7 +111,7 @@ def test_texts_that_are_cut_are_counted(trained: dict[str, Path], tmp_path: Path
     source = write(tmp_path / "in.jsonl", [{"text": "red " * 60 + "blue"}, {"text": "red"}])
     out = tmp_path / "out.jsonl"
     for side in ("right", "left"):
-        said = tutelage(capsys, "label", trained["class"], source, "-o", out, "--too-long", side, "--force")
+        said = tutelage(capsys, "predict", trained["class"], source, "-o", out, "--too-long", side, "--force")
         assert f"1 of 2 texts were cut at the {side}, to 32 tokens" in said.err and len(read(out)[0]["text"]) == 244
         row = Classifier(trained["class"] / "model", too_long=side).predict(["red " * 60 + "blue"])  # type: ignore[arg-type]
         assert list(read(out)[0]["probabilities"].values()) == pytest.approx(row.probabilities[0].tolist(), abs=1e-5)
@@ -133,7 +134,7 @@ def test_rows_without_a_text_are_named_and_nothing_is_written(
 ) -> None:
     """Half of an output; a row that is left out without a word; an error that does not say where."""
     source = write(tmp_path / name, lines)
-    done = tutelage(capsys, "label", trained["class"], source, "--output", tmp_path / "out.jsonl")
+    done = tutelage(capsys, "predict", trained["class"], source, "--output", tmp_path / "out.jsonl")
     assert done.code == 2 and place in done.err and said in done.err, done.err
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -144,32 +145,32 @@ def test_what_is_no_classifier_or_in_the_way_is_refused(
     """An output that is written over; a language model whose likeliest token is taken for a label."""
     source, out = write(tmp_path / "in.txt", ["a"]), write(tmp_path / "out.jsonl", ["mine"])
     with pytest.raises(ConfigError, match="there already"):
-        api.label(model=trained["class"], input=source, output=out)
+        api.predict(model=trained["class"], input=source, output=out)
     with pytest.raises(ConfigError, match="replace the input"):
-        api.label(model=trained["class"], input=source, output=source, force=True)
+        api.predict(model=trained["class"], input=source, output=source, force=True)
     with pytest.raises(ArtifactError, match="does not classify"):
-        api.label(model=world.made["base"], input=source, output=out, force=True)
+        api.predict(model=world.made["base"], input=source, output=out, force=True)
     save(new_classifier({}, "class", ["better"], base={**TINY, "vocab_size": 400}), tmp_path / "score")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(trained["class"] / "model" / file, tmp_path / "score" / file)
     settings = read_json(tmp_path / "score" / "config.json")
     write_json(tmp_path / "score" / "config.json", settings | {"problem_type": None})  # as reward models are
     with pytest.raises(ArtifactError, match="scores, it does not classify"):
-        api.label(model=tmp_path / "score", input=source, output=out, force=True)
+        api.predict(model=tmp_path / "score", input=source, output=out, force=True)
     assert out.read_text() == "mine\n"
-    said = tutelage(capsys, "label", trained["class"], source, "-o", tmp_path / "new.jsonl", "--dry-run")
+    said = tutelage(capsys, "predict", trained["class"], source, "-o", tmp_path / "new.jsonl", "--dry-run")
     assert said.code == 0 and "1 rows" in said.err and "too_long: right" in said.out and not (tmp_path / "new.jsonl").exists()
     said = tutelage(capsys, "generate", trained["class"], source, "--output", tmp_path / "new.jsonl")
-    assert said.code == 2 and "a classifier is used with `tutelage label`" in " ".join(said.err.split())
+    assert said.code == 2 and "a classifier is used with `tutelage predict`" in " ".join(said.err.split())
 
 
 def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> None:
     """A setting that only the source knows; a help page that takes seconds."""
-    assert " label " in tutelage(capsys, "--help").out
-    page = tutelage(capsys, "label", "--help", columns=200).out
-    assert all(f" --{key} " in page or f" {key} " in page for key in Label.model_fields)
+    assert " predict " in tutelage(capsys, "--help").out
+    page = tutelage(capsys, "predict", "--help", columns=200).out
+    assert all(f" --{hyphens(key)} " in page or f" {key} " in page for key in Predict.model_fields)
     code = (
-        "import sys; sys.argv = ['tutelage', 'label', '--help']\nfrom tutelage.cli.main import main\n"
+        "import sys; sys.argv = ['tutelage', 'predict', '--help']\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit: print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

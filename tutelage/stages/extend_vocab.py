@@ -1,4 +1,4 @@
-"""Stage `vocabulary`: a checkpoint and documents -> the checkpoint with new tokens, whose rows alone were trained."""
+"""Stage `extend_vocab`: a checkpoint and documents -> the checkpoint with new tokens, whose rows alone were trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
-from tutelage.config.stages import Vocabulary
+from tutelage.config.stages import ExtendVocab
 from tutelage.models.export import save as save_model
 from tutelage.models.extend import extend as extend_model
 from tutelage.models.extend import tables
@@ -20,7 +20,7 @@ from tutelage.tokenizer.measure import measure
 from tutelage.train.rows import OnlyRows
 
 
-def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
+def run(config: ExtendVocab, run: RunDir) -> dict[str, Any]:
     parent = extend.parent_of(config, run)
     device = trainer.choose_device(config)
     old, begun = TokenizerFolder.open(run.input("model")), run.folder("begun" if config.train else "model")
@@ -35,12 +35,12 @@ def run(config: Vocabulary, run: RunDir) -> dict[str, Any]:
     model = trainer.load_start(begun, config, device)
     only = OnlyRows(model, tables(model), old.vocab_size, new.vocab_size)
     log.say(f"training {new.vocab_size - old.vocab_size:,} rows of each table alone, everything else is frozen")
-    return out | text_rows.train_model(
-        config, run, model, segments, run.folder("words"), numbers, device, parent, beside={"rows": only}
-    )
+    hooks = {"rows": only}
+    spec = text_rows.next_token_spec(config, run, model, segments, run.folder("words"), numbers, parent, beside=hooks)
+    return out | trainer.run_training(config, run, spec, device, parent)
 
 
-def begin(config: Vocabulary, run: RunDir, out: Path) -> None:
+def begin(config: ExtendVocab, run: RunDir, out: Path) -> None:
     """Writes the model with new tokens whose rows nothing has trained."""
     words = run.folder("words")
     found = extend_tokenizer(run.input("model"), texts(run.input("data"), "train"), config.add, words)

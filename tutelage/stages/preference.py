@@ -1,4 +1,4 @@
-"""Stage `prefer`: a model and preferences or ratings -> a model that answers as people prefer, without a reward model."""
+"""Stage `preference`: a model and preferences or ratings -> a model that answers as people prefer, without a reward model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tutelage import log
-from tutelage.config.stages import Prefer
+from tutelage.config.stages import Preference
 from tutelage.data.groups.kto import KtoGroups, verdicts
 from tutelage.data.groups.pairs import PreferencePairs, margins
 from tutelage.data.groups.source import GroupSource
@@ -34,7 +34,7 @@ RATE_AT_7B = 1e-6
 Families = PreferencePairs | KtoGroups
 
 
-def run(config: Prefer, run: RunDir) -> dict[str, Any]:
+def run(config: Preference, run: RunDir) -> dict[str, Any]:
     chosen = preference_method(config)
     kind = method(config.method).data
     device = trainer.choose_device(config)
@@ -75,7 +75,7 @@ def run(config: Prefer, run: RunDir) -> dict[str, Any]:
     }
 
 
-def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int) -> Families | None:
+def families_of(config: Preference, run: RunDir, model: Any, part: str, length: int) -> Families | None:
     """The families of one part; None for a held-out part that holds nothing. Says what is left out."""
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(run.input("model"))})
@@ -108,9 +108,9 @@ def families_of(config: Prefer, run: RunDir, model: Any, part: str, length: int)
 
 
 def give_reference(
-    config: Prefer, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
+    config: Preference, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
 ) -> None:
-    """What the model to stay close to says of every answer, asked once."""
+    """Computes the reference log-probabilities of every answer, once."""
     if config.reference is not None:
         answers.check_tokens(run, "reference")
     other = load(run.input("reference"), device=device) if config.reference else model
@@ -121,7 +121,7 @@ def give_reference(
                 families.give("reference", answers.reference_logprobs(folder, other, families, config, layout, device))
 
 
-def source_of(families: Families, config: Prefer, layout: Any, unit: str, per_step: int) -> GroupSource:
+def source_of(families: Families, config: Preference, layout: Any, unit: str, per_step: int) -> GroupSource:
     alone = per_step == 1
     return GroupSource(
         families, per_step=per_step, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=unit,

@@ -1,4 +1,4 @@
-"""Command `label`: what a classifier says of every row of a file. What it makes is one file, so it is no run."""
+"""Command `predict`: a classifier's labels for every row of a file. Its result is one file, so it is no run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tutelage import log
-from tutelage.config.stages import Label
+from tutelage.config.stages import Predict
 from tutelage.data.groups.examples import Task
 from tutelage.data.sources.labelled import texts_of
 from tutelage.errors import ConfigError, DataError
@@ -41,9 +41,9 @@ class TextRow:
     pair: str | None
 
 
-def run(config: Label, runs: Path = Path("runs"), *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Labels every row of `config.input` into `config.output`, whole or not at all. Returns rows, how many were cut, how often
-    each label was said, and seconds.
+def run(config: Predict, runs: Path = Path("runs"), *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Predicts the labels of every row of `config.input` into `config.output`, whole or not at all. Returns rows, how many were
+    cut, how often each label was predicted, and seconds.
 
     Raises `DataError` for a row without a text, with file and line, `ArtifactError` for a model that does not classify,
     `ConfigError` for an output that is in the way, and `StorageError` where it cannot be written.
@@ -54,7 +54,7 @@ def run(config: Label, runs: Path = Path("runs"), *, force: bool = False, dry_ru
     with storage_errors(output, "--output"), opened(config.input, output, "text", blank_lines=True) as archive:
         if archive.path.resolve() == output.resolve():
             raise ConfigError("the output would replace the input", field="output", found=str(output), expected="another file")
-        rows = sum(1 for _ in asked(archive, config))  # the last row's mistake is told before a model is read
+        rows = sum(1 for _ in asked(archive, config))  # errors in the last row are reported before a model is read
         if not rows:
             raise DataError("no rows in this file", file=archive.path, expected='a row a line, such as {"text": "…"}')
         log.say(f"{rows:,} rows")
@@ -70,7 +70,7 @@ def run(config: Label, runs: Path = Path("runs"), *, force: bool = False, dry_ru
     return {"output": config.output, "rows": rows, "cut": cut, "labels": dict(counts), "seconds": round(meter.seconds, 2)}
 
 
-def asked(archive: InputFile, config: Label) -> Iterator[TextRow]:
+def asked(archive: InputFile, config: Predict) -> Iterator[TextRow]:
     """The rows with their texts. Raises `DataError` with the place of one that has none."""
     for entry in archive.entries():
         with placed(archive, entry):
@@ -84,15 +84,15 @@ def asked(archive: InputFile, config: Label) -> Iterator[TextRow]:
 
 @contextlib.contextmanager
 def placed(archive: InputFile, entry: InputRow) -> Iterator[None]:
-    """Errors of a row get its file and line."""
+    """Adds file and line to the errors of a row."""
     try:
         yield
     except DataError as error:
         raise error.but(file=archive.path, line=entry.line, fix=error.fix or "mend the row, or leave it out") from None
 
 
-def _label(classifier: Classifier, archive: InputFile, config: Label, f: Any, meter: Meter) -> tuple[int, Counter[str]]:
-    """Writes all rows; how many were cut, and how often each label was said."""
+def _label(classifier: Classifier, archive: InputFile, config: Predict, f: Any, meter: Meter) -> tuple[int, Counter[str]]:
+    """Writes all rows. Returns how many were cut, and how often each label was predicted."""
     cut, counts, rows = 0, Counter[str](), asked(archive, config)
     while group := list(islice(rows, AT_A_TIME)):
         read = []
@@ -109,7 +109,7 @@ def _label(classifier: Classifier, archive: InputFile, config: Label, f: Any, me
 
 
 def _row(row: TextRow, said: Any, odds: np.ndarray, classifier: Classifier) -> dict[str, Any]:
-    """What is written of a row: its own id, or the number of its line."""
+    """One row of the output, with its own id or its line number."""
     fields = row.entry.fields
     out: dict[str, Any] = {"id": fields["id"]} if fields.get("id") is not None else {"number": row.entry.line}
     out["text"] = row.text
