@@ -78,7 +78,7 @@ def test_a_baseline_of_texts_without_words_is_said_and_not_computed() -> None:
     odds = [np.array([0.9, 0.1])] * len(faces)
     silent, said = ClassifiedTexts(faces, odds, []), ClassifiedTexts(faces, odds, [])
     add_baseline(silent, faces, labels, wanted=True)
-    assert silent.baseline is None and "no text to learn from has a word" in silent.why_not
+    assert silent.baseline is None and "no training text contains a word" in silent.why_not
     worded = [*faces, *(Example.make(f"{name} day {name}", source="t", label=name) for name in labels.names)]
     add_baseline(said, worded, labels, wanted=True)  # words in two of the texts: no choice of settings by cross-validation
     assert said.baseline is not None and not said.why_not
@@ -113,7 +113,7 @@ def test_the_matrix_is_read_in_a_narrow_terminal(capsys: pytest.CaptureFixture[s
     show_confusion(names, counts)
     said = capsys.readouterr().err
     lines = said.splitlines()
-    assert max(map(len, lines)) <= 80 and "down: truth" in lines[0]
+    assert max(map(len, lines)) <= 80 and "rows: truth" in lines[0]
     assert lines[1].split() == [str(i) for i in range(1, 13)]
     assert lines[2].split()[:6] == ["1", "a", "class", "of", "letters", "a"] and lines[2].split()[6:10] == ["20", ".", ".", "7"]
     show_confusion([f"c{i}" for i in range(60)], [[100] * 60] * 60)
