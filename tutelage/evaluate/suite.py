@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.table import Table
@@ -24,6 +24,8 @@ from tutelage.evaluate.intervals import Estimate, number, relative_saving
 from tutelage.evaluate.report_models import VERSION
 from tutelage.files import whole_file, write_json
 from tutelage.records import Conversation, Document, read_records, spread
+
+Held = TypeVar("Held", Document, Conversation)
 
 DEFINITIONS = {
     "bits_per_byte": "bits for the held-out documents, their ends included, divided by the UTF-8 bytes of their text",
@@ -86,16 +88,9 @@ def evaluate(
         raise DataError("nothing to measure", expected="documents, questions, or both", fix="set documents or questions")
     started = time.monotonic()
     result: dict[str, Any] = {"version": VERSION, "model": {"name": subject.name, **subject.facts}, "definitions": DEFINITIONS}
-    held_out: list[Document] = []
-    if documents is not None:
-        held_out = spread(list(read_records(documents / "validation.jsonl", Document)), max_documents)
-        if not held_out:
-            raise DataError("no held-out document", file=documents / "validation.jsonl", fix="use a larger validation_share")
-    asked: list[Conversation] = []
-    if conversations is not None and subject.generate is not None and subject.prompt is not None:
-        asked = spread(list(read_records(conversations / "validation.jsonl", Conversation)), max_questions)
-        if not asked:
-            raise DataError("no held-out question", file=conversations / "validation.jsonl", fix="use a larger validation_share")
+    held_out = [] if documents is None else _held_out(documents, Document, max_documents)
+    can_answer = subject.generate is not None and subject.prompt is not None
+    asked = _held_out(conversations, Conversation, max_questions) if conversations is not None and can_answer else []
     result["how"] = ({"max_tokens": max_tokens, "scorer": scorer or "derived"} if asked else {}) | (
         {"stride": stride} if held_out else {}
     )
@@ -145,6 +140,16 @@ def _comparison(
         log.say(comparison.verdict(found))
     if "documents" in found:
         log.say(adaptation_effect.verdict(f"{reference.model} to {name}", found["documents"]))
+    return found
+
+
+def _held_out(records: Path, kind: type[Held], most: int) -> list[Held]:
+    """At most `most` records of the validation part, evenly spread (0: all). Raises `DataError` where there is none."""
+    file = records / "validation.jsonl"
+    found = spread(list(read_records(file, kind)), most)
+    if not found:
+        what = "document" if issubclass(kind, Document) else "question"
+        raise DataError(f"no held-out {what}", file=file, fix="use a larger validation_share")
     return found
 
 
