@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError
 from tutelage.models.decoder import Decoder
+from tutelage.models.hf.causal import Adapter
 
 Pieces = Sequence[Sequence[int]]
 Start = Callable[[Tensor, Pieces, bool, bool], Tensor]
@@ -78,8 +79,6 @@ def _decoder(model: Decoder, size: int) -> Decoder:
 
 
 def _of_transformers(model: Any, size: int) -> Any:
-    from tutelage.models.hf.causal import Adapter
-
     if not isinstance(model, Adapter):
         raise ArtifactError(
             "only causal language models can be given new tokens", found=model.config.model_type, fix="set vocab_add=0"

@@ -27,7 +27,7 @@ from tutelage.models.adapters.score_heads import VIRTUAL, save_scored
 from tutelage.models.adapters.start import start_with_adapter
 from tutelage.models.export import save
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.models.scorer import Scorer
 from tutelage.models.scorer_export import save_scorer
 from tutelage.models.shard import is_sharded, shard
@@ -227,7 +227,7 @@ def say_plan(config: Loop, work: TrainingSpec, machine: Machine, device: torch.d
     rows, row = work.micro
     shares = {name: ParameterCount.of(part) for name, part in work.parts.items() if adapter_of(part) is not None}
     for name, share in shares.items():
-        log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
+        log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.summary()}")
     need: Memory | None = None
     for name, part in work.parts.items():
         shape = work.shape if need is None else part.config.to_hf()  # type: ignore[operator, union-attr]

@@ -19,7 +19,7 @@ from tutelage.data.tokens.shards import Segments
 from tutelage.evaluate import adaptation_effect
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.files import read_json, write_json
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.preflight.checks import WITHOUT
 from tutelage.records import Document
 from tutelage.rundir import RunDir

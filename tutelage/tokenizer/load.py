@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -20,9 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object, unreadable
 from tutelage.plan.config_json import end_ids
-
-if TYPE_CHECKING:
-    from tutelage.tokenizer.fast import CorpusEncoder
+from tutelage.tokenizer.fast import CorpusEncoder
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tutelage.json")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -148,9 +146,7 @@ class TokenizerFolder:
 
     def encoder(self) -> CorpusEncoder:
         """A fast encoder of content for a whole corpus: same ids as `encode_batch`. Make one in each process or thread."""
-        from tutelage.tokenizer.fast import CorpusEncoder
-
-        return CorpusEncoder(self)
+        return CorpusEncoder(self.plain, self.vocab_size)
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for control tokens."""

@@ -18,7 +18,7 @@ from tutelage.models.adapters.virtual_tokens import VirtualTokens
 DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # what families of encoder-decoders call it
 
 
-def behind(hf: Any, tokens: VirtualTokens, how: Mapping[str, Any]) -> dict[str, Any]:
+def prepend_virtual(hf: Any, tokens: VirtualTokens, how: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments `how` of a forward pass, `input_ids` and `attention_mask` [n,L] among them, for texts behind virtual tokens.
 
     Of a prompt the model sees P places more, and says something of each; a prefix is in its cache, and no place of its own.
@@ -65,7 +65,7 @@ def takes_prefix(hf: Any) -> bool:
 
 
 @contextmanager
-def beside_head(hf: Any, tokens: VirtualTokens, rows: int, mask: Tensor) -> Iterator[None]:
+def encoder_prefix(hf: Any, tokens: VirtualTokens, rows: int, mask: Tensor) -> Iterator[None]:
     """A classification model whose encoder, inside, gets a prefix, which its own arguments have no place for."""
     more = {
         "attention_mask": torch.cat((mask.new_ones(rows, len(tokens)), mask), 1),

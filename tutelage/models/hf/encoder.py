@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
-from tutelage.models.adapters.hf_virtual_tokens import behind, beside_head
+from tutelage.models.adapters.hf_virtual_tokens import encoder_prefix, prepend_virtual
 from tutelage.models.config import unsupported
+from tutelage.models.folder import check_folder, read_config
 from tutelage.models.hf.causal import Wrapped, quiet
 from tutelage.models.hf.config import new_config, new_weights
 from tutelage.models.interface import Batch, Output
-from tutelage.models.load import check_folder, read_config
 
 Task = Literal["class", "token"]
 CLASSES = {"class": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
@@ -85,13 +85,13 @@ class ClassScorer(Wrapped):
 
     def _scores(self, ids: Tensor, real: Tensor) -> Tensor:
         """[n,K] of texts [n,L], each a row; of a tagger [n,L,K]."""
-        how, tokens = inputs(self, ids, real), self.before
+        how, tokens = inputs(self, ids, real), self.active_virtual
         if tokens is None:
             return self.hf(**how).logits.float()  # type: ignore[no-any-return]
         if tokens.is_prefix:
-            with beside_head(self.hf, tokens, len(ids), how["attention_mask"]):
+            with encoder_prefix(self.hf, tokens, len(ids), how["attention_mask"]):
                 return self.hf(**how).logits.float()  # type: ignore[no-any-return]
-        logits = self.hf(**behind(self.hf, tokens, how)).logits.float()
+        logits = self.hf(**prepend_virtual(self.hf, tokens, how)).logits.float()
         return logits[:, len(tokens) :] if self.task == "token" else logits  # type: ignore[no-any-return]
 
 
