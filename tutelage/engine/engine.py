@@ -103,12 +103,8 @@ class Engine:
         """What bounds the cache: of our own on a CPU and of a causal model of `transformers`, tokens; else its places. An
         encoder-decoder keeps encoded sources, too, whose length is not known here."""
         one = token_bytes(self.model) + (0 if draft is None else token_bytes(draft))
-        if (
-            not one
-            or self.encodes
-            or (cache is not None and self.device.type != "cpu")
-            or isinstance(self.runner, RecomputingRunner)
-        ):
+        elsewhere = cache is not None and self.device.type != "cpu"
+        if not one or self.encodes or elsewhere or isinstance(self.runner, RecomputingRunner):
             return Memory(slots)
         held = [each for each in (cache, self.guesser) if isinstance(each, KVCache | ModelDrafter)]
 

@@ -50,7 +50,7 @@ class AdapterHost(Protocol):
         ...
 
     def empty_twin(self) -> Decoder | None:
-        """A model of the same shape on "meta", without weights. None where the engine runs the model with its adapter attached."""
+        """A model of the same shape on "meta", without weights. None where the engine runs the adapted model itself."""
         ...
 
 

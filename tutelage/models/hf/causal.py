@@ -112,7 +112,6 @@ class LogitsHead(nn.Module):
 class Wrapped(nn.Module):
     """A `transformers` model whose parameters keep their own names."""
 
-    heads: tuple[str, ...] = ()  # modules of the heads of classes
     hf: Any
     config: AdapterConfig
     virtual: VirtualTokens | None
@@ -145,6 +144,11 @@ class Wrapped(nn.Module):
     def body(self) -> Wrapped:
         """The model under the heads: itself, whose heads are part of it."""
         return self
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the modules that are heads of classes, and trained whole with an adapter."""
+        return ()
 
     @property
     def active_virtual(self) -> VirtualTokens | None:

@@ -65,16 +65,13 @@ class Seq2Seq(Wrapped):
         return state
 
     def _source(self, ids: Tensor, real: Tensor) -> dict[str, Any]:
-        """The encoder's arguments for sources [n,S], behind a prompt where there is one."""
+        """The encoder's arguments for sources [n,S], after a prompt where there is one."""
         how = {"input_ids": ids, "attention_mask": real.long()}
-        return (
-            how
-            if self.active_virtual is None or self.active_virtual.is_prefix
-            else prepend_virtual(self.hf, self.active_virtual, how)
-        )
+        tokens = self.active_virtual
+        return how if tokens is None or tokens.is_prefix else prepend_virtual(self.hf, tokens, how)
 
     def _prefix(self, tokens: VirtualTokens, rows: int) -> Any:
-        """The decoder's cache behind a prefix."""
+        """The decoder's cache after a prefix."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         return EncoderDecoderCache(cache_of(self.hf, tokens, rows), DynamicCache())
