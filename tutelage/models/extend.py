@@ -1,4 +1,4 @@
-"""Rows for new tokens in a model's embedding and head, begun from those of the old tokens that they stand for."""
+"""Rows for new tokens in a model's embedding and head, initialized from those of the old tokens that they replace."""
 
 from __future__ import annotations
 

@@ -64,14 +64,14 @@ def scores(raw: dict[str, Any]) -> bool:
 
 def refuse_scorer(folder: Path) -> None:
     """Raises `ArtifactError` for a model, or an adapter, that writes no text."""
-    worn = is_adapter(folder)
-    raw = adapter_config(folder) if worn else read_config(folder)
-    if is_scored(folder) or (not worn and scores(raw)):
-        field = "task_type" if worn else "architectures"
+    adapted = is_adapter(folder)
+    raw = adapter_config(folder) if adapted else read_config(folder)
+    if is_scored(folder) or (not adapted and scores(raw)):
+        field = "task_type" if adapted else "architectures"
         raise ArtifactError(
             "this model gives scores (a reward model, a classifier) and writes no text",
-            file=folder / (ADAPTER if worn else "config.json"), field=field, found=raw[field],
-            expected=f"a language model, such as {'CAUSAL_LM' if worn else 'a …ForCausalLM'}",
+            file=folder / (ADAPTER if adapted else "config.json"), field=field, found=raw[field],
+            expected=f"a language model, such as {'CAUSAL_LM' if adapted else 'a …ForCausalLM'}",
             fix="give the language model; a reward model belongs where a reward is asked for, a classifier is used with "
             "`tutelage label`",
         )  # fmt: skip
@@ -113,7 +113,7 @@ def weight_map(index: Path) -> dict[str, str]:
     for name, file in table.items():
         if not file or file in (".", "..") or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise ArtifactError(
-                "an index of weights names files of its own folder only", file=index, field=f"weight_map.{name}", found=file,
+                "an index of weights may name only files of its folder", file=index, field=f"weight_map.{name}", found=file,
                 expected="the name of a safetensors file, without a folder", fix=EXPORT_AGAIN,
             )  # fmt: skip
     return table

@@ -244,7 +244,7 @@ class Traits:
 
 
 class Model(Protocol):
-    """Our decoder, and any model of `transformers` behind the same interface."""
+    """Our decoder, and any model of `transformers` with the same interface."""
 
     config: Any  # vocab_size, hidden_size, num_hidden_layers, ...; `to_hf()`
     lm_head: Any  # heads.LmHead, or one with the same methods

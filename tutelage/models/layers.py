@@ -96,7 +96,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What every layer of one forward pass needs besides its input."""
+    """What every layer of one forward pass needs in addition to its input."""
 
     layout: Layout | None  # None when attention reads the cache
     turns: Turns
@@ -267,7 +267,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with a residual; norms stand where the config names them."""
+    """Attention and MLP, each with a residual; the config says where norms are."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()

@@ -34,6 +34,6 @@ def fill(model: nn.Module, folder: Path, config: DecoderConfig, device: torch.de
         state: dict[str, Tensor] = {}
         for row in wanted:
             for name, part in row.split(files.tensor(row.name), shapes):
-                # A copy of its own: a view of the mapped file would change or vanish with the file.
+                # A copy: a view of the mapped file would change or vanish with the file.
                 state[name] = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(state, strict=False, assign=True)

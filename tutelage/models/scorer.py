@@ -32,7 +32,7 @@ class Scorer(nn.Module):
     """
 
     heads = ("score",)
-    backbone: Any  # a Decoder, or what stands under the head of a `transformers` classifier
+    backbone: Any  # a Decoder, or what is under the head of a `transformers` classifier
 
     def __init__(self, backbone: Any, score: nn.Linear, outputs: Sequence[str], problem: str = "regression") -> None:
         super().__init__()
@@ -149,7 +149,7 @@ _Group = tuple[list[int], int]  # texts by number, and the length of the beginni
 
 
 def _packs(scorer: Scorer, texts: Sequence[Sequence[int]], tokens: int) -> list[list[_Group]]:
-    """All texts in groups, and as many groups together as have so many tokens."""
+    """All texts in groups, packed up to `tokens` tokens a pack."""
     steady = scorer.traits.cache_limit is None  # else angles follow the length of a row: each has its own
     packs: list[list[_Group]] = []
     room = 0

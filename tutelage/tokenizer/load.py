@@ -32,7 +32,7 @@ class TokenizerFolder:
 
     Attributes:
         folder: where it was read from
-        tokenizer: encodes control tokens where their text stands (for template text); `plain` never does (for content)
+        tokenizer: encodes control tokens where their text occurs (for template text); `plain` never does (for content)
         special_tokens: `{"eos_token": "<|endoftext|>", ...}` as a template sees them
         template: Jinja source of the folder's chat template, or None
         history: "whole" | "per_turn" | None (not proven yet: the renderer finds out)
@@ -97,7 +97,7 @@ class TokenizerFolder:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (64 hex digits) over the tokenizer's files; weights beside them do not count."""
+        """SHA-256 (64 hex digits) over the tokenizer's files; weights in the same folder do not count."""
         total = hashlib.sha256()
         for name in FILES:
             file = self.folder / name
@@ -149,7 +149,7 @@ class TokenizerFolder:
         return CorpusEncoder(self.plain, self.vocab_size)
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for control tokens."""
+        """int32 [vocab_size]: how many UTF-8 bytes of text each id decodes to; 0 for control tokens."""
         out = np.zeros(self.vocab_size, np.int32)
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
         added = self.tokenizer.get_added_tokens_decoder()

@@ -1,10 +1,10 @@
-"""Adapters: a few trained weights on a frozen base. Put on, taken off, merged, and lent to the engine.
+"""Adapters: a few trained weights on a frozen base. Attached, disabled, and handed to the engine.
 
-    wear(model, config, seed)          base frozen, adapter trainable, in place
-    with bare(model): ...              the base alone: a reference with no second copy in memory
-    plain, lora = worn(model)          for `Engine(plain)` and `lora=lora`, sharing tensors with the model that is trained
+    attach_adapter(model, config, seed)     freezes the base and adds a trainable adapter, in place
+    with adapter_disabled(model): ...       the base alone: a reference without a second copy in memory
+    plain, lora = inference_view(model)     for `Engine(plain)` and `lora=lora`, sharing tensors with the model in training
 
-The folders of `peft` are in `adapter_folder.py`, merging is in `merging.py`.
+`folder.py` reads and writes the folders of `peft`; `merge.py` merges.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.d
 
 @dataclass(slots=True)
 class AttachedAdapter:
-    """What a model wears: kept at the model as `worn_adapter`."""
+    """What is attached to a model: the model holds it as `attached_adapter`."""
 
     config: Adapter
     targets: tuple[str, ...]  # linear layers by the names that they have on disk
@@ -48,7 +48,7 @@ class AttachedAdapter:
 
 
 def adapter_of(model: Any) -> AttachedAdapter | None:
-    """What a model wears, if anything; of a scorer what the model under its head does."""
+    """The adapter of a model, if it has one; a scorer has that of the model under its head."""
     found: AttachedAdapter | None = model.body.__dict__.get("attached_adapter")
     return found
 
@@ -56,11 +56,11 @@ def adapter_of(model: Any) -> AttachedAdapter | None:
 def attach_adapter(model: Any, config: Adapter, seed: int) -> Any:
     """Freezes the model and puts a new adapter on it, in place. Its first values depend on the seed and the layers' names alone.
 
-    Raises `ConfigError` for targets that the model does not have, and for a model that wears an adapter already.
+    Raises `ConfigError` for targets that the model does not have, and for a model that has an adapter already.
     """
     if (before := adapter_of(model)) is not None:
         raise ConfigError(
-            "one adapter at a time: the model wears one that can't be merged", field="adapter.kind", found=config.kind,
+            "one adapter at a time: the model has one that can't be merged", field="adapter.kind", found=config.kind,
             expected=f"its own, {before.config.kind}", fix="start from the base",
         )  # fmt: skip
     model.requires_grad_(False)
@@ -83,13 +83,13 @@ def attach_adapter(model: Any, config: Adapter, seed: int) -> Any:
 
 
 def attach_to_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
-    """The same for the model under a score head, or under those of an encoder's classes, which are trained whole."""
+    """Attaches an adapter to the model under a score head, or under an encoder's class heads; the heads are trained in full."""
     attach_adapter(scorer.body, config, seed)
     return attach_heads(scorer)
 
 
 def attach_heads(scorer: Any) -> Any:
-    """A scorer whose model wears an adapter: virtual tokens are parameters of it, and its heads are trained."""
+    """Makes the virtual tokens of a scorer's model the scorer's parameters, too, and its heads trainable."""
     scorer.virtual = scorer.body.virtual
     for name in scorer.heads:
         scorer.get_submodule(name).requires_grad_(True)
@@ -97,7 +97,7 @@ def attach_heads(scorer: Any) -> Any:
 
 
 def chosen(config: Adapter, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The layers that an adapter changes, of `names` on disk, and of ia3 those whose input it rescales."""
+    """Those of the layers `names` (on disk) that an adapter changes, and for ia3 those of them whose input it rescales."""
     if config.kind != "ia3":
         wanted = ("all-linear",) if config.targets == ["derived"] else config.targets
         return _matching(wanted, names), []
@@ -107,7 +107,7 @@ def chosen(config: Adapter, names: Sequence[str]) -> tuple[list[str], list[str]]
         outputs = [n for n in names if _ends(n, IA3_OUTPUTS)]
         if not (inputs and outputs):
             raise ConfigError(
-                "it is not known where this model has its keys, values and feed-forward network", field="adapter.targets",
+                "can't tell which layers make keys and values and which are the feed-forward network", field="adapter.targets",
                 found=", ".join(sorted({n.rpartition(".")[2] for n in names})), fix="name them in adapter.targets",
             )  # fmt: skip
         return outputs + inputs, inputs
@@ -137,7 +137,7 @@ def scale_of(config: Adapter, rank: int, alpha: float) -> float:
 
 
 def quantize(model: Any) -> None:
-    """Puts the linear layers of the base in 4 bits, in place; output head and embeddings stay as they are."""
+    """Quantizes the base's linear layers to 4 bits, in place; output head and embeddings are left alone."""
     for names in host_of(model).linear_layers().values():
         for name in names:
             module = model.get_submodule(name)
@@ -200,14 +200,14 @@ def _attach_virtual(model: Any, config: Adapter, seed: int) -> None:
     model.virtual = VirtualTokens(values.to(device), layers, heads).train(model.training)
     if max_text_tokens(model) < 1:
         raise ConfigError(
-            "virtual tokens leave no room for a text", field="adapter.tokens", found=config.tokens,
+            "virtual tokens fill the context", field="adapter.tokens", found=config.tokens,
             expected=f"fewer than the model's context of {shape.max_position_embeddings}",
         )  # fmt: skip
 
 
 @contextmanager
 def adapter_disabled(model: Any) -> Iterator[None]:
-    """The model without its adapter, inside."""
+    """Inside, the model runs without its adapter."""
     parts: list[Any] = [module for _, module in adapted(model)]
     if model.virtual is not None:
         parts.append(model.virtual)
@@ -260,7 +260,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """How much of a model is trained, and the bytes that each part takes."""
+    """How many parameters of a model are trained, and the bytes of base and adapter."""
 
     trained: int  # values
     whole: int  # values, the adapter's included, as if nothing were quantized
@@ -289,7 +289,8 @@ def inference_view(model: Any) -> tuple[Any, Lora | None]:
     """A model and an adapter for `Engine(plain)` and `lora=`. They share tensors with `model`, which may be trained in place:
     call `engine.weights_changed()` then.
 
-    DoRA and IA3 give (a copy of the changed layers merged, None): `follow(model, plain)` writes the changes of training to it.
+    DoRA and IA3 give (a copy of the changed layers merged, None): `sync_merged_weights(model, plain)` writes the changes of
+    training to it.
     Virtual tokens, a base in 4 bits, shards and models of `transformers` give (model, None): the engine runs these operation by
     operation.
     """
@@ -318,8 +319,8 @@ def inference_view(model: Any) -> tuple[Any, Lora | None]:
 
 @torch.no_grad()
 def sync_merged_weights(model: Any, plain: Any) -> None:
-    """Writes what training has changed to the merged layers of `plain`, which `worn(model)` gave. Nothing to do where tensors are
-    shared."""
+    """Writes what training has changed to the merged layers of `plain`, which `inference_view(model)` returned. Does
+    nothing where tensors are shared."""
     if plain is model:
         return
     for name, own in adapted(model):

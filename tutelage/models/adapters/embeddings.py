@@ -1,5 +1,5 @@
-"""The tables of tokens, trained whole beside an adapter: a base that never read the control tokens of a chat template, or texts
-like those that it is to learn, has rows for them that no change of its layers makes up for.
+"""Embeddings and output matrix, trained in full with an adapter: a base that never read the control tokens of a chat template, or
+texts like those that it is to learn, has rows for them that no change of its layers makes up for.
 
 They are `peft`'s `modules_to_save`. Tied tables are one here, and are written under both names, as `peft` holds them apart.
 """

@@ -43,11 +43,11 @@ _SAME = {"prefix_projection": (False,), "num_transformer_submodules": (1, 2, Non
 
 
 def save_adapter(model: Any, folder: Path, *, base: Path, tokenizer: Path | None = None) -> None:
-    """Writes what `model` wears so that `PeftModel.from_pretrained(base, folder)` and ours give its logits. `base` is the folder
-    that the model was loaded from; of `tokenizer` the files are copied. Of a sharded model every rank calls this, and rank 0
-    writes."""
+    """Writes the adapter of `model` so that `PeftModel.from_pretrained(base, folder)` and ours give its logits. `base` is
+    the folder that the model was loaded from; the files of `tokenizer` are copied. Of a sharded model every rank calls this, and
+    rank 0 writes."""
     attached = adapter_of(model)
-    assert attached is not None, "this model wears no adapter"
+    assert attached is not None, "this model has no adapter"
     copied = () if tokenizer is None else tokenizer_files(tokenizer)
     whole = collected(tensors_of(model, attached).items())
     if is_sharded(model) and log.rank() != 0:
@@ -157,7 +157,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     raw = adapter_config(folder)
     if raw.get("peft_type") not in KINDS:
         raise ArtifactError(
-            "this kind of adapter is not known here",
+            "unknown kind of adapter",
             file=folder / CONFIG,
             field="peft_type",
             found=raw.get("peft_type"),
@@ -177,7 +177,7 @@ def quantized_as(folder: Path) -> str:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    """What our own file beside an adapter's says of it; nothing in a folder of `peft`. Raises `ArtifactError`."""
+    """The content of our own file in an adapter's folder; empty for a folder of `peft`. Raises `ArtifactError`."""
     return read_object(folder / OURS) if (folder / OURS).is_file() else {}
 
 
@@ -251,7 +251,7 @@ def _load_tables(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dict
     others = [m for m in saved if not any(name == m or name.endswith(f".{m}") for name in tables)]
     if others:
         raise ArtifactError(
-            "the adapter has modules of its own that are no tables of tokens", file=folder / CONFIG, field="modules_to_save",
+            "the adapter replaces modules other than embeddings and output matrix", file=folder / CONFIG, field="modules_to_save",
             found=", ".join(others), expected=" | ".join(host_of(model).token_tables()), fix="merge it into its base",
         )  # fmt: skip
     try:

@@ -1,11 +1,14 @@
-"""Linear layers of a frozen base with what an adapter adds to them.
+"""Linear layers of a frozen base with the changes of an adapter, and products with them.
 
 A layer with an adapter keeps the base's parameters under their names (`q_proj.weight`) and has those of the adapter below
 `change` (`q_proj.change.a`). Where many tokens are read, base and change are one product: the changed weight is made for it, at
-the cost of a few rows of the batch, and not kept (`adapted_products.py`). For few tokens, with dropout and under autocast the
-change runs beside the base.
+the cost of a few rows of the batch, and made again in the backward pass, so that none is kept: of a base in 4 bits there is one
+layer at a time in full. For few tokens, with dropout and under autocast base and change run separately (`delta_forward`).
 
-Shapes: I and O, widths of input and output; r, rank.
+The frozen weight gets no gradient. That of a low-rank change goes through its narrow side, four products of rank r, instead of
+through the gradient of the whole weight, wherever that is less work.
+
+Shapes: N tokens, I and O widths of input and of all outputs, r rank, R the ranks of all layers together.
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ class Adapted(nn.Linear):
         return self.change.bias(self.bias) if self.changes else self.bias  # type: ignore[union-attr]
 
     def merges(self, x: Tensor) -> bool:
-        """Whether x, of many tokens, goes through one product with the changed weight."""
+        """Whether x has enough tokens for one product with the changed weight, and nothing else forbids it."""
         many = x.numel() // x.shape[-1] >= MANY
         free = not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or torch.jit.is_tracing())
         kind = self.weight.dtype if self.packed is None else self.packed.dtype

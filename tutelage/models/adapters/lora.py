@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) beside a base that stays as it is: y = W x + scale * B A x.
+"""Low-rank adapters (LoRA, Hu et al. 2021) applied to an unchanged base: y = W x + scale * B A x.
 
 Folders are `peft`'s. What one of them may ask for beyond that product (DoRA, biases, whole modules) is refused by name: such an
 adapter is to be merged into its base.
@@ -32,7 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (), "monteclora_config": (), "velora_config": (),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others take a part out of the base
 }  # fmt: skip
-"""Settings of `peft` that would change the product, and the values (beside null) that do not."""
+"""Settings of `peft` that would change the product, and the values (other than null) that do not."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -94,7 +94,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
         pair = [tensors.pop(f"{module}.lora_{x}.weight", None) for x in "AB"]
         if ours is None or pair[0] is None or pair[1] is None:
             raise ArtifactError(
-                "the adapter changes a module that it can't change beside its base", file=folder / WEIGHTS, field=module,
+                "the adapter changes a module that can't be changed without merging", file=folder / WEIGHTS, field=module,
                 expected="linear layers of this model's decoder", fix="merge the adapter into its base, or take its own base",
             )  # fmt: skip
         a, b = (x.to(weight.device, weight.dtype) for x in pair if x is not None)
@@ -124,7 +124,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"not valid JSON ({error})", file=path) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else config
-        raise ArtifactError("only LoRA runs beside its base", file=path, field="peft_type", found=found, expected="LORA")
+        raise ArtifactError("only LoRA runs without being merged", file=path, field="peft_type", found=found, expected="LORA")
     check_plain(config, path)
     return config
 

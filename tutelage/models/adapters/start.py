@@ -1,4 +1,4 @@
-"""A model that begins with an adapter: a new one on a base, or the one of a folder, to be trained on or to be used."""
+"""A model to train with an adapter: a new one on a base, or the one in a folder."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
     refuse_scorer(folder)
     if sharded and config.quantize != "none":
         raise ConfigError(
-            "weights in 4 bits are not cut over ranks", field="adapter.quantize", found=config.quantize, expected="none",
+            "weights in 4 bits are not sharded over ranks", field="adapter.quantize", found=config.quantize, expected="none",
             fix="use shard=none, where every rank holds the small base",
         )  # fmt: skip
     if sharded and config.embeddings:
         raise ConfigError(
-            "tables that are trained beside an adapter are not cut over ranks", field="adapter.embeddings", found=True,
+            "embeddings trained with an adapter are not sharded over ranks", field="adapter.embeddings", found=True,
             expected="false", fix="use shard=none",
         )  # fmt: skip
     if not is_adapter(folder):

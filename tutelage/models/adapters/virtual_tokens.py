@@ -39,7 +39,7 @@ class VirtualTokens(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Where the virtual tokens of a prefix are among the places that attention runs over, and what stands there."""
+    """Where the virtual tokens of a prefix are among the places that attention runs over, and their keys and values."""
 
     tensors: Tensor  # [L,2,P,Hkv,D]
     virtual: Tensor  # [E] bool
@@ -74,7 +74,7 @@ def max_source_target_tokens(model: Any) -> tuple[int, int]:
 
 
 def with_virtual(batch: Batch, count: int) -> Batch:
-    """The batch as one row [1, P + N], the virtual tokens first and each text behind them: a tree. Padding stays in the row, as
+    """The batch as one row [1, P + N], the virtual tokens first and each text after them: a tree. Padding stays in the row, as
     tokens of no text."""
     flat = {name: getattr(batch, name).reshape(1, -1) for name in ("ids", "segments", "positions", "targets", "weights")}
     total = flat["ids"].shape[1]

@@ -1,6 +1,6 @@
-"""Any causal language model of `transformers` behind our interface: the slow path, for families that are not ours.
+"""Any causal language model of `transformers` with our interface: the slow path, for families that are not ours.
 
-Samples stay isolated because each piece of a packed row runs as a row of its own, right-padded, in groups of similar length. That
+Samples stay isolated because each piece of a packed row runs as its own row, right-padded, in groups of similar length. That
 is right for every kind of model (rotary, learned or ALiBi positions, sliding windows, recurrent states), where a four-dimensional
 mask is right for some. Our key-value cache is not for these models (`traits.cache` is False): a generator lets them keep their
 own (`begin`, `extend`). Encoder-decoders are in `seq2seq.py`.
@@ -132,7 +132,7 @@ class Wrapped(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # Buffers of its own have to move with its modules (BART has one).
+        # Its own buffers have to move with its modules (BART has one).
         self.hf._apply(fn, recurse)
         return super()._apply(fn, recurse)
 

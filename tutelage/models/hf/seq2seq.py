@@ -113,7 +113,7 @@ class Seq2Seq(Wrapped):
 
 def new_seq2seq(shape: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Seq2Seq:
     """An encoder-decoder from scratch: random weights in the shape of a config.json, T5 where it names no `model_type`. `base`:
-    the keys that stand where `shape` says nothing.
+    defaults for keys that `shape` leaves out.
 
     Raises `ConfigError` for keys that the family does not have, and for a model of another kind; `MissingExtra`.
     """
