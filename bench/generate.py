@@ -48,7 +48,7 @@ def ours(args: argparse.Namespace) -> None:
     import torch
 
     from tutelage.engine import Engine, Sampling
-    from tutelage.models.load import load
+    from tutelage.models.open import load
 
     model: Any = load(args.weights)
     prompts = np.load(args.prompts)[: args.batch, :PROMPT].tolist()

@@ -28,7 +28,7 @@ OURS = """
 import time, torch
 from tutelage.models import kernels
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.tokenizer.load import TokenizerFolder
 kernels.available()
 started, cpu = time.perf_counter(), time.process_time()

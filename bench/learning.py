@@ -55,7 +55,7 @@ def compare(start: Path, trained: Path, data: Any, seed: int, questions: int) ->
     from tutelage.config.rewards import terms_of
     from tutelage.engine import Engine, Sampling
     from tutelage.evaluate.intervals import wilson
-    from tutelage.models.load import load
+    from tutelage.models.open import load
     from tutelage.records import Prompt, read_records
     from tutelage.rewards.build import build
     from tutelage.rollout.sampler import Sampler

@@ -196,7 +196,7 @@ def check(model: Path, jobs: list[Job], tally: Tally) -> dict[str, Any]:
     """Every finished stream against its job run alone."""
     from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
-    from tutelage.models.load import load
+    from tutelage.models.open import load
 
     engine = Engine(load(model), Renderer(model), slots=1, prefix_cache=False)
     assert engine.vocabulary is not None

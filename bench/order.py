@@ -51,7 +51,7 @@ def eight_bits(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     from tutelage.engine import Engine
     from tutelage.engine.runner import Work
     from tutelage.engine.sequence import Sampling, Sequence
-    from tutelage.models.load import load
+    from tutelage.models.open import load
     from tutelage.tokenizer.detokenize import TextStream
 
     out: dict[str, float] = {}
@@ -83,7 +83,7 @@ def main() -> None:
     from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
     from tutelage.models import kernels
-    from tutelage.models.load import load
+    from tutelage.models.open import load
     from tutelage.rundir import find
 
     folder = find(args.model, "model", args.runs).path

@@ -28,7 +28,7 @@ CONTEXT = 512
 def ours(args: argparse.Namespace) -> None:
     """Our engine, in this process."""
     from tutelage.engine import Engine
-    from tutelage.models.load import load
+    from tutelage.models.open import load
     from tutelage.tokenizer.load import TokenizerFolder
 
     tokenizer, engine = TokenizerFolder(args.weights), Engine(load(args.weights), slots=1)

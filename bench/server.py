@@ -38,7 +38,7 @@ def prompts(count: int) -> list[list[int]]:
 def inside(weights: Path, repeat: int) -> dict[str, float]:
     """The engine in this process: seconds to a first token alone, and tokens a second of 16 answers."""
     from tutelage.engine import Engine, Sampling
-    from tutelage.models.load import load
+    from tutelage.models.open import load
 
     engine = Engine(load(weights), slots=CLIENTS, max_length=PROMPT + NEW, prefix_cache=False)
     texts = prompts(CLIENTS)

@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
-    from tutelage.models.load import load
+    from tutelage.models.open import load
     from tutelage.rundir import find
 
     folder, small = (find(m, "model", args.runs).path for m in (args.model, args.draft))

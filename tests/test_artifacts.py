@@ -214,7 +214,7 @@ def test_files_of_a_folder_have_the_users_mode(tmp_path: Path) -> None:
 
 def test_a_file_without_rights_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`No such file` for weights that are there and that one may not read."""
-    from tutelage.models import load
+    from tutelage.models import folder as load
 
     def refused(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

@@ -16,7 +16,7 @@ from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 ENDS = (2, 7, 11, 19, 23, 40, 52, 61, 77)
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}

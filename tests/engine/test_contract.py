@@ -24,7 +24,7 @@ from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.vllm.engine import VllmEngine
 from tutelage.errors import ConfigError, DataError, UserError
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.structured.grammar import Grammar
 
 CONTEXT = 96

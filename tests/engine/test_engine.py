@@ -14,7 +14,7 @@ from tests.engine import small
 from tutelage.engine import Engine, Sampling, Sequence, TokenScore
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError, DataError
-from tutelage.models.interface import Batch
+from tutelage.models.interface import Batch, Traits
 from tutelage.tokenizer.detokenize import TextStream, Vocabulary
 
 VOCAB = 97
@@ -38,7 +38,7 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 class NoCache(torch.nn.Module):
     """The same model as one that cannot cache, as an adapter would be."""
 
-    supports_cache = False
+    traits = Traits()
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from tutelage.engine.hf_runner import HfRunner
 from tutelage.engine.runner import CachedRunner, FusedRunner, RecomputingRunner
 from tutelage.models import families, kernels
 from tutelage.models.hf.causal import Adapter
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 TOKENS, NEAR = 26, 2e-4
 GREEDY = Sampling(TOKENS, temperature=0)

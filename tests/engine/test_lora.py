@@ -17,7 +17,7 @@ from tutelage.engine.runner import CachedRunner, FusedRunner
 from tutelage.errors import ArtifactError
 from tutelage.models import kernels
 from tutelage.models.adapters.lora import Lora, read_lora
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 GREEDY = Sampling(10, temperature=0, logprobs=0)
 BASES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.models.hf.seq2seq import Seq2Seq
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 T5: dict[str, Any] = {
     "model_type": "t5", "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,

@@ -13,7 +13,7 @@ from tutelage.errors import ArtifactError
 from tutelage.gguf import reader
 from tutelage.gguf.architecture import config_of, shortest
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 REAL_LLAMA3 = {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
 SAME = ("llama", "llama-biased-tied", "llama-llama3", "llama-linear", "llama-yarn", "qwen2", "qwen3", "gemma")

@@ -18,8 +18,9 @@ from tutelage.errors import ArtifactError
 from tutelage.files import file_digest
 from tutelage.gguf import folder as opened
 from tutelage.gguf.folder import file_of, model_folder, packaged, reference_to
+from tutelage.models.folder import check_folder
 from tutelage.models.interface import Batch
-from tutelage.models.load import check_folder, load
+from tutelage.models.open import load
 from tutelage.rundir import find
 
 

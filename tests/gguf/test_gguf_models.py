@@ -16,7 +16,7 @@ from strings_2000 import strings
 from tutelage.gguf import reader
 from tutelage.gguf.dequantize import dequantize
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.tokenizer.load import TokenizerFolder
 
 NAMES = ("smollm2", "gemma")

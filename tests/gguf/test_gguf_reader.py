@@ -12,7 +12,7 @@ from gguf_files import byte_tokens, plain, tiny, write
 
 from tutelage.errors import ArtifactError, UserError
 from tutelage.gguf.reader import is_gguf, read
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.tokenizer.load import TokenizerFolder
 
 

@@ -19,7 +19,7 @@ from tutelage.config.adapter import Adapter
 from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.data.groups.source import count, family_batch
 from tutelage.data.tokens.loader import GlobalBatch
-from tutelage.models.adapters.attach import attach_adapter, wear_scorer
+from tutelage.models.adapters.attach import attach_adapter, attach_to_scorer
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.scorer import build_scorer
@@ -29,7 +29,7 @@ from tutelage.objectives import TABLE
 def dressed(part: Any, adapter: Adapter | None) -> Any:
     if adapter is None:
         return part
-    return wear_scorer(part, adapter, 0) if hasattr(part, "score") or hasattr(part, "heads") else attach_adapter(part, adapter, 0)
+    return attach_to_scorer(part, adapter, 0) if part.heads else attach_adapter(part, adapter, 0)
 
 
 def pairs() -> list[PromptGroup]:

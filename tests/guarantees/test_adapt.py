@@ -15,7 +15,7 @@ from tests.guarantees import tiny
 from tutelage import api
 from tutelage.errors import ConfigError, UserError
 from tutelage.files import read_json
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.records import Document
 from tutelage.tokenizer.load import TokenizerFolder
 

@@ -14,7 +14,7 @@ from tests.pipeline import tutelage
 from tutelage.config.stages import Rl
 from tutelage.errors import ConfigError, RewardError
 from tutelage.files import read_json
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.models.scorer import build_scorer
 from tutelage.models.scorer_export import save_scorer
 from tutelage.rollout.source import read_rollouts

@@ -17,7 +17,7 @@ from tutelage.errors import ArtifactError
 from tutelage.models.adapters.attach import attach_adapter, trainable
 from tutelage.models.adapters.folder import OURS, load_adapter, save_adapter
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 BASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **SHAPE, "head_dim": 16},

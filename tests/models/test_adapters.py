@@ -33,7 +33,7 @@ from tutelage.models.adapters.nf4 import BLOCK, VALUES, dequantize, quantize
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.models.scorer import build_scorer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -254,7 +254,7 @@ def test_a_merge_that_goes_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     """A check that compares a model with itself."""
     model = dressed("lora")
     monkeypatch.setattr(LowRankChange, "weight", lambda self, base: base)
-    with pytest.raises(ArtifactError, match="does not say what the adapted one says"):
+    with pytest.raises(ArtifactError, match="differ from those of the adapted model"):
         merge(model)
 
 

@@ -17,7 +17,7 @@ from tutelage.models.config import DecoderConfig, check_vocabulary, unsupported
 from tutelage.models.decoder import Decoder
 from tutelage.models.export import save
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 IDS = [[5, 9, 40, 3, 77, 12, 8, 60, 31, 2, 90, 14, 22, 7, 1, 55, 48, 19, 33, 70, 6, 11, 95, 4]] * 4
 IDS[1] = IDS[1][::-1]  # 96 tokens: projections run fused; single rows and decoding (test_decoder) run apart

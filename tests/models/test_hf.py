@@ -17,7 +17,7 @@ from tutelage.models.export import save
 from tutelage.models.heads import LmHead
 from tutelage.models.hf.causal import Adapter, LogitsHead, pieces
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.models.shard import is_shard, layers, shard, whole
 from tutelage.objectives.next_token import next_token
 from tutelage.train import distributed

@@ -17,9 +17,10 @@ from tutelage.errors import ArtifactError
 from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
 from tutelage.models.export import read_stop_ids, save
+from tutelage.models.folder import read_config
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
-from tutelage.models.load import load, read_config
+from tutelage.models.open import load
 
 IDS = [[5, 9, 40, 3, 77, 12, 8, 60]]
 
@@ -201,7 +202,7 @@ def test_code_in_the_folder_of_a_known_family_is_not_run(untied: Path) -> None:
 
 def test_loading_our_families_does_not_import_transformers(untied: Path) -> None:
     """transformers takes seconds to import; `tutelage chat` promises its first token in five."""
-    code = "import sys; from tutelage.models.load import load; load(sys.argv[1]); sys.exit('transformers' in sys.modules)"
+    code = "import sys; from tutelage.models.open import load; load(sys.argv[1]); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(untied)], check=False).returncode == 0
 
 

@@ -12,7 +12,7 @@ from tests.models.shapes import SHAPE, reference_logits, written
 from tutelage.models import extend as extending
 from tutelage.models.export import save
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 PIECES = [(3, 4), (5, 6, 3), (96, 7)]
 BIASED: dict[str, Any] = {

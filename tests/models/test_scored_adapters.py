@@ -18,13 +18,14 @@ from tutelage.config.adapter import Adapter
 from tutelage.engine import Engine, Sampling
 from tutelage.engine.limits import ContextOverflow
 from tutelage.errors import ArtifactError, ConfigError
-from tutelage.models.adapters.attach import adapter_disabled, attach_adapter, trainable, wear_scorer
+from tutelage.models.adapters.attach import adapter_disabled, attach_adapter, attach_to_scorer, trainable
 from tutelage.models.adapters.folder import load_adapter, save_adapter
-from tutelage.models.adapters.score_heads import load_scored, save_scored
+from tutelage.models.adapters.score_heads import save_scored
 from tutelage.models.hf.encoder import PROBLEM, ClassScorer, load_classifier
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
-from tutelage.models.scorer import Scorer, build_scorer, load_scorer, score_answers
+from tutelage.models.open import load
+from tutelage.models.open_scorer import load_scored, load_scorer
+from tutelage.models.scorer import Scorer, build_scorer, score_answers
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -127,7 +128,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_opens_what_we_write(base: Path, kind: str, tmp_path: Path) -> None:
     """A folder that only we can read; heads that are lost beside virtual tokens, a text that sees another's."""
-    part = wear_scorer(start(base), Adapter(**KINDS[kind]), 0)
+    part = attach_to_scorer(start(base), Adapter(**KINDS[kind]), 0)
     disturb(part)
     save_scored(part, tmp_path / "adapter", base=base, tokenizer=base)
     expected = ours(part)
@@ -174,7 +175,7 @@ def test_answers_are_scored_behind_virtual_tokens(name: str, kind: str, tmp_path
     """A reward model that is asked in packs, where beginnings are shared, and by folder as the stages do."""
     reference(BASES[name]).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    part = wear_scorer(build_scorer(load(tmp_path / "base"), 1), Adapter(**KINDS[kind]), 0)
+    part = attach_to_scorer(build_scorer(load(tmp_path / "base"), 1), Adapter(**KINDS[kind]), 0)
     disturb(part)
     save_scored(part, tmp_path / "adapter", base=tmp_path / "base", tokenizer=tmp_path / "base")
     texts = [[*TEXTS[1], *tail] for tail in ([5, 6], [7], [8, 9, 10])]
@@ -187,7 +188,7 @@ def test_a_scored_adapter_writes_no_text_and_a_language_models_has_no_score(tmp_
     base = tmp_path / "base"
     reference(BASES["qwen3"]).save_pretrained(base)
     (base / "tokenizer.json").write_text("{}")
-    save_scored(wear_scorer(start(base), Adapter(kind="prompt"), 0), tmp_path / "scored", base=base, tokenizer=base)
+    save_scored(attach_to_scorer(start(base), Adapter(kind="prompt"), 0), tmp_path / "scored", base=base, tokenizer=base)
     save_adapter(attach_adapter(load(base), Adapter(kind="prompt"), 0), tmp_path / "writes", base=base)
     with pytest.raises(ArtifactError, match="writes no text") as refused:
         load(tmp_path / "scored")
@@ -203,7 +204,7 @@ def test_heads_of_another_base_are_refused(tmp_path: Path) -> None:
     base = tmp_path / "base"
     reference(BASES["qwen3"]).save_pretrained(base)
     (base / "tokenizer.json").write_text("{}")
-    save_scored(wear_scorer(start(base), Adapter(kind="prompt"), 0), tmp_path / "scored", base=base, tokenizer=base)
+    save_scored(attach_to_scorer(start(base), Adapter(kind="prompt"), 0), tmp_path / "scored", base=base, tokenizer=base)
     from safetensors.torch import load_file, save_file
 
     weights = tmp_path / "scored" / "adapter_model.safetensors"
@@ -222,8 +223,8 @@ def test_an_encoder_without_a_place_for_a_prefix_says_so(tmp_path: Path) -> None
          ).save_pretrained(tmp_path / "base")  # fmt: skip
     part = load_classifier(tmp_path / "base", "class", OUTPUTS)[0]
     with pytest.raises(ConfigError, match="read no keys and values before a text"):
-        wear_scorer(part, Adapter(kind="prefix"), 0)
-    assert torch.isfinite(torch.stack(ours(wear_scorer(part, Adapter(kind="prompt"), 0)))).all()
+        attach_to_scorer(part, Adapter(kind="prefix"), 0)
+    assert torch.isfinite(torch.stack(ours(attach_to_scorer(part, Adapter(kind="prompt"), 0)))).all()
 
 
 def test_virtual_tokens_take_room_from_the_texts(tmp_path: Path) -> None:

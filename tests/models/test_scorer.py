@@ -20,8 +20,9 @@ from tutelage.models import families
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
-from tutelage.models.scorer import Scorer, build_scorer, load_scorer, score_answers
+from tutelage.models.open import load
+from tutelage.models.open_scorer import load_scorer
+from tutelage.models.scorer import Scorer, build_scorer, score_answers
 from tutelage.models.scorer_export import save_scorer
 from tutelage.models.shard import is_shard, layers, shard, whole
 from tutelage.train import distributed

@@ -21,7 +21,7 @@ from tutelage.files import read_json
 from tutelage.models.export import save
 from tutelage.models.hf.seq2seq import Seq2Seq, new_seq2seq
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.objectives import objective
 from tutelage.records import Conversation, Message
 from tutelage.tokenizer.load import TokenizerFolder

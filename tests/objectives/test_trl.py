@@ -17,7 +17,7 @@ import torch
 from tests.objectives import small
 from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.models.decoder import Decoder
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.objectives import objective
 from tutelage.train.step import StepConfig, gradients
 

@@ -12,7 +12,7 @@ from tests.engine import small
 from tests.serve.running import Process
 from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
-from tutelage.models.load import load
+from tutelage.models.open import load
 
 
 @pytest.fixture(scope="module")

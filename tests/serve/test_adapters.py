@@ -17,7 +17,7 @@ from tests.serve.running import Running
 from tutelage.chat.render import Renderer
 from tutelage.engine import Engine, Sampling
 from tutelage.models.adapters.lora import read_lora
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.serve.app import build_app
 from tutelage.serve.keys import KeyRing, add_key
 from tutelage.serve.listen import Options, open_engine

@@ -24,7 +24,7 @@ from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.engine.hf_runner import HfRunner
 from tutelage.models.decoder import Decoder
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.serve.app import create_app
 
 NAME, NEAR, TOKENS = "foreign", 2e-4, 24

@@ -15,7 +15,7 @@ from tests.serve.running import Running
 from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.models.export import save
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.serve.app import create_app
 
 pytestmark = pytest.mark.peers

@@ -20,7 +20,7 @@ from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.rundir import RunDir, find
 
 TUNED = {**TRAIN, "steps": 4, "kernels": True}

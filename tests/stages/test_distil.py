@@ -12,7 +12,7 @@ from tutelage import api
 from tutelage.data.tokens.loader import GlobalBatch
 from tutelage.errors import ConfigError
 from tutelage.files import read_json
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.rollout.source import RolloutSource
 from tutelage.rundir import RunDir
 from tutelage.train.checkpoint import latest

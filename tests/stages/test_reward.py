@@ -20,7 +20,8 @@ from tutelage.errors import DataError
 from tutelage.files import read_json
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
-from tutelage.models.scorer import build_scorer, load_scorer, score_answers
+from tutelage.models.open_scorer import load_scorer
+from tutelage.models.scorer import build_scorer, score_answers
 from tutelage.records import Message, Preference, Rating
 from tutelage.setup import answers
 

@@ -49,7 +49,7 @@ def open_engine(model_folder: Path | str, max_length: int | None, device: str, d
     """An engine for one conversation."""
     from tutelage.chat.render import Renderer
     from tutelage.engine import Engine
-    from tutelage.models.load import load
+    from tutelage.models.open import load
 
     renderer = Renderer(Path(model_folder))
     return Engine(load(model_folder, device=device, dtype=dtype), renderer, 1, max_length, seed=secrets.randbits(31))

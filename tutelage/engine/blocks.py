@@ -125,8 +125,8 @@ def common_length(a: Sequence[int], b: Sequence[int], most: int) -> int:
 
 def caches(model: Any, length: int) -> bool:
     """Whether our cache is for texts of `length` tokens of this model."""
-    most = getattr(model, "cacheable", None)
-    return getattr(model, "supports_cache", False) and (most is None or length <= most)
+    traits = model.traits
+    return traits.cache and (traits.cache_limit is None or length <= traits.cache_limit)  # type: ignore[no-any-return]
 
 
 def token_bytes(model: Any) -> int:

@@ -13,8 +13,8 @@ from tutelage.models.interface import Batch
 
 def embed(model: Any, device: torch.device, prompts: Seq[Seq[int]]) -> list[np.ndarray]:
     """For each list of token ids the mean of its last hidden states, float32 [H], of length 1. One forward pass, but one for each
-    text where angles follow the length of a row (`Decoder.cacheable`)."""
-    if len(prompts) > 1 and getattr(model, "cacheable", None) is not None:
+    text where angles follow the length of a row (`Traits.cache_limit`)."""
+    if len(prompts) > 1 and model.traits.cache_limit is not None:
         return [vector for ids in prompts for vector in embed(model, device, [ids])]
     batch = Batch.of([list(ids) for ids in prompts], device=device)
     hidden = model(batch).hidden.float()  # [B,T,H]

@@ -63,7 +63,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.model, self.renderer, self.seed = model, renderer, seed
         self.context_length = _context(model, max_length)
-        self.encodes: bool = getattr(model, "is_encoder_decoder", False)
+        self.encodes: bool = model.traits.encoder_decoder
         self.rooms = (
             tuple(min(self.context_length, r) for r in max_source_target_tokens(model))
             if self.encodes
@@ -100,10 +100,11 @@ class Engine:
             return ModelDrafter(draft, self.model, slots, self.context_length)
 
     def _memory(self, slots: Slots, cache: KVCache | None, draft: Any, cache_bytes: int) -> Memory:
-        """What bounds the cache: of our own on a CPU and of a causal model of `transformers`, tokens; else its places."""
+        """What bounds the cache: of our own on a CPU and of a causal model of `transformers`, tokens; else its places. An
+        encoder-decoder keeps encoded sources, too, whose length is not known here."""
         one = token_bytes(self.model) + (0 if draft is None else token_bytes(draft))
-        sources = getattr(self.model, "is_encoder_decoder", False)  # theirs are kept, too, and are not known here
-        if not one or sources or (cache is not None and self.device.type != "cpu") or isinstance(self.runner, RecomputingRunner):
+        elsewhere = cache is not None and self.device.type != "cpu"
+        if not one or self.encodes or elsewhere or isinstance(self.runner, RecomputingRunner):
             return Memory(slots)
         held = [each for each in (cache, self.guesser) if isinstance(each, KVCache | ModelDrafter)]
 
@@ -392,7 +393,7 @@ def evaluating(model: Any) -> Iterator[None]:
 def _context(model: Any, wanted: int | None) -> int:
     own = None
     if getattr(model.config, "max_position_embeddings", None) is not None:
-        own = max(max_source_target_tokens(model)) if getattr(model, "is_encoder_decoder", False) else max_text_tokens(model)
+        own = max(max_source_target_tokens(model)) if model.traits.encoder_decoder else max_text_tokens(model)
     if wanted is None and own is None:
         raise ConfigError("the model does not say how long its context is", field="max_length", fix="set max_length")
     if wanted is not None and (wanted < 2 or (own is not None and wanted > own)):

@@ -86,7 +86,7 @@ class GraphRunner(CachedRunner):
         """None where a graph would not do what the model does: one with hooks, one whose angles follow the length of a text, or
         one whose captured step, tried here, does not agree."""
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        if hooked or getattr(model, "cacheable", None) is not None:
+        if hooked or model.traits.cache_limit is not None:
             return None
         runner = cls(model, cache)
         return runner if _agrees(runner, CachedRunner(model, cache)) else None

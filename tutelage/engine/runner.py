@@ -185,7 +185,7 @@ class RecomputingRunner(OneAdapter):
 
     def read(self, work: list[Work]) -> Tensor:
         texts = [w.sequence.ids[: w.sequence.cached] + w.tokens for w in work]
-        if getattr(self.model, "is_encoder_decoder", False):
+        if self.model.traits.encoder_decoder:
             hidden = self.model.read([w.sequence.source for w in work], texts)
         else:
             hidden = self.model(Batch.of(texts, device=self.device)).hidden

@@ -37,8 +37,8 @@ class Scored:
 
 def score(model: Any, device: torch.device, requests: Seq[Request], top: int) -> list[Scored]:
     """Log-probabilities of ids[start:], each given all ids before it. Results in the order of `requests`."""
-    steady = getattr(model, "cacheable", None) is None
-    families = _families(requests, shared=steady and getattr(model, "supports_cache", False))
+    steady = model.traits.cache_limit is None
+    families = _families(requests, shared=steady and model.traits.cache)
     out: dict[int, Scored] = {}
     # Where angles follow the length of a row, each text has one to itself.
     for pack in _packs(families) if steady else [[f] for f in families]:

@@ -85,7 +85,7 @@ def measure(
     """
     stride = stride if stride is not None else max(1, row_length // 2)
     sums = DocumentSums()
-    was_training = getattr(model, "training", False)
+    was_training = model.training
     model.train(False)
     try:
         for group in _groups(documents):

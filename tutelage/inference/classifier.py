@@ -13,12 +13,13 @@ import torch
 from tutelage.artifacts import ADAPTER, adapter_config, is_adapter, is_scored
 from tutelage.data.groups.examples import Encoded, Task, TextEncoder, spans_of
 from tutelage.errors import ArtifactError, DataError
-from tutelage.models.adapters.score_heads import load_scored, names_of
+from tutelage.models.adapters.score_heads import names_of
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
+from tutelage.models.folder import read_config
 from tutelage.models.hf.encoder import PROBLEM, ClassScorer, context, is_encoder, load_classifier
 from tutelage.models.interface import Batch
-from tutelage.models.load import read_config
-from tutelage.models.scorer import Scorer, load_scorer
+from tutelage.models.open_scorer import load_scored, load_scorer
+from tutelage.models.scorer import Scorer
 from tutelage.records import Span
 from tutelage.tokenizer.load import TokenizerFolder
 
@@ -137,11 +138,7 @@ def separator(words: TokenizerFolder) -> int | None:
 
 def longest(words: TokenizerFolder, part: ClassScorer | Scorer) -> int:
     """Tokens of a text: what the model reads, and what its tokenizer says where that is less."""
-    most = (
-        context(part.hf) - (0 if part.virtual is None else len(part.virtual))
-        if isinstance(part, ClassScorer)
-        else max_text_tokens(part)
-    )
+    most = context(part.hf) - part.traits.virtual_tokens if isinstance(part, ClassScorer) else max_text_tokens(part)
     return min(most, words.max_length or 1 << 20)
 
 

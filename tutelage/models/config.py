@@ -99,7 +99,7 @@ class DecoderConfig:
         return _Reader(raw, families.family(raw["model_type"]), file).config()
 
     def to_hf(self) -> dict[str, Any]:
-        """The object of a config.json for `transformers` 5, with the older rotary keys beside the new ones."""
+        """The object of a config.json for `transformers` 5, with both the older and the new rotary keys."""
         return _write(self, families.family(self.model_type))
 
     def with_tokens(self, *, bos: int | None, eos: tuple[int, ...], pad: int | None) -> DecoderConfig:

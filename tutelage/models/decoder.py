@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.models import ops
-from tutelage.models.adapters.virtual_tokens import Prefix, VirtualTokens, with_virtual
+from tutelage.models.adapters.virtual_tokens import Prefix, VirtualTokens, count_virtual, with_virtual
 from tutelage.models.attention import layout
 from tutelage.models.config import DecoderConfig
 from tutelage.models.heads import LmHead
-from tutelage.models.interface import Batch, KVCache, Output
+from tutelage.models.interface import Batch, KVCache, Output, Traits
 from tutelage.models.layers import Context, Layer, Places, is_plain, make_norm
 from tutelage.models.rotary import Rotary
 
@@ -40,13 +40,13 @@ class Decoder(nn.Module):
     The weights are what torch's modules start with: `init.build` and `load.load` give a model that is ready for use.
     """
 
-    supports_trees = True
     virtual: VirtualTokens | None
+    heads: tuple[str, ...] = ()  # modules of score heads: a scorer has some
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.virtual = None  # what an adapter of virtual tokens puts before every text
+        self.virtual = None  # the virtual tokens of a prompt or prefix adapter
         self.model = Backbone(config)
         self.lm_head = LmHead(nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size)), softcap=config.logit_softcap)
         self.tie()
@@ -54,14 +54,21 @@ class Decoder(nn.Module):
         self._checkpointing = "none"
 
     @property
-    def supports_cache(self) -> bool:
-        """With virtual tokens whole texts are read: a cache would have to hold them too."""
-        return self.virtual is None or self.virtual.bare
+    def traits(self) -> Traits:
+        # With virtual tokens whole texts are read: a cache would have to hold them, too.
+        return Traits(
+            cache=self.active_virtual is None, cache_limit=self.rotary.steady, trees=True, virtual_tokens=count_virtual(self)
+        )
 
     @property
-    def cacheable(self) -> int | None:
-        """Tokens of the longest text whose keys may be kept while it grows; None for any number."""
-        return self.rotary.steady
+    def body(self) -> Decoder:
+        """The model under the heads: itself."""
+        return self
+
+    @property
+    def active_virtual(self) -> VirtualTokens | None:
+        """The virtual tokens that come before every text now; None while the adapter is disabled."""
+        return None if self.virtual is None or self.virtual.disabled else self.virtual
 
     def tie(self) -> None:
         """Makes the head share the embeddings where the config says so."""
@@ -91,13 +98,13 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, keep_layers: bool = False) -> Output:
         """Hidden states after the last norm [B,T,H]; those of padding mean nothing. `keep_layers` adds every layer's output."""
         assert batch.attention == "causal", f"this decoder is causal, not {batch.attention}"
-        if self.virtual is not None and not self.virtual.bare:
-            return self._behind(self.virtual, batch, keep_layers)
+        if self.active_virtual is not None:
+            return self._after_virtual(self.active_virtual, batch, keep_layers)
         x = self.embed(batch)
         return self._run(x, self.context(batch, x.dtype), batch.cache is None, keep_layers)
 
-    def _behind(self, virtual: VirtualTokens, batch: Batch, keep_layers: bool) -> Output:
-        """`forward` of every text behind the virtual tokens, which are not in the output."""
+    def _after_virtual(self, virtual: VirtualTokens, batch: Batch, keep_layers: bool) -> Output:
+        """`forward` of every text after the virtual tokens, which are not in the output."""
         assert batch.cache is None and batch.embeds is None, "virtual tokens need whole texts, as tokens"
         count = len(virtual)
         wide = with_virtual(batch, count)

@@ -6,7 +6,7 @@
   arXiv:2306.13649, equation 1); near forward for a small beta and near reverse for one near 1, each times its small share.
 
 Both distributions are softened by `temperature` first. The result is not multiplied by its square, as in GKD and unlike Hinton's,
-so that a high temperature makes it small beside a cross-entropy.
+so that a high temperature makes it small compared with a cross-entropy.
 
 Shapes: n tokens, V vocabulary, k tokens of the teacher that are known.
 """
@@ -42,7 +42,7 @@ class Logits(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class Teacher:
-    """A teacher that runs beside the student. Its logits are made for some tokens at a time."""
+    """A teacher that runs with the student. Its logits are made for some tokens at a time."""
 
     head: Logits
     hidden: Tensor  # [n,H']

@@ -12,20 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tutelage import log
-from tutelage.errors import ArtifactError
 from tutelage.files import read_object, whole_folder, write_json
 from tutelage.models import families
 from tutelage.models.decoder import Decoder
-from tutelage.models.load import DTYPES, INDEX, WEIGHTS
+from tutelage.models.folder import DTYPES, INDEX, WEIGHTS, tokenizer_files
+from tutelage.models.hf.causal import Wrapped, save_hf
 from tutelage.models.names import Stored, stored
 from tutelage.models.shard import collected, is_sharded, release
 from tutelage.plan.config_json import end_ids
 
 SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tutelage.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
 
 
 def save(
@@ -55,8 +51,6 @@ def save(
             _write_decoder(model, held, partial, kind, shard_bytes)
             write_json(partial / "generation_config.json", generation_config(model.config.to_hf(), stop_ids))
         else:
-            from tutelage.models.hf.causal import Wrapped, save_hf
-
             assert isinstance(model, Wrapped), type(model)
             save_hf(model, held, partial, kind, shard_bytes)
             if stop_ids:
@@ -70,16 +64,7 @@ def save(
 def tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """What is stored of a model, a tensor that has several names under each of them where `transformers` does the writing."""
     release(model)
-    hf = model.__dict__.get("hf")
-    return model.named_parameters() if hf is None else hf.state_dict(keep_vars=True).items()
-
-
-def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a tokenizer folder (or of a model folder with a tokenizer) that belong to the tokenizer."""
-    found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    if not any(f.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for f in found):
-        raise ArtifactError("there is no tokenizer in this folder", file=folder, expected="a tokenizer.json")
-    return found
+    return model.hf.state_dict(keep_vars=True).items() if isinstance(model, Wrapped) else model.named_parameters()
 
 
 def generation_config(raw: dict[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:

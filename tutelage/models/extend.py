@@ -1,4 +1,4 @@
-"""Rows for new tokens in a model's embedding and head, begun from those of the old tokens that they stand for."""
+"""Rows for new tokens in a model's embedding and head, initialized from those of the old tokens that they replace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError, Setting
 from tutelage.models.decoder import Decoder
+from tutelage.models.hf.causal import Adapter
 from tutelage.models.unfilled import unfilled
 
 Pieces = Sequence[Sequence[int]]
@@ -79,8 +80,6 @@ def _decoder(model: Decoder, size: int) -> Decoder:
 
 
 def _of_transformers(model: Any, size: int) -> Any:
-    from tutelage.models.hf.causal import Adapter
-
     if not isinstance(model, Adapter):
         raise ArtifactError(
             "only causal language models can be given new tokens",

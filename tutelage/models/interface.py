@@ -232,16 +232,26 @@ class Output:
     aux: Mapping[str, Tensor] = field(default_factory=dict)  # named sums that an objective may add (router loss)
 
 
+@dataclass(slots=True, frozen=True)
+class Traits:
+    """What a model can do. Code that has to choose reads this instead of asking for a model's class."""
+
+    cache: bool = False  # reads and fills `batch.cache`, our key-value cache
+    cache_limit: int | None = None  # tokens of the longest text whose cached keys stay right while it grows; None: any length
+    trees: bool = False  # reads a beginning that several texts of a batch share once (`batch.tree`)
+    encoder_decoder: bool = False  # writes a target after a source: `begin`, `read`, `start` and `ends`
+    virtual_tokens: int = 0  # positions of the context that an adapter's virtual tokens take
+    virtual_sources: bool = False  # of an encoder-decoder: whether they come before the source, not before the target
+
+
 class Model(Protocol):
-    """Our decoder, and any model of `transformers` behind its adapter."""
+    """Our decoder, and any model of `transformers` with the same interface."""
 
     config: Any  # vocab_size, hidden_size, num_hidden_layers, ...; `to_hf()`
-    lm_head: Any  # heads.LmHead, or one with the same three methods
+    lm_head: Any  # heads.LmHead, or one with the same methods
 
     @property
-    def supports_cache(self) -> bool:
-        """Whether `batch.cache` is understood."""
-        ...
+    def traits(self) -> Traits: ...
 
     def __call__(self, batch: Batch) -> Output: ...
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.models import kernels, ops
-from tutelage.models.adapters.linear import Adapted
-from tutelage.models.adapters.products import product
+from tutelage.models.adapters.linear import Adapted, product
 from tutelage.models.adapters.virtual_tokens import Prefix
 from tutelage.models.attention import Layout, attend, attend_cached, attend_qkv
 from tutelage.models.config import DecoderConfig
@@ -97,7 +96,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What every layer of one forward pass needs besides its input."""
+    """What every layer of one forward pass needs in addition to its input."""
 
     layout: Layout | None  # None when attention reads the cache
     turns: Turns
@@ -139,7 +138,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 def fusable(x: Tensor, parts: Sequence[nn.Module]) -> bool:
     many = x.numel() // x.shape[-1] >= FUSE_FROM
-    return many and all(m.takes(x) if isinstance(m, Adapted) else is_plain(m) for m in parts)
+    return many and all(m.merges(x) if isinstance(m, Adapted) else is_plain(m) for m in parts)
 
 
 def fused_linear(x: Tensor, norm: nn.Module | None, parts: Sequence[nn.Linear]) -> Tensor:
@@ -258,7 +257,7 @@ class MLP(nn.Module):
             wide = act(self.gate_proj(x)) * self.up_proj(x) if self.gated else act(self.up_proj(x))
             return self.down_proj(wide)  # type: ignore[no-any-return]
         gate_up = fused_linear(x, norm, (self.gate_proj, self.up_proj))
-        if self.activation == "silu" and isinstance(self.down_proj, Adapted) and self.down_proj.takes(gate_up):
+        if self.activation == "silu" and isinstance(self.down_proj, Adapted) and self.down_proj.merges(gate_up):
             if kernels.fits(gate_up):
                 return product(gate_up, (self.down_proj,), gated=True)
         elif self.activation == "silu" and is_plain(self.down_proj):
@@ -268,7 +267,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with a residual; norms stand where the config names them."""
+    """Attention and MLP, each with a residual; the config says where norms are."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()

@@ -85,7 +85,7 @@ def _yarn(rope: Rope, scaling: Mapping[str, float]) -> Tensor:
     first, width = scaling["original_max_position_embeddings"], rope.width
 
     def dimension(turns: float) -> float:
-        """The dimension that turns so many times within the first training length."""
+        """The dimension with that many turns within the original training length."""
         return (width * math.log(first / (turns * 2 * math.pi))) / (2 * math.log(rope.theta))
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)

@@ -9,20 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tutelage.artifacts import is_adapter
-from tutelage.errors import ArtifactError
-from tutelage.models.config import DecoderConfig, unsupported
+from tutelage.models.adapters.virtual_tokens import VirtualTokens
 from tutelage.models.decoder import Decoder
-from tutelage.models.interface import Batch
-from tutelage.models.load import DTYPES, check_folder, fill, read_config, scores, stored_shapes
-from tutelage.models.unfilled import unfilled
+from tutelage.models.hf.scorer import body_of
+from tutelage.models.interface import Batch, Traits
 
 HEAD = ("score.weight", "score.bias")
 SHARED_TOKENS = 16
@@ -35,15 +31,17 @@ class Scorer(nn.Module):
     Parameters have the names of Hugging Face: those of the model without its language head, and `score.weight` [K,H].
     """
 
-    backbone: Any  # a Decoder, or what stands under the head of a `transformers` classifier
+    heads = ("score",)
+    backbone: Any  # a Decoder, or what is under the head of a `transformers` classifier
 
     def __init__(self, backbone: Any, score: nn.Linear, outputs: Sequence[str], problem: str = "regression") -> None:
         super().__init__()
         # Its modules are registered, the model itself is not: a name would otherwise begin with its attribute.
         self.__dict__["backbone"] = backbone
         for name, module in backbone.named_children():
-            if name not in ("lm_head", "score"):
+            if name not in ("lm_head", "score", "virtual"):
                 self.add_module(name, module)
+        self.virtual: VirtualTokens | None = backbone.virtual
         self.score = score
         self.outputs, self.problem = tuple(outputs), problem
 
@@ -53,19 +51,15 @@ class Scorer(nn.Module):
         return replace(self.backbone.config, source=self.backbone.config.source | labels(self.outputs, self.problem))
 
     @property
-    def supports_cache(self) -> bool:
-        return bool(self.backbone.supports_cache)
-
-    @property
-    def supports_trees(self) -> bool:
-        """Whether batches may hold texts that share a beginning."""
-        return bool(getattr(self.backbone, "supports_trees", False))
-
-    @property
-    def cacheable(self) -> int | None:
-        """As of a decoder: tokens up to which a text's angles do not follow the length of its row; None for any number."""
-        found: int | None = getattr(self.backbone, "cacheable", None)
+    def traits(self) -> Traits:
+        """Those of the model under the head."""
+        found: Traits = self.backbone.traits
         return found
+
+    @property
+    def body(self) -> Any:
+        """The model under the head: what adapters change."""
+        return self.backbone
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +115,6 @@ def build_scorer(model: Any, outputs: int | Sequence[str] = 1, seed: int = 0, pr
         score = nn.Linear(model.config.hidden_size, len(names), bias=False, device=model.device)
         backbone: Any = model
     else:
-        from tutelage.models.hf.scorer import body_of
-
         backbone = body_of(model, names)
         score = backbone.hf.score
     stream = int.from_bytes(hashlib.sha256(f"{seed}:{HEAD[0]}".encode()).digest()[:8], "big") >> 1
@@ -136,60 +128,6 @@ def _names(outputs: int | Sequence[str]) -> tuple[str, ...]:
     if isinstance(outputs, int):
         return ("reward",) if outputs == 1 else tuple(f"output_{i}" for i in range(outputs))
     return tuple(outputs)
-
-
-def _problem(raw: dict[str, Any]) -> str:
-    return str(raw.get("problem_type") or "regression")
-
-
-def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> Scorer:
-    """The scorer in `folder`, in evaluation mode: ours, or what transformers or TRL wrote; or of an adapter under a score head.
-
-    Raises `ArtifactError` for a folder that is not a model, for a language model, and for a head of another kind.
-    """
-    folder, device = Path(folder), torch.device(device)
-    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    if is_adapter(folder):
-        from tutelage.models.adapters.score_heads import load_scored
-
-        found = load_scored(folder, device=device, dtype=kind)
-        if not isinstance(found, Scorer):
-            raise ArtifactError(
-                "this is a classifier of an encoder, which judges no answers", file=folder, found=found.config.model_type,
-                expected="a decoder with a score head", fix="train a reward model: tutelage reward",
-            )  # fmt: skip
-        return found
-    raw = read_config(folder)
-    if not scores(raw):
-        raise ArtifactError(
-            "this is not a reward model: it has no score head", file=folder / "config.json", field="architectures",
-            found=raw.get("architectures"), expected="…ForSequenceClassification",
-            fix="train one from it with `tutelage reward --model FOLDER`",
-        )  # fmt: skip
-    check_folder(folder)
-    if unsupported(raw) is not None:
-        from tutelage.models.hf.scorer import load_body
-
-        body = load_body(folder, device=device, dtype=kind)
-        return Scorer(body, body.hf.score, _outputs(raw, body.hf.score.out_features), _problem(raw)).eval()
-    shapes = stored_shapes(folder, list(HEAD))
-    if HEAD[0] not in shapes:
-        raise ArtifactError("the score head is missing from the model's weights", file=folder, expected=f"a tensor {HEAD[0]}")
-    config = DecoderConfig.from_hf(raw, folder / "config.json")
-    with unfilled():
-        decoder = Decoder(config).to(kind)
-        del decoder.lm_head
-        head = nn.Linear(config.hidden_size, shapes[HEAD[0]][0], bias=HEAD[1] in shapes, dtype=kind)
-    scorer = Scorer(decoder, head, _outputs(raw, head.out_features), _problem(raw))
-    fill(scorer, folder, config, device, kind)
-    head.float()
-    return scorer.eval()
-
-
-def _outputs(raw: dict[str, Any], count: int) -> tuple[str, ...]:
-    """The names of the outputs; those that nobody named are numbered."""
-    named = raw.get("id2label") or {}
-    return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count))
 
 
 def score_answers(scorer: Scorer, texts: Sequence[Sequence[int]], tokens: int = 4096) -> np.ndarray:
@@ -211,11 +149,11 @@ _Group = tuple[list[int], int]  # texts by number, and the length of the beginni
 
 
 def _packs(scorer: Scorer, texts: Sequence[Sequence[int]], tokens: int) -> list[list[_Group]]:
-    """All texts in groups, and as many groups together as have so many tokens."""
-    steady = scorer.cacheable is None  # else angles follow the length of a row: each has its own
+    """All texts in groups, packed up to `tokens` tokens a pack."""
+    steady = scorer.traits.cache_limit is None  # else angles follow the length of a row: each has its own
     packs: list[list[_Group]] = []
     room = 0
-    for members, shared in _groups(texts, steady and scorer.supports_cache):
+    for members, shared in _groups(texts, steady and scorer.traits.cache):
         size = shared + sum(len(texts[i]) - shared for i in members)
         if size > room or not steady:
             packs.append([])

@@ -11,9 +11,10 @@ import torch
 from tutelage import log
 from tutelage.files import whole_folder
 from tutelage.models import families
-from tutelage.models.export import SHARD_BYTES, tensors, tokenizer_files, write_folder
+from tutelage.models.export import SHARD_BYTES, tensors, write_folder
+from tutelage.models.folder import DTYPES, tokenizer_files
+from tutelage.models.hf.causal import Wrapped, quiet
 from tutelage.models.hf.padding import choose_padding, write_padding
-from tutelage.models.load import DTYPES
 from tutelage.models.scorer import Scorer
 from tutelage.models.shard import collected, is_sharded
 
@@ -34,7 +35,7 @@ def save_scorer(
     """
     folder, source = Path(folder), None if tokenizer_folder is None else Path(tokenizer_folder)
     copied = () if source is None else tokenizer_files(source)
-    inner = scorer.backbone.__dict__.get("hf")
+    inner = scorer.backbone.hf if isinstance(scorer.backbone, Wrapped) else None
     held = collected(tensors(scorer if inner is None else scorer.backbone))
     if is_sharded(scorer) and log.rank() != 0:
         return
@@ -47,8 +48,6 @@ def save_scorer(
             config = scorer.config.to_hf() | {"architectures": [architecture(scorer)], "pad_token_id": padding.id}
             write_folder(config, held, partial, kind, shard_bytes)
         else:
-            from tutelage.models.hf.causal import quiet
-
             inner.config.pad_token_id, inner.config.problem_type = padding.id, scorer.problem
             state = {name: x.to(kind) for name, x in held.items()}
             with quiet():

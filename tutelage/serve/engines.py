@@ -71,7 +71,7 @@ def _check_device(name: str) -> None:
 def _tutelage(folder: Path, renderer: Any, options: Options) -> EngineProtocol:
     from tutelage.chat.render import Renderer
     from tutelage.engine import Engine
-    from tutelage.models.load import load
+    from tutelage.models.open import load
 
     draft = None
     if options.draft is not None:

@@ -22,7 +22,7 @@ from tutelage.data.groups.source import PromptGroups
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.files import read_object, whole_file, write_json
-from tutelage.models.adapters.attach import adapter_of, wear_scorer, with_heads
+from tutelage.models.adapters.attach import adapter_of, attach_heads, attach_to_scorer
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.objectives.answers import answer_logprobs
 from tutelage.plan.parameters import count_config
@@ -56,7 +56,7 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
     if before is None:
         if asked.kind == "none":
             return scorer
-        wear_scorer(scorer, asked, seed)
+        attach_to_scorer(scorer, asked, seed)
         adapter_of(scorer).base = folder  # type: ignore[union-attr]
         return scorer
     for name in ("kind", "tokens"):
@@ -69,7 +69,7 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
             )  # fmt: skip
     log.say(f"training on the adapter of {folder} ({before.config.kind})")
     before.base = base_of(folder)
-    return with_heads(scorer)
+    return attach_heads(scorer)
 
 
 F = TypeVar("F")
@@ -147,10 +147,10 @@ def max_length(config: Tune, model: Any) -> int:
 
 def layout_for(config: Tune, model: Any) -> Any:
     """The layout asked for, or the nearest that the model knows."""
-    if config.layout == "tree" and not getattr(model, "supports_trees", False):
+    if config.layout == "tree" and not model.traits.trees:
         log.say("layout: packed, since this model's prompts can't be read once for several answers")
         return "packed"
-    steady = getattr(model, "cacheable", None)
+    steady = model.traits.cache_limit
     if steady is not None and config.layout != "rows" and max_length(config, model) > steady:
         log.say(f"layout: rows, since this model turns its angles by the longest text of a row (above {steady:,} tokens)")
         return "rows"

@@ -23,7 +23,7 @@ from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.files import read_json, whole_folder, write_json
 from tutelage.inference.classifier import longest, separator
 from tutelage.models.hf.encoder import POSITIONS, PROBLEM, ClassScorer, load_classifier, new_classifier
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.objectives import objective
 from tutelage.records import Example

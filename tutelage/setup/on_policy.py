@@ -60,7 +60,7 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         raise ConfigError(
             "a batch is larger than the data", field="rollouts.prompts", found=how.prompts, expected=f"at most {len(prompts)}"
         )
-    trees = all(getattr(m, "supports_trees", False) for m in (model, teacher))
+    trees = model.traits.trees and teacher.traits.trees
     plan = Plan(
         prompts=how.prompts, samples=how.samples, max_tokens=how.max_tokens, micro_tokens=how.micro_tokens,
         layout="tree" if trees else "packed", seed=config.seed,

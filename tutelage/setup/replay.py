@@ -20,7 +20,7 @@ from tutelage.evaluate import adaptation_effect
 from tutelage.evaluate.bits import DocumentSums
 from tutelage.files import read_json, write_json
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.objectives.replay import with_replay
 from tutelage.records import Document
 from tutelage.rundir import RunDir

@@ -19,8 +19,9 @@ from tutelage.engine import Engine
 from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
-from tutelage.models.scorer import Scorer, build_scorer, load_scorer
+from tutelage.models.open import load
+from tutelage.models.open_scorer import load_scorer
+from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.objectives.answers import answers_of, token_scores
 from tutelage.records import Prompt
 from tutelage.rewards.check import check_spread

@@ -28,7 +28,7 @@ def say_plan(config: Loop, work: TrainingSpec, machine: Machine, device: torch.d
     rows, row = work.micro
     shares = {name: ParameterCount.of(part) for name, part in work.parts.items() if adapter_of(part) is not None}
     for name, share in shares.items():
-        log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.explain()}")
+        log.say(f"adapter{'' if name == 'policy' else f' of the {name}'}: {share.summary()}")
     need: Memory | None = None
     for name, part in work.parts.items():
         shape = work.shape if need is None else part.config.to_hf()  # type: ignore[operator, union-attr]

@@ -15,7 +15,8 @@ from tutelage.engine import Engine, Sampling
 from tutelage.errors import DataError
 from tutelage.models.adapters.attach import inference_view, sync_merged_weights
 from tutelage.models.kernels.decoder import FusedDecoder
-from tutelage.models.scorer import Scorer, load_scorer, score_answers
+from tutelage.models.open_scorer import load_scorer
+from tutelage.models.scorer import Scorer, score_answers
 from tutelage.plan.memory import cache
 from tutelage.records import Conversation, Prompt, read_records
 from tutelage.rewards.build import build
@@ -56,7 +57,7 @@ def engine_for(model: Any, renderer: Renderer, max_length: int, slots: int = SLO
 
 def invariant(model: Any) -> bool:
     """Whether the engine can give the same bits in any company, which an exact resume needs."""
-    return FusedDecoder.of(model, model.new_cache(1, 2), "float32") is not None if hasattr(model, "new_cache") else False
+    return model.traits.cache and FusedDecoder.of(model, model.new_cache(1, 2), "float32") is not None
 
 
 def sampler_for(model: Any, renderer: Renderer, max_length: int, max_tokens: int, temperature: float) -> Sampler:

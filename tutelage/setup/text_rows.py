@@ -138,7 +138,7 @@ def tokens_per_byte(held_out: Segments) -> float:
 def sampling(config: Train, model: Any, words: TokenizerFolder, held_out: Segments, numbers: Hyperparameters) -> dict[str, Hook]:
     """The hook that shows what the model says, where it can generate."""
     prompts = sample_prompts(held_out, words)
-    if not prompts or not (getattr(model, "supports_cache", False) or getattr(model, "virtual", None) is not None):
+    if not prompts or not (model.traits.cache or model.traits.virtual_tokens):
         return {}
     every = config.sample_every or max(1, math.ceil(numbers.steps / 5))
     return {"sample": hooks.Sample(lambda: samples(model, words, prompts, numbers.sequence_length), every)}

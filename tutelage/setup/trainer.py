@@ -28,7 +28,7 @@ from tutelage.models.adapters.score_heads import VIRTUAL, save_scored
 from tutelage.models.adapters.start import start_with_adapter
 from tutelage.models.export import save
 from tutelage.models.interface import Batch
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.models.scorer import Scorer
 from tutelage.models.scorer_export import save_scorer
 from tutelage.models.shard import is_sharded, shard

@@ -15,7 +15,7 @@ from tutelage.data.tokens.shards import Segments
 from tutelage.data.tokens.teacher_tokens import KeptTokens, TaughtSource, keep, likeliest, with_streams
 from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.objectives import Objective, objective
 from tutelage.objectives.distil import check_vocabularies
 from tutelage.plan.flops import count_flops, train_flops_per_token

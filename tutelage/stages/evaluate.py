@@ -13,7 +13,7 @@ from tutelage.errors import ArtifactError
 from tutelage.evaluate.suite import Subject, evaluate
 from tutelage.files import whole_folder
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.records import Conversation
 from tutelage.rundir import RunDir
 from tutelage.setup.trainer import choose_device

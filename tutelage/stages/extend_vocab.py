@@ -10,7 +10,7 @@ from tutelage.config.stages import ExtendVocab
 from tutelage.models.export import save as save_model
 from tutelage.models.extend import extend as extend_model
 from tutelage.models.extend import tables
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.rundir import RunDir
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
 from tutelage.stages.tokenizer import texts

@@ -17,7 +17,7 @@ from tutelage.inference.batch import Job, Prompts, RowKind, check
 from tutelage.inference.input_file import InputFile, opened
 from tutelage.inference.output_file import ResumableOutput
 from tutelage.inference.prompts import Prompting
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.rundir import Artifact, find
 from tutelage.setup.trainer import choose_device
 from tutelage.train.hooks import duration

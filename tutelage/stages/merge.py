@@ -12,8 +12,9 @@ from tutelage.artifacts import base_of, whole_of
 from tutelage.config.stages import Merge
 from tutelage.models.adapters.folder import check_base, load_adapter
 from tutelage.models.adapters.merge import check_logits, merge, probe
-from tutelage.models.export import TOKENIZER_FILES, read_stop_ids, save
-from tutelage.models.load import DTYPES, load
+from tutelage.models.export import read_stop_ids, save
+from tutelage.models.folder import DTYPES, TOKENIZER_FILES
+from tutelage.models.open import load
 from tutelage.plan.config_json import read_config_json
 from tutelage.rundir import RunDir
 from tutelage.setup.trainer import choose_device

@@ -16,7 +16,7 @@ from tutelage.data.tokens.shards import Segments
 from tutelage.errors import ConfigError
 from tutelage.models.adapters.attach import reference_weights
 from tutelage.models.config import check_vocabulary
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.objectives import method
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer

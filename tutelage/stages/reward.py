@@ -11,8 +11,10 @@ from tutelage.config.stages import Reward
 from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ConfigError
 from tutelage.models.config import check_vocabulary
-from tutelage.models.load import load, read_config, scores
-from tutelage.models.scorer import Scorer, build_scorer, load_scorer
+from tutelage.models.folder import read_config, scores
+from tutelage.models.open import load
+from tutelage.models.open_scorer import load_scorer
+from tutelage.models.scorer import Scorer, build_scorer
 from tutelage.rundir import RunDir
 from tutelage.setup import answers, trainer
 from tutelage.setup.feedback import load_reward_data

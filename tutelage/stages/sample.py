@@ -14,7 +14,7 @@ from tutelage.config.stages import Sample
 from tutelage.errors import Setting
 from tutelage.files import whole_file, whole_folder, write_json
 from tutelage.models.adapters.virtual_tokens import max_text_tokens
-from tutelage.models.load import load
+from tutelage.models.open import load
 from tutelage.records import SCHEMA_VERSION, Prompt, Rollout, dump_line
 from tutelage.rollout.sampler import Sampler
 from tutelage.rollout.source import Judging, read_rollouts

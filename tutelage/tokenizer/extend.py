@@ -2,7 +2,7 @@
 
 The new merges come after the old ones, so they join what the old ones leave: a text's new ids, each new one replaced by its
 pieces, are its old ids. Nothing that was an id before means anything else. Other kinds of tokenizers are refused: an added token
-would cut texts wherever its characters stand, in the middle of other words too, and change their ids.
+would cut texts wherever its characters occur, in the middle of other words too, and change their ids.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def extend(folder: Path, texts: Iterable[str], count: int, out: Path) -> Extensi
         model["merges"].append([left, right])
     if not pieces:
         raise ConfigError(
-            "these texts give no new tokens: no two tokens stand beside each other in a word twice", field="vocab_add",
+            "these texts give no new tokens: no two adjacent tokens occur twice within a word", field="vocab_add",
             found=f"{len(found)} words", fix=f"set {Setting('vocab_add', '0')}, or give more text of the field",
         )  # fmt: skip
     described |= {key: read_json(folder / "tokenizer.json").get(key) for key in ("truncation", "padding")}

@@ -20,8 +20,6 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from tutelage.tokenizer.load import TokenizerFolder
-
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 CACHED_WORDS = 400_000  # about 60 MB
@@ -44,16 +42,16 @@ PROBE = (
 
 
 class CorpusEncoder:
-    """Encodes content (never control tokens). Each process makes its own; one instance is for one thread at a time.
+    """Encodes content (never control tokens) with `plain`. Each process makes its own; one instance is for one thread at a time.
 
     `fast` tells whether words are cached; if not (another kind of tokenizer, or a probe that differs) `tokenizers` does all.
     """
 
-    def __init__(self, tokenizer: TokenizerFolder) -> None:
-        self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        self._plain = tokenizer.plain
+    def __init__(self, plain: Tokenizer, vocab_size: int) -> None:
+        self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        self._plain = plain
         self._words: dict[str, bytes] = {}
-        plan = _word_plan(tokenizer)
+        plan = _word_plan(plain)
         self.fast = plan is not None
         if plan is not None:
             self._split, self._merge, self._foreign = plan
@@ -114,9 +112,9 @@ class CorpusEncoder:
         return [np.frombuffer(b"".join(map(look, w)), self.dtype) for w in words]
 
 
-def _word_plan(tokenizer: TokenizerFolder) -> tuple[Any, Tokenizer, list[str]] | None:
+def _word_plan(plain: Tokenizer) -> tuple[Any, Tokenizer, list[str]] | None:
     """(splitter, encoder of single words, added tokens that are no control tokens), or None for another kind of tokenizer."""
-    described = json.loads(tokenizer.plain.to_str())
+    described = json.loads(plain.to_str())
     pattern = _pattern(described["pre_tokenizer"])
     model = described["model"]
     if pattern is None or described["normalizer"] is not None or model.get("type", "BPE") != "BPE" or model.get("dropout"):
@@ -124,7 +122,7 @@ def _word_plan(tokenizer: TokenizerFolder) -> tuple[Any, Tokenizer, list[str]] |
     translated = _translate(pattern)
     if translated is None:
         return None
-    merge = Tokenizer.from_str(tokenizer.plain.to_str())
+    merge = Tokenizer.from_str(plain.to_str())
     merge.encode_special_tokens = True
     merge.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return re.compile(translated).findall, merge, [t["content"] for t in described["added_tokens"] if not t["special"]]

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -21,9 +21,7 @@ from tutelage.errors import ArtifactError
 from tutelage.files import read_object, unreadable
 from tutelage.gguf.folder import model_folder
 from tutelage.plan.config_json import end_ids
-
-if TYPE_CHECKING:
-    from tutelage.tokenizer.fast import CorpusEncoder
+from tutelage.tokenizer.fast import CorpusEncoder
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tutelage.json")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -35,7 +33,7 @@ class TokenizerFolder:
 
     Attributes:
         folder: where it was read from
-        tokenizer: encodes control tokens where their text stands (for template text); `plain` never does (for content)
+        tokenizer: encodes control tokens where their text occurs (for template text); `plain` never does (for content)
         special_tokens: `{"eos_token": "<|endoftext|>", ...}` as a template sees them
         template: Jinja source of the folder's chat template, or None
         history: "whole" | "per_turn" | None (not proven yet: the renderer finds out)
@@ -100,7 +98,7 @@ class TokenizerFolder:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 (64 hex digits) over the tokenizer's files; weights beside them do not count."""
+        """SHA-256 (64 hex digits) over the tokenizer's files; weights in the same folder do not count."""
         total = hashlib.sha256()
         for name in FILES:
             file = self.folder / name
@@ -149,12 +147,10 @@ class TokenizerFolder:
 
     def encoder(self) -> CorpusEncoder:
         """A fast encoder of content for a whole corpus: same ids as `encode_batch`. Make one in each process or thread."""
-        from tutelage.tokenizer.fast import CorpusEncoder
-
-        return CorpusEncoder(self)
+        return CorpusEncoder(self.plain, self.vocab_size)
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; 0 for control tokens."""
+        """int32 [vocab_size]: how many UTF-8 bytes of text each id decodes to; 0 for control tokens."""
         out = np.zeros(self.vocab_size, np.int32)
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text).get("decoder"))
         added = self.tokenizer.get_added_tokens_decoder()

@@ -120,7 +120,7 @@ def _batches(texts: Iterable[str], counts: dict[str, int]) -> Iterator[list[str]
 
 
 def _write_config(folder: Path, chosen: Style, names: list[str], pattern: str, max_length: int | None) -> None:
-    """The small files beside tokenizer.json: what `transformers`, vLLM and llama.cpp read, and our own facts."""
+    """The small files next to tokenizer.json: what `transformers`, vLLM and llama.cpp read, and our own facts."""
     named = {"bos_token": chosen.bos, "eos_token": chosen.eos, "pad_token": chosen.pad}
     named = {key: value for key, value in named.items() if value}
     extra = [name for name in names if name not in named.values()]

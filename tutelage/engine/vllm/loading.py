@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
-from tutelage.models.load import check_folder, refuse_scorer
+from tutelage.models.folder import check_folder, refuse_scorer
 
 FIXED: dict[str, Any] = {
     "runner": "generate", "load_format": "safetensors", "trust_remote_code": False, "generation_config": "vllm",

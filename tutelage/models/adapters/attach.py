@@ -1,10 +1,10 @@
-"""Adapters: a few trained weights on a frozen base. Put on, taken off, merged, and lent to the engine.
+"""Adapters: a few trained weights on a frozen base. Attached, disabled, and handed to the engine.
 
-    wear(model, config, seed)          base frozen, adapter trainable, in place
-    with bare(model): ...              the base alone: a reference with no second copy in memory
-    plain, lora = worn(model)          for `Engine(plain)` and `lora=lora`, sharing tensors with the model that is trained
+    attach_adapter(model, config, seed)     freezes the base and adds a trainable adapter, in place
+    with adapter_disabled(model): ...       the base alone: a reference without a second copy in memory
+    plain, lora = inference_view(model)     for `Engine(plain)` and `lora=lora`, sharing tensors with the model in training
 
-The folders of `peft` are in `adapter_folder.py`, merging is in `merging.py`.
+`folder.py` reads and writes the folders of `peft`; `merge.py` merges.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from tutelage.config.adapter import Adapter
 from tutelage.errors import ConfigError
 from tutelage.models.adapters.embeddings import base_tables, train_tables
+from tutelage.models.adapters.host import host_of
 from tutelage.models.adapters.linear import Adapted, LowRankChange, Rescaling, adapted, put_in_place
-from tutelage.models.adapters.lora import Lora, LowRank, linear_layers
+from tutelage.models.adapters.lora import Lora, LowRank
 from tutelage.models.adapters.nf4 import Packed
 from tutelage.models.adapters.virtual_tokens import VirtualTokens, max_text_tokens
-from tutelage.models.decoder import Decoder
-from tutelage.models.interface import Batch
 from tutelage.models.shard import is_sharded
-from tutelage.models.unfilled import unfilled
 
 IA3_OUTPUTS = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "qkv_proj", "query_key_value")
 IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.dense")
@@ -38,7 +36,7 @@ IA3_INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "wo", "output.d
 
 @dataclass(slots=True)
 class AttachedAdapter:
-    """What a model wears: kept at the model as `worn_adapter`."""
+    """What is attached to a model: the model holds it as `attached_adapter`."""
 
     config: Adapter
     targets: tuple[str, ...]  # linear layers by the names that they have on disk
@@ -50,59 +48,56 @@ class AttachedAdapter:
 
 
 def adapter_of(model: Any) -> AttachedAdapter | None:
-    """What a model wears, if anything; of a scorer what the model under its head does."""
-    held = model.__dict__.get("backbone", model).__dict__
-    found: AttachedAdapter | None = held.get("attached_adapter")
+    """The adapter of a model, if it has one; a scorer has that of the model under its head."""
+    found: AttachedAdapter | None = model.body.__dict__.get("attached_adapter")
     return found
 
 
 def attach_adapter(model: Any, config: Adapter, seed: int) -> Any:
     """Freezes the model and puts a new adapter on it, in place. Its first values depend on the seed and the layers' names alone.
 
-    Raises `ConfigError` for targets that the model does not have, and for a model that wears an adapter already.
+    Raises `ConfigError` for targets that the model does not have, and for a model that has an adapter already.
     """
     if (before := adapter_of(model)) is not None:
         raise ConfigError(
-            "one adapter at a time: the model wears one that can't be merged", field="adapter.kind", found=config.kind,
+            "one adapter at a time: the model has one that can't be merged", field="adapter.kind", found=config.kind,
             expected=f"its own, {before.config.kind}", fix="start from the base",
         )  # fmt: skip
     model.requires_grad_(False)
     if config.quantize == "nf4":
         quantize(model)
     if config.kind in ("prompt", "prefix"):
-        _wear_virtual(model, config, seed)
+        _attach_virtual(model, config, seed)
         model.attached_adapter = AttachedAdapter(config, ())
         return model
-    layers = linear_layers(model)
+    layers = host_of(model).linear_layers()
     targets, inputs = chosen(config, list(layers))
     for name in targets:
         if config.kind == "ia3":
             _rescale(model, layers[name], name in inputs)
         else:
-            _wear_low_rank(model, name, layers[name], config, config.rank, scale_of(config, config.rank, config.alpha), seed)
+            _attach_low_rank(model, name, layers[name], config, config.rank, scale_of(config, config.rank, config.alpha), seed)
     tables = train_tables(model) if config.embeddings else {}
     model.attached_adapter = AttachedAdapter(config, tuple(targets), tuple(inputs), tables=tables)
     return model
 
 
-def wear_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
-    """The same for the model under a score head, or under those of an encoder's classes, which are trained whole."""
-    attach_adapter(scorer.__dict__.get("backbone", scorer), config, seed)
-    return with_heads(scorer)
+def attach_to_scorer(scorer: Any, config: Adapter, seed: int) -> Any:
+    """Attaches an adapter to the model under a score head, or under an encoder's class heads; the heads are trained in full."""
+    attach_adapter(scorer.body, config, seed)
+    return attach_heads(scorer)
 
 
-def with_heads(scorer: Any) -> Any:
-    """A scorer whose model wears an adapter: virtual tokens are parameters of it, and its heads are trained."""
-    body = scorer.__dict__.get("backbone", scorer)
-    if body is not scorer and getattr(body, "virtual", None) is not None:
-        scorer.virtual = body.virtual
-    for name in getattr(scorer, "heads", ("score",)):
+def attach_heads(scorer: Any) -> Any:
+    """Makes the virtual tokens of a scorer's model the scorer's parameters, too, and its heads trainable."""
+    scorer.virtual = scorer.body.virtual
+    for name in scorer.heads:
         scorer.get_submodule(name).requires_grad_(True)
     return scorer
 
 
 def chosen(config: Adapter, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The layers that an adapter changes, of `names` on disk, and of ia3 those whose input it rescales."""
+    """Those of the layers `names` (on disk) that an adapter changes, and for ia3 those of them whose input it rescales."""
     if config.kind != "ia3":
         wanted = ("all-linear",) if config.targets == ["derived"] else config.targets
         return _matching(wanted, names), []
@@ -112,7 +107,7 @@ def chosen(config: Adapter, names: Sequence[str]) -> tuple[list[str], list[str]]
         outputs = [n for n in names if _ends(n, IA3_OUTPUTS)]
         if not (inputs and outputs):
             raise ConfigError(
-                "it is not known where this model has its keys, values and feed-forward network", field="adapter.targets",
+                "can't tell which layers make keys and values and which are the feed-forward network", field="adapter.targets",
                 found=", ".join(sorted({n.rpartition(".")[2] for n in names})), fix="name them in adapter.targets",
             )  # fmt: skip
         return outputs + inputs, inputs
@@ -142,8 +137,8 @@ def scale_of(config: Adapter, rank: int, alpha: float) -> float:
 
 
 def quantize(model: Any) -> None:
-    """Puts the linear layers of the base in 4 bits, in place; output head and embeddings stay as they are."""
-    for names in linear_layers(model).values():
+    """Quantizes the base's linear layers to 4 bits, in place; output head and embeddings are left alone."""
+    for names in host_of(model).linear_layers().values():
         for name in names:
             module = model.get_submodule(name)
             if not isinstance(module, Adapted):
@@ -159,7 +154,7 @@ def layer(model: Any, name: str) -> Adapted:
     return module
 
 
-def _wear_low_rank(model: Any, name: str, ours: Sequence[str], config: Adapter, rank: int, scale: float, seed: int) -> None:
+def _attach_low_rank(model: Any, name: str, ours: Sequence[str], config: Adapter, rank: int, scale: float, seed: int) -> None:
     changed = [layer(model, each) for each in ours]
     first = changed[0].base_weight()
     a = nn.Parameter(_first_a(config, rank, changed[0].in_features, seed, name).to(first.device))
@@ -190,94 +185,57 @@ def _rescale(model: Any, ours: Sequence[str], of_input: bool) -> None:
 
 
 @torch.no_grad()
-def _wear_virtual(model: Any, config: Adapter, seed: int) -> None:
+def _attach_virtual(model: Any, config: Adapter, seed: int) -> None:
     g = _generator(seed, config.kind)
-    shape, prefix = model.config, config.kind == "prefix"
+    host, shape, prefix = host_of(model), model.config, config.kind == "prefix"
     layers, heads, width = 0, 0, shape.hidden_size
     if prefix:
-        layers, heads, head = place_of_prefix(model)
+        layers, heads, head = host.prefix_shape()
         width = layers * 2 * heads * head
     ids = torch.randint(shape.vocab_size, (config.tokens,), generator=g)
     values = torch.randn(config.tokens, width, generator=g)
     device = next(model.parameters()).device
     if config.init != "random":
-        values = prefix_of(model, ids.to(device)) if prefix else table_of(model)[ids.to(device)].float()
+        values = host.prefix_of(ids.to(device)) if prefix else host.embeddings()[ids.to(device)].float()
     model.virtual = VirtualTokens(values.to(device), layers, heads).train(model.training)
     if max_text_tokens(model) < 1:
         raise ConfigError(
-            "virtual tokens leave no room for a text", field="adapter.tokens", found=config.tokens,
+            "virtual tokens fill the context", field="adapter.tokens", found=config.tokens,
             expected=f"fewer than the model's context of {shape.max_position_embeddings}",
         )  # fmt: skip
 
 
-def place_of_prefix(model: Any) -> tuple[int, int, int]:
-    """Layers, heads and head width of a prefix's keys and values. Raises `ConfigError` for a family that has no place for it."""
-    shape = model.config
-    if isinstance(model, Decoder):
-        return shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
-    from tutelage.models.adapters.hf_virtual_tokens import is_encoder, prefix_shape, takes_prefix
-
-    if is_encoder(model.hf) and not takes_prefix(model.hf):
-        raise ConfigError(
-            "the layers of this encoder read no keys and values before a text", field="adapter.kind",
-            found=f"prefix, of {shape.model_type}", expected="prompt, lora, dora or ia3",
-        )  # fmt: skip
-    return prefix_shape(model.hf, shape)
-
-
-def table_of(model: Any) -> Tensor:
-    """The embeddings [V,H]."""
-    table = model.model.embed_tokens if isinstance(model, Decoder) else model.hf.get_input_embeddings()
-    weight: Tensor = table.weight
-    return weight.detach()
-
-
-def prefix_of(model: Any, ids: Tensor) -> Tensor:
-    """Keys and values [P, L*2*Hkv*D] that the base makes of real tokens."""
-    if not isinstance(model, Decoder):
-        from tutelage.models.adapters.hf_virtual_tokens import keys_and_values
-
-        return keys_and_values(model.hf, ids)
-    cache = model.new_cache(1, len(ids))
-    from tutelage.models.interface import CacheView
-
-    zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-    model(Batch.of([ids.tolist()], cache=CacheView(cache, zero, zero), device=ids.device))
-    both = torch.stack([torch.stack((k[0], v[0])) for k, v in zip(cache.k, cache.v, strict=True)])  # [L,2,P,Hkv,D]
-    return both.permute(2, 0, 1, 3, 4).flatten(1).float()
-
-
 @contextmanager
 def adapter_disabled(model: Any) -> Iterator[None]:
-    """The model without its adapter, inside."""
+    """Inside, the model runs without its adapter."""
     parts: list[Any] = [module for _, module in adapted(model)]
-    if getattr(model, "virtual", None) is not None:
+    if model.virtual is not None:
         parts.append(model.virtual)
-    before = [part.bare for part in parts]
+    before = [part.disabled for part in parts]
     for part in parts:
-        part.bare = True
-    wearing = adapter_of(model)
+        part.disabled = True
+    attached = adapter_of(model)
     try:
-        with base_tables(model.__dict__.get("backbone", model), wearing.tables if wearing else {}):
+        with base_tables(model.body, attached.tables if attached else {}):
             yield
     finally:
         for part, was in zip(parts, before, strict=True):
-            part.bare = was
+            part.disabled = was
 
 
 @contextmanager
 def reference_weights(model: Any) -> Iterator[None]:
     """The model as it was before this training, inside: a reference. That is the base, or for an adapter that is trained on the
     base with what the adapter began with."""
-    wearing = adapter_of(model)
-    if wearing is None:
+    attached = adapter_of(model)
+    if attached is None:
         yield
-    elif wearing.start is None:
+    elif attached.start is None:
         with adapter_disabled(model):
             yield
     else:
         now = snapshot(model)
-        _put(model, wearing.start)
+        _put(model, attached.start)
         try:
             yield
         finally:
@@ -302,7 +260,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """How much of a model is trained, and the bytes that each part takes."""
+    """How many parameters of a model are trained, and the bytes of base and adapter."""
 
     trained: int  # values
     whole: int  # values, the adapter's included, as if nothing were quantized
@@ -319,7 +277,7 @@ class ParameterCount:
         bytes_ = sum(p.nbytes for p in held) + sum(p.nbytes for p in packed)
         return cls(mine, mine + base, bytes_, sum(p.nbytes for p in own))
 
-    def explain(self) -> str:
+    def summary(self) -> str:
         return (
             f"{self.trained:,} of {self.whole:,} values trained ({self.trained / self.whole:.2%}); "
             f"base {self.base_bytes / 1e6:,.1f} MB, adapter {self.adapter_bytes / 1e6:,.1f} MB"
@@ -331,19 +289,18 @@ def inference_view(model: Any) -> tuple[Any, Lora | None]:
     """A model and an adapter for `Engine(plain)` and `lora=`. They share tensors with `model`, which may be trained in place:
     call `engine.weights_changed()` then.
 
-    DoRA and IA3 give (a copy of the changed layers merged, None): `follow(model, plain)` writes the changes of training to it.
+    DoRA and IA3 give (a copy of the changed layers merged, None): `sync_merged_weights(model, plain)` writes the changes of
+    training to it.
     Virtual tokens, a base in 4 bits, shards and models of `transformers` give (model, None): the engine runs these operation by
     operation.
     """
-    wearing = adapter_of(model)
-    if wearing is None:
+    attached = adapter_of(model)
+    if attached is None:
         return model, None
     layers = adapted(model)
-    alone = isinstance(model, Decoder) and model.virtual is None and not is_sharded(model)
-    if not alone or any(m.quantized for _, m in layers):
+    plain = None if is_sharded(model) or any(m.quantized for _, m in layers) else host_of(model).empty_twin()
+    if plain is None:
         return model, None
-    with unfilled():
-        plain = Decoder(model.config)
     lora: dict[str, LowRank] = {}
     state = {name: p.detach() for name, p in model.named_parameters() if ".change." not in name}
     for name, own in layers:
@@ -351,9 +308,9 @@ def inference_view(model: Any) -> tuple[Any, Lora | None]:
         if isinstance(change, LowRankChange) and change.length is None:
             lora[name] = LowRank(change.a.detach(), change.b.detach(), change.scale)
         elif change is not None:
-            state[f"{name}.weight"] = own.whole_weight()
+            state[f"{name}.weight"] = own.merged_weight()
             if own.bias is not None:
-                state[f"{name}.bias"] = own.whole_bias().clone()  # type: ignore[union-attr]
+                state[f"{name}.bias"] = own.merged_bias().clone()  # type: ignore[union-attr]
     plain.load_state_dict(state, strict=False, assign=True)
     plain.tie()
     plain.requires_grad_(False)
@@ -362,13 +319,13 @@ def inference_view(model: Any) -> tuple[Any, Lora | None]:
 
 @torch.no_grad()
 def sync_merged_weights(model: Any, plain: Any) -> None:
-    """Writes what training has changed to the merged layers of `plain`, which `worn(model)` gave. Nothing to do where tensors are
-    shared."""
+    """Writes what training has changed to the merged layers of `plain`, which `inference_view(model)` returned. Does
+    nothing where tensors are shared."""
     if plain is model:
         return
     for name, own in adapted(model):
         copy = plain.get_submodule(name)
         if copy.weight.data_ptr() != own.weight.data_ptr():
-            copy.weight.copy_(own.whole_weight())
+            copy.weight.copy_(own.merged_weight())
             if own.bias is not None:
-                copy.bias.copy_(own.whole_bias())
+                copy.bias.copy_(own.merged_bias())

@@ -26,11 +26,12 @@ from tutelage.files import read_object, whole_folder, write_json
 from tutelage.gguf.folder import reference_to
 from tutelage.models.adapters import attach
 from tutelage.models.adapters.attach import AttachedAdapter, adapter_of, attach_adapter
-from tutelage.models.adapters.embeddings import put_tables, token_tables
+from tutelage.models.adapters.embeddings import put_tables
+from tutelage.models.adapters.host import host_of
 from tutelage.models.adapters.linear import Adapted, LowRankChange, Rescaling
-from tutelage.models.adapters.lora import CONFIG, WEIGHTS, check_plain, linear_layers, module_scale, read_tensors
+from tutelage.models.adapters.lora import CONFIG, WEIGHTS, check_plain, module_scale, read_tensors
 from tutelage.models.adapters.virtual_tokens import VirtualTokens
-from tutelage.models.decoder import Decoder
+from tutelage.models.folder import tokenizer_files
 from tutelage.models.shard import collected, is_sharded
 
 OURS = "tutelage_adapter.json"
@@ -43,19 +44,17 @@ _SAME = {"prefix_projection": (False,), "num_transformer_submodules": (1, 2, Non
 
 
 def save_adapter(model: Any, folder: Path, *, base: Path, tokenizer: Path | None = None) -> None:
-    """Writes what `model` wears so that `PeftModel.from_pretrained(base, folder)` and ours give its logits. `base` is the folder
-    that the model was loaded from; of `tokenizer` the files are copied. Of a sharded model every rank calls this, and rank 0
-    writes."""
-    from tutelage.models.export import tokenizer_files
-
-    wearing = adapter_of(model)
-    assert wearing is not None, "this model wears no adapter"
+    """Writes the adapter of `model` so that `PeftModel.from_pretrained(base, folder)` and ours give its logits. `base` is
+    the folder that the model was loaded from; the files of `tokenizer` are copied. Of a sharded model every rank calls this, and
+    rank 0 writes."""
+    attached = adapter_of(model)
+    assert attached is not None, "this model has no adapter"
     copied = () if tokenizer is None else tokenizer_files(tokenizer)
-    whole = collected(tensors_of(model, wearing).items())
+    whole = collected(tensors_of(model, attached).items())
     if is_sharded(model) and log.rank() != 0:
         return
-    own = {"base_weights": weights_digest(base), "quantize": wearing.config.quantize, "version": 1}
-    write_adapter(folder, whole, peft_config(model, wearing) | {"base_model_name_or_path": reference_to(base)}, own, copied)
+    own = {"base_weights": weights_digest(base), "quantize": attached.config.quantize, "version": 1}
+    write_adapter(folder, whole, peft_config(model, attached) | {"base_model_name_or_path": reference_to(base)}, own, copied)
 
 
 def write_adapter(
@@ -71,22 +70,24 @@ def write_adapter(
             shutil.copyfile(file, out / file.name)
 
 
-def peft_config(model: Any, wearing: AttachedAdapter) -> dict[str, Any]:
+def peft_config(model: Any, attached: AttachedAdapter) -> dict[str, Any]:
     """The object of adapter_config.json, without the base."""
-    config = wearing.config
-    task = "SEQ_2_SEQ_LM" if getattr(model, "is_encoder_decoder", False) else "CAUSAL_LM"
+    config = attached.config
+    task = "SEQ_2_SEQ_LM" if model.traits.encoder_decoder else "CAUSAL_LM"
     out: dict[str, Any] = {"task_type": task, "inference_mode": True}
     if config.kind in ("prompt", "prefix"):
         return out | _config_of_virtual(model)
-    if wearing.tables:
-        out["modules_to_save"] = [name.rpartition(".")[2] for name in wearing.tables]
-    layers = linear_layers(model)
-    out |= {"target_modules": _shortened(wearing.targets, list(layers)), "fan_in_fan_out": _transposed(model, wearing.targets)}
+    if attached.tables:
+        out["modules_to_save"] = [name.rpartition(".")[2] for name in attached.tables]
+    host = host_of(model)
+    layers = host.linear_layers()
+    changed = [each for name in attached.targets for each in layers[name]]
+    out |= {"target_modules": _shortened(attached.targets, list(layers)), "fan_in_fan_out": host.stores_transposed(changed)}
     if config.kind == "ia3":
-        return out | {"peft_type": "IA3", "feedforward_modules": _shortened(wearing.inputs, list(layers))}
+        return out | {"peft_type": "IA3", "feedforward_modules": _shortened(attached.inputs, list(layers))}
     return out | {
         "peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
-        "use_rslora": config.rslora, "use_dora": config.kind == "dora", "init_lora_weights": True, **wearing.patterns,
+        "use_rslora": config.rslora, "use_dora": config.kind == "dora", "init_lora_weights": True, **attached.patterns,
     }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def _config_of_virtual(model: Any) -> dict[str, Any]:
             "token_dim": shape.hidden_size, "num_transformer_submodules": 1, "num_attention_heads": shape.num_attention_heads,
             "prompt_tuning_init": "RANDOM",
         }  # fmt: skip
-    times = 2 if getattr(model, "is_encoder_decoder", False) else 1  # see `_spread`
+    times = 2 if model.traits.encoder_decoder else 1  # see `_spread`
     return {
         "peft_type": "PREFIX_TUNING", "num_virtual_tokens": len(tokens), "num_layers": times * tokens.layers,
         "token_dim": tokens.values.shape[1] // (2 * tokens.layers), "num_attention_heads": tokens.heads,
@@ -116,23 +117,15 @@ def _shortened(names: tuple[str, ...], known: list[str]) -> list[str]:
     return list(out)
 
 
-def _transposed(model: Any, targets: tuple[str, ...]) -> bool:
-    """Whether `transformers` holds these layers' weights as [in, out]."""
-    if isinstance(model, Decoder):
-        return model.config.model_type == "gpt2"
-    layers = linear_layers(model)
-    return any(getattr(model.get_submodule(layers[name][0]), "transposed", False) for name in targets)
-
-
-def tensors_of(model: Any, wearing: AttachedAdapter) -> dict[str, Tensor]:
+def tensors_of(model: Any, attached: AttachedAdapter) -> dict[str, Tensor]:
     """The adapter's tensors by `peft`'s names."""
-    if wearing.config.kind in ("prompt", "prefix"):
-        spread = model.virtual.is_prefix and getattr(model, "is_encoder_decoder", False)
+    if attached.config.kind in ("prompt", "prefix"):
+        spread = model.virtual.is_prefix and model.traits.encoder_decoder
         return {"prompt_embeddings": _spread(model.virtual) if spread else model.virtual.values}
-    tables = token_tables(model)
-    out: dict[str, Tensor] = {f"{PREFIX}{name}.weight": tables[name].clone() for name in wearing.tables}
-    layers = linear_layers(model)
-    for name in wearing.targets:
+    tables = host_of(model).token_tables()
+    out: dict[str, Tensor] = {f"{PREFIX}{name}.weight": tables[name].clone() for name in attached.tables}
+    layers = host_of(model).linear_layers()
+    for name in attached.targets:
         changes = [model.get_submodule(each).change for each in layers[name]]
         if isinstance(changes[0], Rescaling):
             factor = changes[0].factor if changes[0].of_input else torch.cat([c.factor for c in changes])
@@ -165,7 +158,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     raw = adapter_config(folder)
     if raw.get("peft_type") not in KINDS:
         raise ArtifactError(
-            "this kind of adapter is not known here",
+            "unknown kind of adapter",
             file=folder / CONFIG,
             field="peft_type",
             found=raw.get("peft_type"),
@@ -185,7 +178,7 @@ def quantized_as(folder: Path) -> str:
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    """What our own file beside an adapter's says of it; nothing in a folder of `peft`. Raises `ArtifactError`."""
+    """The content of our own file in an adapter's folder; empty for a folder of `peft`. Raises `ArtifactError`."""
     return read_object(folder / OURS) if (folder / OURS).is_file() else {}
 
 
@@ -205,7 +198,7 @@ def put_adapter(folder: Path, model: Any, raw: dict[str, Any], tensors: dict[str
         return _load_virtual(folder, model, raw, tensors, kind, held)
     if kind != "ia3":
         check_plain(raw, folder / CONFIG, but=("use_dora", "modules_to_save"))
-    layers = linear_layers(model, heads_too=True)  # `peft` changes an encoder's pooler, too
+    layers = host_of(model).linear_layers(heads_too=True)  # `peft` changes an encoder's pooler, too
     suffix = ".ia3_l" if kind == "ia3" else ".lora_A.weight"
     targets = [key.removeprefix(PREFIX).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
     unknown = [t for t in targets if t not in layers]
@@ -255,12 +248,12 @@ def adapter_section(raw: Mapping[str, Any], kind: str, quantize: str) -> Adapter
 def _load_tables(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Puts what the adapter has instead of its base's tables into the model, and gives the base's."""
     saved = raw.get("modules_to_save") or []
-    tables = {name: f"{PREFIX}{name}.weight" for name in token_tables(model) if f"{PREFIX}{name}.weight" in tensors}
+    tables = {name: f"{PREFIX}{name}.weight" for name in host_of(model).token_tables() if f"{PREFIX}{name}.weight" in tensors}
     others = [m for m in saved if not any(name == m or name.endswith(f".{m}") for name in tables)]
     if others:
         raise ArtifactError(
-            "the adapter has modules of its own that are no tables of tokens", file=folder / CONFIG, field="modules_to_save",
-            found=", ".join(others), expected=" | ".join(token_tables(model)), fix="merge it into its base",
+            "the adapter replaces modules other than embeddings and output matrix", file=folder / CONFIG, field="modules_to_save",
+            found=", ".join(others), expected=" | ".join(host_of(model).token_tables()), fix="merge it into its base",
         )  # fmt: skip
     try:
         return put_tables(model, {name: tensors.pop(key).float() for name, key in tables.items()})
@@ -334,7 +327,7 @@ def _load_virtual(folder: Path, model: Any, raw: Mapping[str, Any], tensors: dic
     if values is not None and both and kind == "prompt" and isinstance(count, int):
         values = values[:count]  # as many for the decoder follow, which it never reads
     if values is not None and both and kind == "prefix":
-        values = _as_read(values, int(raw.get("num_layers") or 1), attach.place_of_prefix(model)[0])
+        values = _as_read(values, int(raw.get("num_layers") or 1), host_of(model).prefix_shape()[0])
     config = Adapter(kind=kind, quantize=held, tokens=1 if values is None else len(values), init="random")  # type: ignore[arg-type]
     attach_adapter(model, config, 0)
     expected = model.virtual.values.shape

@@ -18,10 +18,10 @@ from tutelage.models.adapters.virtual_tokens import VirtualTokens
 DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")  # what families of encoder-decoders call it
 
 
-def behind(hf: Any, tokens: VirtualTokens, how: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments `how` of a forward pass, `input_ids` and `attention_mask` [n,L] among them, for texts behind virtual tokens.
+def prepend_virtual(hf: Any, tokens: VirtualTokens, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `how` of a forward pass, `input_ids` and `attention_mask` [n,L] among them, for texts after virtual tokens.
 
-    Of a prompt the model sees P places more, and says something of each; a prefix is in its cache, and no place of its own.
+    Prompt tuning adds P positions to input and output; a prefix lives only in the key-value cache.
     """
     rows = len(how["input_ids"])
     mask = how["attention_mask"]
@@ -60,13 +60,13 @@ def is_encoder(hf: Any) -> bool:
 
 
 def takes_prefix(hf: Any) -> bool:
-    """Whether the layers of an encoder read keys and values that stand before its texts."""
+    """Whether the layers of an encoder read keys and values before its texts."""
     return "past_key_values" in inspect.signature(hf.base_model.forward).parameters
 
 
 @contextmanager
-def beside_head(hf: Any, tokens: VirtualTokens, rows: int, mask: Tensor) -> Iterator[None]:
-    """A classification model whose encoder, inside, gets a prefix, which its own arguments have no place for."""
+def encoder_prefix(hf: Any, tokens: VirtualTokens, rows: int, mask: Tensor) -> Iterator[None]:
+    """Inside, the encoder of a classification model gets a prefix, for which the model itself has no argument."""
     more = {
         "attention_mask": torch.cat((mask.new_ones(rows, len(tokens)), mask), 1),
         "past_key_values": cache_of(hf, tokens, rows),

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) beside a base that stays as it is: y = W x + scale * B A x.
+"""Low-rank adapters (LoRA, Hu et al. 2021) applied to an unchanged base: y = W x + scale * B A x.
 
 Folders are `peft`'s. What one of them may ask for beyond that product (DoRA, biases, whole modules) is refused by name: such an
 adapter is to be merged into its base.
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError
 from tutelage.files import check_readable
-from tutelage.models import families
-from tutelage.models.decoder import Decoder
-from tutelage.models.names import stored
+from tutelage.models.adapters.host import host_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -34,7 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (), "monteclora_config": (), "velora_config": (),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others take a part out of the base
 }  # fmt: skip
-"""Settings of `peft` that would change the product, and the values (beside null) that do not."""
+"""Settings of `peft` that would change the product, and the values (other than null) that do not."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,7 +86,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
     """
     config = _config(folder)
     tensors = read_tensors(folder)
-    layers = linear_layers(model)
+    layers = host_of(model).linear_layers()
     weight = next(model.parameters())
     parts: dict[str, LowRank] = {}
     for module in sorted({key.rpartition(".lora_")[0] for key in tensors}):
@@ -96,7 +94,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
         pair = [tensors.pop(f"{module}.lora_{x}.weight", None) for x in "AB"]
         if ours is None or pair[0] is None or pair[1] is None:
             raise ArtifactError(
-                "the adapter changes a module that it can't change beside its base", file=folder / WEIGHTS, field=module,
+                "the adapter changes a module that can't be changed without merging", file=folder / WEIGHTS, field=module,
                 expected="linear layers of this model's decoder", fix="merge the adapter into its base, or take its own base",
             )  # fmt: skip
         a, b = (x.to(weight.device, weight.dtype) for x in pair if x is not None)
@@ -126,7 +124,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"not valid JSON ({error})", file=path) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else config
-        raise ArtifactError("only LoRA runs beside its base", file=path, field="peft_type", found=found, expected="LORA")
+        raise ArtifactError("only LoRA runs without being merged", file=path, field="peft_type", found=found, expected="LORA")
     check_plain(config, path)
     return config
 
@@ -152,26 +150,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ArtifactError(f"a damaged safetensors file ({error})", file=path) from error
-
-
-def linear_layers(model: Any, heads_too: bool = False) -> dict[str, tuple[str, ...]]:
-    """Linear layers by the names that they have on disk; several of ours where a family fuses them there. Without the language
-    head, and without the heads of an encoder's classes, unless these are asked for."""
-    head = None if isinstance(model, Decoder) else model.hf.get_output_embeddings()
-    heads = tuple(f"{name}." for name in ("lm_head", *(() if heads_too else getattr(model, "heads", ()))))
-    names = [
-        name
-        for name, module in model.named_modules()
-        if _is_linear(module) and not f"{name}.".startswith(heads) and module is not head
-    ]
-    if not isinstance(model, Decoder):
-        return {name: (name,) for name in names}
-    rows = stored(families.family(model.config.model_type).disk, [f"{name}.weight" for name in names])
-    return {row.name.removesuffix(".weight"): tuple(n.removesuffix(".weight") for n in row.ours) for row in rows}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's in `transformers`: [in, out]
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:

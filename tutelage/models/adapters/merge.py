@@ -21,19 +21,18 @@ def merge(model: Any, dtype: torch.dtype | None = None, *, quiet: bool = False) 
     """Makes the adapter part of the weights, in place, compares logits before and after, and says by how much they differ unless
     `quiet`. A base in 4 bits is written out in full first. `dtype`: of the merged weights. Raises `ArtifactError` for what can't
     be merged, and where logits differ."""
-    if getattr(model, "virtual", None) is not None:
+    if model.virtual is not None:
         raise ArtifactError(
-            "virtual tokens are no change of weights, so they can't be merged",
+            "virtual tokens do not change weights, so they can't be merged",
             found="a prefix" if model.virtual.is_prefix else "a prompt",
-            expected="lora, dora or ia3", fix="use the adapter beside its base",
+            expected="lora, dora or ia3", fix="use the adapter with its base",
         )  # fmt: skip
     model.eval()
     before = probe(model)
     for name, own in adapted(model):
         kind = dtype or (own.packed.dtype if own.packed is not None else own.weight.dtype)
-        put_in_place(model, name, _plain_like(own, own.whole_weight().to(kind), own.whole_bias()))
-    for wearing in (model, model.__dict__.get("backbone", model)):  # a scorer's layers are those of the model that it was made of
-        wearing.__dict__.pop("attached_adapter", None)
+        put_in_place(model, name, _plain_like(own, own.merged_weight().to(kind), own.merged_bias()))
+    model.body.__dict__.pop("attached_adapter", None)
     model.requires_grad_(True)
     if dtype is not None:
         model.to(dtype)
@@ -61,10 +60,10 @@ def probe(model: Any) -> Tensor:
     An encoder-decoder writes what it has read."""
     length = min(PROBE_TOKENS, max_text_tokens(model))
     ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(7)).tolist()
-    if getattr(model, "is_encoder_decoder", False):
+    if model.traits.encoder_decoder:
         return model.read([ids], [[*model.start, *ids]]).float().cpu()  # type: ignore[no-any-return]
     batch = Batch.of([ids], device=next(model.parameters()).device)
-    out: Tensor = model.logits(batch) if hasattr(model, "logits") else model(batch)
+    out: Tensor = model(batch) if model.heads else model.logits(batch)
     return out.float().cpu()
 
 
@@ -77,7 +76,7 @@ def check_logits(before: Tensor, after: Tensor, what: str, quiet: bool = False) 
         log.say(f"{what} against the adapted one: logits differ by at most {difference:.2g} (spread {spread:.2g})")
     if not difference <= 0.1 * spread:
         raise ArtifactError(
-            f"{what} does not say what the adapted one says", found=f"logits differ by {difference:.3g}",
-            expected=f"at most {0.1 * spread:.3g}", fix="keep the adapter beside its base, and report this as a bug",
+            f"the logits of {what} differ from those of the adapted model", found=f"up to {difference:.3g}",
+            expected=f"at most {0.1 * spread:.3g}", fix="keep the adapter apart from its base, and report this as a bug",
         )  # fmt: skip
     return difference

@@ -1,4 +1,4 @@
-"""A model that begins with an adapter: a new one on a base, or the one of a folder, to be trained on or to be used."""
+"""A model to train with an adapter: a new one on a base, or the one in a folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tutelage.config.adapter import Adapter
 from tutelage.errors import ConfigError, Setting
 from tutelage.models.adapters.attach import attach_adapter
 from tutelage.models.adapters.folder import OURS, adapter_section, check_base, kind_of, load_adapter, quantized_as, read_config
-from tutelage.models.adapters.merge import merge
+from tutelage.models.folder import refuse_scorer
+from tutelage.models.open import load
 
 
 def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed: int, sharded: bool = False) -> Any:
@@ -21,17 +22,15 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
 
     Raises `ConfigError` for settings that are not those of the adapter in the folder, `ArtifactError` for another base.
     """
-    from tutelage.models.load import load, refuse_scorer
-
     refuse_scorer(folder)
     if sharded and config.quantize != "none":
         raise ConfigError(
-            "weights in 4 bits are not cut over ranks", field="adapter.quantize", found=config.quantize, expected="none",
+            "weights in 4 bits are not sharded over ranks", field="adapter.quantize", found=config.quantize, expected="none",
             fix=f"use {Setting('shard', 'none')}, where every rank holds the small base",
         )  # fmt: skip
     if sharded and config.embeddings:
         raise ConfigError(
-            "tables that are trained beside an adapter are not cut over ranks", field="adapter.embeddings", found=True,
+            "embeddings trained with an adapter are not sharded over ranks", field="adapter.embeddings", found=True,
             expected="false", fix=f"use {Setting('shard', 'none')}",
         )  # fmt: skip
     if not is_adapter(folder):
@@ -56,14 +55,3 @@ def start_with_adapter(folder: Path, config: Adapter, device: torch.device, seed
     model = load_adapter(folder, load(base, device=device), quantize=quantize)
     model.attached_adapter.base = base
     return model
-
-
-def load_with_base(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of an adapter's folder: its base with the adapter. What can be merged is, in memory, so that everything runs as
-    fast as a model; a base that was in 4 bits in training takes the values that it had there."""
-    from tutelage.models.load import load
-
-    base = base_of(folder)
-    check_base(folder, base)
-    model = load_adapter(folder, load(base, device=device, dtype=dtype))
-    return model.eval() if kind_of(folder) in ("prompt", "prefix") else merge(model, quiet=True)

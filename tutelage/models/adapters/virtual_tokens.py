@@ -22,7 +22,7 @@ class VirtualTokens(nn.Module):
         super().__init__()
         self.values = nn.Parameter(values)  # [P,H]; of a prefix [P, L*2*Hkv*D]: keys, then values of each layer
         self.layers, self.heads = layers, heads  # 0 layers: a prompt
-        self.bare = False
+        self.disabled = False
 
     def __len__(self) -> int:
         return len(self.values)
@@ -39,7 +39,7 @@ class VirtualTokens(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Where the virtual tokens of a prefix are among the places that attention runs over, and what stands there."""
+    """Where the virtual tokens of a prefix are among the places that attention runs over, and their keys and values."""
 
     tensors: Tensor  # [L,2,P,Hkv,D]
     virtual: Tensor  # [E] bool
@@ -56,23 +56,25 @@ class Prefix:
         return torch.where(mask, own[0], k), torch.where(mask, own[1], v)
 
 
+def count_virtual(model: Any) -> int:
+    """Virtual tokens of a model's adapter."""
+    return 0 if model.virtual is None else len(model.virtual)
+
+
 def max_text_tokens(model: Any) -> int:
-    """Tokens that a text may have: the model's context, less the virtual tokens that stand before it."""
-    tokens = getattr(model, "virtual", None)
-    return int(model.config.max_position_embeddings) - (0 if tokens is None else len(tokens))
+    """Tokens that a text may have: the model's context, less the virtual tokens before it."""
+    return int(model.config.max_position_embeddings) - model.traits.virtual_tokens  # type: ignore[no-any-return]
 
 
 def max_source_target_tokens(model: Any) -> tuple[int, int]:
-    """Tokens that a source and a target of an encoder-decoder may have: a prompt stands before its sources, a prefix before its
+    """Tokens that a source and a target of an encoder-decoder may have: a prompt comes before its sources, a prefix before its
     targets."""
-    context, tokens = int(model.config.max_position_embeddings), getattr(model, "virtual", None)
-    if tokens is None:
-        return context, context
-    return (context, max_text_tokens(model)) if tokens.is_prefix else (max_text_tokens(model), context)
+    context, left = int(model.config.max_position_embeddings), max_text_tokens(model)
+    return (left, context) if model.traits.virtual_sources else (context, left)
 
 
 def with_virtual(batch: Batch, count: int) -> Batch:
-    """The batch as one row [1, P + N], the virtual tokens first and each text behind them: a tree. Padding stays in the row, as
+    """The batch as one row [1, P + N], the virtual tokens first and each text after them: a tree. Padding stays in the row, as
     tokens of no text."""
     flat = {name: getattr(batch, name).reshape(1, -1) for name in ("ids", "segments", "positions", "targets", "weights")}
     total = flat["ids"].shape[1]

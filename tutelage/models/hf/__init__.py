@@ -1,1 +1,1 @@
-"""Every other model of `transformers`, behind the interface of our own decoder."""
+"""Every other model of `transformers`, with the interface of our own decoder."""

@@ -1,9 +1,9 @@
-"""Any causal language model of `transformers` behind our interface: the slow path, for families that are not ours.
+"""Any causal language model of `transformers` with our interface: the slow path, for families that are not ours.
 
-Samples stay isolated because each piece of a packed row runs as a row of its own, right-padded, in groups of similar length. That
+Samples stay isolated because each piece of a packed row runs as its own row, right-padded, in groups of similar length. That
 is right for every kind of model (rotary, learned or ALiBi positions, sliding windows, recurrent states), where a four-dimensional
-mask is right for some. Our key-value cache is not for these models (`supports_cache` is False): a generator lets them keep their
-own (`begin`, `extend`). Encoder-decoders are in `hf_seq2seq.py`.
+mask is right for some. Our key-value cache is not for these models (`traits.cache` is False): a generator lets them keep their
+own (`begin`, `extend`). Encoder-decoders are in `seq2seq.py`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tutelage.errors import ArtifactError, MissingExtra
-from tutelage.log import say
 from tutelage.models import shard
-from tutelage.models.adapters.hf_virtual_tokens import behind
-from tutelage.models.adapters.virtual_tokens import VirtualTokens
+from tutelage.models.adapters.hf_virtual_tokens import prepend_virtual
+from tutelage.models.adapters.virtual_tokens import VirtualTokens, count_virtual
 from tutelage.models.divergence import Distillation, Teacher, TopTokens
 from tutelage.models.heads import LmHead, distilled
 from tutelage.models.hf.state import State
-from tutelage.models.interface import Batch, Output
-
-if TYPE_CHECKING:
-    from tutelage.models.hf.seq2seq import Seq2Seq
-
+from tutelage.models.interface import Batch, Output, Traits
 
 MLP_WIDTHS = ("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim")  # what families call it
 
@@ -118,7 +112,6 @@ class LogitsHead(nn.Module):
 class Wrapped(nn.Module):
     """A `transformers` model whose parameters keep their own names."""
 
-    supports_cache = False
     hf: Any
     config: AdapterConfig
     virtual: VirtualTokens | None
@@ -131,7 +124,7 @@ class Wrapped(nn.Module):
             self.add_module(name, module)
         self.config = AdapterConfig.of(hf.config)
         self.training = hf.training
-        self.virtual = None  # what an adapter of virtual tokens puts before every text
+        self.virtual = None  # the virtual tokens of a prompt or prefix adapter
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -139,14 +132,28 @@ class Wrapped(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # Buffers of its own have to move with its modules (BART has one).
+        # Its own buffers have to move with its modules (BART has one).
         self.hf._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     @property
-    def before(self) -> VirtualTokens | None:
-        """The virtual tokens that every text stands behind now."""
-        return None if self.virtual is None or self.virtual.bare else self.virtual
+    def traits(self) -> Traits:
+        return Traits(virtual_tokens=count_virtual(self))
+
+    @property
+    def body(self) -> Wrapped:
+        """The model under the heads: itself, whose heads are part of it."""
+        return self
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the modules that are heads of classes, and trained whole with an adapter."""
+        return ()
+
+    @property
+    def active_virtual(self) -> VirtualTokens | None:
+        """The virtual tokens that come before every text now; None while the adapter is disabled."""
+        return None if self.virtual is None or self.virtual.disabled else self.virtual
 
     @property
     def checkpointing(self) -> str:
@@ -190,10 +197,10 @@ class Adapter(Wrapped):
         return Output(hidden=run_pieces(self, batch, self.config.vocab_size if self.whole else self.config.hidden_size))
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
-        tokens = self.before
+        tokens = self.active_virtual
         if tokens is None:
             return self._run(ids, real, use_cache=False)
-        how = behind(self.hf, tokens, {"input_ids": ids, "attention_mask": real})
+        how = prepend_virtual(self.hf, tokens, {"input_ids": ids, "attention_mask": real})
         hidden = self._run(how.pop("input_ids", None), how.pop("attention_mask"), use_cache=tokens.is_prefix, **how)
         return hidden[:, -ids.shape[1] :]
 
@@ -286,38 +293,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def load_hf(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Adapter | Seq2Seq:
-    """The adapter around the model of `folder`, from local safetensors files only.
-
-    Raises MissingExtra without `transformers`, ArtifactError for a folder that it can't load as a language model.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", "a model that is not of our own families") from error
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with quiet():
-            hf = kind.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-            )
-    except (ValueError, OSError, KeyError) as error:
-        raise ArtifactError(
-            f"transformers can't load this as a language model ({error})", file=folder,
-            fix="use a decoder-only or encoder-decoder text model that the installed transformers knows",
-        ) from error  # fmt: skip
-    moved: Any = hf.to(device).eval()
-    if not config.is_encoder_decoder:
-        return Adapter(moved)
-    from tutelage.models.hf.seq2seq import Seq2Seq
-
-    model = Seq2Seq(moved)
-    if note := model.generation.note():
-        say(note)
-    return model
 
 
 def save_hf(model: Wrapped, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """Encoders of `transformers` (BERT and its family): hidden states of every token, or the scores of classes.
 
-An encoder reads a text in both directions. Pieces of packed rows run as rows of their own, as in `hf.py`.
+An encoder reads a text in both directions. Pieces of packed rows run as rows of their own, as in `causal.py`.
 Shapes: B rows, T tokens, H hidden width, K classes.
 """
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
-from tutelage.models.adapters.hf_virtual_tokens import behind, beside_head
+from tutelage.models.adapters.hf_virtual_tokens import encoder_prefix, prepend_virtual
 from tutelage.models.config import unsupported
+from tutelage.models.folder import check_folder, read_config
 from tutelage.models.hf.causal import Wrapped, quiet
 from tutelage.models.hf.config import new_config, new_weights
 from tutelage.models.interface import Batch, Output
-from tutelage.models.load import check_folder, read_config
 
 Task = Literal["class", "token"]
 CLASSES = {"class": "AutoModelForSequenceClassification", "token": "AutoModelForTokenClassification"}
@@ -48,7 +48,7 @@ class Encoder(Wrapped):
 class ClassScorer(Wrapped):
     """A classification model of `transformers` as a part that scores: `part(batch)` -> [B*T,K] float32.
 
-    `class`: the scores of a text stand at its last token, whatever token its head reads (BERT: the first one). `token`: each
+    `class`: the scores of a text are at its last token, whatever token its head reads (BERT: the first one). `token`: each
     token has its own. All other places are 0.
     """
 
@@ -64,7 +64,7 @@ class ClassScorer(Wrapped):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the modules that are of its classes, and trained whole beside an adapter. A pooler is one of them: that of an
+        """Names of the modules that are of its classes, and trained in full with an adapter. A pooler is one of them: that of an
         encoder which has never judged texts is new."""
         inner = self.hf.base_model_prefix
         pooler = (f"{inner}.pooler",) if getattr(self.hf.base_model, "pooler", None) is not None else ()
@@ -85,13 +85,13 @@ class ClassScorer(Wrapped):
 
     def _scores(self, ids: Tensor, real: Tensor) -> Tensor:
         """[n,K] of texts [n,L], each a row; of a tagger [n,L,K]."""
-        how, tokens = inputs(self, ids, real), self.before
+        how, tokens = inputs(self, ids, real), self.active_virtual
         if tokens is None:
             return self.hf(**how).logits.float()  # type: ignore[no-any-return]
         if tokens.is_prefix:
-            with beside_head(self.hf, tokens, len(ids), how["attention_mask"]):
+            with encoder_prefix(self.hf, tokens, len(ids), how["attention_mask"]):
                 return self.hf(**how).logits.float()  # type: ignore[no-any-return]
-        logits = self.hf(**behind(self.hf, tokens, how)).logits.float()
+        logits = self.hf(**prepend_virtual(self.hf, tokens, how)).logits.float()
         return logits[:, len(tokens) :] if self.task == "token" else logits  # type: ignore[no-any-return]
 
 
@@ -170,8 +170,8 @@ def new_classifier(
     sep_id: int | None = None,
 ) -> ClassScorer:  # fmt: skip
     """A classifier from scratch: random weights in the shape of a config.json, BERT where it names no `model_type`. `base`: the
-    keys that stand where `shape` says nothing; of positions it says how many a text needs, and a family that counts from its
-    padding gets so many more.
+    defaults for keys that `shape` leaves out. Its number of positions is what a text needs; a family that counts positions from
+    its padding token gets that many more.
 
     Raises `ConfigError` for keys that the family does not have, and for one that does not encode; `MissingExtra`.
     """
@@ -219,7 +219,7 @@ def _read(folder: Path) -> Any:
 
 def _opened(folder: Path, kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
     try:
-        with quiet():  # a new head is said by whoever asked for it
+        with quiet():  # the caller reports a new head
             return getattr(_library(), kind).from_pretrained(  # type: ignore[no-any-return]
                 folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
                 use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutelage.errors import ArtifactError, MissingExtra
-from tutelage.models.adapters.hf_virtual_tokens import behind
+from tutelage.models.adapters.hf_virtual_tokens import prepend_virtual
 from tutelage.models.hf.causal import Adapter, Wrapped, run_pieces
 from tutelage.models.interface import Batch, Output
 
@@ -32,9 +32,9 @@ class Body(Wrapped):
 
     def run(self, ids: Tensor, real: Tensor) -> Tensor:
         how: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long()}
-        tokens = self.before
+        tokens = self.active_virtual
         if tokens is not None:
-            how = behind(self.hf, tokens, how)
+            how = prepend_virtual(self.hf, tokens, how)
         got = self.hf.base_model(use_cache=tokens is not None and tokens.is_prefix, **how)
         return got.last_hidden_state[:, -ids.shape[1] :]  # type: ignore[no-any-return]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tutelage.errors import ConfigError
-from tutelage.models.adapters.hf_virtual_tokens import behind, cache_of
-from tutelage.models.adapters.virtual_tokens import VirtualTokens
+from tutelage.models.adapters.hf_virtual_tokens import cache_of, prepend_virtual
+from tutelage.models.adapters.virtual_tokens import VirtualTokens, count_virtual
 from tutelage.models.generation import GenerationSettings
 from tutelage.models.hf.causal import LogitsHead, Wrapped
 from tutelage.models.hf.config import new_config, new_weights
 from tutelage.models.hf.state import State
-from tutelage.models.interface import Batch, Output
+from tutelage.models.interface import Batch, Output, Traits
 
 ENCODE_TOKENS = 4096
 """Tokens, padding included, of one pass of the encoder."""
@@ -28,13 +28,16 @@ class Seq2Seq(Wrapped):
     """An encoder-decoder, to train, to generate with and to score. Its hidden states are its logits: such heads scale and add
     biases."""
 
-    is_encoder_decoder = True
-
     def __init__(self, hf: Any) -> None:
         super().__init__(hf)
         self.lm_head = LogitsHead(self._modules.get("lm_head"))
         self.generation = GenerationSettings.of(hf)
         self.start, self.ends = self.generation.start, self.generation.ends
+
+    @property
+    def traits(self) -> Traits:
+        sources = self.virtual is not None and not self.virtual.is_prefix
+        return Traits(encoder_decoder=True, virtual_tokens=count_virtual(self), virtual_sources=sources)
 
     def forward(self, batch: Batch) -> Output:
         """Logits [B,T,V] of targets after their sources. Raises ConfigError for rows of text, which do not say what is source
@@ -53,7 +56,7 @@ class Seq2Seq(Wrapped):
         """Encodes the sources; of the targets nothing is read yet."""
         ids, mask = self._padded(sources)
         rows = max(1, ENCODE_TOKENS // ids.shape[1])
-        encoder, tokens = self.hf.get_encoder(), self.before
+        encoder, tokens = self.hf.get_encoder(), self.active_virtual
         parts = [self._source(i, m) for i, m in zip(ids.split(rows), mask.split(rows), strict=True)]
         states = [encoder(**how).last_hidden_state for how in parts]
         state = State.new(len(sources), torch.cat(states), torch.cat([how["attention_mask"] != 0 for how in parts]))
@@ -62,19 +65,20 @@ class Seq2Seq(Wrapped):
         return state
 
     def _source(self, ids: Tensor, real: Tensor) -> dict[str, Any]:
-        """The encoder's arguments for sources [n,S], behind a prompt where there is one."""
+        """The encoder's arguments for sources [n,S], after a prompt where there is one."""
         how = {"input_ids": ids, "attention_mask": real.long()}
-        return how if self.before is None or self.before.is_prefix else behind(self.hf, self.before, how)
+        tokens = self.active_virtual
+        return how if tokens is None or tokens.is_prefix else prepend_virtual(self.hf, tokens, how)
 
     def _prefix(self, tokens: VirtualTokens, rows: int) -> Any:
-        """The decoder's cache behind a prefix."""
+        """The decoder's cache after a prefix."""
         from transformers import DynamicCache, EncoderDecoderCache
 
         return EncoderDecoderCache(cache_of(self.hf, tokens, rows), DynamicCache())
 
     def _read(self, ids: Tensor, real: Tensor, targets: Tensor) -> Tensor:
         """Logits [n,T,V] of targets [n,T] after sources [n,S]."""
-        how, tokens = self._source(ids, real), self.before
+        how, tokens = self._source(ids, real), self.active_virtual
         prefix = tokens is not None and tokens.is_prefix
         if tokens is not None and prefix:
             how["past_key_values"] = self._prefix(tokens, len(ids))
@@ -109,7 +113,7 @@ class Seq2Seq(Wrapped):
 
 def new_seq2seq(shape: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Seq2Seq:
     """An encoder-decoder from scratch: random weights in the shape of a config.json, T5 where it names no `model_type`. `base`:
-    the keys that stand where `shape` says nothing.
+    defaults for keys that `shape` leaves out.
 
     Raises `ConfigError` for keys that the family does not have, and for a model of another kind; `MissingExtra`.
     """

@@ -22,7 +22,7 @@ class State:
     cache: Any  # DynamicCache; EncoderDecoderCache where there are sources
     source: Tensor | None = None  # [B,S,H] encoder states, padded at the right
     mask: Tensor | None = None  # [B,S] bool: which of them are real
-    virtual: int = 0  # virtual tokens that stand before what was read
+    virtual: int = 0  # virtual tokens before what was read
 
     @classmethod
     def new(cls, rows: int, source: Tensor | None = None, mask: Tensor | None = None) -> State:
@@ -40,7 +40,7 @@ class State:
     def crop(self, length: int) -> None:
         """Forgets what was read after the first `length` tokens."""
         if self.length > length:
-            # Negative: so many off the end. What a positive number means changes between releases of `transformers`.
+            # Negative: counted from the end. What a positive number means changes between releases of `transformers`.
             self.cache.crop(length - self.length)
 
     @classmethod
