@@ -118,8 +118,10 @@ async def ask(server: Server, number: int, job: Job, leave: int | None, tally: T
     reader, writer = await asyncio.open_connection(server.host, server.port, limit=1 << 20)
     try:
         body = job.body()
+        # A server without keys answers only requests whose Host names this machine.
         head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"POST /v1/completions HTTP/1.1\r\nhost: {server.host}:{server.port}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         writer.write(head.encode() + body)
         await writer.drain()

@@ -61,8 +61,9 @@ async def _ask(port: int, text: list[int], new: int, stream: bool) -> tuple[floa
     data = json.dumps(body).encode()
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n"
-    writer.write(f"{head}connection: close\r\n\r\n".encode() + data)
+    # A server without keys answers only requests whose Host names this machine.
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(data)}\r\nconnection: close\r\n\r\n".encode() + data)
     await writer.drain()
     first, chunks = 0.0, 0
     async for line in reader:

@@ -321,8 +321,8 @@ def test_a_failed_step_ends_its_requests_and_the_next_one_works(engine: Engine, 
     thread.start()
 
     async def ask() -> int:
-        ticket = await thread.submit([(engine.encode("x"), Sampling(3, temperature=0, ignore_eos=True), 0)])
-        return sum([len(event.ids) async for _, event in ticket.events()])
+        response = await thread.submit([(engine.encode("x"), Sampling(3, temperature=0, ignore_eos=True), 0)])
+        return sum([len(event.ids) async for _, event in response.events()])
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")

@@ -116,14 +116,14 @@ def test_groups_take_turns_with_answers(tmp_path: Path) -> None:
     groups: list[tuple[int, int]] = []  # texts, tokens that the answer had by then
 
     async def ask() -> list[int]:
-        ticket = await thread.submit([([1, 2], Sampling(900, ignore_eos=True), 0)])
+        response = await thread.submit([([1, 2], Sampling(900, ignore_eos=True), 0)])
 
         def read(_: Any, prompts: list[list[int]], lora: Any) -> list[int]:
-            groups.append((len(prompts), ticket.sequences[0].made))
+            groups.append((len(prompts), response.sequences[0].made))
             return [len(p) for p in prompts]
 
         lengths = await thread.grouped([[1] * n for n in (3, 1, 8, 2, 7)], read, tokens=8)
-        assert sum([len(event.ids) async for _, event in ticket.events()]) == 900
+        assert sum([len(event.ids) async for _, event in response.events()]) == 900
         return lengths
 
     thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,22 @@ def test_mistakes_name_the_field(file: Path) -> None:
         read_keys(file)
     with pytest.raises(ArtifactError, match="keys add"):
         KeyRing(file=file.with_name("none.json"))
+
+
+def test_a_pipe_is_never_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a server that waits for ever for a key file that is a pipe."""
+    os.mkfifo(file)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("the pipe was opened"))
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        read_keys(file)
+
+
+def test_deeply_nested_json_is_an_error(file: Path) -> None:
+    """Guards against a RecursionError instead of an error that names the file."""
+    file.write_text("[" * 20_000 + "]" * 20_000)
+    with pytest.raises(DataError) as caught:
+        read_keys(file)
+    assert caught.value.file == file
 
 
 def test_every_key_is_compared_in_constant_time(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +217,16 @@ def test_buckets_refill_evenly() -> None:
     with allowance.admitting(10), pytest.raises(ApiError), allowance.admitting(1):
         pass
     assert [duration(s) for s in (0, 0.017, 8.64, 59.99, 60, 360)] == ["0ms", "17ms", "8.64s", "60s", "1m0s", "6m0s"]
+
+
+def test_the_prefix_cache_is_shared_within_one_key_only(server: Running, file: Path) -> None:
+    """Guards against a key that learns from `cached_tokens`, or from the time, what another key has asked."""
+    ask = {"model": "tiny", "prompt": [5 + i % 90 for i in range(300)], "max_tokens": 2}
+
+    def cached(client: openai.OpenAI) -> int:
+        usage = client.completions.create(**ask).usage  # type: ignore[call-overload]
+        return (usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0) or 0
+
+    mine, other = (server.client(add_key(file, name)) for name in ("mine", "other"))
+    assert cached(mine) == 0 and cached(mine) > 0
+    assert cached(other) == 0 and cached(other) > 0

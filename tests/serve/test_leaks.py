@@ -51,7 +51,7 @@ def held(running: Running) -> dict[str, int]:
         "threads": threading.active_count(),
         "files": len(os.listdir("/proc/self/fd")),
         "tasks": asyncio.run_coroutine_threadsafe(tasks(), running.loop).result(10),
-        "tickets": found.count(PendingResponse),
+        "responses": found.count(PendingResponse),
         "sequences": found.count(Sequence),
     }
 
@@ -71,7 +71,7 @@ def test_nothing_grows(tmp_path: Path) -> None:
             before, memory = held(running), resident_mb()
             ask(client, 2000)
             after = held(running)
-        assert after["tickets"] == after["sequences"] == 0
+        assert after["responses"] == after["sequences"] == 0
         assert after["threads"] <= before["threads"] + 1 and after["files"] <= before["files"] + 1, (before, after)
         assert after["tasks"] <= before["tasks"], (before, after)
         assert resident_mb() < memory + 8  # 4 kB a request

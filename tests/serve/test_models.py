@@ -126,6 +126,30 @@ def test_mistakes_of_loading(house: House, base: Path) -> None:
     assert [m.id for m in house.client.models.list()] == ["one"]
 
 
+def test_a_link_to_itself_is_a_client_error(house: House, base: Path) -> None:
+    """Guards against a 500 for a path that cannot be resolved."""
+    loop = base / "allowed" / "loop"
+    loop.symlink_to(loop)
+    try:
+        reply = house.load("x", loop)
+    finally:
+        loop.unlink()
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "path")
+
+
+def test_loading_times_out(house: House, base: Path) -> None:
+    """Guards against an admin request, and a name, that a folder on a stuck disk holds for ever."""
+    house.may_load.clear()
+    house.state.load_seconds = 0.2
+    try:
+        reply = house.load("two", base / "allowed" / "two")
+    finally:
+        house.may_load.set()
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "loading_timed_out")
+    house.state.load_seconds = 60
+    assert house.load("two", base / "allowed" / "two").status_code == 200
+
+
 def test_who_may_change_models(house: House, base: Path) -> None:
     """A key for inference, or none, that can take a model away from everybody."""
     inference = {"authorization": f"Bearer {house.keys['inference']}"}

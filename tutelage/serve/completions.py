@@ -29,7 +29,7 @@ class CompletionHandler:
         style: CallStyle | None = None,
     ) -> None:  # fmt: skip
         self.work = GenerationRequest(request, served, prompts, sampling, param)
-        self.thread, self.reply = served.thread, reply
+        self.served, self.reply = served, reply
         self.prompts, self.sampling = prompts, sampling
         self.style = style  # of tool calls, where the model may make some
         self.vocabulary = showing(self.work.vocabulary, sampling.shown_ids)
@@ -60,7 +60,8 @@ class CompletionHandler:
             return
         ranked = 0 if self.prompt_logprobs is None else max(self.prompt_logprobs, 1)  # ranks come with alternatives
         try:
-            self.prompt_scores = await score_prompts(self.thread, self.prompts, max(self.sampling.logprobs or 0, ranked))
+            top = max(self.sampling.logprobs or 0, ranked)
+            self.prompt_scores = await score_prompts(self.served.thread, self.prompts, top, self.served.adapter)
         except ConfigError as error:  # an encoder-decoder
             raise ApiError(400, str(error), param="prompt_logprobs" if ranked else self.work.param) from error
 

@@ -110,8 +110,8 @@ def _merged(inbox: list[Delivery]) -> list[tuple[int, Event]]:
 class _Answer:
     """A sequence that is not finished: whose it is, and when things happened to it."""
 
-    ticket: PendingResponse
-    number: int  # which answer of the ticket
+    response: PendingResponse
+    number: int  # which answer of the response
     asked: float
     last: float | None = None  # when the last token came
 
@@ -169,21 +169,23 @@ class EngineThread:
         self._orders.put(order)
         return future
 
-    async def submit(self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "", lora: Any = None) -> PendingResponse:
+    async def submit(
+        self, wanted: list[tuple[list[int], Sampling, int]], owner: str = "", adapter: Any = None
+    ) -> PendingResponse:
         """Queues answers: (prompt ids, sampling, which of n), for one owner and with one adapter. All or none:
         an error leaves nothing behind."""
-        ticket = PendingResponse(asyncio.get_running_loop())
+        response = PendingResponse(asyncio.get_running_loop())
         asked = time.monotonic()
 
         def order(engine: EngineProtocol) -> None:
             try:
                 for number, (ids, sampling, index) in enumerate(wanted):
-                    sequence = engine.submit(ids, sampling, index, lora, owner)
-                    ticket.sequences.append(sequence)
-                    self._answers[id(sequence)] = _Answer(ticket, number, asked)
+                    sequence = engine.submit(ids, sampling, index, adapter, owner)
+                    response.sequences.append(sequence)
+                    self._answers[id(sequence)] = _Answer(response, number, asked)
                     self._queued.add(id(sequence))
             except Exception:
-                self._drop(ticket, None)
+                self._drop(response, None)
                 raise
 
         with self._counted(len(wanted)):
@@ -191,12 +193,12 @@ class EngineThread:
             try:
                 await asyncio.wrap_future(future)
             except asyncio.CancelledError:
-                self.cancel(ticket)
+                self.cancel(response)
                 raise
-        return ticket
+        return response
 
     async def grouped(
-        self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS, lora: Any = None
+        self, prompts: list[list[int]], function: Grouped[T], tokens: int = GROUP_TOKENS, adapter: Any = None
     ) -> list[T]:
         """`function` of all prompts, results in their order, with one adapter. They are handed over in groups of similar length,
         one group between two steps, so that running answers wait for one group at most."""
@@ -207,7 +209,7 @@ class EngineThread:
                 count = max(1, tokens // len(prompts[order[0]]))
                 group, order = order[:count], order[count:]
                 texts = [prompts[i] for i in group]
-                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts, lora)))  # type: ignore[misc]
+                made = await asyncio.wrap_future(self.call(lambda engine, texts=texts: function(engine, texts, adapter)))  # type: ignore[misc]
                 out.update(zip(group, made, strict=True))
         return [out[i] for i in range(len(prompts))]
 
@@ -219,12 +221,12 @@ class EngineThread:
         finally:
             self._ordered -= jobs
 
-    def cancel(self, ticket: PendingResponse) -> None:
+    def cancel(self, response: PendingResponse) -> None:
         """Ends what still runs of a request and frees its slots. Returns at once."""
-        self._orders.put(lambda: self._drop(ticket, "abort"))
+        self._orders.put(lambda: self._drop(response, "abort"))
 
-    def _drop(self, ticket: PendingResponse, reason: str | None) -> None:
-        for sequence in ticket.sequences:
+    def _drop(self, response: PendingResponse, reason: str | None) -> None:
+        for sequence in response.sequences:
             answer = self._answers.pop(id(sequence), None)
             self._queued.discard(id(sequence))
             if answer is not None and reason is not None:
@@ -277,10 +279,10 @@ class EngineThread:
             self._measure(answer, event, now)
             if event.finish_reason is not None:
                 del self._answers[id(event.sequence)]
-            if answer.ticket.post((answer.number, event)):
-                woken.setdefault(answer.ticket.loop, []).append(answer.ticket)
-        for loop, tickets in woken.items():
-            _wake(loop, tickets)
+            if answer.response.post((answer.number, event)):
+                woken.setdefault(answer.response.loop, []).append(answer.response)
+        for loop, responses in woken.items():
+            _wake(loop, responses)
 
     def _measure(self, answer: _Answer, event: Event, now: float) -> None:
         if answer.last is None:
@@ -295,21 +297,21 @@ class EngineThread:
 
     def _fail(self, error: Exception) -> None:
         """A failed step ends every request with its error; the next ones find an empty engine."""
-        tickets = {id(answer.ticket): answer.ticket for answer in self._answers.values()}
-        for ticket in tickets.values():
-            self._drop(ticket, "error")
-            ticket.post(error)
-            _wake(ticket.loop, [ticket])
+        responses = {id(answer.response): answer.response for answer in self._answers.values()}
+        for response in responses.values():
+            self._drop(response, "error")
+            response.post(error)
+            _wake(response.loop, [response])
 
 
 def _stopping() -> ApiError:
     return unavailable("the server stopped before the answer was finished", "shutting_down")
 
 
-def _wake(loop: asyncio.AbstractEventLoop, tickets: list[PendingResponse]) -> None:
+def _wake(loop: asyncio.AbstractEventLoop, responses: list[PendingResponse]) -> None:
     def ring() -> None:
-        for ticket in tickets:
-            ticket.wake()
+        for response in responses:
+            response.wake()
 
     if not loop.is_closed():
         loop.call_soon_threadsafe(ring)

@@ -22,7 +22,7 @@ class GenerationRequest:
     def __init__(self, request: Request, served: Served, prompts: list[list[int]], sampling: Sampling, param: str) -> None:
         self.request, self.served, self.prompts, self.sampling, self.param = request, served, prompts, sampling, param
         self.allowance = allowance_of(request)
-        self._ticket: PendingResponse | None = None
+        self._response: PendingResponse | None = None
         self._reserved = 0  # tokens of the key's allowance
 
     @property
@@ -33,8 +33,8 @@ class GenerationRequest:
 
     @property
     def sequences(self) -> list[Sequence]:
-        assert self._ticket is not None, "not submitted yet"
-        return self._ticket.sequences
+        assert self._response is not None, "not submitted yet"
+        return self._response.sequences
 
     async def submit(self, first: Callable[[], Awaitable[None]] | None = None, answers: bool = True) -> None:
         """Queues the answers (none where only `first` is wanted), after `first`. Raises `ApiError` for what cannot be answered,
@@ -45,16 +45,16 @@ class GenerationRequest:
             if first is not None:
                 await first()
             check_queue(self.served, state_of(self.request).max_waiting, len(wanted))
-            self._ticket = await self.served.thread.submit(wanted, owner_of(self.request))
+            self._response = await self.served.thread.submit(wanted, owner_of(self.request), self.served.adapter)
         self._reserved = reserved
         self.request.state.leaving.callback(self._release, reserved)
-        self.request.state.leaving.callback(self.served.thread.cancel, self._ticket)
+        self.request.state.leaving.callback(self.served.thread.cancel, self._response)
 
     async def events(self, whole: bool = False) -> AsyncIterator[tuple[int, Event]]:
         """(number of the answer, event), their tokens taken off what the key may use. `whole`: nobody reads along. Raises what
         stopped the engine."""
-        assert self._ticket is not None, "not submitted yet"
-        async for number, event in self._ticket.events(whole):
+        assert self._response is not None, "not submitted yet"
+        async for number, event in self._response.events(whole):
             self.allowance.spend(len(event.ids))
             self._release(len(event.ids))
             yield number, event

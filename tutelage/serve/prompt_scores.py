@@ -8,7 +8,6 @@ from typing import Any
 from tutelage.engine import TokenScore
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.scoring import Scored
-from tutelage.serve.adapter_thread import WornThread
 from tutelage.serve.engine_thread import EngineThread
 from tutelage.tokenizer.detokenize import Vocabulary
 
@@ -43,11 +42,11 @@ class PromptScores:
         return out
 
 
-async def score_prompts(thread: EngineThread | WornThread, prompts: list[list[int]], top: int) -> list[PromptScores]:
+async def score_prompts(thread: EngineThread, prompts: list[list[int]], top: int, adapter: Any = None) -> list[PromptScores]:
     """Raises what `Engine.score_top` does: `ConfigError` for an encoder-decoder."""
 
-    def score(engine: EngineProtocol, group: list[list[int]], lora: Any) -> list[Scored]:
-        return engine.score_top([(ids, 1) for ids in group], top, lora)
+    def score(engine: EngineProtocol, group: list[list[int]], adapter: Any) -> list[Scored]:
+        return engine.score_top([(ids, 1) for ids in group], top, adapter)
 
-    scored = await thread.grouped(prompts, score)
+    scored = await thread.grouped(prompts, score, adapter=adapter)
     return [PromptScores(ids, one) for ids, one in zip(prompts, scored, strict=True)]

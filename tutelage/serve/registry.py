@@ -16,7 +16,6 @@ from tutelage.chat.render import Renderer
 from tutelage.chat.tool_calls import CallStyle
 from tutelage.engine.protocol import EngineProtocol
 from tutelage.engine.text_limit import TextLimit
-from tutelage.serve.adapter_thread import WornThread
 from tutelage.serve.engine_thread import EngineThread
 from tutelage.serve.metrics import Metrics, ModelMeter
 from tutelage.serve.schema import ApiError, unavailable
@@ -30,10 +29,9 @@ Loader = Callable[[Path], tuple[EngineProtocol, Any]]
 class Served:
     """One name behind the API: a model, or one with an adapter (`Adapted`)."""
 
-    thread: EngineThread | WornThread
-
-    def __init__(self, name: str, renderer: Any, meter: ModelMeter) -> None:
+    def __init__(self, name: str, renderer: Any, meter: ModelMeter, thread: EngineThread, adapter: Any = None) -> None:
         self.name, self.renderer, self.created, self.meter = name, renderer, int(time.time()), meter
+        self.thread, self.adapter = thread, adapter  # the adapter is None for a model by itself
         self._limit: TextLimit | None = None
         self._style: CallStyle | None = None
         self._busy = 0
@@ -100,8 +98,8 @@ class Base(Served):
     """A model with an engine of its own."""
 
     def __init__(self, name: str, engine: EngineProtocol, renderer: Any, metrics: Metrics) -> None:
-        super().__init__(name, renderer, ModelMeter(metrics, name))
-        self.thread: EngineThread = EngineThread(engine, self.meter)
+        meter = ModelMeter(metrics, name)
+        super().__init__(name, renderer, meter, EngineThread(engine, meter))
 
     async def stop(self) -> None:
         self.thread.stop()
@@ -111,10 +109,9 @@ class Base(Served):
 class Adapted(Served):
     """A model with an adapter. It answers in its base's batch and counts as its base, as vLLM's metrics have it."""
 
-    def __init__(self, name: str, base: Base, lora: Any, renderer: Any) -> None:
-        super().__init__(name, renderer, base.meter)
-        self.base, self.lora = base, lora
-        self.thread: WornThread = WornThread(base.thread, lora)
+    def __init__(self, name: str, base: Base, adapter: Any, renderer: Any) -> None:
+        super().__init__(name, renderer, base.meter, base.thread, adapter)
+        self.base = base
 
     @property
     def card(self) -> dict[str, Any]:
@@ -127,7 +124,7 @@ class Adapted(Served):
 
     async def stop(self) -> None:
         with contextlib.suppress(ApiError):  # the base has stopped, and everything with it
-            await asyncio.wrap_future(self.thread.base.call(lambda engine: engine.forget(self.lora)))
+            await asyncio.wrap_future(self.thread.call(lambda engine: engine.forget(self.adapter)))
 
 
 class Models:

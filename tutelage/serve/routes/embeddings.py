@@ -65,17 +65,17 @@ async def _vectors(served: Served, prompts: list[list[int]]) -> list[np.ndarray]
     """A vector for each prompt. Counts how each ended, whether they all did or the client left before."""
     asked, left = time.monotonic(), len(prompts)
 
-    def measured(engine: EngineProtocol, texts: list[list[int]], lora: Any) -> list[np.ndarray]:
+    def measured(engine: EngineProtocol, texts: list[list[int]], adapter: Any) -> list[np.ndarray]:
         nonlocal left
         began = time.monotonic()
-        vectors = engine.embed(texts, lora)
+        vectors = engine.embed(texts, adapter)
         left -= len(texts)
         for ids in texts:
             served.meter.embedded(began - asked, time.monotonic() - asked, len(ids))
         return vectors
 
     try:
-        return await served.thread.grouped(prompts, measured)
+        return await served.thread.grouped(prompts, measured, adapter=served.adapter)
     except BaseException as error:
         for _ in range(left):
             served.meter.finished("abort" if isinstance(error, asyncio.CancelledError) else "error", time.monotonic() - asked)
