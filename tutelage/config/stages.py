@@ -373,8 +373,8 @@ class Rl(Tune):
     epochs: Positive = setting(1.0, "passes over the prompts, where steps is not given")
     updates: Count = setting(1, "times that each answer is trained on")
     minibatches: Count = setting(1, "steps that one time is made in")
-    silent: Literal["keep", "skip", "resample"] = setting(
-        "keep", "groups whose answers are all worth the same: kept, left out, or others asked for instead; always counted"
+    zero_variance: Literal["keep", "skip", "resample"] = setting(
+        "keep", "groups whose answers all have the same reward: keep, skip, or resample other prompts instead; always counted"
     )
     truncated: Literal["keep", "mask", "penalise"] = setting(
         "keep", "answers cut at max_tokens: kept, not trained on, or their reward lowered by `penalty`; always counted"

@@ -135,7 +135,7 @@ PANELS = (
     ("mfu", "Share of the machine's product rate"),
     ("term/accuracy", "pairs in the right order"),
     ("rollout/length", "tokens of an answer"),
-    ("rollout/silent_share", "groups without a signal"),
+    ("rollout/zero_variance_share", "groups without a signal"),
     ("term/entropy", "entropy, nats a token"),
     ("rollout/kl", "divergence from the reference, nats a token"),
 )

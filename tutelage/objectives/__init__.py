@@ -37,7 +37,7 @@ class Method:
 
     function: str  # "module:function" (parts, batch, *, settings) -> terms
     data: str = "rows"  # what its batches hold: rows | preferences | ratings | rollouts | examples
-    reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `whole["reference"]`
+    reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `per_completion["reference"]`
     prepare: str | None = None  # "module:function" (parts, batch, *, settings) -> terms
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make this method of a family
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of settings, where the function's own are another method's

@@ -69,7 +69,7 @@ def distil(parts: dict[str, nn.Module], batch: Batch, how: Distillation) -> dict
 def supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(places in the batch laid flat, targets, weights) [N] of what is learned: of the answers, where the batch has any."""
     if batch.answers is not None:
-        places = batch.answers.places
+        places = batch.answers.positions
         return places, batch.answers.targets, torch.ones_like(places, dtype=torch.float32)
     places = batch.weights.flatten().nonzero().squeeze(1)
     return places, batch.targets.flatten()[places], batch.weights.flatten()[places]

@@ -21,7 +21,7 @@ from tutelage.objectives.answers import answer_logprobs, answers_of, pair_terms,
 def rewards(parts: dict[str, nn.Module], batch: Batch, beta: float, average: bool = False) -> tuple[Tensor, Tensor]:
     """Implicit rewards [P] of the chosen and the rejected answers; with `average`, of their average token."""
     answers = answers_of(batch)
-    ratio = answer_logprobs(parts["policy"], batch) - answers.whole["reference"]
+    ratio = answer_logprobs(parts["policy"], batch) - answers.per_completion["reference"]
     return paired(beta * (ratio / answers.lengths if average else ratio))
 
 
@@ -31,7 +31,7 @@ def dpo(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.1, offset:
     chosen, rejected = rewards(parts, batch, beta)
     margin = chosen - rejected
     if offset:
-        known = answers_of(batch).whole
+        known = answers_of(batch).per_completion
         if "margin" not in known:
             raise ConfigError(
                 "`offset` needs preferences that say by how much", field="offset", found=offset,

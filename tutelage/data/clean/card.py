@@ -77,7 +77,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Tally:
+class CardCounts:
     """Counts gathered while the records are written."""
 
     parts: dict[str, Part] = field(default_factory=lambda: {"train": Part(), "validation": Part()})

@@ -23,7 +23,7 @@ NOTABLE = 0.05  # share from which on what is not learnt is said in colour
 
 def say_left_out(report: Mapping[str, float], *, fix: str, part: str = "") -> None:
     """A line for each reason in `report` that something was left out or cut for; in colour, with what to do about it, from a
-    notable share on. The report begins with what there was in all, as of `PairFamilies.report`."""
+    notable share on. The report begins with what there was in all, as of `PreferencePairs.report`."""
     (unit, total), *reasons = report.items()
     begin = f"{part}: " if part else ""
     for what, count in reasons:

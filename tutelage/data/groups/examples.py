@@ -1,4 +1,4 @@
-"""Examples as families: a text's tokens with what it is. Texts keep their tokenizer's own convention ([CLS] … [SEP])."""
+"""Examples as prompt groups: a text's tokens with what it is. Texts keep their tokenizer's own convention ([CLS] … [SEP])."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def named(example: Example, task: Task) -> tuple[str, ...]:
     return example.labels if task == "many" else tuple(s.label for s in example.spans)
 
 
-class ExampleFamilies:
-    """Examples as families of one text each. `report` says how many were cut or left out."""
+class ExampleGroups:
+    """Examples as prompt groups of one text each. `report` says how many were cut or left out."""
 
     def __init__(self, examples: Sequence[Example], encode: TextEncoder, labels: Labels) -> None:
         self.labels, self.number = labels, {name: i for i, name in enumerate(labels.names)}
@@ -204,7 +204,7 @@ class ExampleFamilies:
             whole = {"labels" if self.labels.task == "many" else "label": answer, "weight": 1.0}
             if self.labels.task == "class":
                 whole["weight"] = weights.get(str(example.label), 1.0)
-            return PromptGroup(example.id, ids, (Completion(ids[:0], whole=whole),))
+            return PromptGroup(example.id, ids, (Completion(ids[:0], per_completion=whole),))
         return self._tagged(example.id, np.array(found.ids), answer)
 
     def _tagged(self, name: str, ids: np.ndarray, tags: dict[int, int]) -> PromptGroup:

@@ -1,4 +1,4 @@
-"""Sources with their targets as families, for encoder-decoders: translation, summaries, whatever makes one text of another."""
+"""Sources with their targets as groups, for encoder-decoders: translation, summaries, whatever makes one text of another."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class PairEncoder:
 
 
 class PairedTexts:
-    """A family a pair: the source is its prompt, the target its one ending. `report` says what was cut or left out."""
+    """A prompt group a pair: the source is its prompt, the target its one completion. `report` says what was cut or left out."""
 
     def __init__(
         self, records: Sequence[Conversation], encode: PairEncoder, max_source: int, max_target: int, *, cut: bool = True
     ) -> None:
         self.report = Counter(pairs=len(records))
         self.records: list[Conversation] = []
-        self.families: list[PromptGroup] = []
+        self.prompt_groups: list[PromptGroup] = []
         seen, lengths = hashlib.sha256(), []
         for record in records:
             source, target = pair_of(record)
@@ -83,9 +83,11 @@ class PairedTexts:
                 continue
             self.report["source too long, cut at the right"] += over
             self.records.append(record)
-            self.families.append(PromptGroup(record.id, np.array(ids), (Completion(np.array(made), np.array(mask, np.uint8)),)))
+            self.prompt_groups.append(
+                PromptGroup(record.id, np.array(ids), (Completion(np.array(made), np.array(mask, np.uint8)),))
+            )
             seen.update(f"{record.id} {ids} {made}\n".encode())
-        if not self.families:
+        if not self.prompt_groups:
             why = [f"{count:,} {what}" for what, count in self.report.items() if count]
             fixes = ["raise max_target"] * bool(self.report["target too long, left out"])
             fixes += ["raise max_length, or set too_long=right"] * bool(self.report["source too long, left out"])
@@ -96,10 +98,10 @@ class PairedTexts:
         self.digest = seen.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.families)
+        return len(self.prompt_groups)
 
     def __getitem__(self, i: int) -> PromptGroup:
-        return self.families[i]
+        return self.prompt_groups[i]
 
     def sizes(self, layout: Layout) -> np.ndarray:
-        return np.array([f.size(layout) for f in self.families])
+        return np.array([f.size(layout) for f in self.prompt_groups])
