@@ -133,6 +133,8 @@ def test_kto_by_hand():
     assert found.loss == pytest.approx((3 * 0.5 + 2 * 0.5) / 2, abs=1e-6)
     expected = {"_kl": two, "_desirable": two, "_undesirable": two}
     assert {k: found.terms[k] for k in expected} == pytest.approx(expected, abs=1e-6)
+    far = step(halves(), "kto", [judged(1, 3 * two), judged(0, 3 * two)], **settings | {"beta": 0.5})  # values -ln 2 and ln 2
+    assert far.loss == pytest.approx((3 * (2 / 3) + 2 * (1 / 3)) / 2, abs=1e-6)
     below = step(halves(), "kto", [judged(1, -two), judged(0, -two)], **settings)  # reference point 0
     assert below.terms["_kl"] == 0
     assert below.loss == pytest.approx((3 * (1 / 3) + 2 * (2 / 3)) / 2, abs=1e-6)
