@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests import tiny
 from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.objectives import objective
 from tutelage.objectives.answers import token_logprobs
 
-SHAPE = {
-    "model_type": "qwen3", "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64, "max_position_embeddings": 128,
-    "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-}  # fmt: skip
+SHAPE = tiny.shape(vocab_size=100, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")

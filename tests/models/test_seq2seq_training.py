@@ -172,7 +172,7 @@ def test_texts_become_pairs_as_they_are_served(tmp_path: Path) -> None:
     assert len(dropped) == 1 and dropped.report["source too long, left out"] == 1
     forced = PairEncoder(words, Marks((0, 10), (1,))).target("d")
     assert forced == ([0, 10, 6, 1], [0, 0, 1, 1])
-    with pytest.raises(DataError, match="one text of one text"):
+    with pytest.raises(DataError, match="one source and one target"):
         PairedTexts([talk("a", "b", "c", "d")], encode, 5, 6)
 
 

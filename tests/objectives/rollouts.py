@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests import tiny
 from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
@@ -15,11 +16,7 @@ from tutelage.models.interface import Batch
 
 VOCABULARY = 61
 LONGEST = 12  # tokens of an answer, at most
-SHAPE = {
-    "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
-    "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.1,
-}  # fmt: skip
+SHAPE = tiny.shape(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.1)
 
 
 def policy(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -9,20 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests import tiny
 from tutelage.data.groups.groups import Completion, Layout, PromptGroup
 from tutelage.data.groups.source import GroupSource
-from tutelage.models.config import DecoderConfig
 from tutelage.models.decoder import Decoder
 from tutelage.models.heads import LmHead
-from tutelage.models.init import build
 from tutelage.models.interface import Batch, Output
 
 VOCABULARY = 31
-SHAPE = {
-    "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 128,
-    "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.2,
-}  # fmt: skip
+SHAPE = tiny.shape(vocab_size=VOCABULARY, initializer_range=0.2)
 
 # Every method with settings that are not its defaults, so that one which is not passed on is seen
 PREFERENCES: dict[str, dict[str, Any]] = {
@@ -100,7 +95,7 @@ def source(method: str, made: Sequence[PromptGroup] | None = None, *, micro_toke
 
 
 def decoder(seed: int = 3, dtype: torch.dtype = torch.float64) -> Decoder:
-    return build(DecoderConfig.from_hf(SHAPE), seed, dtype=dtype)
+    return tiny.model(seed, dtype, **SHAPE)
 
 
 class Bigrams(nn.Module):

@@ -183,11 +183,11 @@ def test_the_teacher_does_not_move() -> None:
 
 def test_settings_that_cannot_be_are_refused() -> None:
     """A mixture of one distribution has no slope, `beta` means nothing to a KL, other vocabularies nothing at all."""
-    with pytest.raises(ConfigError, match="share of both"):
+    with pytest.raises(ConfigError, match="both distributions"):
         objective("jsd", beta=1.0)(parts(), batch().micro[0])
     with pytest.raises(ConfigError, match="beta"):
         objective("forward_kl", beta=0.5)
-    with pytest.raises(ConfigError, match="another vocabulary"):
+    with pytest.raises(ConfigError, match="different vocabularies"):
         check_vocabularies(97, 96)
 
 

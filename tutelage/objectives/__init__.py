@@ -143,7 +143,7 @@ def objective(name: str, called: Mapping[str, str] | None = None, /, **settings:
             own, offered = names.get(key, key), [names.get(k, k) for k in known if k in settings or not called]
             near = None if called else nearest(own, offered)
             raise ConfigError(
-                f"`{own}` means nothing to {name}", field=own, found=given[key],
+                f"{name} has no setting `{own}`", field=own, found=given[key],
                 expected=f"one of: {', '.join(offered)}" if offered else "no settings",
                 fix=f"did you mean `{near}`?" if near else f"leave {own} out",
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What objectives about whole answers have in common."""
+"""Helpers of objectives that score whole completions."""
 
 from __future__ import annotations
 

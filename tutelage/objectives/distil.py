@@ -44,7 +44,7 @@ def jsd(
     where it is 0 whatever the student does."""
     if not 0 < beta < 1:
         raise ConfigError(
-            "the mixture needs a share of both", field="beta", found=beta, expected="between 0 and 1",
+            "the mixture needs both distributions", field="beta", found=beta, expected="between 0 and 1",
             fix="use loss=forward or loss=reverse for the ends",
         )  # fmt: skip
     return distil(parts, batch, Distillation("jsd", beta, temperature, cross_entropy, rest))
@@ -87,7 +87,7 @@ def check_vocabularies(student: int, teacher: int) -> None:
     """Raises `ConfigError` where distributions of the two are not over the same tokens."""
     if student != teacher:
         raise ConfigError(
-            "the teacher has another vocabulary than the student", field="teacher", found=f"{teacher} tokens",
+            "teacher and student have different vocabularies", field="teacher", found=f"{teacher} tokens",
             expected=f"{student} tokens, the student's",
             fix="use a teacher with the student's tokenizer, or let it write texts and train on those with `sft`",
         )  # fmt: skip

@@ -34,7 +34,7 @@ def dpo(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.1, offset:
         known = answers_of(batch).per_completion
         if "margin" not in known:
             raise ConfigError(
-                "`offset` needs preferences that say by how much", field="offset", found=offset,
+                "`offset` needs preferences with margins", field="offset", found=offset,
                 expected="0, or a `margin` in every preference",
             )  # fmt: skip
         margin = margin - offset * known["margin"][0::2]
@@ -104,7 +104,7 @@ def discopop(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.05, t
 def _share(label_smoothing: float, zero: bool = True) -> float:
     if not 0.0 <= label_smoothing < 0.5 or not (zero or label_smoothing):
         raise ConfigError(
-            "not a share of wrong preferences", field="label_smoothing", found=label_smoothing,
+            "label_smoothing is out of range", field="label_smoothing", found=label_smoothing,
             expected=f"{'at least' if zero else 'more than'} 0 and less than 0.5",
         )  # fmt: skip
     return label_smoothing

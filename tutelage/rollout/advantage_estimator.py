@@ -1,4 +1,4 @@
-"""What judged answers are worth: rewards become advantages, and rollouts the prompt groups that a policy is trained on."""
+"""Turns rewards into advantages, and scored rollouts into the prompt groups that a policy is trained on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Streams = list[list[Floats]]  # of each prompt group, of each completion: [n]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How rewards become what tokens are worth."""
+    """How rewards become advantages."""
 
     method: str  # a row of the table about rollouts
     max_tokens: int
@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class AdvantageEstimator:
-    """Groups of judged rollouts -> the same with advantages, their prompt groups, and what was measured.
+    """Groups of scored rollouts -> the same with advantages, their prompt groups, and metrics.
 
     `old`: log-probabilities by the trainer's own arithmetic; without it those of the engine are the old ones. `reference`: those
     of the model to stay close to. `values`: of the states before each token, for PPO.
@@ -53,7 +53,7 @@ class AdvantageEstimator:
     old: ByToken | None = None
     reference: ByToken | None = None
     values: ByToken | None = None
-    comparable: bool = True  # whether trainer and engine speak of one temperature
+    comparable: bool = True  # whether trainer and engine use the same temperature
 
     def __call__(self, groups: Groups) -> tuple[Groups, list[PromptGroup], MetricSums]:
         bare = [group_of(group) for group in groups]
@@ -158,7 +158,7 @@ class AdvantageEstimator:
 
 
 def group_of(group: Sequence[Rollout]) -> PromptGroup:
-    """The answers to one prompt, without streams."""
+    """The answers to one prompt as a group without per-token values."""
     completions = tuple(Completion(np.array(r.ids, np.int64), np.array(r.mask, np.uint8)) for r in group)
     return PromptGroup(group[0].prompt, np.array(group[0].prompt_ids, np.int64), completions)
 

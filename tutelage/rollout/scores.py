@@ -1,4 +1,4 @@
-"""What models that are not being trained say of every token of some answers: references, old policies, values."""
+"""Per-token numbers from models that are not being trained: reference, old policy, value model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def by_token(
     micro_tokens: int,
     device: torch.device,
 ) -> list[list[Floats]]:
-    """For each completion of each prompt group one number a token [n]; 0 where its mask is 0. `measure` gives [N] for a batch."""
+    """One number per token for each completion, 0 where its mask is 0. `measure` returns [N] for a batch."""
     parts = [(i, part) for i, prompt_group in enumerate(prompt_groups) for part in pieces(prompt_group, layout, micro_tokens)]
     found: dict[int, list[Floats]] = {}
     for group in bins([part.size(layout) for _, part in parts], micro_tokens)[0]:
@@ -46,7 +46,7 @@ def by_token(
 
 
 def pieces(prompt_group: PromptGroup, layout: Layout, micro_tokens: int) -> list[PromptGroup]:
-    """The prompt group in parts of at most so many tokens, or of one completion: answers do not know of one another."""
+    """The group split into parts of at most `micro_tokens` tokens, or of one completion: completions are independent."""
     out: list[list[Completion]] = []
     each = len(prompt_group.prompt) if layout != "tree" else 0
     room = 0

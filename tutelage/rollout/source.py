@@ -180,7 +180,7 @@ class RolloutSource:
         return self.prompts[int(shuffled(len(self.prompts), self.plan.seed, epoch, 6)[at])]
 
     def judged(self, groups: Groups) -> Groups:
-        """The rollouts with their rewards, all scored together."""
+        """The rollouts with their rewards, all scored in one call."""
         flat = [r for group in groups for r in group]
         verdicts = self.judge.judge(flat)
         scored = iter(
@@ -267,7 +267,7 @@ class RolloutSource:
         return self.folder.parent / "kept"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `ArtifactError` naming what differs from the run that goes on."""
+        """Raises `ArtifactError` naming what differs from the checkpointed run."""
         for name, ours in (("identity", self.identity), ("plan", asdict(self.plan))):
             different = sorted(k for k in ours.keys() | state[name].keys() if ours.get(k) != state[name].get(k))
             if different:
@@ -281,7 +281,7 @@ class RolloutSource:
         rows = {int(p): prompt_group for file in files for p, prompt_group in read_json(file).items()}
         if state["within"] and rows.keys() != set(self.places):
             raise ArtifactError(
-                "rollouts that were not used up are gone", file=self._kept, found=f"{len(rows)} groups",
+                "unused rollouts of the checkpoint are missing", file=self._kept, found=f"{len(rows)} groups",
                 expected=f"{len(self.places)}, of step {self._version}", fix="start the run again with --force",
             )  # fmt: skip
         own = [p for p in rows if p % self.plan.prompts % distributed.world() == log.rank()]  # of any number of ranks before

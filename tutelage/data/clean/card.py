@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tutelage import log
 
-NOTABLE = 0.05  # share of the records offered from which on what was left out is said in colour, with samples
+NOTABLE = 0.05  # from this share of the records on, dropped ones are a coloured warning with samples
 REASONS = {  # in words, with what keeps such records
     "duplicate": ("equal to an earlier one", "dedup=none keeps them"),
     "near_duplicate": ("nearly the same as an earlier one", "dedup=exact keeps them"),

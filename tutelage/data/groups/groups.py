@@ -1,4 +1,4 @@
-"""Prompt groups: a prompt with the answers to it that are judged; and how many of them become one batch.
+"""Prompt groups (a prompt with its completions) and how they are collated into one batch.
 
 Where the model can, the prompt of a group is read once for all its answers (`Batch.tree`). Layouts change the cost, never the
 result: `tree` (prompts shared), `packed` (every text its own segment, in one row), `rows` (every text a row of its own, padded).
@@ -22,7 +22,7 @@ Layout = Literal["tree", "packed", "rows", "pairs"]
 
 @dataclass(slots=True, frozen=True)
 class Completion:
-    """One answer: the tokens that follow the prompt, and what is known of them."""
+    """The tokens that follow a prompt, with named values for each token and for the whole completion."""
 
     ids: npt.NDArray[Any]  # [n] integers
     mask: npt.NDArray[np.uint8] | None = None  # [n]: which are supervised; None: all
@@ -36,14 +36,14 @@ class Completion:
 
 @dataclass(slots=True, frozen=True)
 class PromptGroup:
-    """A prompt and the answers to it. All completions of a batch bring the same streams."""
+    """A prompt and its completions. All completions of a batch have values of the same names."""
 
     name: str  # of its record
     prompt: npt.NDArray[Any]  # [p] integers, at least one
     completions: tuple[Completion, ...]
 
     def size(self, layout: Layout) -> int:
-        """Tokens that a forward pass reads, padding not counted."""
+        """Number of tokens that a forward pass reads, without padding."""
         tails = sum(len(e.ids) for e in self.completions)
         return tails + len(self.prompt) * (1 if layout == "tree" else len(self.completions))
 
@@ -60,7 +60,7 @@ def collate(prompt_groups: Sequence[PromptGroup], layout: Layout) -> Batch:
     return replace(batch, answers=_answers(prompt_groups, firsts), rows=(names,) * batch.shape[0])
 
 
-# Where the tokens of an answer's text are: (place of the prompt's last token, place of the answer's first one)
+# For each completion: (position of the prompt's last token, position of the completion's first token)
 Firsts = list[tuple[int, int]]
 
 
@@ -101,7 +101,7 @@ def _rows(prompt_groups: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
 
 
 def _prompts(prompt_groups: Sequence[PromptGroup], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets [B,T] and weights [B,T]: where the next token is one of a prompt. A prompt's first token is never predicted."""
+    """Targets [B,T] and weights [B,T] of prompt tokens. A prompt's first token is never predicted."""
     targets, weights = torch.zeros(shape[0] * shape[1], dtype=torch.int64), torch.zeros(shape[0] * shape[1])
     number = 0
     for prompt_group in prompt_groups:
@@ -148,7 +148,7 @@ def _answers(prompt_groups: Sequence[PromptGroup], firsts: Firsts) -> Answers:
 
 
 def _stream(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Token ids stay whole numbers; what is measured is float32."""
+    """Token ids stay integers; measurements become float32."""
     return np.asarray(values, np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32)
 
 

@@ -45,7 +45,7 @@ class KtoGroups(PairedGroups):
             **cut(too_long, (lengths[self.kept] > max_length).sum()),
         }
         if len(self.kept) < 2:
-            raise self._nothing_left("KTO needs two ratings at least", lengths, ends - starts + 1)
+            raise self._nothing_left("KTO needs at least two ratings", lengths, ends - starts + 1)
         self.desirable = desirable[self.kept].astype(bool)
         self._starts, self._ends = starts[self.kept], ends[self.kept]
         seen: dict[bytes, int] = {}
@@ -94,13 +94,13 @@ def rotation(prompts: Ints) -> tuple[int, int]:
 
 
 def verdicts(records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float32]:
-    """[ratings] of rows of ratings: 1 desirable, 0 not. Raises `DataError` for a row that does not say."""
+    """Desirability [ratings] of rows: 1 or 0. Raises `DataError` for a row without it."""
     out = []
     for row in records:
         said = row.get("scores", {}).get("desirable")
         if said not in (0, 1):
             raise DataError(
-                "a rating does not say whether the answer is desirable", field="scores.desirable", found=row.get("scores"),
+                "the rating has no desirable label", field="scores.desirable", found=row.get("scores"),
                 expected="1 or 0", fix=f"give `label: true` or `false` in every row ({row.get('source')})",
             )  # fmt: skip
         out.append(said)

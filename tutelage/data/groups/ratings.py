@@ -61,7 +61,7 @@ class RatedGroups(SegmentGroups):
         return bool(np.isfinite(self.steps[i][self._ends[i] : self._stops[i]]).any())
 
     def _grouped(self) -> list[list[int]]:
-        """Segments with the same prompt together, in the order of the data."""
+        """Segments grouped by prompt, in the order of the data."""
         groups: dict[bytes, list[list[int]]] = {}
         for i in self.kept.tolist():
             found = groups.setdefault(self._prompt(i).tobytes(), [[]])
@@ -72,7 +72,7 @@ class RatedGroups(SegmentGroups):
 
     @property
     def varies(self) -> bool:
-        """Whether some score is not the same for all answers, or steps."""
+        """Whether the scores differ between completions or steps."""
         if self.ratings is not None:
             return any(len(np.unique(column[np.isfinite(column)])) > 1 for column in self.ratings[self.kept].T)
         assert self.steps is not None
@@ -114,18 +114,18 @@ class RatedGroups(SegmentGroups):
 
 
 def _span(mask: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """From the first supervised token to behind the last; both the same where there is none."""
+    """Start and end of the supervised tokens; equal if there are none."""
     at = np.flatnonzero(mask)
     return (max(1, int(at[0])), int(at[-1]) + 1) if len(at) else (1, 1)
 
 
 def aspects_of(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The aspects that any of the ratings has, in alphabetical order."""
+    """All aspects that occur in the ratings, in alphabetical order."""
     return tuple(sorted({name for row in records for name in row.get("scores") or ()}))
 
 
 def ratings_of(records: Sequence[Mapping[str, Any]], aspects: Sequence[str]) -> Floats:
-    """[ratings, aspects], NaN where one was not rated."""
+    """Ratings [ratings, aspects], NaN where an aspect was not rated."""
     rows = [[(row.get("scores") or {}).get(name, np.nan) for name in aspects] for row in records]
     return np.array(rows, np.float32).reshape(len(rows), len(aspects))
 
@@ -160,7 +160,7 @@ def step_ends(ids: npt.NDArray[Any], steps: Sequence[str], decode: Callable[[npt
     body = joined.strip()
     if not body or text.count(body) != 1:
         raise DataError(
-            "the steps are not found in the text that the model reads", field="steps", found=body[:80] or joined,
+            "the steps do not match the text that the model reads", field="steps", found=body[:80] or joined,
             expected="steps which, joined, are the answer as the chat template writes it",
         )  # fmt: skip
     at = text.index(body) - (len(joined) - len(joined.lstrip()))
@@ -177,7 +177,7 @@ def step_ends(ids: npt.NDArray[Any], steps: Sequence[str], decode: Callable[[npt
         read = decode(ids[:low])
         if not step.strip() or not text.startswith(read) or read[stop:].strip():
             raise DataError(
-                "a step has no last token of its own", field=f"steps[{number}]", found=read[-40:], expected=step[-40:],
+                "a step does not end at a token boundary", field=f"steps[{number}]", found=read[-40:], expected=step[-40:],
                 fix="end each step with a new line",
             )  # fmt: skip
         out.append(low - 1)

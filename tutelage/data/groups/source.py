@@ -1,4 +1,4 @@
-"""Batches of prompt groups from data that stays as it is: preferences, ratings, examples."""
+"""Batches of prompt groups from static data: preferences, ratings, examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tutelage.models.interface import Batch
 
 
 class PromptGroups(Protocol):
-    """Prompt groups by number. `sizes` are their tokens by layout, so that packing reads nothing."""
+    """Prompt groups by index. `sizes` gives their token counts, so that packing need not read them."""
 
     @property
     def digest(self) -> str: ...  # of all that an objective sees
@@ -40,8 +40,8 @@ class GroupSource:
     ) -> None:  # fmt: skip
         if not 0 < per_step <= len(prompt_groups) or per_step % world:
             raise ConfigError(
-                "a batch of so many can't be made", field="batch", found=f"{per_step}, for {world} ranks",
-                expected=f"at least 1 and at most the {len(prompt_groups)} there are, and a multiple of the ranks",
+                "invalid batch size", field="batch", found=f"{per_step}, for {world} ranks",
+                expected=f"a multiple of the ranks, at least 1 and at most {len(prompt_groups)}",
             )  # fmt: skip
         self.prompt_groups, self.per_step, self.micro_tokens, self.layout = prompt_groups, per_step, micro_tokens, layout
         self.seed, self.rank, self.world, self.unit = seed, rank, world, unit
@@ -49,7 +49,7 @@ class GroupSource:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def numbers(self, step: int) -> list[int]:
-        """Which prompt groups the global batch of `step` holds."""
+        """Indices of the prompt groups in the global batch of `step`."""
         first = step * self.per_step
         return [self._number(first + j) for j in range(self.per_step)]
 
@@ -63,7 +63,7 @@ class GroupSource:
         return self._batch(self.numbers(step))
 
     def largest(self) -> GlobalBatch:
-        """The largest prompt groups, as one batch: what memory must hold."""
+        """The largest prompt groups as one batch, to measure the memory that is needed."""
         return self._batch(np.argsort(-self._sizes, kind="stable")[: self.per_step].tolist())
 
     def _batch(self, numbers: list[int]) -> GlobalBatch:
@@ -73,7 +73,7 @@ class GroupSource:
         return group_batch([[prompt_groups[i] for i in group] for group in groups], counts, self.layout)
 
     def validation(self) -> tuple[list[Batch], dict[str, float]]:
-        """All prompt groups once, in their own order, with their counts."""
+        """Every prompt group once, in the order of the data, with the counts of all of them."""
         numbers = list(range(len(self.prompt_groups)))
         groups = bins(self._sizes.tolist(), self.micro_tokens)[0]
         prompt_groups = [self.prompt_groups[i] for i in numbers]
@@ -87,18 +87,18 @@ class GroupSource:
         return self.identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `ArtifactError` naming what differs from the run that goes on."""
+        """Raises `ArtifactError` naming what differs from the checkpointed run."""
         ours, theirs = flat(self.identity()), flat(state)
         different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if different:
             raise ArtifactError(
-                "the checkpoint was made with other data or another order of it", field=", ".join(different),
+                "the checkpoint was made with other data or another data order", field=", ".join(different),
                 found=str({k: ours.get(k) for k in different}), expected=str({k: theirs.get(k) for k in different}),
                 fix="resume with the data and settings of the checkpoint, or start a new run from its model",
             )  # fmt: skip
 
     def on_weights(self, version: int) -> None:
-        """Static data does not depend on the weights."""
+        """Does nothing: static data does not depend on the weights."""
 
     def describe(self) -> list[str]:
         n, size = len(self.prompt_groups), int(self._sizes.sum())
@@ -124,7 +124,7 @@ def count(prompt_groups: list[PromptGroup], layout: Layout) -> dict[str, float]:
     if "step_score" in completions[0].tokens:
         scores = [e.tokens["step_score"] if e.mask is None else e.tokens["step_score"][e.mask > 0] for e in completions]
         out["steps"] = float(sum(np.isfinite(s).sum() for s in scores))
-    if "desirable" in completions[0].per_completion:  # the second completion is another prompt's answer
+    if "desirable" in completions[0].per_completion:  # of the first completion: the second answers another prompt
         out["desirable"] = float(sum(f.completions[0].per_completion["desirable"] > 0.5 for f in prompt_groups))
         out["undesirable"] = len(prompt_groups) - out["desirable"]
     return out

@@ -69,7 +69,7 @@ def read(
     elif scheme in ("python-questions", "skill"):
         if options.kind not in ("conversations", "prompts"):
             raise ConfigError(
-                "this source gives conversations", field="sources", found=source, fix="set kind=conversations or kind=prompts"
+                "this source yields conversations", field="sources", found=source, fix="set kind=conversations or kind=prompts"
             )
         from tutelage.data.demo import questions, skills
 

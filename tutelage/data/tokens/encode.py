@@ -215,7 +215,7 @@ def read_part(path: str) -> Part:
             ids, mask, segments = (np.load(f, allow_pickle=False) for _ in range(3))
     except (ValueError, EOFError) as error:
         raise ArtifactError(
-            f"a part of an attempt before is damaged ({error})", file=path, fix="remove it, and run the same command again"
+            f"a part of an earlier attempt is damaged ({error})", file=path, fix="remove it, and run the same command again"
         ) from None
     return Part(ids=ids, mask=mask, segments=segments)
 
@@ -282,7 +282,7 @@ class _Pool:
                 answer = _ask(worker.stdin, worker.stdout, chunk)
                 if answer is None:
                     raise ArtifactError(
-                        "a tokenizing worker ended before its work was done",
+                        "a tokenizing worker stopped early",
                         file=chunk.source,
                         found=f"exit code {worker.wait()}",
                         fix="run again (finished parts are kept); with less memory, lower workers",
