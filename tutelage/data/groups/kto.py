@@ -45,7 +45,7 @@ class KtoGroups(PairedGroups):
             **cut(too_long, (lengths[self.kept] > max_length).sum()),
         }
         if len(self.kept) < 2:
-            raise self._nothing_left("KTO needs at least two ratings", lengths, ends - starts + 1)
+            raise self._nothing_left("KTO needs two ratings or more", lengths, ends - starts + 1)
         self.desirable = desirable[self.kept].astype(bool)
         self._starts, self._ends = starts[self.kept], ends[self.kept]
         seen: dict[bytes, int] = {}

@@ -160,7 +160,7 @@ def step_ends(ids: npt.NDArray[Any], steps: Sequence[str], decode: Callable[[npt
     body = joined.strip()
     if not body or text.count(body) != 1:
         raise DataError(
-            "the steps do not match the text that the model reads", field="steps", found=body[:80] or joined,
+            "the steps are not found in the text that the model reads", field="steps", found=body[:80] or joined,
             expected="steps which, joined, are the answer as the chat template writes it",
         )  # fmt: skip
     at = text.index(body) - (len(joined) - len(joined.lstrip()))
