@@ -177,7 +177,7 @@ def step_ends(ids: npt.NDArray[Any], steps: Sequence[str], decode: Callable[[npt
         read = decode(ids[:low])
         if not step.strip() or not text.startswith(read) or read[stop:].strip():
             raise DataError(
-                "a step does not end at a token boundary", field=f"steps[{number}]", found=read[-40:], expected=step[-40:],
+                "a step has no last token of its own", field=f"steps[{number}]", found=read[-40:], expected=step[-40:],
                 fix="end each step with a new line",
             )  # fmt: skip
         out.append(low - 1)
