@@ -59,18 +59,20 @@ def static(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, di
     from tutelage.data.groups.source import GroupSource
     from tutelage.setup.answers import reference_logprobs
 
-    families, parts, facts = pairs(args, scratch), {"policy": model}, {}
+    prompt_groups, parts, facts = pairs(args, scratch), {"policy": model}, {}
     if args.job == "dpo":
         started = time.perf_counter()
         config = Tune(micro_tokens=args.micro_tokens)
-        families.give("reference", reference_logprobs(scratch / "reference", model, families, config, args.layout, model.device))
-        facts["reference_s_per_pair"] = (time.perf_counter() - started) / len(families)
+        prompt_groups.set_values(
+            "reference", reference_logprobs(scratch / "reference", model, prompt_groups, config, args.layout, model.device)
+        )
+        facts["reference_s_per_pair"] = (time.perf_counter() - started) / len(prompt_groups)
     else:
         from tutelage.models.scorer import build_scorer
 
         parts = {"reward": build_scorer(model)}
     source = GroupSource(
-        families, per_step=args.batch, micro_tokens=args.micro_tokens, layout=args.layout, seed=0, unit="pairs"
+        prompt_groups, per_step=args.batch, micro_tokens=args.micro_tokens, layout=args.layout, seed=0, unit="pairs"
     )  # fmt: skip
     return source, parts, facts
 
@@ -101,8 +103,8 @@ def rollouts(args: argparse.Namespace, scratch: Path, model: Any) -> tuple[Any, 
         max_tokens=args.length, max_length=common.SEQUENCE, micro_tokens=args.micro_tokens, layout=args.layout,
     )  # fmt: skip
     run = type("Run", (), {"folder": staticmethod(lambda name: scratch / name)})
-    kit = RolloutSetup.of(config, run, model, Renderer(args.tokenizer), model.device, Varied())  # type: ignore[arg-type]
-    return kit.source(asked), kit.parts, {}
+    setup = RolloutSetup.of(config, run, model, Renderer(args.tokenizer), model.device, Varied())  # type: ignore[arg-type]
+    return setup.source(asked), setup.parts, {}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from tutelage.config.base import (
     parse_value,
     subsection,
 )
-from tutelage.config.stages import Data, Preference, Pretrain
+from tutelage.config.stages import Data, Preference, Pretrain, Rl
 from tutelage.errors import ConfigError
 from tutelage.stages import STAGES
 
@@ -81,6 +81,13 @@ def test_unknown_keys_name_the_nearest() -> None:
             build(Pretrain, {**base, **values})
         assert caught.value.field == key and caught.value.fix == f"did you mean `{hint}`?"
         assert str(caught.value.expected).startswith("one of: ")
+
+
+def test_a_renamed_key_names_the_new_one() -> None:
+    """A recipe of an older release gets a list of 40 keys, or a key that only looks alike."""
+    with pytest.raises(ConfigError) as caught:
+        build(Rl, {"model": "m", "data": "d", "rewards": {"exact": 1}, "silent": "skip"})
+    assert caught.value.fix == "did you mean `zero_variance`?"
 
 
 @pytest.mark.parametrize(

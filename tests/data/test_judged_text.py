@@ -59,7 +59,7 @@ def test_steps_may_be_judged_in_words() -> None:
 BAD: list[tuple[dict[str, Any], str, str]] = [  # row, field, words
     ({"label": "maybe"}, "label", "yes, no, 1 or 0"),
     ({"label": 2}, "label", "true (desirable) or false"),
-    ({"label": ""}, "label", "says nothing of its answer"),
+    ({"label": ""}, "label", "has no score or label"),
     ({"score": "four"}, "score", "a finite number"),
     ({"score": "nan"}, "score", "a finite number"),
     ({"score": "1e999"}, "score", "a finite number"),

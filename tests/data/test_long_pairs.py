@@ -39,19 +39,19 @@ def segments(tmp_path_factory: pytest.TempPathFactory) -> Segments:
 def test_nothing_is_longer_and_sizes_are_true(segments: Segments, too_long: str, most: int) -> None:
     """Guards against answers that are cut away whole (a loss over nothing), prompts beyond the context, and sizes of which
     micro-batches are made that are not those of the texts."""
-    families = PreferencePairs(segments, most, too_long)
-    counted = families.report["left out, too long"] + len(families)
+    prompt_groups = PreferencePairs(segments, most, too_long)
+    counted = prompt_groups.report["left out, too long"] + len(prompt_groups)
     assert counted == 3
     for layout in ("tree", "packed"):
-        assert families.sizes(layout).tolist() == [families[i].size(layout) for i in range(len(families))]
-    for i in range(len(families)):
-        family = families[i]
-        assert all(e.supervised and len(family.prompt) + len(e.ids) <= most for e in family.endings)
+        assert prompt_groups.sizes(layout).tolist() == [prompt_groups[i].size(layout) for i in range(len(prompt_groups))]
+    for i in range(len(prompt_groups)):
+        group = prompt_groups[i]
+        assert all(e.supervised and len(group.prompt) + len(e.ids) <= most for e in group.completions)
         if too_long == "left":  # what is said last stays
-            whole = segments.ids(2 * int(families.kept[i]))
-            text = np.concatenate([family.prompt, family.endings[0].ids])
+            whole = segments.ids(2 * int(prompt_groups.kept[i]))
+            text = np.concatenate([group.prompt, group.completions[0].ids])
             assert (
                 len(text) == len(whole)
-                or len(family.prompt) == 1
-                or whole[-len(family.endings[0].ids) :].tolist() == family.endings[0].ids.tolist()
+                or len(group.prompt) == 1
+                or whole[-len(group.completions[0].ids) :].tolist() == group.completions[0].ids.tolist()
             )

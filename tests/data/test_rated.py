@@ -1,4 +1,4 @@
-"""Ratings as families for KTO: the same words as were rated, and another prompt's answer beside each."""
+"""Ratings as prompt groups for KTO: the same words as were rated, and another prompt's answer beside each."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def segments(tokenizer, tmp_path):
     return made
 
 
-def families(segments, rows: list[Rating], max_length: int = 64, too_long: str = "drop") -> KtoGroups:
+def prompt_groups(segments, rows: list[Rating], max_length: int = 64, too_long: str = "drop") -> KtoGroups:
     said = verdicts([json.loads(dump_line(r)) for r in rows])
     return KtoGroups(segments(rows), said, max_length, too_long)
 
@@ -60,17 +60,17 @@ def families(segments, rows: list[Rating], max_length: int = 64, too_long: str =
 def test_each_prompt_has_its_answer_and_anothers(segments, tokenizer):
     """Guards against answers that lose a token at the border of the prompt, and against a verdict of another row."""
     rows = [rating(i, words=1 + i % 4) for i in range(10)]
-    made = families(segments, rows)
+    made = prompt_groups(segments, rows)
     words = TokenizerFolder.open(tokenizer)
     assert made.shift == 1
     for i, row in enumerate(rows):
-        family = made[i]
-        assert family.name == row.id
-        for ending, theirs in zip(family.endings, (row, rows[i - 1]), strict=True):
-            text = words.decode(ending.ids[ending.mask > 0].tolist())
+        group = made[i]
+        assert group.name == row.id
+        for completion, theirs in zip(group.completions, (row, rows[i - 1]), strict=True):
+            text = words.decode(completion.ids[completion.mask > 0].tolist())
             assert text.startswith(theirs.answer[0].content) and row.prompt[0].content not in text
-            assert ending.whole["desirable"] == row.scores["desirable"]
-        assert row.prompt[0].content in words.decode(family.prompt.tolist())
+            assert completion.per_completion["desirable"] == row.scores["desirable"]
+        assert row.prompt[0].content in words.decode(group.prompt.tolist())
     assert made.report["answers of other prompts that are to the same one"] == 0
 
 
@@ -78,14 +78,14 @@ def test_each_prompt_has_its_answer_and_anothers(segments, tokenizer):
 def test_sizes_are_those_of_the_families(segments, layout):
     """Guards against micro-batches that overflow because a size was a guess."""
     for too_long, length in (("drop", 64), ("left", 14), ("right", 14)):
-        made = families(segments, [rating(i, words=1 + i % 5) for i in range(10)], length, too_long)
+        made = prompt_groups(segments, [rating(i, words=1 + i % 5) for i in range(10)], length, too_long)
         assert made.sizes(layout).tolist() == [made[i].size(layout) for i in range(len(made))]
 
 
 def test_several_answers_to_a_prompt_are_not_mismatched_with_it(segments):
     """Guards against a reference point from answers that fit their prompt: judged answers to one prompt often stand in a row."""
     rows = [rating(i, prompt=f"ask {i // 3}", words=1 + i % 3) for i in range(12)]
-    made = families(segments, rows)
+    made = prompt_groups(segments, rows)
     assert made.shift == 3
     assert all(rows[i].prompt != rows[i - made.shift].prompt for i in range(12))
     assert rotation(np.zeros(5, np.int64)) == (1, 5)  # nothing else to be had: counted
@@ -97,24 +97,24 @@ def test_long_texts(segments, too_long):
     """Guards against silent cuts, answers without a token and texts beyond the model's context."""
     rows = [rating(6, words=60), rating(7, prompt="ask " * 40), *[rating(i) for i in range(6)]]
     said = {row.id: row.scores["desirable"] for row in rows}
-    made = families(segments, rows, 30, too_long)
+    made = prompt_groups(segments, rows, 30, too_long)
     assert len(made) == {"drop": 6, "left": 8, "right": 7}[too_long]
     counts = made.report
     assert counts["left out, too long"] == 8 - len(made)
     assert counts.get(f"cut at the {too_long}") == {"drop": None, "left": 2, "right": 1}[too_long]
     for i in range(len(made)):
-        family = made[i]
-        assert 0 < len(family.prompt) <= 30 - max(len(e.ids) for e in family.endings)
-        assert all(e.supervised > 0 for e in family.endings)
-        assert family.endings[0].whole["desirable"] == said[family.name]
+        group = made[i]
+        assert 0 < len(group.prompt) <= 30 - max(len(e.ids) for e in group.completions)
+        assert all(e.supervised > 0 for e in group.completions)
+        assert group.completions[0].per_completion["desirable"] == said[group.name]
 
 
 def test_a_batch_counts_what_the_loss_divides_by(segments):
     """Guards against answers of other prompts that count, and against a digest that forgets verdicts or numbers of answers."""
     rows = [rating(i) for i in range(9)]
-    made = families(segments, rows)
+    made = prompt_groups(segments, rows)
     before = made.digest
-    made.give("reference", np.full((9, 2), -12.5))
+    made.set_values("reference", np.full((9, 2), -12.5))
     assert made.digest != before
     other = KtoGroups(made.segments, 1 - verdicts([json.loads(dump_line(r)) for r in rows]), 64)
     assert other.digest not in (before, made.digest)
@@ -132,18 +132,20 @@ def test_a_batch_counts_what_the_loss_divides_by(segments):
     result = gradients(StepConfig({"policy": policy}, objective("kto")), batch)
     assert 0 < result.loss < 1 and result.grad_norm > 0
     first = collate([made[0]], "tree").answers
-    assert first.whole["reference"].tolist() == [-12.5, -12.5] and torch.equal(first.whole["desirable"], torch.ones(2))
+    assert first.per_completion["reference"].tolist() == [-12.5, -12.5] and torch.equal(
+        first.per_completion["desirable"], torch.ones(2)
+    )
 
 
 def test_balance_is_said_with_a_weight_that_mends_it(segments):
     """Guards against a training on three times as many bad answers that nobody is told of."""
-    made = families(segments, [rating(i) for i in range(12)])  # 4 good, 8 bad
+    made = prompt_groups(segments, [rating(i) for i in range(12)])  # 4 good, 8 bad
     assert made.balance() == (
         "4 desirable and 8 undesirable answers, weighted 1 and 1: out of balance; "
         "desirable_weight between 2 and 2.67 would even them out"
     )
     assert "out of balance" not in made.balance(2.2) + made.balance(1.1, 0.5)
-    good = families(segments, [rating(3 * i) for i in range(4)])
+    good = prompt_groups(segments, [rating(3 * i) for i in range(4)])
     assert "of one kind only" in good.balance()
 
 
@@ -155,4 +157,4 @@ def test_rows_that_do_not_say_are_refused(segments):
             verdicts([row, {**row, "scores": scores}])
         assert f"({row['source']})" in str(error.value)
     with pytest.raises(DataError, match="two ratings"):
-        families(segments, [rating(0)])
+        prompt_groups(segments, [rating(0)])

@@ -1,4 +1,4 @@
-"""Ratings as families: every rating once, prompts shared, steps found in the tokens or refused by line."""
+"""Ratings as prompt groups: every rating once, prompts shared, steps found in the tokens or refused by line."""
 
 from __future__ import annotations
 
@@ -94,16 +94,16 @@ def test_ratings_of_one_prompt_are_a_family(tmp_path: Path) -> None:
     ratings = ratings_of(records, aspects)
     assert aspects == ("good", "kind") and math.isnan(ratings[0, 1]) and ratings[1].tolist() == [1.0, 1.0]
     made = RatedGroups(found, 64, ratings=ratings)
-    families = [made[i] for i in range(len(made))]
-    assert [len(f.endings) for f in families] == [3, 3, 3] and made.members[0] == [0, 3, 6]
-    assert sorted(e.whole["ratings"][0] for f in families for e in f.endings) == list(range(9))
+    prompt_groups = [made[i] for i in range(len(made))]
+    assert [len(f.completions) for f in prompt_groups] == [3, 3, 3] and made.members[0] == [0, 3, 6]
+    assert sorted(e.per_completion["ratings"][0] for f in prompt_groups for e in f.completions) == list(range(9))
     for layout in ("tree", "packed"):
         assert (
             made.sizes(layout).tolist()
-            == [f.size(layout) for f in families]
-            == [collate([f], layout).ids.numel() for f in families]
+            == [f.size(layout) for f in prompt_groups]
+            == [collate([f], layout).ids.numel() for f in prompt_groups]
         )  # type: ignore[arg-type]
-    assert count(families, "tree")["ratings"] == 9 + 4
+    assert count(prompt_groups, "tree")["ratings"] == 9 + 4
     many = [Rating.make(asked("?"), said(f"it is {i}"), source="t", scores={"good": 1}) for i in range(MOST + 3)]
     split = RatedGroups(segments(many, tmp_path / "many"), 64, ratings=np.ones((MOST + 3, 1), np.float32))
     assert [len(m) for m in split.members] == [MOST, 3]
@@ -121,11 +121,11 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "ratings": 4, "left out, too long": 1, "left out, without a supervised token": 0,
         "left out, without a score": 1,
     }  # fmt: skip
-    assert [made[i].endings[0].whole["ratings"] for i in range(len(made))] == [[1.0], [4.0]]
+    assert [made[i].completions[0].per_completion["ratings"] for i in range(len(made))] == [[1.0], [4.0]]
     for policy in ("left", "right"):
         cut = RatedGroups(found, 16, policy, ratings=ratings)
         assert cut.report["left out, without a score"] == 1 and len(cut) == 3
-        assert max(len(f.prompt) + len(e.ids) for f in (cut[i] for i in range(3)) for e in f.endings) <= 16
+        assert max(len(f.prompt) + len(e.ids) for f in (cut[i] for i in range(3)) for e in f.completions) <= 16
         assert cut.digest != made.digest
     assert made.digest != RatedGroups(found, 16, ratings=ratings + 1).digest
     with pytest.raises(DataError, match="no rating is left"):
@@ -139,10 +139,10 @@ def test_answers_end_where_a_model_would_end_them(template: str, tmp_path: Path)
     words = TokenizerFolder.open(tiny.tokenizer(template))
     rows = [Rating.make(asked("?"), said(f"it is {i}"), source="t", scores={"a": 1}) for i in range(2)]
     made = RatedGroups(segments(rows, tmp_path, template), 64, ratings=np.ones((2, 1), np.float32))
-    assert {int(e.ids[-1]) for e in made[0].endings} <= set(words.stop_ids)
+    assert {int(e.ids[-1]) for e in made[0].completions} <= set(words.stop_ids)
     pairs = [Preference.make(asked("?"), said("two"), said("one"), source="t")]
     two = PreferencePairs(segments(pairs, tmp_path / "pairs", template), 64)
-    assert {int(e.ids[-1]) for e in two[0].endings} <= set(words.stop_ids)
+    assert {int(e.ids[-1]) for e in two[0].completions} <= set(words.stop_ids)
     assert two.sizes("tree")[0] == two[0].size("tree") and two.sizes("rows")[0] == two[0].size("rows")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests import tiny
 from tutelage.chat.render import Renderer
 from tutelage.engine import Engine
 from tutelage.models.config import DecoderConfig
@@ -17,14 +18,15 @@ TEXTS = ["the cat sat on the mat, and the dog sat by the door", "naïve café �
 
 def config(vocab_size: int, context: int = 128, head: int = 16) -> DecoderConfig:
     """`head` 16 runs on our fused kernels where there is a compiler; 8 is too narrow for them."""
-    return DecoderConfig.from_hf(
-        {
-            "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": vocab_size, "hidden_size": 32,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head, "intermediate_size": 48,
-            "tie_word_embeddings": False, "max_position_embeddings": context, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-            "hidden_act": "silu", "initializer_range": 0.3,
-        }
-    )  # fmt: skip
+    return tiny.config(
+        vocab_size=vocab_size,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head,
+        tie_word_embeddings=False,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+    )
 
 
 def model(vocab_size: int, context: int = 128, seed: int = 0, head: int = 16) -> Decoder:

@@ -16,7 +16,7 @@ VOCAB = 97
 
 
 def questions(count: int, choices: int = 4) -> list[tuple[list[int], int]]:
-    """Multiple choice: endings of 1 to 9 tokens, some questions longer than others, one too short to be worth it."""
+    """Multiple choice: completions of 1 to 9 tokens, some questions longer than others, one too short to be worth it."""
     g = torch.Generator().manual_seed(0)
     out = []
     for q in range(count):
@@ -27,7 +27,7 @@ def questions(count: int, choices: int = 4) -> list[tuple[list[int], int]]:
 
 @pytest.mark.parametrize("head", [16, 8])
 def test_shared_beginnings_change_no_number(head: int) -> None:
-    """An ending that sees another ending, or a first token predicted from the wrong place."""
+    """A completion that sees another completion, or a first token predicted from the wrong place."""
     model, requests = small.model(VOCAB, head=head), questions(5)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(1)).tolist()
     found = Engine(model).score_top([requests[i] for i in order], 3)

@@ -47,7 +47,7 @@ STAGES: dict[str, dict[str, Any]] = {
              "rewards": {"letters": {"kind": "regex", "pattern": "(?s).*[aeiou].*"}, "short": {"kind": "length", "maximum": 6}}},
 }  # fmt: skip
 STAGES["ppo"] = {**STAGES["grpo"], "method": "ppo", "updates": 2, "minibatches": 2, "kl": 0.05, "kl_in": "reward"}
-STAGES["reused"] = {**STAGES["grpo"], "method": "dapo", "updates": 3, "silent": "resample", "kl": 0.02, "old": "trainer"}
+STAGES["reused"] = {**STAGES["grpo"], "method": "dapo", "updates": 3, "zero_variance": "resample", "kl": 0.02, "old": "trainer"}
 STAGES["episodes"] = {**STAGES["grpo"], "environment": f"{GAMES}:Dice", "max_rounds": 3, "rewards": {"environment": 1}}
 
 

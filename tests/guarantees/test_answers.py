@@ -79,7 +79,7 @@ def test_what_is_measured_of_rollouts_is_of_all_ranks(tmp_path: Path) -> None:
     )
     assert len(one) == len(two) == 4 and one[-1]["rollout/kl"] > 1e-4
     for a, b in zip(one, two, strict=True):
-        for name in ("kl", "mismatch_mean", "mismatch_max", "mismatch_kl", "reward", "length", "silent_share"):
+        for name in ("kl", "mismatch_mean", "mismatch_max", "mismatch_kl", "reward", "length", "zero_variance_share"):
             assert b[f"rollout/{name}"] == pytest.approx(a[f"rollout/{name}"], rel=1e-3, abs=1e-6), name
     for rows, run in ((one, alone.path), (two, answers.folder("reused", tmp_path / "two"))):
         for row, step in zip(rows, range(4), strict=True):
@@ -129,7 +129,7 @@ def test_the_penalty_in_rewards_knows_every_estimator(tmp_path: Path, method: st
 
 def test_every_rollout_is_written(tmp_path: Path) -> None:
     """Guards against answers that nobody can look at: each with its ids, rewards by term, advantage, and why it was left out."""
-    run = answers.run("grpo", tmp_path, silent="skip")
+    run = answers.run("grpo", tmp_path, zero_variance="skip")
     files = sorted((run.path / "rollouts").glob("*.jsonl"))
     assert [f.stem for f in files] == [f"step_{i:06d}" for i in range(6)]
     for file in files:
@@ -140,7 +140,7 @@ def test_every_rollout_is_written(tmp_path: Path) -> None:
             assert r.reward == pytest.approx(sum(r.terms.values())) and r.advantage is not None
             assert r.used or r.meta["left_out"] == "no signal in the group"
     facts = read_json(run.path / "run.json")
-    assert facts["held_out_gain"]["n"] == 4 and 0 <= facts["rollouts"]["silent_share"] <= 1
+    assert facts["held_out_gain"]["n"] == 4 and 0 <= facts["rollouts"]["zero_variance_share"] <= 1
 
 
 def test_resumed_on_two_ranks_within_an_iteration(tmp_path: Path) -> None:
@@ -175,9 +175,9 @@ def test_a_run_goes_on_with_other_probes(tmp_path: Path, first: int, then: int) 
 
 
 def test_minibatches_without_a_group_are_steps(tmp_path: Path) -> None:
-    """Guards against a crash where `silent=skip` leaves fewer groups than minibatches."""
+    """Guards against a crash where `zero_variance=skip` leaves fewer groups than minibatches."""
     rewards = {"letters": {"kind": "regex", "pattern": "(?s).*e.*"}}
-    run = answers.run("grpo", tmp_path, silent="skip", minibatches=4, samples=2, rewards=rewards, steps=8)
+    run = answers.run("grpo", tmp_path, zero_variance="skip", minibatches=4, samples=2, rewards=rewards, steps=8)
     assert read_json(run.path / "run.json")["steps"] == 8
 
 

@@ -32,6 +32,7 @@ import tutelage.cli.show
 import tutelage.engine
 import tutelage.stages.pretrain
 import tutelage.stages.sft
+from tests import tiny as shared
 from tutelage import log
 from tutelage.chat.render import Renderer
 from tutelage.config.train import Optimizer, Schedule
@@ -54,10 +55,7 @@ from tutelage.train.loop import Job
 from tutelage.train.optim import LearningRates, Optimizers
 from tutelage.train.step import StepConfig
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-    "intermediate_size": 48, "initializer_range": 0.1,
-}  # fmt: skip
+SHAPE: dict[str, Any] = {**shared.WIDTHS, "initializer_range": 0.1}
 VOCABULARY = 320
 ROW = 48
 WORDS = [
@@ -150,11 +148,7 @@ def chat_segments(rows: list[Conversation], folder: Path, template: str = "defau
 
 
 def config(**change: Any) -> DecoderConfig:
-    raw = {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True, "rope_theta": 1e4,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu", "vocab_size": VOCABULARY, **SHAPE, **change,
-    }  # fmt: skip
-    return DecoderConfig.from_hf(raw)
+    return shared.config(**{"vocab_size": VOCABULARY, **SHAPE, **change})
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32, **change: Any) -> Decoder:

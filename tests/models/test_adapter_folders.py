@@ -72,7 +72,7 @@ def disturb(parameters: list[nn.Parameter], seed: int = 5) -> None:
 @torch.no_grad()
 def ours(model: Any) -> list[Tensor]:
     """Logits of every text, all of them in one packed batch."""
-    batch = Batch.of_families([(ids, []) for ids in texts()])
+    batch = Batch.of_groups([(ids, []) for ids in texts()])
     return list(model.logits(batch)[0].split(TEXTS))
 
 

@@ -136,7 +136,7 @@ def test_a_tree_is_its_texts(kind: str, path: str) -> None:
     """Prompts that are read once for several answers give other hidden states than the texts alone."""
     model = dressed(kind)
     head, *tails = texts()
-    tree = model(Batch.of_families([(head, tails)])).hidden[0]
+    tree = model(Batch.of_groups([(head, tails)])).hidden[0]
     at = len(head)
     for tail in tails:
         alone = model(Batch.of([head + tail])).hidden[0]

@@ -96,7 +96,7 @@ def disturb(part: nn.Module) -> None:
 @torch.no_grad()
 def ours(part: Any) -> list[Tensor]:
     """The scores of each text, or of each of its tokens, all texts in one packed batch."""
-    batch = Batch.of_families([(ids, []) for ids in TEXTS])
+    batch = Batch.of_groups([(ids, []) for ids in TEXTS])
     scores = part(replace(batch, attention="bidirectional" if isinstance(part, ClassScorer) else "causal"))
     each = list(scores.split([len(ids) for ids in TEXTS]))
     return each if getattr(part, "task", "class") == "token" else [x[-1] for x in each]

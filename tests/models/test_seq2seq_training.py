@@ -46,7 +46,7 @@ class Made(Sequence[PromptGroup]):
     def __init__(self, start: int, end: int) -> None:
         g = torch.Generator().manual_seed(2)
         texts = [[torch.randint(5, 97, (n,), generator=g).numpy() for n in (3 + 2 * i, 9 - i)] for i in range(6)]
-        self.families = [
+        self.prompt_groups = [
             PromptGroup(
                 f"p{i}", source, (Completion(np.array([start, *target, end]), np.array([0, *[1] * (len(target) + 1)], np.uint8)),)
             )
@@ -57,10 +57,10 @@ class Made(Sequence[PromptGroup]):
         return 6
 
     def __getitem__(self, i: Any) -> Any:
-        return self.families[i]
+        return self.prompt_groups[i]
 
     def sizes(self, layout: Any) -> np.ndarray:
-        return np.array([f.size(layout) for f in self.families])
+        return np.array([f.size(layout) for f in self.prompt_groups])
 
 
 def built(kind: str) -> tuple[Seq2Seq, Made]:
@@ -73,16 +73,16 @@ def built(kind: str) -> tuple[Seq2Seq, Made]:
 def test_the_loss_and_its_gradient_are_those_of_transformers(kind: str) -> None:
     """Targets that are one place off, a start token that is learnt, sources that are read with their padding."""
     model, made = built(kind)
-    batch = collate(made.families, "pairs")
+    batch = collate(made.prompt_groups, "pairs")
     term = objective("next_token")({"policy": model}, batch)["loss"]
-    count = sum(f.endings[0].supervised for f in made.families)
+    count = sum(f.completions[0].supervised for f in made.prompt_groups)
     (term.sum / count).backward()
     got = {n: p.grad.clone() for n, p in model.hf.named_parameters() if p.grad is not None}
     model.zero_grad()
     total: Any = 0
-    for family in made.families:
-        labels = torch.tensor([family.endings[0].ids[1:].tolist()])
-        found = model.hf(input_ids=torch.tensor([family.prompt.tolist()]), labels=labels)
+    for group in made.prompt_groups:
+        labels = torch.tensor([group.completions[0].ids[1:].tolist()])
+        found = model.hf(input_ids=torch.tensor([group.prompt.tolist()]), labels=labels)
         total = total + found.loss * labels.numel() / count
     total.backward()
     assert (term.sum / count).item() == pytest.approx(total.item(), abs=1e-5)
@@ -111,13 +111,13 @@ def test_the_folder_opens_in_transformers_and_generates_alike(kind: str, tmp_pat
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "m").eval()
     again = load(tmp_path / "m")
     assert isinstance(again, Seq2Seq)
-    batch = collate(made.families[:2], "pairs")
+    batch = collate(made.prompt_groups[:2], "pairs")
     with torch.no_grad():
         torch.testing.assert_close(again(batch).hidden, model(batch).hidden, atol=1e-6, rtol=1e-5)
-        source = torch.tensor([made.families[0].prompt.tolist()])
+        source = torch.tensor([made.prompt_groups[0].prompt.tolist()])
         expected = theirs.generate(source, do_sample=False, num_beams=1, max_new_tokens=6, min_new_tokens=6)
     got = Engine(again, None, max_length=16).generate(
-        [made.families[0].prompt.tolist()], Sampling(max_tokens=6, min_tokens=6, temperature=0.0)
+        [made.prompt_groups[0].prompt.tolist()], Sampling(max_tokens=6, min_tokens=6, temperature=0.0)
     )
     assert list(got[0].ids) == expected[0, 1:].tolist()
 
@@ -164,15 +164,15 @@ def test_texts_become_pairs_as_they_are_served(tmp_path: Path) -> None:
     words = write_words(tmp_path)
     encode = PairEncoder(words, Marks((0,), (1,)))
     found = PairedTexts([talk("a b c", "d e"), talk("a b c d e f", "g"), talk("a", "a b c d e f g")], encode, 5, 6)
-    assert [f.prompt.tolist() for f in found.families] == [[3, 4, 5, 1], [3, 4, 5, 6, 1]]
-    assert [f.endings[0].ids.tolist() for f in found.families] == [[0, 6, 7, 1], [0, 9, 1]]
-    assert found.families[0].endings[0].mask.tolist() == [0, 1, 1, 1]  # type: ignore[union-attr]
+    assert [f.prompt.tolist() for f in found.prompt_groups] == [[3, 4, 5, 1], [3, 4, 5, 6, 1]]
+    assert [f.completions[0].ids.tolist() for f in found.prompt_groups] == [[0, 6, 7, 1], [0, 9, 1]]
+    assert found.prompt_groups[0].completions[0].mask.tolist() == [0, 1, 1, 1]  # type: ignore[union-attr]
     assert found.report["source too long, cut at the right"] == 1 and found.report["target too long, left out"] == 1
     dropped = PairedTexts([talk("a b c", "d e"), talk("a b c d e f", "g")], encode, 5, 6, cut=False)
     assert len(dropped) == 1 and dropped.report["source too long, left out"] == 1
     forced = PairEncoder(words, Marks((0, 10), (1,))).target("d")
     assert forced == ([0, 10, 6, 1], [0, 0, 1, 1])
-    with pytest.raises(DataError, match="one text of one text"):
+    with pytest.raises(DataError, match="one source and one target"):
         PairedTexts([talk("a", "b", "c", "d")], encode, 5, 6)
 
 

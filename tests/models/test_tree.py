@@ -11,21 +11,21 @@ from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
 from tutelage.models.interface import Batch
 
-FAMILIES = [([5, 9, 40, 3], [[77, 12], [8, 60, 31, 2], []]), ([90, 14], []), ([22, 7, 1, 55, 48], [[19], [33, 70, 6]])] * 4
+GROUPS = [([5, 9, 40, 3], [[77, 12], [8, 60, 31, 2], []]), ([90, 14], []), ([22, 7, 1, 55, 48], [[19], [33, 70, 6]])] * 4
 
 
 def texts() -> list[list[int]]:
-    return [beginning + ending for beginning, endings in FAMILIES for ending in endings or [[]]]
+    return [beginning + completion for beginning, completions in GROUPS for completion in completions or [[]]]
 
 
 def places() -> list[list[int]]:
     """For each text the places of its tokens in the row."""
     out, first = [], 0
-    for beginning, endings in FAMILIES:
+    for beginning, completions in GROUPS:
         at = first + len(beginning)
-        for ending in endings or [[]]:
-            out.append([*range(first, first + len(beginning)), *range(at, at + len(ending))])
-            at += len(ending)
+        for completion in completions or [[]]:
+            out.append([*range(first, first + len(beginning)), *range(at, at + len(completion))])
+            at += len(completion)
         first = at
     return out
 
@@ -33,10 +33,10 @@ def places() -> list[list[int]]:
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("case", ["qwen3", "gemma3", "gpt2", "olmo2", "mistral"])
 def test_a_tree_equals_its_texts(case: str, compiled: bool) -> None:
-    """An ending that sees its sibling, a position counted on from it, a gradient that a shared token gets once."""
+    """A completion that sees its sibling, a position counted on from it, a gradient that a shared token gets once."""
     model = build(DecoderConfig.from_hf(CASES[case]), 1)
-    batch = Batch.of_families(FAMILIES)
-    assert batch.tree is not None and batch.shape[1] == sum(len(b) + sum(map(len, e)) for b, e in FAMILIES)
+    batch = Batch.of_groups(GROUPS)
+    assert batch.tree is not None and batch.shape[1] == sum(len(b) + sum(map(len, e)) for b, e in GROUPS)
     torch.manual_seed(0)
     pull = {i: torch.randn(len(t), model.config.hidden_size) for i, t in enumerate(texts())}
 
@@ -68,5 +68,5 @@ def test_a_tree_equals_its_texts(case: str, compiled: bool) -> None:
 
 
 def test_families_of_one_need_no_tree() -> None:
-    batch = Batch.of_families([([5, 9], []), ([3], [[4, 7]])])
+    batch = Batch.of_groups([([5, 9], []), ([3], [[4, 7]])])
     assert batch.tree is None and batch.segments.tolist() == [[1, 1, 2, 2, 2]] and batch.positions.tolist() == [[0, 1, 0, 1, 2]]

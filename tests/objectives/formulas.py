@@ -9,46 +9,52 @@ import numpy as np
 
 from tutelage.data.groups.groups import PromptGroup
 
-Logs = Callable[[PromptGroup, int], np.ndarray]  # log-probabilities of the supervised tokens of an ending; -1: of the prompt
+Logs = Callable[[PromptGroup, int], np.ndarray]  # log-probabilities of the supervised tokens of a completion; -1: of the prompt
 
 
 def sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
 
-def loss(method: str, families: Sequence[PromptGroup], logs: Logs, **s: Any) -> float:
+def loss(method: str, prompt_groups: Sequence[PromptGroup], logs: Logs, **s: Any) -> float:
     """What the loop must report for one global batch."""
     if method == "kto":
-        return kto(families, logs, **s)
-    each = [_pair(method, f, logs(f, 0), logs(f, 1), **s) for f in families]
+        return kto(prompt_groups, logs, **s)
+    each = [_pair(method, f, logs(f, 0), logs(f, 1), **s) for f in prompt_groups]
     total = float(np.mean(each))
     weight = {"orpo": 1.0, "cpo_simpo": 1.0, "cpo": s.get("sft", 1.0), "simpo": s.get("sft", 0.0)}.get(method, 0.0)
-    chosen = np.concatenate([logs(f, 0) for f in families] + ([logs(f, -1) for f in families] if s.get("prompts") else []))
+    chosen = np.concatenate(
+        [logs(f, 0) for f in prompt_groups] + ([logs(f, -1) for f in prompt_groups] if s.get("prompts") else [])
+    )
     return total - weight * float(chosen.mean())
 
 
 def kto(
-    families: Sequence[PromptGroup], logs: Logs, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    prompt_groups: Sequence[PromptGroup],
+    logs: Logs,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
 ) -> float:
-    ratio = [[logs(f, k).sum() - f.endings[k].whole["reference"] for k in (0, 1)] for f in families]
+    ratio = [[logs(f, k).sum() - f.completions[k].per_completion["reference"] for k in (0, 1)] for f in prompt_groups]
     own, other = np.array(ratio).T
     point = max(0.0, other.mean())
     out = [
         desirable_weight * (1 - sigmoid(beta * (r - point)))
-        if f.endings[0].whole["desirable"]
+        if f.completions[0].per_completion["desirable"]
         else undesirable_weight * (1 - sigmoid(beta * (point - r)))
-        for f, r in zip(families, own, strict=True)
+        for f, r in zip(prompt_groups, own, strict=True)
     ]
     return float(np.mean(out))
 
 
-def _pair(method: str, family: PromptGroup, chosen: np.ndarray, rejected: np.ndarray, **s: Any) -> float:
+def _pair(method: str, group: PromptGroup, chosen: np.ndarray, rejected: np.ndarray, **s: Any) -> float:
     beta = s["beta"]
-    c, r = (x.sum() - e.whole["reference"] for x, e in zip((chosen, rejected), family.endings, strict=True))
+    c, r = (x.sum() - e.per_completion["reference"] for x, e in zip((chosen, rejected), group.completions, strict=True))
     mean_c, mean_r = c / len(chosen), r / len(rejected)
     p = sigmoid(beta * (c - r))  # that the chosen answer is the better one
     if method == "dpo":
-        return -np.log(sigmoid(beta * (c - r) - s.get("offset", 0.0) * family.endings[0].whole["margin"]))
+        return -np.log(sigmoid(beta * (c - r) - s.get("offset", 0.0) * group.completions[0].per_completion["margin"]))
     if method == "cdpo":
         return -(1 - s["label_smoothing"]) * np.log(p) - s["label_smoothing"] * np.log(1 - p)
     if method == "robust":

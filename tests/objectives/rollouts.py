@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests import tiny
 from tutelage.data.groups.groups import Completion, PromptGroup
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
@@ -15,11 +16,7 @@ from tutelage.models.interface import Batch
 
 VOCABULARY = 61
 LONGEST = 12  # tokens of an answer, at most
-SHAPE = {
-    "model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
-    "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.1,
-}  # fmt: skip
+SHAPE = tiny.shape(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.1)
 
 
 def policy(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -46,12 +43,12 @@ def wave(count: int, phase: float, size: float = 1.0) -> np.ndarray:
     return (size * np.sin(phase + 1.3 * np.arange(count) ** 1.1)).astype(np.float32)
 
 
-def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[PromptGroup]:
-    """Answers of 3 to 12 tokens, the second of each family with a tool's words in it. Old log-probabilities lie around those
+def prompt_groups(weight: str = "length", groups: int = 6, samples: int = 2) -> list[PromptGroup]:
+    """Answers of 3 to 12 tokens, the second of each group with a tool's words in it. Old log-probabilities lie around those
     of a model that knows nothing, log(1/V), far enough for ratios beyond any clip."""
     out, level = [], -float(np.log(VOCABULARY))
     for g in range(groups):
-        endings = []
+        completions = []
         for s in range(samples):
             number = g * samples + s
             n = 3 + (number * 5) % (LONGEST - 2)
@@ -65,29 +62,30 @@ def families(weight: str = "length", groups: int = 6, samples: int = 2) -> list[
                 "weight": np.full(n, {"length": 1 / count, "longest": 1 / LONGEST, "sum": 1, "token": 1}[weight], np.float32),
                 "value_old": wave(n, number + 0.9, 0.5), "return": wave(n, number + 1.8, 1.5),
             }  # fmt: skip
-            endings.append(Completion(ids, mask, streams, {}))
+            completions.append(Completion(ids, mask, streams, {}))
         prompt = (np.arange(4 + g) * 11 + g) % VOCABULARY
-        out.append(PromptGroup(f"r{g}", prompt, tuple(endings)))
+        out.append(PromptGroup(f"r{g}", prompt, tuple(completions)))
     return out
 
 
 def changed(made: list[PromptGroup], change: Any) -> list[PromptGroup]:
-    """The families with the streams that `change(family, ending)` gives."""
+    """The prompt groups with the streams that `change(prompt group, completion)` gives."""
     return [
-        PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, change(f, e), e.whole) for e in f.endings)) for f in made
+        PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, change(f, e), e.per_completion) for e in f.completions))
+        for f in made
     ]
 
 
 def without(made: list[PromptGroup], *names: str) -> list[PromptGroup]:
-    """The same families without some of their streams."""
+    """The same prompt groups without some of their streams."""
     return changed(made, lambda f, e: {k: v for k, v in e.tokens.items() if k not in names})
 
 
 def replaced(made: list[PromptGroup], **streams: Any) -> list[PromptGroup]:
-    """The same families with streams that a function (family, ending) -> [n], or a number, makes."""
+    """The same prompt groups with streams that a function (prompt group, completion) -> [n], or a number, makes."""
 
-    def values(family: PromptGroup, ending: Completion) -> dict[str, np.ndarray]:
-        found = {k: v(family, ending) if callable(v) else np.full(len(ending.ids), v) for k, v in streams.items()}
-        return {**ending.tokens, **{k: np.asarray(v, np.float32) for k, v in found.items()}}
+    def values(prompt_group: PromptGroup, completion: Completion) -> dict[str, np.ndarray]:
+        found = {k: v(prompt_group, completion) if callable(v) else np.full(len(completion.ids), v) for k, v in streams.items()}
+        return {**completion.tokens, **{k: np.asarray(v, np.float32) for k, v in found.items()}}
 
     return changed(made, values)

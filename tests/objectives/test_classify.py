@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tutelage.config.train import Optimizer, Schedule
-from tutelage.data.groups.examples import ExampleFamilies, Labels, TextEncoder, labels_of, spans_of, tags
+from tutelage.data.groups.examples import ExampleGroups, Labels, TextEncoder, labels_of, spans_of, tags
 from tutelage.data.groups.groups import collate
 from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ConfigError, DataError
@@ -66,13 +66,13 @@ def examples(kind: str) -> list[Example]:
     return out
 
 
-def families(words: TokenizerFolder, kind: str, **weights: float) -> ExampleFamilies:
+def prompt_groups(words: TokenizerFolder, kind: str, **weights: float) -> ExampleGroups:
     made = examples(kind)
     found = labels_of(made, [])
-    return ExampleFamilies(made, TextEncoder(words, 64), Labels(found.task, found.names, weights))
+    return ExampleGroups(made, TextEncoder(words, 64), Labels(found.task, found.names, weights))
 
 
-def part_of(found: ExampleFamilies, dtype: torch.dtype = torch.float32) -> Any:
+def part_of(found: ExampleGroups, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(5)
     task: Any = "token" if found.labels.task == "tag" else "class"
     shape = {**SIZES, "vocab_size": len(MARKS) + len(WORDS) + len(PIECES)}
@@ -88,11 +88,11 @@ def named(kind: str, part: Any) -> tuple[Any, dict[str, Any]]:
 def test_the_loss_and_its_gradient_are_those_of_transformers(words: TokenizerFolder, kind: str, layout: Any) -> None:
     """Against `hf(input_ids, labels)`, which means over texts (or supervised tokens): a place off by one, a text judged at
     another's last token, a sub-word piece that is supervised."""
-    found = families(words, kind)
+    found = prompt_groups(words, kind)
     part = part_of(found)
     method, parts = named(kind, part)
     term = method(parts, collate([found[i] for i in range(len(found))], layout))["loss"]
-    count = sum(found[i].endings[0].supervised for i in range(12)) if kind == "tag" else 12
+    count = sum(found[i].completions[0].supervised for i in range(12)) if kind == "tag" else 12
     (term.sum / count).backward()
     got = {n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None}
     part.zero_grad()
@@ -119,7 +119,7 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(words: TokenizerFol
 @pytest.mark.parametrize("kind", ["class", "many", "tag"])
 def test_accumulation_and_ranks_change_nothing(words: TokenizerFolder, kind: str) -> None:
     """A mean over each micro-batch: short batches would count as much as long ones."""
-    found = families(words, kind)
+    found = prompt_groups(words, kind)
     seen = []
     for micro_tokens in (1000, 16):
         part = part_of(found)
@@ -133,12 +133,12 @@ def test_accumulation_and_ranks_change_nothing(words: TokenizerFolder, kind: str
 
 def test_weights_and_smoothing_by_hand(words: TokenizerFolder) -> None:
     """A weight that is read from another class; smoothing that takes from the wrong side."""
-    found = families(words, "class", cold=3.0)
+    found = prompt_groups(words, "class", cold=3.0)
     part = part_of(found)
     batch = collate([found[i] for i in range(12)], "packed")
     got = objective("classify", label_smoothing=0.1)({"class": part}, batch)["loss"].sum.item()
     with torch.no_grad():
-        logs = part(batch)[batch.answers.last].log_softmax(1)  # type: ignore[union-attr]
+        logs = part(batch)[batch.answers.last_position].log_softmax(1)  # type: ignore[union-attr]
     expected = 0.0
     for example, row in zip(found.examples, logs, strict=True):
         soft = torch.full((3,), 0.1 / 3)
@@ -156,7 +156,7 @@ def test_five_steps_are_the_golden_ones(words: TokenizerFolder, kind: str) -> No
 
 
 def losses(words: TokenizerFolder, kind: str) -> list[float]:
-    found = families(words, kind)
+    found = prompt_groups(words, kind)
     part = part_of(found, torch.float64)
     method, parts = named(kind, part)
     optimizers = Optimizers(parts, Optimizer(name="adamw"), LearningRates(1e-3, 1e-3, 1e-3))
@@ -177,10 +177,10 @@ def test_sub_word_pieces_are_not_supervised_and_spans_come_back(words: Tokenizer
     assert [text[s:e] for _, s, e in encoded.words] == ["a", "be", "x", ",", "can"] and len(encoded.ids) == 10
     found = tags(encoded, spans)
     assert found == ["O", "B-X", "O", "O", "B-Y"] and spans_of(encoded, found) == spans
-    family = ExampleFamilies([Example.make(text, source="t", spans=spans)], TextEncoder(words, 64),
+    group = ExampleGroups([Example.make(text, source="t", spans=spans)], TextEncoder(words, 64),
                              Labels("tag", ("O", "B-X", "I-X", "B-Y", "I-Y")))[0]  # fmt: skip
-    answers = collate([family], "packed").answers
-    assert answers is not None and (answers.places + 1).tolist() == [t for t, _, _ in encoded.words]
+    answers = collate([group], "packed").answers
+    assert answers is not None and (answers.positions + 1).tolist() == [t for t, _, _ in encoded.words]
     assert answers.tokens["label"].tolist() == [0, 1, 0, 0, 3]
 
 
@@ -189,7 +189,7 @@ def test_a_kind_of_span_weighs_both_of_its_tags(words: TokenizerFolder) -> None:
     text = "a be can x"
     made = [Example.make(text, source="t", spans=(Span(start=2, end=8, label="X"),))]
     labels = Labels("tag", ("O", "B-X", "I-X"), {"X": 5.0, "O": 0.5})
-    answers = collate([ExampleFamilies(made, TextEncoder(words, 64), labels)[0]], "packed").answers
+    answers = collate([ExampleGroups(made, TextEncoder(words, 64), labels)[0]], "packed").answers
     assert answers is not None and answers.tokens["label"].tolist() == [0, 1, 2, 0]
     assert answers.tokens["weight"].tolist() == [0.5, 5.0, 5.0, 0.5] and labels.kinds == ("O", "X")
     labels.check(["X", "O"])
@@ -201,14 +201,14 @@ def test_a_kind_of_span_weighs_both_of_its_tags(words: TokenizerFolder) -> None:
 @pytest.mark.parametrize("kind", ["class", "tag"])
 def test_balanced_gives_every_class_the_same_share(words: TokenizerFolder, kind: str) -> None:
     """Kinds of spans weighed by how many spans they have, with O at 1: the rarest tags stay a small part of the loss."""
-    plain = families(words, kind)
-    found = families(words, kind, **plain.balanced())
+    plain = prompt_groups(words, kind)
+    found = prompt_groups(words, kind, **plain.balanced())
     total: dict[str, float] = {}
     texts = 0.0
     for i in range(len(found)):
         answers = collate([found[i]], "packed").answers
         assert answers is not None
-        one = answers.tokens if kind == "tag" else answers.whole
+        one = answers.tokens if kind == "tag" else answers.per_completion
         for label, weight in zip(one["label"].tolist(), one["weight"].tolist(), strict=True):
             name = found.labels.names[int(label)].removeprefix("B-").removeprefix("I-")
             total[name], texts = total.get(name, 0.0) + weight, texts + 1
@@ -227,7 +227,7 @@ def test_long_texts_are_cut_as_said_and_counted(words: TokenizerFolder) -> None:
     pair = TextEncoder(words, 9)(text, "x y")
     assert pair is not None and words.decode(pair.ids).replace(" ", "") == "[CLS]abcd[SEP]xy[SEP]"
     made = [Example.make(t, source="t", label=label) for t, label in ((text, "p"), ("a", "q"))]
-    found = ExampleFamilies(made, TextEncoder(words, 6), Labels("class", ("p", "q")))
+    found = ExampleGroups(made, TextEncoder(words, 6), Labels("class", ("p", "q")))
     assert found.report["too long, cut at the right"] == 1
     assert "[SEP]" not in [words.tokenizer.id_to_token(i) for i in TextEncoder(words, 64)("a [SEP] b").ids[1:-1]]  # type: ignore[union-attr]
 

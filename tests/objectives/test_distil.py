@@ -38,11 +38,11 @@ def parts(dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
     return {"policy": tiny.model(seed=3, dtype=dtype, **SHAPE), "teacher": teacher.requires_grad_(False).eval()}
 
 
-def families(top: int = 0) -> list[PromptGroup]:
+def prompt_groups(top: int = 0) -> list[PromptGroup]:
     """Ids and masks from arithmetic; with `top`, the teacher's likeliest tokens at each place."""
     teacher = parts()["teacher"]
 
-    def ending(prompt: list[int], number: int) -> Completion:
+    def completion(prompt: list[int], number: int) -> Completion:
         ids = np.array([(number * 37 + i * i * 7 + 3) % 97 for i in range(2 + number % 6)])
         mask = np.array([(i + number) % 3 != 1 for i in range(len(ids))], np.uint8)
         if not top:
@@ -53,13 +53,14 @@ def families(top: int = 0) -> list[PromptGroup]:
 
     prompts = [[(r * 11 + i * 5) % 97 for i in range(3 + 4 * r)] for r in range(4)]
     return [
-        PromptGroup(f"r{r}", np.array(p), tuple(ending(p, 3 * r + i) for i in range(1 + r % 3))) for r, p in enumerate(prompts)
+        PromptGroup(f"r{r}", np.array(p), tuple(completion(p, 3 * r + i) for i in range(1 + r % 3)))
+        for r, p in enumerate(prompts)
     ]
 
 
 def batch(layout: str = "tree", sizes: tuple[int, ...] = (4,), top: int = 0) -> GlobalBatch:
-    rest, micro = families(top), []
-    counts = {"tokens": float(sum(e.supervised for f in rest for e in f.endings))}
+    rest, micro = prompt_groups(top), []
+    counts = {"tokens": float(sum(e.supervised for f in rest for e in f.completions))}
     for size in sizes:
         micro.append(collate(rest[:size], layout))  # type: ignore[arg-type]
         rest = rest[size:]
@@ -91,20 +92,20 @@ def test_against_a_dense_calculation(name: str, own_kernels: bool) -> None:
     settings = {"beta": 0.5, "cross_entropy": 0.0, **METHODS[name]}
     trained, heat, beta, share = parts(), settings["temperature"], settings["beta"], settings["cross_entropy"]
     distance = entropy = count = 0.0
-    for family in families():
-        for ending in family.endings:
-            text = Batch.of([family.prompt.tolist() + ending.ids.tolist()])
+    for group in prompt_groups():
+        for completion in group.completions:
+            text = Batch.of([group.prompt.tolist() + completion.ids.tolist()])
             z, t = (
-                trained[n].logits(text)[0, len(family.prompt) - 1 : -1].detach().double().numpy() for n in ("policy", "teacher")
+                trained[n].logits(text)[0, len(group.prompt) - 1 : -1].detach().double().numpy() for n in ("policy", "teacher")
             )
             q, p = (np.exp(x / heat) / np.exp(x / heat).sum(1, keepdims=True) for x in (z, t))
             m = beta * p + (1 - beta) * q
             kl = lambda a, b: (a * np.log(a / b)).sum(1)  # noqa: E731
             each = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m)}[name]
-            chosen = np.exp(z)[np.arange(len(z)), ending.ids] / np.exp(z).sum(1)
-            distance += (each * ending.mask).sum()
-            entropy += (-np.log(chosen) * ending.mask).sum()
-            count += ending.mask.sum()
+            chosen = np.exp(z)[np.arange(len(z)), completion.ids] / np.exp(z).sum(1)
+            distance += (each * completion.mask).sum()
+            entropy += (-np.log(chosen) * completion.mask).sum()
+            count += completion.mask.sum()
     kernels.use(own_kernels)
     _, terms = found(name, batch())
     assert terms["_divergence"] == pytest.approx(distance / count, rel=1e-5)
@@ -118,7 +119,7 @@ def test_rows_of_texts_are_families_of_one_answer() -> None:
     (micro,) = made.micro
     weights = torch.zeros(micro.ids.numel())
     targets = torch.zeros(micro.ids.numel(), dtype=torch.int64)
-    weights[micro.answers.places], targets[micro.answers.places] = 1.0, micro.answers.targets  # type: ignore[union-attr]
+    weights[micro.answers.positions], targets[micro.answers.positions] = 1.0, micro.answers.targets  # type: ignore[union-attr]
     plain = replace(micro, weights=weights.view_as(micro.ids), targets=targets.view_as(micro.ids), answers=None)
     whole, terms = found("jsd", made)
     again, also = found("jsd", replace(made, micro=[plain]))
@@ -182,11 +183,11 @@ def test_the_teacher_does_not_move() -> None:
 
 def test_settings_that_cannot_be_are_refused() -> None:
     """A mixture of one distribution has no slope, `beta` means nothing to a KL, other vocabularies nothing at all."""
-    with pytest.raises(ConfigError, match="share of both"):
+    with pytest.raises(ConfigError, match="both distributions"):
         objective("jsd", beta=1.0)(parts(), batch().micro[0])
     with pytest.raises(ConfigError, match="beta"):
         objective("forward_kl", beta=0.5)
-    with pytest.raises(ConfigError, match="another vocabulary"):
+    with pytest.raises(ConfigError, match="different vocabularies"):
         check_vocabularies(97, 96)
 
 

@@ -40,7 +40,7 @@ def test_each_loss_is_its_papers_formula(variant):
     """Guards against a sign, a normaliser or a setting that differs from the paper's: an independent calculation agrees."""
     method, settings = VARIANTS[variant]
     policy = bigrams()
-    made = small.families(method)
+    made = small.prompt_groups(method)
     logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (-1, 0, 1)}
     expected = formulas.loss(method, made, lambda f, k: logs[f.name, k], **settings)
     assert step(policy, method, **settings).loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -53,8 +53,8 @@ def halves() -> small.Bigrams:
 
 def one_pair() -> list[PromptGroup]:
     """Chosen "1 2": log-probability ln 1/8, twice what the reference gives it. Rejected "2": ln 1/4, half the reference's."""
-    chosen = Completion(np.array([1, 2]), whole={"reference": math.log(1 / 16), "margin": 1.0})
-    rejected = Completion(np.array([2]), whole={"reference": math.log(1 / 2), "margin": 1.0})
+    chosen = Completion(np.array([1, 2]), per_completion={"reference": math.log(1 / 16), "margin": 1.0})
+    rejected = Completion(np.array([2]), per_completion={"reference": math.log(1 / 2), "margin": 1.0})
     return [PromptGroup("p", np.array([3, 0]), (chosen, rejected))]
 
 
@@ -94,20 +94,20 @@ def test_measured_terms_by_hand():
     expected = {"_accuracy": 1, "_chosen": half, "_rejected": -half, "_margin": 2 * half}
     assert {k: v for k, v in terms.items() if k != "loss"} == pytest.approx(expected, abs=1e-6)
     (pair,) = one_pair()
-    tied = PromptGroup("p", pair.prompt, (pair.endings[0], pair.endings[0]))
+    tied = PromptGroup("p", pair.prompt, (pair.completions[0], pair.completions[0]))
     assert step(halves(), "dpo", [tied]).terms["_accuracy"] == 0.5
 
 
 def judged(good: int, other: float, name: str = "r") -> PromptGroup:
     """An answer whose log-ratio is ln 2, and another prompt's, whose log-ratio is `other`."""
-    own = Completion(np.array([1, 2]), whole={"reference": math.log(1 / 16), "desirable": good})
-    wrong = Completion(np.array([2]), whole={"reference": math.log(1 / 4) - other, "desirable": good})
+    own = Completion(np.array([1, 2]), per_completion={"reference": math.log(1 / 16), "desirable": good})
+    wrong = Completion(np.array([2]), per_completion={"reference": math.log(1 / 4) - other, "desirable": good})
     return PromptGroup(name, np.array([3, 0]), (own, wrong))
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
 def test_kto_reads_each_answer_once(layout):
-    """Guards against passes that read both answers of a family to use one of them; and against an answer that stands elsewhere
+    """Guards against passes that read both answers of a group to use one of them; and against an answer that stands elsewhere
     than its text does, once the other is cut out."""
     made, read = small.rated(5), []
 
@@ -118,7 +118,7 @@ def test_kto_reads_each_answer_once(layout):
 
     policy = Watched(bigrams().table.detach())
     found = gradients(StepConfig({"policy": policy}, objective("kto")), small.source("kto", made, layout=layout).next(0))
-    texts = [sorted(i for f in made for i in (*f.prompt.tolist(), *f.endings[k].ids.tolist())) for k in (1, 0)]
+    texts = [sorted(i for f in made for i in (*f.prompt.tolist(), *f.completions[k].ids.tolist())) for k in (1, 0)]
     assert read == texts
     logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (0, 1)}
     assert found.loss == pytest.approx(formulas.loss("kto", made, lambda f, k: logs[f.name, k]), rel=1e-5)
@@ -133,6 +133,8 @@ def test_kto_by_hand():
     assert found.loss == pytest.approx((3 * 0.5 + 2 * 0.5) / 2, abs=1e-6)
     expected = {"_kl": two, "_desirable": two, "_undesirable": two}
     assert {k: found.terms[k] for k in expected} == pytest.approx(expected, abs=1e-6)
+    far = step(halves(), "kto", [judged(1, 3 * two), judged(0, 3 * two)], **settings | {"beta": 0.5})  # values -ln 2 and ln 2
+    assert far.loss == pytest.approx((3 * (2 / 3) + 2 * (1 / 3)) / 2, abs=1e-6)
     below = step(halves(), "kto", [judged(1, -two), judged(0, -two)], **settings)  # reference point 0
     assert below.terms["_kl"] == 0
     assert below.loss == pytest.approx((3 * (1 / 3) + 2 * (2 / 3)) / 2, abs=1e-6)
@@ -164,10 +166,10 @@ def test_a_batch_of_good_answers_only_has_no_figure_for_bad_ones():
 def test_a_certain_answer_does_not_break_the_odds():
     """Guards against infinite odds, whose gradient is not a number, once a model is sure of an answer's every token."""
     policy = small.Bigrams(torch.full((4, 4), -200.0).fill_diagonal_(200.0))
-    sure = Completion(np.array([3, 3, 3]), whole={"reference": 0.0})
-    doubtful = Completion(np.array([3, 1]), whole={"reference": 0.0})
-    for endings in ((sure, doubtful), (doubtful, sure)):
-        found = step(policy, "orpo", [PromptGroup("p", np.array([3]), endings)])
+    sure = Completion(np.array([3, 3, 3]), per_completion={"reference": 0.0})
+    doubtful = Completion(np.array([3, 1]), per_completion={"reference": 0.0})
+    for completions in ((sure, doubtful), (doubtful, sure)):
+        found = step(policy, "orpo", [PromptGroup("p", np.array([3]), completions)])
         assert math.isfinite(found.loss) and torch.isfinite(policy.table.grad).all()
 
 
@@ -183,7 +185,11 @@ def test_shares_of_wrong_preferences_that_mean_nothing_are_refused(method, setti
 
 def test_an_offset_needs_margins():
     """Guards against an offset that is silently 0 for data without margins."""
-    bare = [PromptGroup("p", np.array([3, 0]), tuple(Completion(e.ids, whole={"reference": 0.0}) for e in one_pair()[0].endings))]
+    bare = [
+        PromptGroup(
+            "p", np.array([3, 0]), tuple(Completion(e.ids, per_completion={"reference": 0.0}) for e in one_pair()[0].completions)
+        )
+    ]
     with pytest.raises(ConfigError, match="offset"):
         step(halves(), "dpo", bare, offset=1.0)
     step(halves(), "dpo", bare)
@@ -194,7 +200,7 @@ def test_an_offset_needs_margins():
 )
 def test_settings_of_other_methods_are_refused(method, setting):
     """Guards against one trainer of many losses, which takes every setting and ignores most."""
-    with pytest.raises(ConfigError, match=f"`{setting}` means nothing to {method}"):
+    with pytest.raises(ConfigError, match=f"{method} has no setting `{setting}`"):
         objective(method, **{setting: 0.3})
 
 

@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def steps(method: str) -> list[dict[str, float]]:
-    """Loss and gradient norm of each step, four of eight families at a time, in two micro-batches or more."""
+    """Loss and gradient norm of each step, four of eight prompt groups at a time, in two micro-batches or more."""
     parts = {"policy": small.decoder()}
     recipe = StepConfig(parts, objective(method, **small.METHODS[method]))
     optimizers = Optimizers(parts, Optimizer(name="adamw"), LearningRates(lr=1e-2, matrix_lr=1e-2, embedding_lr=1e-2))
@@ -50,7 +50,7 @@ def test_three_steps_are_the_golden_ones(method):
 def test_the_first_golden_loss_is_the_formula(method):
     """Guards against golden numbers that were wrong when they were written."""
     policy, source = small.decoder(), small.source(method, per_step=4)
-    made = [source.families[i] for i in source.numbers(0)]
+    made = [source.prompt_groups[i] for i in source.numbers(0)]
     with kernels.disabled():
         logs = {(f.name, k): small.logprobs(policy, f, k) for f in made for k in (-1, 0, 1)}
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))[method][0]["loss"]

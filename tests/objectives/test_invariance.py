@@ -43,7 +43,7 @@ def test_layout(method, layout):
 @pytest.mark.parametrize("method", small.METHODS)
 def test_accumulation(method):
     """Guards against micro-batches divided by their own counts, and against a reference point of each micro-batch (TRL's): 1x8,
-    about 2x4 and 8x1 have one gradient, though families differ much in length."""
+    about 2x4 and 8x1 have one gradient, though prompt groups differ much in length."""
     whole = found(method, small.source(method).next(0))
     for micro_tokens, most in ((60, 4), (1, 8)):
         batch = small.source(method, micro_tokens=micro_tokens).next(0)
@@ -55,16 +55,16 @@ def test_a_reference_point_of_each_micro_batch_would_be_seen():
     """Guards the test above: in its data the usual mistake is no rounding."""
     whole, _ = found("kto", small.source("kto").next(0))
     total, policy = 0.0, small.decoder()
-    for family in small.rated():
-        total += gradients(recipe("kto", policy), small.source("kto", [family]).next(0)).loss / 8
+    for group in small.rated():
+        total += gradients(recipe("kto", policy), small.source("kto", [group]).next(0)).loss / 8
     assert whole.terms["_kl"] > 0.05
     assert abs(total - whole.loss) > 1e-2
 
 
 @pytest.mark.parametrize("method", small.METHODS)
-def test_order_of_families(method):
-    """Guards against answers that get another family's reference, length or judgement."""
-    made = small.families(method)
+def test_order_of_groups(method):
+    """Guards against answers that get another prompt group's reference, length or judgement."""
+    made = small.prompt_groups(method)
     moved: Sequence[PromptGroup] = [*made[3:], *made[:3]][::-1]
     same(found(method, small.source(method, made).next(0)), found(method, small.source(method, moved).next(0)))
 

@@ -23,7 +23,7 @@ SETTINGS = {"sppo_hard": {"beta": 0.1}, "nca_pair": {"beta": 0.1}, "discopop": {
 
 
 def written(policy: torch.nn.Module, method: str) -> list[PromptGroup]:
-    """Families by the rule, with the untrained policy as reference."""
+    """Prompt groups by the rule, with the untrained policy as reference."""
     rng = np.random.default_rng(5)
 
     def answer(good: bool) -> np.ndarray:
@@ -37,10 +37,13 @@ def written(policy: torch.nn.Module, method: str) -> list[PromptGroup]:
         last = pair[0]
         whole = {"desirable": float(good)} if method == "kto" else {}
         prompt = rng.integers(0, small.VOCABULARY, 4)
-        family = PromptGroup(f"f{i}", prompt, tuple(Completion(ids, whole=whole) for ids in pair))
-        references = [float(small.logprobs(policy, family, k).sum()) for k in (0, 1)]
-        endings = [replace(e, whole={**e.whole, "reference": r}) for e, r in zip(family.endings, references, strict=True)]
-        made.append(replace(family, endings=tuple(endings)))
+        group = PromptGroup(f"f{i}", prompt, tuple(Completion(ids, per_completion=whole) for ids in pair))
+        references = [float(small.logprobs(policy, group, k).sum()) for k in (0, 1)]
+        completions = [
+            replace(e, per_completion={**e.per_completion, "reference": r})
+            for e, r in zip(group.completions, references, strict=True)
+        ]
+        made.append(replace(group, completions=tuple(completions)))
     return made
 
 

@@ -9,31 +9,31 @@ import numpy as np
 import pytest
 import torch
 
-from tests.objectives.rollouts import LONGEST, families, policy, replaced, without
+from tests.objectives.rollouts import LONGEST, policy, prompt_groups, replaced, without
 from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
-from tutelage.data.groups.source import count, family_batch
+from tutelage.data.groups.source import count, group_batch
 from tutelage.errors import ConfigError
 from tutelage.models import kernels
 from tutelage.models.interface import Batch, Output
 from tutelage.objectives import TABLE, objective
 from tutelage.objectives.answers import token_logprobs
-from tutelage.rollout.weights import CREDIT
+from tutelage.rollout.weights import ADVANTAGE_SPECS
 from tutelage.train.step import StepConfig, gradients
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "policy_gradient.json"
-METHODS = tuple(CREDIT)
+METHODS = tuple(ADVANTAGE_SPECS)
 PENALTIES = {"kl_weight": 0.3, "entropy_weight": 0.2}
 
 
 def made_for(name, **kwargs):
-    return families(CREDIT[name].normaliser, **kwargs)
+    return prompt_groups(ADVANTAGE_SPECS[name].normaliser, **kwargs)
 
 
 def run(name, made, micro=1000, layout="tree", dtype=torch.float32, **settings):
     """The step's result and the model's gradient, one vector."""
     model = policy(dtype)
     groups = bins([f.size(layout) for f in made], micro)[0]
-    batch = family_batch([[made[i] for i in g] for g in groups], count(made, layout), layout)
+    batch = group_batch([[made[i] for i in g] for g in groups], count(made, layout), layout)
     result = gradients(StepConfig({"policy": model}, objective(name, **settings)), batch)
     return result, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -46,15 +46,15 @@ def expected_terms(name, made, kl="k3", kl_importance=True, **settings):
     model = policy(torch.float64)
     tokens = answers = 0
     loss = penalty = distance = entropy = below = above = 0.0
-    for family in made:
-        for ending in family.endings:
-            mask = np.ones(len(ending.ids), bool) if ending.mask is None else ending.mask.astype(bool)
-            text = np.concatenate([family.prompt, ending.ids])
+    for prompt_group in made:
+        for completion in prompt_group.completions:
+            mask = np.ones(len(completion.ids), bool) if completion.mask is None else completion.mask.astype(bool)
+            text = np.concatenate([prompt_group.prompt, completion.ids])
             with torch.no_grad():
                 z = model.logits(Batch.of([text.tolist()]))[0].double().log_softmax(-1).numpy()
-            at = len(family.prompt) - 1 + np.flatnonzero(mask)
-            lp = z[at, ending.ids[mask]]
-            s = {k: v[mask].astype(float) for k, v in ending.tokens.items()}
+            at = len(prompt_group.prompt) - 1 + np.flatnonzero(mask)
+            lp = z[at, completion.ids[mask]]
+            s = {k: v[mask].astype(float) for k, v in completion.tokens.items()}
             n, a = len(lp), s["advantage"]
             change = lp - s["old"]
             if row.fixed["level"] != "token":
@@ -70,7 +70,7 @@ def expected_terms(name, made, kl="k3", kl_importance=True, **settings):
             each = each * s.get("correction", 1.0)
             d = lp - s["reference"]
             k = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}[kl]
-            weight = {"length": 1 / n, "longest": 1 / LONGEST, "sum": 1.0, "token": 1.0}[CREDIT[name].normaliser]
+            weight = {"length": 1 / n, "longest": 1 / LONGEST, "sum": 1.0, "token": 1.0}[ADVANTAGE_SPECS[name].normaliser]
             loss, penalty = loss - weight * each.sum(), penalty + weight * (k * (r if kl_importance else 1)).sum()
             distance += k.sum()
             entropy -= (np.exp(z[at]) * z[at]).sum()
@@ -131,10 +131,10 @@ def on_policy(made):
         found = token_logprobs(policy(), collate(made, "tree")).numpy()
     at = 0
 
-    def old(family, ending):
+    def old(prompt_group, completion):
         nonlocal at
-        out = np.zeros(len(ending.ids))
-        picked = np.ones(len(out), bool) if ending.mask is None else ending.mask.astype(bool)
+        out = np.zeros(len(completion.ids))
+        picked = np.ones(len(out), bool) if completion.mask is None else completion.mask.astype(bool)
         out[picked] = found[at : at + picked.sum()]
         at += picked.sum()
         return out
@@ -153,11 +153,11 @@ def test_on_policy_every_method_is_the_plain_gradient(name):
     model = policy()
     answers = collate(made, "tree").answers
     logprobs = token_logprobs(model, collate(made, "tree"))
-    weight = answers.tokens["weight"] * (answers.lengths[answers.owner] if name == "rloo" else 1)
+    weight = answers.tokens["weight"] * (answers.lengths[answers.completion_of] if name == "rloo" else 1)
     if (
         name == "gspo"
     ):  # the mean of an answer's advantages, times the mean of its log-probabilities: the same for equal advantages
-        assert all(len(set(e.tokens["advantage"].tolist())) == 1 for f in made for e in f.endings)
+        assert all(len(set(e.tokens["advantage"].tolist())) == 1 for f in made for e in f.completions)
     units = count(made, "tree")[TABLE[name].fixed["unit"]]
     (-(logprobs * weight * answers.tokens["advantage"]).sum() / units).backward()
     torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-4, atol=1e-6)
@@ -182,8 +182,8 @@ class Given(torch.nn.Module):
 def single(streams):
     """Answers of one token, with these streams."""
     count = len(next(iter(streams.values())))
-    endings = (Completion(np.array([2]), None, {k: np.array([v[i]]) for k, v in streams.items()}) for i in range(count))
-    return collate([PromptGroup("r", np.array([1]), (e,)) for e in endings], "tree")
+    completions = (Completion(np.array([2]), None, {k: np.array([v[i]]) for k, v in streams.items()}) for i in range(count))
+    return collate([PromptGroup("r", np.array([1]), (e,)) for e in completions], "tree")
 
 
 @pytest.mark.parametrize("form", ["clip", "cispo"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.objectives.rollouts import LONGEST, SHAPE, VOCABULARY, families, policy, replaced, without
+from tests.objectives.rollouts import LONGEST, SHAPE, VOCABULARY, policy, prompt_groups, replaced, without
 from tutelage.data.groups.groups import Completion, PromptGroup
-from tutelage.data.groups.source import count, family_batch
+from tutelage.data.groups.source import count, group_batch
 from tutelage.objectives import objective
 from tutelage.rollout.correction import correction
 from tutelage.train.step import StepConfig, gradients
@@ -84,7 +84,7 @@ def ours(name: str, made: list[PromptGroup], **settings: Any) -> tuple[float, to
     model = policy()
     groups = [[f] for f in made]
     result = gradients(
-        StepConfig({"policy": model}, objective(name, **settings)), family_batch(groups, count(made, "tree"), "tree")
+        StepConfig({"policy": model}, objective(name, **settings)), group_batch(groups, count(made, "tree"), "tree")
     )
     names = sorted(n for n, _ in model.named_parameters())
     return result.loss, torch.cat([model.get_parameter(n).grad.flatten() for n in names]), result.terms
@@ -120,7 +120,7 @@ SAME = [
 @pytest.mark.parametrize(("beta", "importance"), [(0.0, True), (0.3, True), (0.3, False)])
 def test_grpo_and_its_kin(name, normaliser, settings, their, beta, importance, tmp_path):
     """Loss and gradient, with a tool's words in half of the answers, off policy, with and without the penalty (k3)."""
-    made = without(families(normaliser), "correction")
+    made = without(prompt_groups(normaliser), "correction")
     a = ours(name, made, kl_weight=beta, kl_importance=importance, **settings)
     b = theirs("grpo", made, tmp_path, beta=beta, use_bias_correction_kl=importance, **their)
     same(a, b)
@@ -135,7 +135,7 @@ def test_grpo_and_its_kin(name, normaliser, settings, their, beta, importance, t
 
 def test_rloo(tmp_path):
     """The ratio of whole answers. TRL's RLOO knows no words of tools."""
-    made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, None, e.tokens) for e in f.endings)) for f in families()]
+    made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, None, e.tokens) for e in f.endings)) for f in prompt_groups()]
     made = replaced(without(made, "correction"), weight=lambda f, e: np.full(len(e.ids), 1 / len(e.ids)))
     a, b = ours("rloo", made, **CLIP), theirs("rloo", made, tmp_path, beta=0.0, **THEIR_CLIP)
     same(a, b)
@@ -143,7 +143,7 @@ def test_rloo(tmp_path):
 
 
 def test_entropy_bonus(tmp_path):
-    made = without(families("token"), "correction")
+    made = without(prompt_groups("token"), "correction")
     a = ours("dapo", made, entropy_weight=0.2, **CLIP)
     same(a, theirs("grpo", made, tmp_path, beta=0.0, loss_type="dapo", entropy_coef=0.2, **THEIR_CLIP))
 
@@ -152,7 +152,7 @@ def test_entropy_bonus(tmp_path):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_correction(mode, level, tmp_path):
     """Importance of what the engine sampled, as TRL has it for vLLM: on the surrogate, not on the penalty."""
-    made = families("token")
+    made = prompt_groups("token")
     bounds = {"floor": 0.7, "cap": 1.2} if level == "token" else {"floor": 0.1, "cap": 3.0}
 
     def importance(f: PromptGroup, e: Completion) -> Any:

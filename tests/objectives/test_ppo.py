@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.objectives.rollouts import Value, families, policy, replaced
+from tests.objectives.rollouts import Value, policy, prompt_groups, replaced
 from tutelage.data.groups.groups import Completion, PromptGroup, bins, collate
-from tutelage.data.groups.source import count, family_batch
+from tutelage.data.groups.source import count, group_batch
 from tutelage.models import kernels
 from tutelage.models.interface import Batch
 from tutelage.objectives import objective
@@ -26,24 +26,24 @@ def run(made, micro=1000, layout="tree", dtype=torch.float32, weights=None, **se
     """The step's result and the gradient of each part, one vector."""
     parts = {"policy": policy(dtype), "value": Value(dtype)}
     groups = bins([f.size(layout) for f in made], micro)[0]
-    batch = family_batch([[made[i] for i in g] for g in groups], count(made, layout), layout)
+    batch = group_batch([[made[i] for i in g] for g in groups], count(made, layout), layout)
     result = gradients(StepConfig(parts, objective("ppo", **settings), weights or {}), batch)
     return result, {name: torch.cat([p.grad.flatten() for p in part.parameters()]) for name, part in parts.items()}
 
 
 def judged(made, reward=1.0):
-    """Families with the streams that a rollout makes of an answer: GAE over rewards at the end and penalties at every token, then
+    """Groups with the streams that a rollout makes of an answer: GAE over rewards at the end and penalties at every token, then
     whitened over all tokens."""
     found, flat = {}, []
     for f in made:
-        for e in f.endings:
+        for e in f.completions:
             mask = np.ones(len(e.ids), bool) if e.mask is None else e.mask.astype(bool)
             s = {k: v[mask] for k, v in e.tokens.items()}
             rewards = token_rewards(reward * s["advantage"][0], s["old"], s["reference"], kl_weight=0.05)
             found[id(e)] = (mask, *gae(rewards, s["value_old"], gamma=0.99, lam=0.9))
             flat.append(found[id(e)][1])
     white = np.split(whiten(np.concatenate(flat)), np.cumsum([len(a) for a in flat])[:-1])
-    order = {id(e): w for e, w in zip((e for f in made for e in f.endings), white, strict=True)}
+    order = {id(e): w for e, w in zip((e for f in made for e in f.completions), white, strict=True)}
 
     def spread(e, values):
         out = np.zeros(len(e.ids))
@@ -94,17 +94,17 @@ def by_numpy(made, value_clip=0.2, clip=0.2):
     """Losses and shares of a whole batch from log-probabilities in float64, token by token."""
     model, critic = policy(torch.float64), Value(torch.float64)
     loss = value = clipped = tokens = 0.0
-    for family in made:
-        for ending in family.endings:
-            text = np.concatenate([family.prompt, ending.ids])
+    for prompt_group in made:
+        for completion in prompt_group.completions:
+            text = np.concatenate([prompt_group.prompt, completion.ids])
             batch = Batch.of([text.tolist()])
             with torch.no_grad():
                 z, v = model.logits(batch)[0].double().log_softmax(-1).numpy(), critic(batch)[:, 0].numpy()
-            for t in range(len(ending.ids)):
-                if ending.mask is not None and not ending.mask[t]:
+            for t in range(len(completion.ids)):
+                if completion.mask is not None and not completion.mask[t]:
                     continue
-                at, s = len(family.prompt) - 1 + t, {k: float(x[t]) for k, x in ending.tokens.items()}
-                r = np.exp(z[at, ending.ids[t]] - s["old"])
+                at, s = len(prompt_group.prompt) - 1 + t, {k: float(x[t]) for k, x in completion.tokens.items()}
+                r = np.exp(z[at, completion.ids[t]] - s["old"])
                 loss -= min(r * s["advantage"], min(max(r, 1 - clip), 1 + clip) * s["advantage"])
                 near = s["value_old"] + min(max(v[at] - s["value_old"], -value_clip), value_clip)
                 errors = (v[at] - s["return"]) ** 2, (near - s["return"]) ** 2
@@ -116,7 +116,7 @@ def by_numpy(made, value_clip=0.2, clip=0.2):
 @pytest.mark.parametrize("value_clip", [0.2, 0.5])
 def test_against_numpy(value_clip):
     """Guards places of values (before a token, not at it), the larger of two errors, and means over tokens."""
-    made = judged(families())
+    made = judged(prompt_groups())
     terms = run(made, value_clip=value_clip)[0].terms
     loss, value, clipped = by_numpy(made, value_clip)
     assert terms["loss"] == pytest.approx(loss, rel=1e-5)
@@ -126,7 +126,7 @@ def test_against_numpy(value_clip):
 
 
 def test_without_a_clip_values_are_regressed():
-    made = judged(families())
+    made = judged(prompt_groups())
     assert run(made, value_clip=1e9)[0].terms["value"] == pytest.approx(by_numpy(made, 1e9)[1], rel=1e-5)
     assert "_value_clipped" in run(made)[0].terms
 
@@ -134,7 +134,7 @@ def test_without_a_clip_values_are_regressed():
 @pytest.mark.parametrize("own_kernels", [True, False])
 def test_layout_and_accumulation_change_nothing(own_kernels):
     """Promises 5 and 6, for the value head too."""
-    made = judged(families())
+    made = judged(prompt_groups())
     before = kernels.available()
     kernels.use(own_kernels)
     try:
@@ -150,7 +150,7 @@ def test_layout_and_accumulation_change_nothing(own_kernels):
 
 def test_value_is_a_term_of_its_own():
     """The loop weighs it: half its weight is half the value head's gradient, and nothing else changes."""
-    made = judged(families())
+    made = judged(prompt_groups())
     _, one = run(made)
     _, half = run(made, weights={"value": 0.5})
     torch.testing.assert_close(half["value"], one["value"] / 2)
@@ -160,11 +160,11 @@ def test_value_is_a_term_of_its_own():
 def test_a_clipped_value_gets_no_gradient():
     """Guards a clip that takes the smaller error: it would freeze values that are wrong and far from the old ones."""
     made = replaced(
-        families(), value_old=50.0, weight=1.0, **{"return": 50.5}
+        prompt_groups(), value_old=50.0, weight=1.0, **{"return": 50.5}
     )  # the values are near 0: beyond the clip, still wrong
     assert run(made)[1]["value"].abs().max() > 0
     made = replaced(
-        families(), value_old=50.0, weight=1.0, **{"return": 0.0}
+        prompt_groups(), value_old=50.0, weight=1.0, **{"return": 0.0}
     )  # they went further than the clip lets them: enough
     result, gradient = run(made)
     assert result.terms["_value_clipped"] == pytest.approx(1)
@@ -173,7 +173,7 @@ def test_a_clipped_value_gets_no_gradient():
 
 def golden():
     with kernels.disabled():
-        result, _ = run(judged(families()), dtype=torch.float64, **PENALTIES)
+        result, _ = run(judged(prompt_groups()), dtype=torch.float64, **PENALTIES)
     return {**result.terms, "grad_norm": result.grad_norm}
 
 

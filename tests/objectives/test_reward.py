@@ -19,7 +19,7 @@ from torch import nn
 from tests.data.test_family_batches import SHAPE
 from tutelage.config.train import Optimizer
 from tutelage.data.groups.groups import Completion, PromptGroup, collate
-from tutelage.data.groups.source import count, family_batch
+from tutelage.data.groups.source import count, group_batch
 from tutelage.models import kernels
 from tutelage.models.config import DecoderConfig
 from tutelage.models.init import build
@@ -43,11 +43,11 @@ def scorer(outputs: int, dtype: torch.dtype = torch.float32) -> Scorer:
     return made.to(dtype)
 
 
-def families(count: int = 5, masked: bool = False) -> list[PromptGroup]:
+def prompt_groups(count: int = 5, masked: bool = False) -> list[PromptGroup]:
     """Two answers a prompt, with everything that any of the methods reads; steps end at irregular places."""
     rng = np.random.default_rng(4)
 
-    def ending(margin: float) -> Completion:
+    def completion(margin: float) -> Completion:
         ids = rng.integers(0, 100, rng.integers(3, 12))
         mask = rng.integers(0, 2, len(ids)).astype(np.uint8) if masked else None
         steps = np.where(rng.random(len(ids)) < 0.5, rng.choice([0.0, 1.0, 0.3], len(ids)), np.nan).astype(np.float32)
@@ -61,7 +61,7 @@ def families(count: int = 5, masked: bool = False) -> list[PromptGroup]:
     made = []
     for i in range(count):
         margin = float(rng.random())
-        made.append(PromptGroup(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (ending(margin), ending(margin))))
+        made.append(PromptGroup(f"r{i}", rng.integers(0, 100, rng.integers(1, 20)), (completion(margin), completion(margin))))
     return made
 
 
@@ -96,7 +96,9 @@ def test_preferences_by_hand() -> None:
     found = values("reward", rows, batch, centring=0.01)
     assert found["loss"] == pytest.approx(0.3132616875182228, abs=1e-12) and found["centring"] == pytest.approx(0.09)
     assert (found["_accuracy"], found["_margin"], found["_reward"]) == (1.0, 1.0, 3.0)
-    far = pair(Completion(np.array([1]), whole={"margin": 1.0}), Completion(np.array([2]), whole={"margin": 1.0}))
+    far = pair(
+        Completion(np.array([1]), per_completion={"margin": 1.0}), Completion(np.array([2]), per_completion={"margin": 1.0})
+    )
     assert values("reward", rows, far)["loss"] == pytest.approx(math.log(2))
     assert "centring" not in values("reward", rows, far, centring=0.0)
 
@@ -107,7 +109,8 @@ def test_ratings_by_hand() -> None:
     rows = [[0.0, 0.0], [3.0, 1.0], [1.0, 7.0]]
     missing = math.nan
     batch = pair(
-        Completion(np.array([1]), whole={"ratings": [2.0, missing]}), Completion(np.array([2]), whole={"ratings": [4.0, missing]})
+        Completion(np.array([1]), per_completion={"ratings": [2.0, missing]}),
+        Completion(np.array([2]), per_completion={"ratings": [4.0, missing]}),
     )
     assert values("rating", rows, batch)["loss"] == 10.0
     assert values("rating", rows, batch)["_error"] == 4.0
@@ -148,23 +151,23 @@ def test_two_outputs_are_cross_entropy() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_against_numpy_one_text_at_a_time(name: str, masked: bool) -> None:
     """An independent calculation: each text alone through the model, the losses written out in numpy."""
-    part, made = scorer(OUTPUTS[name]), families(masked=masked)
+    part, made = scorer(OUTPUTS[name]), prompt_groups(masked=masked)
     total, terms = 0.0, objective(name, **METHODS[name])({"reward": part}, collate(made, "tree"))
-    for family in made:
+    for prompt_group in made:
         at = []
-        for ending in family.endings:
-            text = np.concatenate([family.prompt, ending.ids]).tolist()
+        for completion in prompt_group.completions:
+            text = np.concatenate([prompt_group.prompt, completion.ids]).tolist()
             with torch.no_grad():
-                at.append(part(Batch.of([text])).double().numpy()[len(family.prompt) :])
+                at.append(part(Batch.of([text])).double().numpy()[len(prompt_group.prompt) :])
         if name == "reward":
             chosen, rejected = at[0][-1, 0], at[1][-1, 0]
-            total += np.log1p(np.exp(-(chosen - rejected - family.endings[0].whole["margin"])))
-        for scores, ending in zip(at, family.endings, strict=True):
+            total += np.log1p(np.exp(-(chosen - rejected - prompt_group.completions[0].per_completion["margin"])))
+        for scores, completion in zip(at, prompt_group.completions, strict=True):
             if name == "rating":
-                errors = np.abs(scores[-1] - np.array(ending.whole["ratings"]))
+                errors = np.abs(scores[-1] - np.array(completion.per_completion["ratings"]))
                 total += np.nansum(np.where(errors <= 0.5, errors**2 / 2, 0.5 * (errors - 0.25)))
             if name == "process":
-                for row, wanted in zip(scores, ending.tokens["step_score"], strict=True):
+                for row, wanted in zip(scores, completion.tokens["step_score"], strict=True):
                     if not np.isnan(wanted):
                         total += np.log(np.exp(row).sum()) - wanted * row[1] - (1 - wanted) * row[0]
     assert terms["loss"].sum.item() == pytest.approx(total, rel=1e-5)
@@ -172,15 +175,15 @@ def test_against_numpy_one_text_at_a_time(name: str, masked: bool) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_layout_and_accumulation_change_nothing(name: str) -> None:
-    """One gradient, whether prompts are shared, packed or padded, and in whatever groups the families go through the model:
+    """One gradient, whether prompts are shared, packed or padded, and in whatever groups the prompt groups go through the model:
     missing ratings and the number of steps differ from group to group, so that a mean of means shows."""
-    part, made = scorer(OUTPUTS[name]), families()
+    part, made = scorer(OUTPUTS[name]), prompt_groups()
     found: list[tuple[float, torch.Tensor]] = []
     for layout, groups in (("tree", [made]), ("packed", [made]), ("rows", [made]), ("tree", [made[:1], made[1:]]),
                            ("packed", [[f] for f in made])):  # fmt: skip
         part.zero_grad()
         result = gradients(
-            StepConfig({"reward": part}, objective(name, **METHODS[name])), family_batch(groups, counts(made), layout)
+            StepConfig({"reward": part}, objective(name, **METHODS[name])), group_batch(groups, counts(made), layout)
         )
         found.append((result.loss, torch.cat([p.grad.flatten() for p in part.parameters()])))
     for loss, gradient in found[1:]:
@@ -191,13 +194,13 @@ def test_layout_and_accumulation_change_nothing(name: str) -> None:
 
 def losses(name: str) -> list[float]:
     """Of five steps at full precision, plain torch."""
-    parts, made = {"reward": scorer(OUTPUTS[name], torch.float64)}, families()
+    parts, made = {"reward": scorer(OUTPUTS[name], torch.float64)}, prompt_groups()
     optimizers, out = Optimizers(parts, Optimizer(name="adamw"), LearningRates(1e-2, 1e-2, 1e-2)), []
     with kernels.disabled():
         for step in range(5):
             some = [made[(step + i) % len(made)] for i in range(3)]
             optimizers.set_factor(1.0)
-            batch = family_batch([some[:1], some[1:]], counts(some), "tree")
+            batch = group_batch([some[:1], some[1:]], counts(some), "tree")
             out.append(train_step(StepConfig(parts, objective(name, **METHODS[name])), batch, optimizers).loss)
     return out
 
@@ -220,15 +223,15 @@ def test_as_in_trl(centring: float | None, margin: bool, tmp_path: Path) -> None
     from tutelage.models.scorer_export import save_scorer
     from tutelage.tokenizer.train import train
 
-    part, made = scorer(1), families()
+    part, made = scorer(1), prompt_groups()
     train(["a text, and another one"] * 9, vocab_size=270, out=tmp_path / "words", template="default")
     save_scorer(part, tmp_path / "m")
     rows: list[dict[str, Any]] = []
-    for family in made:
-        texts = [np.concatenate([family.prompt, e.ids]).tolist() for e in family.endings]
+    for prompt_group in made:
+        texts = [np.concatenate([prompt_group.prompt, e.ids]).tolist() for e in prompt_group.completions]
         rows.append({"chosen_ids": texts[0], "rejected_ids": texts[1]})
         if margin:
-            rows[-1]["margin"] = family.endings[0].whole["margin"]
+            rows[-1]["margin"] = prompt_group.completions[0].per_completion["margin"]
     settings = trl.RewardConfig(
         output_dir=str(tmp_path / "out"), center_rewards_coefficient=centring, report_to="none", bf16=False, use_cpu=True,
         gradient_checkpointing=False, disable_dropout=True, max_length=None,
@@ -245,11 +248,11 @@ def test_as_in_trl(centring: float | None, margin: bool, tmp_path: Path) -> None
     expected = trainer.compute_loss(theirs, inputs)
     expected.backward()
     if not margin:
-        for family in made:
-            for ending in family.endings:
-                del ending.whole["margin"]  # type: ignore[attr-defined]
+        for prompt_group in made:
+            for completion in prompt_group.completions:
+                del completion.per_completion["margin"]  # type: ignore[attr-defined]
     result = gradients(
-        StepConfig({"reward": part}, objective("reward", centring=centring or 0.0)), family_batch([made], counts(made), "tree")
+        StepConfig({"reward": part}, objective("reward", centring=centring or 0.0)), group_batch([made], counts(made), "tree")
     )
     assert result.loss == pytest.approx(expected.item(), abs=1e-5)
     wanted = {n: p.grad for n, p in theirs.named_parameters()}

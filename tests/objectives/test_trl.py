@@ -72,14 +72,16 @@ def ours(folder: Path) -> Decoder:
 
 
 def referred(made: list[PromptGroup], folder: Path) -> list[PromptGroup]:
-    """The families with a reference model's log-probabilities."""
+    """The prompt groups with a reference model's log-probabilities."""
     model = ours(folder)
 
-    def ending(family: PromptGroup, k: int) -> Completion:
-        old = family.endings[k]
-        return Completion(old.ids, old.mask, whole={**old.whole, "reference": float(small.logprobs(model, family, k).sum())})
+    def completion(group: PromptGroup, k: int) -> Completion:
+        old = group.completions[k]
+        return Completion(
+            old.ids, old.mask, per_completion={**old.per_completion, "reference": float(small.logprobs(model, group, k).sum())}
+        )
 
-    return [PromptGroup(f.name, f.prompt, (ending(f, 0), ending(f, 1))) for f in made]
+    return [PromptGroup(f.name, f.prompt, (completion(f, 0), completion(f, 1))) for f in made]
 
 
 def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -88,11 +90,11 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 def texts(made: list[PromptGroup], number: int) -> tuple[list[list[int]], list[list[int]]]:
     """Ids of each text, and which of its tokens are supervised."""
-    ids = [f.prompt.tolist() + f.endings[number].ids.tolist() for f in made]
+    ids = [f.prompt.tolist() + f.completions[number].ids.tolist() for f in made]
     masks = []
     for f in made:
-        ending = f.endings[number]
-        own = [1] * len(ending.ids) if ending.mask is None else ending.mask.tolist()
+        completion = f.completions[number]
+        own = [1] * len(completion.ids) if completion.mask is None else completion.mask.tolist()
         masks.append([0] * len(f.prompt) + own)
     return ids, masks
 
@@ -176,10 +178,15 @@ def test_pairs(trl, folders, tmp_path, method):
     settings = small.METHODS[method]
     made = small.pairs()
     if method == "orpo":
-        made = [PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, whole=e.whole) for e in f.endings)) for f in made]
+        made = [
+            PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, per_completion=e.per_completion) for e in f.completions))
+            for f in made
+        ]
     if method == "cdpo":
         made = [
-            PromptGroup(f.name, f.prompt, tuple(Completion(e.ids, e.mask, whole={"reference": 0.0}) for e in f.endings))
+            PromptGroup(
+                f.name, f.prompt, tuple(Completion(e.ids, e.mask, per_completion={"reference": 0.0}) for e in f.completions)
+            )
             for f in made
         ]
     else:
@@ -202,8 +209,8 @@ def test_kto(trl, folders, tmp_path):
 
     rows = [
         {
-            "prompt": words(f.prompt) + " ", "completion": words(f.endings[0].ids),
-            "label": bool(f.endings[0].whole["desirable"]),
+            "prompt": words(f.prompt) + " ", "completion": words(f.completions[0].ids),
+            "label": bool(f.completions[0].per_completion["desirable"]),
         }
         for f in made
     ]  # fmt: skip
@@ -227,11 +234,11 @@ def test_kto(trl, folders, tmp_path):
 
 
 def _as_theirs(made: list[PromptGroup], rows: list[dict[str, Any]]) -> Iterator[PromptGroup]:
-    for family, row in zip(made, rows, strict=True):
-        assert family.prompt.tolist() == row["prompt_ids"]
-        whole = family.endings[0].whole
-        endings = (
-            Completion(np.array(row["completion_ids"]), whole=whole),
-            Completion(np.array(row["KL_completion_ids"]), whole=whole),
+    for group, row in zip(made, rows, strict=True):
+        assert group.prompt.tolist() == row["prompt_ids"]
+        whole = group.completions[0].per_completion
+        completions = (
+            Completion(np.array(row["completion_ids"]), per_completion=whole),
+            Completion(np.array(row["KL_completion_ids"]), per_completion=whole),
         )
-        yield PromptGroup(family.name, family.prompt, endings)
+        yield PromptGroup(group.name, group.prompt, completions)

@@ -29,9 +29,9 @@ def test_group_advantages(baseline, scale, expected):
     the same."""
     found = group_advantages(REWARDS, GROUPS, baseline, scale)
     np.testing.assert_allclose(found.values, expected, atol=1e-12)
-    silent = baseline != "none"
-    assert found.signal.tolist() == [True] * 4 + [not silent] * 2 + [True] * 2
-    assert found.silent == (2 if silent else 0)
+    zero_variance = baseline != "none"
+    assert found.signal.tolist() == [True] * 4 + [not zero_variance] * 2 + [True] * 2
+    assert found.zero_variance == (2 if zero_variance else 0)
     order = [3, 6, 0, 5, 7, 1, 2, 4]
     again = group_advantages([REWARDS[i] for i in order], [GROUPS[i] for i in order], baseline, scale)
     np.testing.assert_allclose(again.values, np.array(expected)[order], atol=1e-12)
@@ -42,7 +42,7 @@ def test_equal_rewards_are_no_signal(value):
     """Guards against rounding that a division by almost nothing blows up to an advantage."""
     found = group_advantages([value] * 7 + [0.0, 1.0], [0] * 7 + [1] * 2, "mean", "group")
     assert found.values[:7].tolist() == [0.0] * 7
-    assert found.silent == 7
+    assert found.zero_variance == 7
 
 
 def test_what_nobody_could_judge_counts_nowhere():

@@ -80,7 +80,7 @@ def test_one_process_has_all_episodes() -> None:
 def test_an_environment_that_is_none(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against finding out in the middle of a run."""
     monkeypatch.chdir(GAMES.parent)
-    with pytest.raises(ConfigError, match="no environment there") as caught:
+    with pytest.raises(ConfigError, match="cannot load the environment") as caught:
         Environments(where)
     assert caught.value.field == "environment" and caught.value.found == where
 

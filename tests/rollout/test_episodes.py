@@ -19,7 +19,7 @@ from tutelage.engine.sequence import Completion, TokenScore
 from tutelage.engine.tools import calculator
 from tutelage.objectives.answers import token_logprobs
 from tutelage.records import Conversation, Message, Prompt
-from tutelage.rollout.advantage_estimator import family_of
+from tutelage.rollout.advantage_estimator import group_of
 from tutelage.rollout.environments import Environments
 from tutelage.rollout.episodes import Episodes
 from tutelage.rollout.sampler import Sampler
@@ -90,7 +90,7 @@ def test_log_probabilities_are_the_trainers(engine: Engine, games: Environments)
     and the words of others are not trained on."""
     episodes = Episodes(Sampler(engine, ending(engine, 6)), 4, environments=games)
     (group,) = episodes.answer(ASKED[:1], 4, seed=1, step=0, version=0)
-    found = token_logprobs(engine.model, collate([family_of(group)], "tree")).detach().numpy()
+    found = token_logprobs(engine.model, collate([group_of(group)], "tree")).detach().numpy()
     expected = np.concatenate([[x for x, m in zip(r.logprobs, r.mask, strict=True) if m] for r in group])
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert any(0 in r.mask for r in group)

@@ -8,7 +8,7 @@ import pytest
 from tutelage.objectives import TABLE
 from tutelage.rollout.correction import correction, mismatch
 from tutelage.rollout.metric_sums import MetricSums
-from tutelage.rollout.weights import CREDIT, UNITS, cut, weights
+from tutelage.rollout.weights import ADVANTAGE_SPECS, UNITS, cut, weights
 
 
 @pytest.mark.parametrize(("normaliser", "expected"), [
@@ -22,9 +22,9 @@ def test_weights(normaliser, expected):
 def test_every_method_has_the_unit_of_its_normaliser():
     """Guards against weights of 1/length that are divided by a count of tokens once more."""
     with_streams = {name for name, row in TABLE.items() if row.data == "rollouts"} - {"ppo"}
-    assert with_streams == set(CREDIT)
-    for name, credit in CREDIT.items():
-        assert TABLE[name].fixed["unit"] == UNITS[credit.normaliser], name
+    assert with_streams == set(ADVANTAGE_SPECS)
+    for name, spec in ADVANTAGE_SPECS.items():
+        assert TABLE[name].fixed["unit"] == UNITS[spec.normaliser], name
 
 
 def test_cut_answers():

@@ -189,24 +189,24 @@ def test_rollouts_are_of_what_is_trained_and_the_reference_is_the_base(world: Wo
         "adapter": {"kind": kind},
     })  # fmt: skip
     run = RunDir(tmp_path, "rl", "", {"model": find(str(folder), "model", tmp_path)})
-    kit = RolloutSetup.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
+    setup = RolloutSetup.of(config, run, load_start(folder, config, cpu), Renderer(folder), cpu, rubric=None)
     with torch.no_grad():
-        for i, (_, p) in enumerate(trainable(kit.model)):
+        for i, (_, p) in enumerate(trainable(setup.model)):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)
-    sync_engine_weights(kit.model, kit.engine)()
+    sync_engine_weights(setup.model, setup.engine)()
     prompt = Prompt.make([Message(role="user", content="Where is cat 1?")], source="test")
-    ((made,),) = kit.sampler.answer([prompt], 1, seed=0, step=0, version=0)
+    ((made,),) = setup.sampler.answer([prompt], 1, seed=0, step=0, version=0)
     text, at = [*made.prompt_ids, *made.ids], len(made.prompt_ids)
-    assert kit.reference is kit.model
+    assert setup.reference is setup.model
 
     def logprobs(model: Any) -> list[float]:
         with torch.no_grad():
             table = model.eval().logits(Batch.of([text]))[0].log_softmax(-1)
         return [float(table[at - 1 + i, t]) for i, t in enumerate(made.ids)]
 
-    np.testing.assert_allclose(made.logprobs, logprobs(kit.model), atol=1e-4)
-    family = PromptGroup("a", np.array(made.prompt_ids), (Completion(np.array(made.ids)),))
-    (((found,),),) = (kit.scores(kit.reference, start=True)([family]),)
+    np.testing.assert_allclose(made.logprobs, logprobs(setup.model), atol=1e-4)
+    group = PromptGroup("a", np.array(made.prompt_ids), (Completion(np.array(made.ids)),))
+    (((found,),),) = (setup.scores(setup.reference, start=True)([group]),)
     base = logprobs(load(folder))
     np.testing.assert_allclose(found, base, atol=1e-4)
     assert not np.allclose(made.logprobs, base, atol=1e-3)

@@ -96,7 +96,7 @@ def test_what_cannot_be_is_refused(world: World, tmp_path: Path, capsys: pytest.
             distil(world, tmp_path, **settings)
     words = api.tokenizer(runs=tmp_path, data=world.made["corpus"], vocab_size=280)
     other = api.pretrain(runs=tmp_path, data=world.made["corpus"], tokenizer=words, size="20k", architecture=SHAPE, **TRAIN)
-    with pytest.raises(ConfigError, match="another vocabulary"):
+    with pytest.raises(ConfigError, match="different vocabularies"):
         distil(world, tmp_path, teacher=other)
 
 

@@ -54,7 +54,7 @@ def test_settings_of_a_method_reach_it(world: World, tmp_path: Path) -> None:  #
     run = prefer(world, tmp_path, "preferences", method="dpo", offset=4.0)
     assert last(run)["loss"] > 1.0  # without margins it would begin at ln 2
     assert last(prefer(world, tmp_path, "preferences", method="cpo", sft=0.0)).keys().isdisjoint({"term/sft"})
-    with pytest.raises(ConfigError, match="`gamma` means nothing to dpo"):
+    with pytest.raises(ConfigError, match="dpo has no setting `gamma`"):
         prefer(world, tmp_path, "preferences", method="dpo", gamma=1.0)
 
 

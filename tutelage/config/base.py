@@ -123,6 +123,9 @@ class SourceLocations:
             self.typed[key] = where
 
 
+RENAMED = {"silent": "zero_variance"}  # former key -> the key that an error about it suggests
+
+
 def build(section: type[S], values: Mapping[str, Any], *, places: SourceLocations | None = None, prefix: str = "") -> S:
     """The section of a mapping. Raises `ConfigError` that names the key, its place and the nearest known key."""
     if at := half_character(dict(values)):
@@ -145,7 +148,8 @@ def build(section: type[S], values: Mapping[str, Any], *, places: SourceLocation
         if first["type"] == "extra_forbidden":
             names = list(known_keys(section))
             siblings = [n for n in names if n.rpartition(".")[0] == ".".join(path[:-1])]
-            hint = nearest(key, siblings) or nearest(key, names)
+            renamed = RENAMED.get(path[-1])
+            hint = renamed if renamed in siblings else nearest(key, siblings) or nearest(key, names)
             raise ConfigError(
                 f"unknown key `{key}`",
                 **where,

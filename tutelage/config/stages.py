@@ -472,7 +472,7 @@ class Rl(Tune):
     epochs: Positive = setting(1.0, "Number of passes over the prompts, where steps are derived.")
     updates: Count = setting(1, "Number of times that each answer is trained on.")
     minibatches: Count = setting(1, "Number of optimizer steps in one pass over a batch of answers.")
-    silent: Literal["keep", "skip", "resample"] = setting(
+    zero_variance: Literal["keep", "skip", "resample"] = setting(
         "keep",
         "Treatment of groups whose answers all have the same reward: keep them, skip them, or resample other "
         "prompts. Always counted.",

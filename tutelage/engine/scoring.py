@@ -38,28 +38,28 @@ class Scored:
 def score(model: Any, device: torch.device, requests: Seq[Request], top: int) -> list[Scored]:
     """Log-probabilities of ids[start:], each given all ids before it. Results in the order of `requests`."""
     steady = model.traits.cache_limit is None
-    families = _families(requests, shared=steady and model.traits.cache)
+    prompt_groups = _groups_of(requests, shared=steady and model.traits.cache)
     out: dict[int, Scored] = {}
     # Where angles follow the length of a row, each text has one to itself.
-    for pack in _packs(families) if steady else [[f] for f in families]:
+    for pack in _packs(prompt_groups) if steady else [[f] for f in prompt_groups]:
         out |= _score_pack(model, device, requests, pack, top)
     return [out[i] if i in out else _empty(top) for i in range(len(requests))]
 
 
 @dataclass(slots=True, frozen=True)
-class _Family:
+class _Group:
     """Requests whose tokens before the first scored one are the same, or one request alone."""
 
     members: list[int]
     beginning: Seq[int]
-    endings: list[Seq[int]]  # without the last token of each, which predicts nothing
+    completions: list[Seq[int]]  # without the last token of each, which predicts nothing
 
     @property
     def size(self) -> int:
-        return len(self.beginning) + sum(map(len, self.endings))
+        return len(self.beginning) + sum(map(len, self.completions))
 
 
-def _families(requests: Seq[Request], shared: bool) -> list[_Family]:
+def _groups_of(requests: Seq[Request], shared: bool) -> list[_Group]:
     """All requests that score anything; together those with the same beginning, where that pays."""
     found: dict[tuple[int, ...], list[int]] = {}
     alone: list[int] = []
@@ -69,43 +69,43 @@ def _families(requests: Seq[Request], shared: bool) -> list[_Family]:
                 found.setdefault(tuple(ids[:start]), []).append(i)
             else:
                 alone.append(i)
-    families = [_Family([i], requests[i][0][:-1], []) for i in alone]
+    prompt_groups = [_Group([i], requests[i][0][:-1], []) for i in alone]
     for beginning, members in found.items():
         if len(members) == 1:
-            families.append(_Family(members, requests[members[0]][0][:-1], []))
+            prompt_groups.append(_Group(members, requests[members[0]][0][:-1], []))
         else:
-            families.append(_Family(members, beginning, [requests[i][0][len(beginning) : -1] for i in members]))
-    return families
+            prompt_groups.append(_Group(members, beginning, [requests[i][0][len(beginning) : -1] for i in members]))
+    return prompt_groups
 
 
-def _packs(families: list[_Family]) -> list[list[_Family]]:
-    """Families of similar size together, as many as have SCORE_TOKENS tokens."""
-    packs: list[list[_Family]] = []
+def _packs(prompt_groups: list[_Group]) -> list[list[_Group]]:
+    """Prompt groups of similar size together, as many as have SCORE_TOKENS tokens."""
+    packs: list[list[_Group]] = []
     room = 0
-    for family in sorted(families, key=lambda f: f.size, reverse=True):
-        if family.size > room:
+    for prompt_group in sorted(prompt_groups, key=lambda f: f.size, reverse=True):
+        if prompt_group.size > room:
             packs.append([])
             room = SCORE_TOKENS
-        packs[-1].append(family)
-        room -= family.size
+        packs[-1].append(prompt_group)
+        room -= prompt_group.size
     return packs
 
 
-def _score_pack(model: Any, device: torch.device, requests: Seq[Request], pack: list[_Family], top: int) -> dict[int, Scored]:
-    """One forward pass over the tokens of all families, side by side in one row."""
-    batch = Batch.of_families([(f.beginning, f.endings) for f in pack], device)
+def _score_pack(model: Any, device: torch.device, requests: Seq[Request], pack: list[_Group], top: int) -> dict[int, Scored]:
+    """One forward pass over the tokens of all prompt groups, side by side in one row."""
+    batch = Batch.of_groups([(f.beginning, f.completions) for f in pack], device)
     places: list[int] = []  # whose hidden states the scored tokens are predicted from, request by request
     order: list[int] = []
     first = 0
-    for family in pack:
-        at = first + len(family.beginning)
-        if not family.endings:
-            (member,) = family.members
+    for prompt_group in pack:
+        at = first + len(prompt_group.beginning)
+        if not prompt_group.completions:
+            (member,) = prompt_group.members
             places += range(first + requests[member][1] - 1, at)
-        for ending in family.endings:
-            places += (first + len(family.beginning) - 1, *range(at, at + len(ending)))
-            at += len(ending)
-        order += family.members
+        for completion in prompt_group.completions:
+            places += (first + len(prompt_group.beginning) - 1, *range(at, at + len(completion)))
+            at += len(completion)
+        order += prompt_group.members
         first = at
     targets = torch.tensor([t for i in order for t in requests[i][0][requests[i][1] :]], device=device)
     hidden = model(batch).hidden[0, torch.tensor(places, device=device)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tutelage import log
-from tutelage.data.groups.examples import ExampleFamilies, Labels
+from tutelage.data.groups.examples import ExampleGroups, Labels
 from tutelage.errors import DataError, MissingExtra
 from tutelage.evaluate import classification, confusion
 from tutelage.evaluate.intervals import mcnemar, paired_shares
@@ -30,11 +30,11 @@ class ClassifiedTexts:
         self.why_not = ""
 
 
-def judge(part: Any, labels: Labels, families: ExampleFamilies) -> ClassifiedTexts:
+def judge(part: Any, labels: Labels, prompt_groups: ExampleGroups) -> ClassifiedTexts:
     """The predictions of a trained classifier."""
-    odds = probabilities(part, families.encoded, labels.task)
-    spans = [tagged(e, p, labels.names) for e, p in zip(families.encoded, odds, strict=True)] if labels.task == "tag" else []
-    return ClassifiedTexts(families.examples, odds, spans)
+    odds = probabilities(part, prompt_groups.encoded, labels.task)
+    spans = [tagged(e, p, labels.names) for e, p in zip(prompt_groups.encoded, odds, strict=True)] if labels.task == "tag" else []
+    return ClassifiedTexts(prompt_groups.examples, odds, spans)
 
 
 def add_baseline(found: ClassifiedTexts, train: Sequence[Example], labels: Labels, *, wanted: bool) -> None:

@@ -160,7 +160,7 @@ PANELS = (
     ("mfu", "Share of the machine's measured matrix-product rate"),
     ("term/accuracy", "Pairs in the right order"),
     ("rollout/length", "Tokens per answer"),
-    ("rollout/silent_share", "Prompt groups whose answers all have the same reward"),
+    ("rollout/zero_variance_share", "Prompt groups whose answers all have the same reward"),
     ("term/entropy", "Entropy, nats per token"),
     ("rollout/kl", "KL divergence from the reference, nats per token"),
 )

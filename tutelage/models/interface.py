@@ -83,36 +83,39 @@ class Tree:
 
 @dataclass(slots=True, frozen=True)
 class Answers:
-    """The S answers of a batch that an objective looks at, with their N supervised tokens, answer after answer.
+    """The S completions of a batch that an objective scores, with their N supervised tokens in order.
 
     Example:
-        the prompt a b with the answers c d and e in one row a b c d e: places 1 2 1, targets c d e, owner 0 0 1, last 3 4
+        the prompt a b with the completions c d and e in one row a b c d e:
+        positions 1 2 1, targets c d e, completion_of 0 0 1, last_position 3 4
     """
 
-    places: Tensor  # [N] int64: in the batch laid flat, the token from whose hidden state the target is predicted
+    positions: Tensor  # [N] int64: index into the flattened batch of the token whose hidden state predicts the target
     targets: Tensor  # [N] int64
-    owner: Tensor  # [N] int64, ascending: the answer that a token belongs to
-    last: Tensor  # [S] int64: the place of each answer's last token
-    tokens: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [N] or [N,k]: what is known of each token
-    whole: Mapping[str, Tensor] = field(default_factory=dict)  # named streams [S] or [S,k]: what is known of each answer
-    shared: Mapping[str, float] = field(default_factory=dict)  # of the global batch, from a pass that prepares it
+    completion_of: Tensor  # [N] int64, ascending: index of the completion that each token belongs to
+    last_position: Tensor  # [S] int64: index into the flattened batch of each completion's last token
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)  # named values per token, [N] or [N,k]
+    per_completion: Mapping[str, Tensor] = field(default_factory=dict)  # named values per completion, [S] or [S,k]
+    shared: Mapping[str, float] = field(default_factory=dict)  # named values of the global batch, from its preparing pass
 
     @property
     def count(self) -> int:
-        return len(self.last)
+        return len(self.last_position)
 
     def sums(self, values: Tensor) -> Tensor:
-        """[N] -> [S]: over the tokens of each answer."""
-        return values.new_zeros(self.count).index_add(0, self.owner, values)
+        """[N] -> [S]: sums over the tokens of each completion."""
+        return values.new_zeros(self.count).index_add(0, self.completion_of, values)
 
     @property
     def lengths(self) -> Tensor:
-        """[S] float32: supervised tokens of each answer."""
-        return self.sums(torch.ones_like(self.places, dtype=torch.float32))
+        """[S] float32: supervised tokens of each completion."""
+        return self.sums(torch.ones_like(self.positions, dtype=torch.float32))
 
     def to(self, device: str | torch.device) -> Answers:
-        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("places", "targets", "owner", "last")}
-        for name in ("tokens", "whole"):
+        moved: dict[str, Any] = {
+            n: getattr(self, n).to(device) for n in ("positions", "targets", "completion_of", "last_position")
+        }
+        for name in ("tokens", "per_completion"):
             moved[name] = {k: v.to(device) for k, v in getattr(self, name).items()}
         return replace(self, **moved)
 
@@ -125,7 +128,8 @@ class Batch:
     right, positions counted from the start of the sequence. Tokens of the row see those in the slot and those before them in the
     row; the forward pass writes their keys and values to the slot. Padding is never written.
 
-    With `tree`, the one row holds families of texts that share a beginning, one segment a family. Our decoder alone knows trees.
+    With `tree`, the only row holds prompt groups, one segment each: a prompt once, then its completions. Only our own decoder
+    supports trees.
 
     With `source_ids`, for encoder-decoders, row b is a target that begins with the decoder's start token, after source b.
 
@@ -144,7 +148,7 @@ class Batch:
     embeds: Tensor | None = None  # [B,T,H] in place of the embeddings of `ids`
     attention: str = "causal"
     rows: tuple[tuple[str, ...], ...] | None = None  # names of the records in each row
-    answers: Answers | None = None  # what objectives about whole answers look at, in place of `targets` and `weights`
+    answers: Answers | None = None  # completions to score, for objectives that do not use `targets` and `weights`
     source_ids: Tensor | None = None  # [B,S] int64
     source_segments: Tensor | None = None  # [B,S] int32: 0 = padding, else 1
     replay: bool = False  # rows of plain text beside what the objective is about (objectives/replay.py)
@@ -154,33 +158,33 @@ class Batch:
         return self.ids.shape[0], self.ids.shape[1]
 
     @classmethod
-    def of_families(
-        cls, families: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: str | torch.device = "cpu"
+    def of_groups(
+        cls, prompt_groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: str | torch.device = "cpu"
     ) -> Batch:
-        """Beginnings, each with the endings that follow it, in one row: a beginning, then its endings one after the other.
-        Without targets. `tree` is None where no beginning has several endings."""
+        """Prompts and their completions in one row: each prompt once, then its completions one after the other. There are no
+        targets. `tree` is None unless some prompt has several completions."""
         ids: list[int] = []
         segments: list[int] = []
         positions: list[int] = []
         index: list[int] = []
         texts: list[int] = []  # their lengths
         back: list[int] = []
-        for number, (beginning, endings) in enumerate(families, 1):
+        for number, (prompt, completions) in enumerate(prompt_groups, 1):
             first = len(ids)
-            ids += beginning
-            positions += range(len(beginning))
-            back += range(len(index), len(index) + len(beginning))
-            for ending in endings or ((),):
-                index += range(first, first + len(beginning))
-                back += range(len(index), len(index) + len(ending))
-                index += range(len(ids), len(ids) + len(ending))
-                ids += ending
-                positions += range(len(beginning), len(beginning) + len(ending))
-                texts.append(len(beginning) + len(ending))
+            ids += prompt
+            positions += range(len(prompt))
+            back += range(len(index), len(index) + len(prompt))
+            for completion in completions or ((),):
+                index += range(first, first + len(prompt))
+                back += range(len(index), len(index) + len(completion))
+                index += range(len(ids), len(ids) + len(completion))
+                ids += completion
+                positions += range(len(prompt), len(prompt) + len(completion))
+                texts.append(len(prompt) + len(completion))
             segments += [number] * (len(ids) - first)
         row, marks = torch.tensor([ids, positions]), torch.tensor([segments], dtype=torch.int32)
         tree = None
-        if len(texts) > len(families):
+        if len(texts) > len(prompt_groups):
             of = torch.arange(1, len(texts) + 1, dtype=torch.int32).repeat_interleave(torch.tensor(texts))
             tree = Tree(torch.tensor(index), of[None], torch.tensor(back))
         nothing = torch.zeros(1, len(ids))

@@ -139,7 +139,7 @@ def score_answers(scorer: Scorer, texts: Sequence[Sequence[int]], tokens: int = 
     for pack in _packs(scorer, texts, tokens):
         rows = [(texts[m[0]][:shared], [texts[i][shared:] for i in m]) for m, shared in pack]
         with torch.no_grad():
-            found = scorer(Batch.of_families(rows, scorer.device))[_last(rows)]
+            found = scorer(Batch.of_groups(rows, scorer.device))[_last(rows)]
         out[[i for m, _ in pack for i in m]] = found.float().cpu().numpy()
     scorer.train(was)
     return out
@@ -182,13 +182,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _last(families: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Tensor:
-    """The place of each text's last token in `Batch.of_families`."""
+def _last(prompt_groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Tensor:
+    """The place of each text's last token in `Batch.of_groups`."""
     out, at = [], 0
-    for beginning, endings in families:
+    for beginning, completions in prompt_groups:
         at += len(beginning)
         before = at - 1
-        for ending in endings:
-            at += len(ending)
-            out.append(at - 1 if len(ending) else before)
+        for completion in completions:
+            at += len(completion)
+            out.append(at - 1 if len(completion) else before)
     return torch.tensor(out)

@@ -37,7 +37,7 @@ class Method:
 
     function: str  # "module:function" (parts, batch, *, settings) -> terms
     data: str = "rows"  # what its batches hold: rows | preferences | ratings | rollouts | examples
-    reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `whole["reference"]`
+    reference: bool = False  # whether answers bring the log-probabilities of a reference model, in `per_completion["reference"]`
     prepare: str | None = None  # "module:function" (parts, batch, *, settings) -> terms
     fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that make this method of a family
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of settings, where the function's own are another method's
@@ -143,7 +143,7 @@ def objective(name: str, called: Mapping[str, str] | None = None, /, **settings:
             own, offered = names.get(key, key), [names.get(k, k) for k in known if k in settings or not called]
             near = None if called else nearest(own, offered)
             raise ConfigError(
-                f"`{own}` means nothing to {name}", field=own, found=given[key],
+                f"{name} has no setting `{own}`", field=own, found=given[key],
                 expected=f"one of: {', '.join(offered)}" if offered else "no settings",
                 fix=f"did you mean `{near}`?" if near else f"leave {own} out",
             )  # fmt: skip

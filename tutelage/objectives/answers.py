@@ -1,4 +1,4 @@
-"""What objectives about whole answers have in common."""
+"""Helpers of objectives that score whole completions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def answers_of(batch: Batch) -> Answers:
 
 
 def every(batch: Batch, first: int, of: int) -> Batch:
-    """Every `of`th answer, from number `first` on, each the only one of its family: the model reads their texts and no other."""
+    """Every `of`th answer, from number `first` on, each the only one of its group: the model reads their texts and no other."""
     answers = answers_of(batch)
-    kept = answers.owner % of == first
+    kept = answers.completion_of % of == first
     tokens = _texts(batch, first, of)
     rows = tokens.any(1)
     new = tokens.flatten().cumsum(0) - 1  # places among the tokens that are left
@@ -41,12 +41,12 @@ def every(batch: Batch, first: int, of: int) -> Batch:
         tree=None,
         answers=replace(
             answers,
-            places=new[answers.places[kept]],
+            positions=new[answers.positions[kept]],
             targets=answers.targets[kept],
-            owner=answers.owner[kept] // of,
-            last=new[answers.last[first::of]],
+            completion_of=answers.completion_of[kept] // of,
+            last_position=new[answers.last_position[first::of]],
             tokens={name: stream[kept] for name, stream in answers.tokens.items()},
-            whole={name: stream[first::of] for name, stream in answers.whole.items()},
+            per_completion={name: stream[first::of] for name, stream in answers.per_completion.items()},
         ),
     )
 
@@ -66,14 +66,14 @@ def _texts(batch: Batch, first: int, of: int) -> Tensor:
 def token_logprobs(policy: nn.Module, batch: Batch) -> Tensor:
     """Log-probabilities [N] of all supervised tokens, in their order."""
     answers = answers_of(batch)
-    hidden = policy(batch).hidden.flatten(0, 1).index_select(0, answers.places)
+    hidden = policy(batch).hidden.flatten(0, 1).index_select(0, answers.positions)
     return policy.lm_head.logprobs(hidden, answers.targets)  # type: ignore[operator, no-any-return, union-attr]
 
 
 def token_scores(policy: nn.Module, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of all supervised tokens, and the entropies [N] of the distributions that they come from."""
     answers = answers_of(batch)
-    hidden = policy(batch).hidden.flatten(0, 1).index_select(0, answers.places)
+    hidden = policy(batch).hidden.flatten(0, 1).index_select(0, answers.positions)
     return policy.lm_head.logprobs_and_entropy(hidden, answers.targets, temperature)  # type: ignore[operator, no-any-return, union-attr]
 
 
@@ -102,12 +102,12 @@ def pair_terms(loss: Tensor, chosen: Tensor, rejected: Tensor, name: str = "loss
 
 def chosen_loss(logprobs: Tensor, answers: Answers, weight: float = 1.0) -> dict[str, Term]:
     """`weight` times the cross-entropy of the chosen answers' tokens, as the term "sft"; nothing where the weight is 0."""
-    return {"sft": Term(-weight * logprobs[answers.owner % 2 == 0].sum(), "chosen_tokens")} if weight else {}
+    return {"sft": Term(-weight * logprobs[answers.completion_of % 2 == 0].sum(), "chosen_tokens")} if weight else {}
 
 
 def own_places(batch: Batch) -> Tensor:
     """[N]: the places of the supervised tokens themselves, where `places` are those that predict them. An answer's tokens lie
     side by side in every layout, but the first one may lie far from the end of its prompt."""
     answers, positions = answers_of(batch), batch.positions.flatten()
-    ends = answers.last[answers.owner]
-    return ends - (positions[ends] - positions[answers.places] - 1)
+    ends = answers.last_position[answers.completion_of]
+    return ends - (positions[ends] - positions[answers.positions] - 1)

@@ -44,7 +44,7 @@ def jsd(
     where it is 0 whatever the student does."""
     if not 0 < beta < 1:
         raise ConfigError(
-            "the mixture needs a share of both", field="beta", found=beta, expected="between 0 and 1",
+            "the mixture needs both distributions", field="beta", found=beta, expected="between 0 and 1",
             fix=f"use {Setting('loss', 'forward')} or {Setting('loss', 'reverse')} for the ends",
         )  # fmt: skip
     return distil(parts, batch, Distillation("jsd", beta, temperature, cross_entropy, rest))
@@ -69,7 +69,7 @@ def distil(parts: dict[str, nn.Module], batch: Batch, how: Distillation) -> dict
 def supervised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(places in the batch laid flat, targets, weights) [N] of what is learned: of the answers, where the batch has any."""
     if batch.answers is not None:
-        places = batch.answers.places
+        places = batch.answers.positions
         return places, batch.answers.targets, torch.ones_like(places, dtype=torch.float32)
     places = batch.weights.flatten().nonzero().squeeze(1)
     return places, batch.targets.flatten()[places], batch.weights.flatten()[places]
@@ -87,7 +87,7 @@ def check_vocabularies(student: int, teacher: int) -> None:
     """Raises `ConfigError` where distributions of the two are not over the same tokens."""
     if student != teacher:
         raise ConfigError(
-            "the teacher has another vocabulary than the student", field="teacher", found=f"{teacher} tokens",
+            "teacher and student have different vocabularies", field="teacher", found=f"{teacher} tokens",
             expected=f"{student} tokens, the student's",
             fix="use a teacher with the student's tokenizer, or let it write texts and train on those with `sft`",
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): learns from answers that are marked good or bad, one
 at a time.
 
-A family has two endings: the answer that was judged, and the answer of another prompt, which is never learned. Over the global
+A group has two completions: the answer that was judged, and the answer of another prompt, which is never learned. Over the global
 batch the mean log-ratio of the latter, at least 0, is the reference point: an estimate of KL(policy || reference). It has no
 gradient. TRL does the same over each device's micro-batch and averages over devices, so there accumulation changes the loss; and
 its mismatched answers come from the same batch, while ours are fixed once for all data, so that their reference
@@ -27,7 +27,7 @@ from tutelage.objectives.answers import answer_logprobs, answers_of, every
 def reference_point(parts: dict[str, nn.Module], batch: Batch, **settings: Any) -> dict[str, Term]:
     """Log-ratios of the mismatched answers."""
     other = every(batch, 1, 2)
-    ratio = answer_logprobs(parts["policy"], other) - answers_of(other).whole["reference"]
+    ratio = answer_logprobs(parts["policy"], other) - answers_of(other).per_completion["reference"]
     return {"kl": Term(ratio.sum(), "answers")}
 
 
@@ -45,9 +45,9 @@ def kto(
     """
     own = every(batch, 0, 2)
     answers = answers_of(own)
-    reward = beta * (answer_logprobs(parts["policy"], own) - answers.whole["reference"])
+    reward = beta * (answer_logprobs(parts["policy"], own) - answers.per_completion["reference"])
     point = max(answers.shared["kl"], 0.0)
-    good = answers.whole["desirable"] > 0.5
+    good = answers.per_completion["desirable"] > 0.5
     value = torch.where(good, reward - beta * point, beta * point - reward)
     weight = torch.where(good, desirable_weight, undesirable_weight)
     reward = reward.detach()

@@ -30,7 +30,7 @@ def orpo(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.1, prompt
     """
     policy, answers = parts["policy"], answers_of(batch)
     hidden = policy(batch).hidden.flatten(0, 1)
-    logprobs = policy.lm_head.logprobs(hidden[answers.places], answers.targets)  # type: ignore[operator, union-attr]
+    logprobs = policy.lm_head.logprobs(hidden[answers.positions], answers.targets)  # type: ignore[operator, union-attr]
     chosen, rejected = paired(answers.sums(logprobs) / answers.lengths)
     loss = -beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
     terms = pair_terms(loss, beta * chosen, beta * rejected, name="odds") | chosen_loss(logprobs, answers)

@@ -93,7 +93,7 @@ def _ratio(answers: Answers, logprobs: Tensor, level: Level) -> Tensor:
     whole = answers.sums(change)
     if level == "sequence":
         whole = whole / answers.lengths.clamp(min=1)
-    return whole.exp()[answers.owner]
+    return whole.exp()[answers.completion_of]
 
 
 def _share(values: Tensor, used: Tensor) -> Term:

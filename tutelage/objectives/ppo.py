@@ -28,7 +28,7 @@ def ppo(
         parts, batch, form="clip", level="token", unit="tokens", clip_low=clip_low, clip_high=clip_high, delta=delta,
         kl_weight=kl_weight, kl=kl, kl_importance=kl_importance, entropy_weight=entropy_weight, temperature=temperature,
     )  # fmt: skip
-    values, weight = parts["value"](batch)[answers.places, 0], answers.tokens["weight"]
+    values, weight = parts["value"](batch)[answers.positions, 0], answers.tokens["weight"]
     old, target = answers.tokens["value_old"], answers.tokens["return"]
     error, moved = (values - target).square(), values - old
     if value_clip is not None:

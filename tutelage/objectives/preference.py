@@ -21,7 +21,7 @@ from tutelage.objectives.answers import answer_logprobs, answers_of, pair_terms,
 def rewards(parts: dict[str, nn.Module], batch: Batch, beta: float, average: bool = False) -> tuple[Tensor, Tensor]:
     """Implicit rewards [P] of the chosen and the rejected answers; with `average`, of their average token."""
     answers = answers_of(batch)
-    ratio = answer_logprobs(parts["policy"], batch) - answers.whole["reference"]
+    ratio = answer_logprobs(parts["policy"], batch) - answers.per_completion["reference"]
     return paired(beta * (ratio / answers.lengths if average else ratio))
 
 
@@ -31,10 +31,10 @@ def dpo(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.1, offset:
     chosen, rejected = rewards(parts, batch, beta)
     margin = chosen - rejected
     if offset:
-        known = answers_of(batch).whole
+        known = answers_of(batch).per_completion
         if "margin" not in known:
             raise ConfigError(
-                "`offset` needs preferences that say by how much", field="offset", found=offset,
+                "`offset` needs preferences with margins", field="offset", found=offset,
                 expected="0, or a `margin` in every preference",
             )  # fmt: skip
         margin = margin - offset * known["margin"][0::2]
@@ -104,7 +104,7 @@ def discopop(parts: dict[str, nn.Module], batch: Batch, *, beta: float = 0.05, t
 def _share(label_smoothing: float, zero: bool = True) -> float:
     if not 0.0 <= label_smoothing < 0.5 or not (zero or label_smoothing):
         raise ConfigError(
-            "not a share of wrong preferences", field="label_smoothing", found=label_smoothing,
+            "label_smoothing is out of range", field="label_smoothing", found=label_smoothing,
             expected=f"{'at least' if zero else 'more than'} 0 and less than 0.5",
         )  # fmt: skip
     return label_smoothing

@@ -18,16 +18,17 @@ from tutelage.objectives.answers import answers_of, own_places
 
 def reward(parts: dict[str, nn.Module], batch: Batch, *, centring: float = 0.01) -> dict[str, Term]:
     """Bradley-Terry: -log sigmoid(r(chosen) - r(rejected) - margin), over pairs (Ouyang et al. 2022, arXiv:2203.02155). The
-    margin is `whole["margin"]` where people said by how much an answer is better (Touvron et al. 2023, arXiv:2307.09288).
+    margin is `per_completion["margin"]`, if the data says by how much a completion is better (Touvron et al. 2023,
+    arXiv:2307.09288).
 
     Only differences are learned from, so rewards may drift: `centring` times (r(chosen) + r(rejected))^2 keeps them around 0
     (Eisenstein et al. 2023, arXiv:2312.09244; 0.01 there, too).
     """
     answers = answers_of(batch)
-    scores = parts["reward"](batch)[answers.last]
+    scores = parts["reward"](batch)[answers.last_position]
     assert scores.shape[1] == 1, f"a preference compares one number, not {scores.shape[1]}"
     chosen, rejected = scores[0::2, 0], scores[1::2, 0]
-    margin = answers.whole["margin"][0::2] if "margin" in answers.whole else 0.0
+    margin = answers.per_completion["margin"][0::2] if "margin" in answers.per_completion else 0.0
     terms = {"loss": Term(-F.logsigmoid(chosen - rejected - margin).sum(), "pairs")}
     if centring:
         terms["centring"] = Term(centring * (chosen + rejected).square().sum(), "pairs")
@@ -41,12 +42,11 @@ def reward(parts: dict[str, nn.Module], batch: Batch, *, centring: float = 0.01)
 def rating(
     parts: dict[str, nn.Module], batch: Batch, *, loss: Literal["mse", "huber"] = "mse", delta: float = 1.0
 ) -> dict[str, Term]:
-    """Regression on ratings `whole["ratings"]` [S,K], over those that there are: NaN where an aspect was not rated (Wang et al.
-    2023, arXiv:2311.09528). `huber`: half the square up to `delta`, linear beyond, so that odd ratings pull less; `mse`: the
-    square."""
+    """Regression on `per_completion["ratings"]` [S,K]; NaN, an aspect that was not rated, is ignored (Wang et al. 2023,
+    arXiv:2311.09528). `huber`: half the square up to `delta`, linear beyond, so that outliers pull less; `mse`: the square."""
     answers = answers_of(batch)
-    wanted = answers.whole["ratings"]
-    scores = parts["reward"](batch)[answers.last]
+    wanted = answers.per_completion["ratings"]
+    scores = parts["reward"](batch)[answers.last_position]
     given = ~wanted.isnan()
     got, target = scores[given], wanted[given].to(scores.dtype)
     each = F.huber_loss(got, target, reduction="none", delta=delta) if loss == "huber" else (got - target).square()

@@ -1,1 +1,1 @@
-"""Rollouts: answers that a model gives while it learns, and what each of their tokens is worth."""
+"""Rollouts: answers that a model generates during training, and the advantages of their tokens."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Baseline = Literal["mean", "leave_one_out", "none"]
 Scale = Literal["group", "batch", "none"]
-EPSILON = 1e-4  # beside a standard deviation that divides
+EPSILON = 1e-4  # added to a standard deviation that divides
 
 
 @dataclass(slots=True, frozen=True)
@@ -23,8 +23,8 @@ class GroupAdvantages:
     signal: npt.NDArray[np.bool_]  # [S]: False where no answer of the group has an advantage, as all have one reward
 
     @property
-    def silent(self) -> int:
-        """Answers that nothing can be learned from."""
+    def zero_variance(self) -> int:
+        """The number of answers without an advantage, as all answers of their group have one reward."""
         return int((~self.signal).sum())
 
 
@@ -34,16 +34,16 @@ def group_advantages(rewards: npt.ArrayLike, groups: npt.ArrayLike, baseline: Ba
     `baseline`: "mean" of the group (GRPO), mean of the others in it ("leave_one_out", RLOO), or "none".
     `scale`: divided by the standard deviation of the "group" (GRPO) or of the "batch", or not at all (Dr. GRPO). With "batch"
     and no baseline, the mean of the batch is taken off first, so that they are whitened (REINFORCE++, arXiv:2501.03262).
-    An answer whose reward is NaN, since nothing could judge it, counts nowhere and gets 0; so does one that is alone in its
+    An answer whose reward is NaN, because nothing could score it, counts nowhere and gets 0; so does one that is alone in its
     group where there is a baseline.
     """
     r, numbers = np.asarray(rewards, np.float64), np.unique(np.asarray(groups), return_inverse=True)[1]
-    judged = ~np.isnan(r)
-    r = np.where(judged, r, 0.0)
+    scored = ~np.isnan(r)
+    r = np.where(scored, r, 0.0)
     size = int(numbers.max()) + 1
 
     def total(values: Any) -> Floats:
-        sums: Floats = np.bincount(numbers, np.where(judged, values, 0.0), size).astype(np.float64)
+        sums: Floats = np.bincount(numbers, np.where(scored, values, 0.0), size).astype(np.float64)
         return sums[numbers]
 
     count = total(1.0)
@@ -55,12 +55,12 @@ def group_advantages(rewards: npt.ArrayLike, groups: npt.ArrayLike, baseline: Ba
         others = count / np.maximum(count - 1, 1) if baseline == "leave_one_out" else 1.0
         values = np.where(differ, (r - mean) * others, 0.0)
     elif scale == "batch":
-        values = r - _mean(r[judged])
+        values = r - _mean(r[scored])
     if scale == "group":
         values = values / (deviation + EPSILON)
     elif scale == "batch":
-        values = values / (_deviation((r if baseline == "mean" else values)[judged]) + EPSILON)
-    values = np.where(judged, values, 0.0)
+        values = values / (_deviation((r if baseline == "mean" else values)[scored]) + EPSILON)
+    values = np.where(scored, values, 0.0)
     return GroupAdvantages(values, total(values != 0) > 0)
 
 

@@ -1,4 +1,4 @@
-"""From judged answers to what is learned from them: the good ones as conversations, best and worst as preferences.
+"""Training data from scored answers: good answers become conversations, best and worst ones become preferences.
 
 Best-of-n and rejection sampling (Nakano et al. 2021, arXiv:2112.09332; Touvron et al. 2023, arXiv:2307.09288, section 3.2.3);
 done again with the model that came out of it, expert iteration (Anthony et al. 2017, arXiv:1705.08439; STaR, Zelikman et al.
@@ -46,7 +46,7 @@ def conversations(
 
 
 def preferences(prompt: Prompt, group: Sequence[Rollout], margin: float, counts: Counter[str]) -> list[Preference]:
-    """The best answer beside the worst, where the first is worth more by at least `margin`."""
+    """The best and the worst answer, if their rewards differ by at least `margin`."""
     ended = _counted(group, counts)
     counts["prompts"] += 1
     ranked = sorted(ended, key=lambda r: -_reward(r))
@@ -72,7 +72,7 @@ def grouped(rollouts: Iterable[Rollout]) -> dict[str, list[Rollout]]:
 
 
 def whole(group: Sequence[Rollout]) -> list[Rollout]:
-    """The answers that came to their end, and were judged."""
+    """The answers that ended by themselves and were scored."""
     return [r for r in group if r.finish_reason != "length" and r.reward is not None]
 
 
@@ -89,7 +89,7 @@ def _reward(rollout: Rollout) -> float:
 
 
 def _asked(prompt: Prompt) -> tuple[Message, ...]:
-    """The prompt's turns. What an assistant says in them was not chosen here, so it is not trained."""
+    """The prompt's turns. Assistant turns among them were not chosen here, so they are not trained."""
     return tuple(replace(m, train=False) if m.role == "assistant" else m for m in prompt.messages)
 
 

@@ -44,9 +44,9 @@ class Environments:
             self._workers.start()
         except WorkerError as error:
             raise ConfigError(
-                f"no environment there: {error.found}", field="environment", found=path,
+                f"cannot load the environment: {error.found}", field="environment", found=path,
                 expected="module:Class, found from the working folder, or file.py:Class, with the methods reply and score",
-                fix="correct the path, or mend what its import raises; it must be importable where this command runs",
+                fix="correct the path, or fix the error that its import raises; it must be importable where this command runs",
             ) from error  # fmt: skip
 
     def begin(self, prompt: Prompt, seed: int) -> Hosted:

@@ -1,4 +1,4 @@
-"""What is measured of rollouts: sums and largest values, so that those of batches and ranks become one."""
+"""Metrics of rollouts as sums and maxima that add up over batches and ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tutelage.train import distributed
 
 @dataclass(slots=True, frozen=True)
 class MetricSums:
-    """Means by name, each as its sum and what it is over; and largest values. Every rank has the same names."""
+    """Named means, each as a sum and a count, and named maxima. Every rank has the same names."""
 
     sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     largest: Mapping[str, float] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class MetricSums:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The numbers over all ranks; a mean over nothing is 0."""
+        """The metrics over all ranks; the mean of nothing is 0."""
         totals = distributed.sum_values({name: total for name, (total, _) in self.sums.items()})
         counts = distributed.sum_values({name: count for name, (_, count) in self.sums.items()})
         return {name: totals[name] / (counts[name] or 1.0) for name in self.sums} | distributed.max_values(dict(self.largest))

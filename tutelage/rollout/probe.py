@@ -1,4 +1,4 @@
-"""What the model makes of held-out prompts while it learns: greedy answers, judged, with an interval before and after."""
+"""Rewards of greedy answers to held-out prompts during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutelage.train.loop import State
 
 
 class Probe(Quiet):
-    """Every so many steps the mean reward of greedy answers to `prompts`; kept for the first and the last time."""
+    """Measures the mean reward of greedy answers to `prompts` every `every` steps; retains the first and last measurement."""
 
     def __init__(self, prompts: Sequence[Prompt], sampler: Answering, judge: Judging, every: int, folder: Path) -> None:
         self.prompts, self.sampler, self.judge, self.every, self.folder = prompts, sampler, judge, every, folder
@@ -33,7 +33,7 @@ class Probe(Quiet):
             self.rewards["after"] = self._ask(state)
 
     def _ask(self, state: State) -> list[float]:
-        """All ranks ask, so that none waits; one writes."""
+        """All ranks generate, so that none waits; one writes."""
         step = state.progress.step
         made = [g[0] for g in self.sampler.answer(self.prompts, 1, seed=0, step=step, version=step, greedy=True)]
         verdicts = self.judge.judge(made)
@@ -61,7 +61,7 @@ class Probe(Quiet):
 
 
 class Measured(Quiet):
-    """Writes what the source measured of its last rollouts."""
+    """Logs the metrics of the source's last rollouts."""
 
     def __init__(self, source: Any) -> None:
         self.source, self.last = source, -1

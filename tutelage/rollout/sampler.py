@@ -1,4 +1,4 @@
-"""Prompts -> rollouts: the engine answers each prompt several times, every answer with noise of its own."""
+"""Prompts -> rollouts: the engine samples several answers to each prompt, each with its own seed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tutelage.records import Message, Prompt, Rollout
 
 @dataclass(slots=True)
 class Sampler:
-    """Answers prompts with the weights as they are.
+    """Answers prompts with the current weights.
 
-    sampling: of every answer; its seed and number of answers are set here. lora: what the model wears.
+    sampling: used for every answer; its seed and `n` are set here. lora: the adapter that the model uses.
     """
 
     engine: Engine
@@ -26,14 +26,14 @@ class Sampler:
     lora: Lora | None = None
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt, those that are served for the same messages."""
+        """The token ids of a prompt, the same as the server uses for these messages."""
         renderer = self.engine.renderer
         if prompt.style == "completion":
             return list(renderer.prompt_text(prompt.messages[-1].content))
         return list(renderer.prompt(prompt.messages, list(prompt.tools) or None))
 
     def room(self, prompt: Prompt) -> bool:
-        """Whether the context has room for the prompt with the longest answer."""
+        """Whether the prompt and an answer of the maximum length fit the context."""
         return len(self.ids(prompt)) + (self.sampling.max_tokens or 1) <= self.engine.context_length
 
     def answer(
@@ -50,7 +50,7 @@ class Sampler:
                     "a prompt fills the model's context", field=prompt.source, found=f"{len(ids)} tokens",
                     expected=f"fewer than {self.engine.context_length}", fix="leave it out, or shorten it",
                 )  # fmt: skip
-        names = told_apart(prompts)
+        names = unique_names(prompts)
         ways = [self._sampling(name, samples, seed, step, greedy) for name in names]
         done = iter(self.engine.generate(texts, ways, self.lora))
         return [
@@ -73,8 +73,8 @@ class Sampler:
         )  # fmt: skip
 
 
-def told_apart(prompts: Sequence[Prompt]) -> list[str]:
-    """A name for each prompt; one that is asked twice, at the end of an epoch, has two."""
+def unique_names(prompts: Sequence[Prompt]) -> list[str]:
+    """A unique name for each prompt; a prompt that occurs twice, at the end of an epoch, has two."""
     seen: Counter[str] = Counter()
     out = []
     for prompt in prompts:

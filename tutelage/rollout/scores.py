@@ -1,4 +1,4 @@
-"""What models that are not being trained say of every token of some answers: references, old policies, values."""
+"""Per-token numbers from models that are not being trained: reference, old policy, value model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ Floats = npt.NDArray[np.float32]
 
 @torch.no_grad()
 def by_token(
-    families: Sequence[PromptGroup], measure: Callable[[Batch], Tensor], layout: Layout, micro_tokens: int, device: torch.device
+    prompt_groups: Sequence[PromptGroup],
+    measure: Callable[[Batch], Tensor],
+    layout: Layout,
+    micro_tokens: int,
+    device: torch.device,
 ) -> list[list[Floats]]:
-    """For each ending of each family one number a token [n]; 0 where its mask is 0. `measure` gives [N] for a batch."""
-    parts = [(i, part) for i, family in enumerate(families) for part in pieces(family, layout, micro_tokens)]
+    """One number per token for each completion, 0 where its mask is 0. `measure` returns [N] for a batch."""
+    parts = [(i, part) for i, prompt_group in enumerate(prompt_groups) for part in pieces(prompt_group, layout, micro_tokens)]
     found: dict[int, list[Floats]] = {}
     for group in bins([part.size(layout) for _, part in parts], micro_tokens)[0]:
         chosen = [parts[g] for g in group]
@@ -28,29 +32,29 @@ def by_token(
         at = 0
         for g, (_, part) in zip(group, chosen, strict=True):
             rows = []
-            for ending in part.endings:
-                row = np.zeros(len(ending.ids), np.float32)
-                picked = np.arange(len(row)) if ending.mask is None else np.flatnonzero(ending.mask)
+            for completion in part.completions:
+                row = np.zeros(len(completion.ids), np.float32)
+                picked = np.arange(len(row)) if completion.mask is None else np.flatnonzero(completion.mask)
                 row[picked] = values[at : at + len(picked)]
                 at += len(picked)
                 rows.append(row)
             found[g] = rows
-    out: list[list[Floats]] = [[] for _ in families]
+    out: list[list[Floats]] = [[] for _ in prompt_groups]
     for g, (i, _) in enumerate(parts):
         out[i] += found[g]
     return out
 
 
-def pieces(family: PromptGroup, layout: Layout, micro_tokens: int) -> list[PromptGroup]:
-    """The family in parts of at most so many tokens, or of one ending: answers do not know of one another."""
+def pieces(prompt_group: PromptGroup, layout: Layout, micro_tokens: int) -> list[PromptGroup]:
+    """The group split into parts of at most `micro_tokens` tokens, or of one completion: completions are independent."""
     out: list[list[Completion]] = []
-    each = len(family.prompt) if layout != "tree" else 0
+    each = len(prompt_group.prompt) if layout != "tree" else 0
     room = 0
-    for ending in family.endings:
-        size = len(ending.ids) + each
+    for completion in prompt_group.completions:
+        size = len(completion.ids) + each
         if size > room or not out:
             out.append([])
-            room = micro_tokens - (len(family.prompt) if layout == "tree" else 0)
-        out[-1].append(ending)
+            room = micro_tokens - (len(prompt_group.prompt) if layout == "tree" else 0)
+        out[-1].append(completion)
         room -= size
-    return [PromptGroup(family.name, family.prompt, tuple(endings)) for endings in out]
+    return [PromptGroup(prompt_group.name, prompt_group.prompt, tuple(completions)) for completions in out]

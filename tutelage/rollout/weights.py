@@ -26,7 +26,7 @@ class AdvantageSpec:
 
 
 # By the objective's name; its own unit is that of the normaliser. PPO's advantages are those of its value head.
-CREDIT: dict[str, AdvantageSpec] = {
+ADVANTAGE_SPECS: dict[str, AdvantageSpec] = {
     "reinforce": AdvantageSpec("none", "none", "sum"),
     "rloo": AdvantageSpec("leave_one_out", "none", "length"),
     "grpo": AdvantageSpec("mean", "group", "length"),
@@ -39,7 +39,7 @@ CREDIT: dict[str, AdvantageSpec] = {
 
 def compares_groups(method: str) -> bool:
     """Whether an answer's advantage is over the others to its prompt."""
-    return method in CREDIT and CREDIT[method].baseline != "none"
+    return method in ADVANTAGE_SPECS and ADVANTAGE_SPECS[method].baseline != "none"
 
 
 def weights(normaliser: Normaliser, lengths: npt.ArrayLike, max_tokens: int) -> npt.NDArray[np.float64]:

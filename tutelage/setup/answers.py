@@ -73,7 +73,7 @@ def wear_under_head(scorer: Any, config: Tune, folder: Path, seed: int) -> Any:
 
 
 F = TypeVar("F")
-FEW = 20  # held-out families; at 20 a 95% interval of an accuracy is up to 40 points wide
+FEW = 20  # held-out prompt groups; at 20 a 95% interval of an accuracy is up to 40 points wide
 
 
 def say_left_out(report: Mapping[str, float], part: str, length: int, too_long: str) -> None:
@@ -116,18 +116,18 @@ def rates(config: Loop, parameters: int, at_7b: float, heads: bool = False) -> L
     return said_rates(config, tuning_rates(config, at_7b, parameters, heads))
 
 
-def steps_of(config: Tune, epochs: float, families: int) -> int:
-    """Steps of a run over so many families. Raises `ConfigError` for a batch larger than the data."""
-    if config.batch > families:
+def steps_of(config: Tune, epochs: float, prompt_groups: int) -> int:
+    """Steps of a run over so many prompt groups. Raises `ConfigError` for a batch larger than the data."""
+    if config.batch > prompt_groups:
         raise ConfigError(
             "a batch is larger than the data",
             field="batch",
             found=config.batch,
-            expected=f"at most {families}",
+            expected=f"at most {prompt_groups}",
             fix="lower batch",
         )
-    steps = max(1, math.ceil(epochs * families / config.batch)) if config.steps == "derived" else config.steps
-    log.say(f"{steps:,} steps of {config.batch} of {families:,}: {steps * config.batch / families:.2f} epochs")
+    steps = max(1, math.ceil(epochs * prompt_groups / config.batch)) if config.steps == "derived" else config.steps
+    log.say(f"{steps:,} steps of {config.batch} of {prompt_groups:,}: {steps * config.batch / prompt_groups:.2f} epochs")
     return steps
 
 
@@ -158,24 +158,24 @@ def layout_for(config: Tune, model: Any) -> Any:
 
 
 def reference_logprobs(
-    folder: Path, model: Any, families: PromptGroups, config: Tune, layout: Any, device: torch.device
+    folder: Path, model: Any, prompt_groups: PromptGroups, config: Tune, layout: Any, device: torch.device
 ) -> np.ndarray:
-    """Log-probabilities of all answers under `model` as it is now, [families, endings]: made once and kept in `folder`, in parts,
-    so that an interrupted run goes on where it was."""
-    sizes = families.sizes(layout).tolist()
+    """Log-probabilities [groups, completions] under `model` as it is now. They are computed once and stored in `folder` part by
+    part, so that an interrupted run continues where it stopped."""
+    sizes = prompt_groups.sizes(layout).tolist()
     groups = bins(sizes, config.micro_tokens)[0]
-    done = _Kept(folder, families.digest, len(families))
+    done = _Kept(folder, prompt_groups.digest, len(prompt_groups))
     model.eval()
     for number, group in enumerate(log.counted(groups, "log-probabilities of the reference")):
         if not done.has(group):
             with torch.inference_mode():
-                found = answer_logprobs(model, collate([families[i] for i in group], layout).to(device))
+                found = answer_logprobs(model, collate([prompt_groups[i] for i in group], layout).to(device))
             done.put(group, found.float().cpu().numpy().reshape(len(group), -1), last=number == len(groups) - 1)
     return done.values
 
 
 class _Kept:
-    """Numbers by family in a file that grows whole parts at a time."""
+    """Numbers by prompt group in a file that grows whole parts at a time."""
 
     EVERY = 20  # groups between writings
 

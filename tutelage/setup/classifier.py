@@ -17,7 +17,7 @@ from tutelage import log
 from tutelage.config.tasks import SMALL_ENCODER, TEXT_LENGTH, Classify
 from tutelage.config.train import Tune
 from tutelage.data.groups import dropped
-from tutelage.data.groups.examples import ExampleFamilies, Labels, TextEncoder
+from tutelage.data.groups.examples import ExampleGroups, Labels, TextEncoder
 from tutelage.data.groups.source import GroupSource
 from tutelage.errors import ArtifactError, ConfigError, Setting
 from tutelage.files import read_json, whole_folder, write_json
@@ -86,10 +86,10 @@ class Start:
     def _wearing(self, part: Any) -> Any:
         return wear_under_head(part, self.config, self.tokenizer, self.config.seed)
 
-    def families(self, examples: Sequence[Example]) -> ExampleFamilies:
+    def prompt_groups(self, examples: Sequence[Example]) -> ExampleGroups:
         if self.config.model and any(e.pair is not None for e in examples):
             raise ConfigError("a decoder has no mark between the texts of a pair", field="model", expected="`encoder`, for pairs")
-        return ExampleFamilies(examples, self._encoder(), self.labels)
+        return ExampleGroups(examples, self._encoder(), self.labels)
 
     def short_enough(self, examples: Sequence[Example]) -> list[Example]:
         """The examples that are not left out because they are too long."""
@@ -144,23 +144,23 @@ def train(
 ) -> tuple[Any, dict[str, Any]]:
     """One training in the folder of `run`: the trained part, and its facts. `keep`: it is written, too."""
     config, part = start.config, start.build()
-    families = start.families(train)
-    say_report(families)
-    batch = min(config.batch, len(families))
+    prompt_groups = start.prompt_groups(train)
+    say_report(prompt_groups)
+    batch = min(config.batch, len(prompt_groups))
     unit = "examples"
     source = GroupSource(
-        families, per_step=batch, micro_tokens=config.micro_tokens, layout=config.layout, seed=config.seed, rank=log.rank(),
+        prompt_groups, per_step=batch, micro_tokens=config.micro_tokens, layout=config.layout, seed=config.seed, rank=log.rank(),
         world=distributed.world(), unit=unit,
     )  # fmt: skip
     for line in source.describe():
         log.say(line)
-    held_out = start.families(held) if held else None
-    epochs = passes(config, len(families))
-    steps = config.steps if config.steps != "derived" else max(1, math.ceil(epochs * len(families) / batch))
+    held_out = start.prompt_groups(held) if held else None
+    epochs = passes(config, len(prompt_groups))
+    steps = config.steps if config.steps != "derived" else max(1, math.ceil(epochs * len(prompt_groups) / batch))
     if config.steps == config.epochs == "derived":
-        log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} {unit}")
+        log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(prompt_groups):,} {unit}")
     peak = rates_of(config, part)
-    tokens = int(families.sizes(config.layout).sum())
+    tokens = int(prompt_groups.sizes(config.layout).sum())
     name = "token" if start.labels.task == "tag" else "class"
     micro = max(1, config.micro_tokens // start.max_length), start.max_length
     work = TrainingSpec(
@@ -170,10 +170,10 @@ def train(
         steps=steps,
         rates=peak,
         shape=shape(part, len(start.labels.names)),
-        length=max(1, tokens // len(families)),
+        length=max(1, tokens // len(prompt_groups)),
         micro=micro,
         beside=attention_bytes(part, *micro),
-        tokens=steps * batch * tokens / len(families),
+        tokens=steps * batch * tokens / len(prompt_groups),
         numbers={"batch": batch, "max_length": start.max_length, "lr": peak.lr, "classes": start.labels.names},
         write=lambda: write_scores(part, run, start.tokenizer, start.words.stop_ids) if keep else None,
         validation=None
@@ -184,7 +184,7 @@ def train(
     )
     torch.manual_seed(config.seed)  # of dropout
     facts = run_training(config, run, work, start.device)
-    return part, facts | {"left_out": dict(families.report)}
+    return part, facts | {"left_out": dict(prompt_groups.report)}
 
 
 def attention_bytes(part: ClassScorer | Scorer, rows: int, length: int) -> dict[str, int]:
@@ -199,9 +199,9 @@ def attention_bytes(part: ClassScorer | Scorer, rows: int, length: int) -> dict[
     return {"attention": round(ATTENTION_COPIES * 4 * c.num_hidden_layers * c.num_attention_heads * rows * length**2)}
 
 
-def say_report(families: ExampleFamilies) -> None:
+def say_report(prompt_groups: ExampleGroups) -> None:
     """Nothing is cut or left out silently."""
-    dropped.say_left_out(families.report, fix=f"raise max_length, set {Setting('too_long', 'right')}, or give shorter texts")
+    dropped.say_left_out(prompt_groups.report, fix=f"raise max_length, set {Setting('too_long', 'right')}, or give shorter texts")
 
 
 def rates_of(config: Classify, part: torch.nn.Module) -> LearningRates:

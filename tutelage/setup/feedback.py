@@ -24,7 +24,7 @@ from tutelage.rundir import RunDir
 from tutelage.setup import answers
 from tutelage.tokenizer.load import TokenizerFolder
 
-Families = PreferencePairs | RatedGroups
+Groups = PreferencePairs | RatedGroups
 
 
 @dataclass(slots=True)
@@ -34,43 +34,43 @@ class RewardData:
     config: Reward
     method: str
     kind: str  # preferences | ratings
-    unit: str  # of a family
+    unit: str  # of a prompt group
     outputs: tuple[str, ...]  # names of the scores
     records: Path
     tokens: Path
     words: TokenizerFolder
 
-    def families(self, split: str, length: int) -> Families | None:
-        """The families of a split, None of an empty one. Says what is left out."""
+    def prompt_groups(self, split: str, length: int) -> Groups | None:
+        """The prompt groups of a split, None of an empty one. Says what is left out."""
         segments = Segments.open(self.tokens / split, vocabulary=self.words.vocab_size)
         if split == "validation" and not len(segments):
             return None
-        found = self._families(segments, self.records / f"{split}.jsonl", length)
+        found = self._groups_of(segments, self.records / f"{split}.jsonl", length)
         if split == "train" and isinstance(found, RatedGroups) and not found.varies:
             raise DataError(
                 "all ratings are the same: there is nothing to learn from them", file=self.records / f"{split}.jsonl",
                 expected="ratings that differ", fix="give answers of every worth, the bad ones too",
             )  # fmt: skip
         if split == "train":
-            first = int(found.kept[0]) * 2 if isinstance(found, PreferencePairs) else int(found.answers[0])
+            first = int(found.kept[0]) * 2 if isinstance(found, PreferencePairs) else int(found.kept[0])
             answers.show_first(segments, self.words, self.records, first)
         answers.say_left_out(found.report, split, length, self.config.too_long)
         return found
 
-    def _families(self, segments: Segments, file: Path, length: int) -> Families:
+    def _groups_of(self, segments: Segments, file: Path, length: int) -> Groups:
         rows = read_rows(file)
         too_long = self.config.too_long
         if self.method == "reward":
             pairs = PreferencePairs(segments, length, too_long)
             given = margins(rows)
             if given is not None:
-                pairs.give("margin", given[pairs.kept])
+                pairs.set_values("margin", given[pairs.kept])
             return pairs
         if self.method == "process":
             return RatedGroups(segments, length, too_long, steps=steps_of(rows, segments, self.words.decode, file))
         return RatedGroups(segments, length, too_long, ratings=ratings_of(rows, self.outputs))
 
-    def measured(self, scorer: Scorer, held_out: Families, layout: Any, device: torch.device) -> dict[str, Any]:
+    def measured(self, scorer: Scorer, held_out: Groups, layout: Any, device: torch.device) -> dict[str, Any]:
         """What `evaluate.scorers` says of the held-out part."""
         got, lengths, wanted = scored(scorer, held_out, self.method, layout, self.config.micro_tokens, device)
         if self.method == "reward":
@@ -139,22 +139,22 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def scored(
-    scorer: Scorer, families: Families, method: str, layout: Any, room: int, device: torch.device
+    scorer: Scorer, prompt_groups: Groups, method: str, layout: Any, room: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of all answers, those of a family side by side: scores [n,K], lengths [n] in tokens, ratings [n,K]. Of steps: log-odds
+    """Of all answers, those of a group side by side: scores [n,K], lengths [n] in tokens, ratings [n,K]. Of steps: log-odds
     [m,1], the answers' lengths, and the shares of right [m]."""
     was = scorer.training
     scorer.eval()
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for group in bins(families.sizes(layout).tolist(), room)[0]:
-        batch = collate([families[i] for i in group], layout).to(device)
+    for group in bins(prompt_groups.sizes(layout).tolist(), room)[0]:
+        batch = collate([prompt_groups[i] for i in group], layout).to(device)
         answers, found = answers_of(batch), scorer(batch)
         if method == "process":
             score = answers.tokens["step_score"]
             judged = ~score.isnan()
             parts.append((log_odds(found[own_places(batch)[judged]])[:, None], answers.lengths, score[judged]))
         else:
-            parts.append((found[answers.last], answers.lengths, answers.whole.get("ratings", answers.lengths)))
+            parts.append((found[answers.last_position], answers.lengths, answers.per_completion.get("ratings", answers.lengths)))
     scorer.train(was)
     got, lengths, wanted = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
     return got, lengths, wanted

@@ -17,7 +17,7 @@ from tutelage.models.adapters.virtual_tokens import max_text_tokens
 from tutelage.objectives import Objective
 from tutelage.plan.flops import count_flops, train_flops_per_token
 from tutelage.records import Rollout
-from tutelage.rollout.advantage_estimator import family_of
+from tutelage.rollout.advantage_estimator import group_of
 from tutelage.rollout.metric_sums import MetricSums
 from tutelage.rollout.probe import Measured
 from tutelage.rollout.source import Groups, Plan, RolloutSource
@@ -46,7 +46,7 @@ class Unjudged:
 
 
 def uncredited(groups: Groups) -> tuple[Groups, list[PromptGroup], MetricSums]:
-    return groups, [family_of(group) for group in groups], MetricSums()
+    return groups, [group_of(group) for group in groups], MetricSums()
 
 
 def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chosen: Objective) -> TrainingSpec:
@@ -66,10 +66,10 @@ def work_on_answers(config: Distil, run: RunDir, model: Any, teacher: Any, chose
         layout="tree" if trees else "packed", seed=config.seed,
     )  # fmt: skip
     longest = max((sampler.ids(p) for p in prompts), key=len)
-    ending = Completion(np.zeros(min(how.max_tokens, length - len(longest)), np.int64))
-    blank = PromptGroup("blank", np.array(longest, np.int64), (ending,) * how.samples)
+    completion = Completion(np.zeros(min(how.max_tokens, length - len(longest)), np.int64))
+    blank = PromptGroup("blank", np.array(longest, np.int64), (completion,) * how.samples)
     source = RolloutSource(
-        prompts=prompts, sampler=sampler, judge=Unjudged(), credit=uncredited, plan=plan, folder=run.folder("rollouts"),
+        prompts=prompts, sampler=sampler, judge=Unjudged(), advantages=uncredited, plan=plan, folder=run.folder("rollouts"),
         sync_engine_weights=sync_engine_weights(model, sampler.engine), blank=blank, identity={"prompts": len(prompts)},
     )  # fmt: skip
     once = len(prompts) / how.prompts

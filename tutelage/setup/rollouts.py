@@ -66,7 +66,7 @@ class RolloutSetup:
         layout = answers.layout_for(config, model)
         plan = Plan(
             prompts=config.batch, samples=config.samples, max_tokens=config.max_tokens, updates=config.updates,
-            minibatches=config.minibatches, silent=config.silent, micro_tokens=config.micro_tokens, layout=layout,
+            minibatches=config.minibatches, zero_variance=config.zero_variance, micro_tokens=config.micro_tokens, layout=layout,
             seed=config.seed,
         )  # fmt: skip
         single = sampler_for(model, renderer, length, config.max_tokens, config.temperature)
@@ -91,7 +91,7 @@ class RolloutSetup:
         """What is trained."""
         return {"policy": self.model} | ({"value": self.value} if self.value is not None else {})
 
-    def credit(self) -> AdvantageEstimator:
+    def advantage_estimator(self) -> AdvantageEstimator:
         c = self.config
         old = c.old if c.old != "derived" else "engine" if c.temperature == 1 else "trainer"
         if old == "engine" and c.temperature != 1:
@@ -132,10 +132,12 @@ class RolloutSetup:
         return self.measured(model, measure)
 
     def measured(self, part: Any, measure: Callable[[Any, Batch], Tensor]) -> ByToken:
-        def ask(families: Sequence[PromptGroup]) -> list[list[Any]]:
+        def ask(prompt_groups: Sequence[PromptGroup]) -> list[list[Any]]:
             was = part.training
             part.eval()
-            found = by_token(families, lambda batch: measure(part, batch), self.layout, self.config.micro_tokens, self.device)
+            found = by_token(
+                prompt_groups, lambda batch: measure(part, batch), self.layout, self.config.micro_tokens, self.device
+            )
             part.train(was)
             return found
 
@@ -155,7 +157,7 @@ class RolloutSetup:
 
     def source(self, prompts: Sequence[Prompt]) -> RolloutSource:
         return RolloutSource(
-            prompts=prompts, sampler=self.sampler, judge=self.rubric, credit=self.credit(), plan=self.plan,
+            prompts=prompts, sampler=self.sampler, judge=self.rubric, advantages=self.advantage_estimator(), plan=self.plan,
             folder=self.run.folder("rollouts"), sync_engine_weights=sync_engine_weights(self.model, self.engine),
             blank=self.blank(prompts),
             identity={"prompts": len(prompts), "method": self.config.method},
@@ -173,7 +175,7 @@ class RolloutSetup:
         return out | {name: size for name, held in others.items() if (size := sum(p.nbytes for p in held))}
 
     def blank(self, prompts: Sequence[Prompt]) -> PromptGroup:
-        """The largest family that may come, with every stream an objective may ask for."""
+        """The largest prompt group that may come, with every stream an objective may ask for."""
         longest = max((self.sampler.ids(p) for p in prompts), key=len)
         names = ["old", "advantage", "weight"]
         names += ["reference"] if self.reference is not None else []
@@ -182,13 +184,13 @@ class RolloutSetup:
         size = min(
             turns * 2 * self.plan.max_tokens if turns > 1 else self.plan.max_tokens, self.engine.context_length - len(longest)
         )
-        ending = Completion(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
-        return PromptGroup("blank", np.array(longest, np.int64), (ending,) * self.plan.samples)
+        completion = Completion(np.zeros(size, np.int64), None, {name: np.zeros(size, np.float32) for name in names})
+        return PromptGroup("blank", np.array(longest, np.int64), (completion,) * self.plan.samples)
 
 
 def values(scorer: Any, batch: Batch) -> Tensor:
     """[N]: the value of the state before each supervised token."""
-    return scorer(batch)[answers_of(batch).places, 0]  # type: ignore[no-any-return]
+    return scorer(batch)[answers_of(batch).positions, 0]  # type: ignore[no-any-return]
 
 
 def value_of(config: Rl, run: RunDir, model: Any, device: torch.device) -> Scorer:

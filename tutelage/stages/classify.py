@@ -30,7 +30,7 @@ def run(config: Classify, run: RunDir) -> dict[str, Any]:
     )
     start = Start.of(config, run, labels, choose_device(config))
     if config.class_weights == "balanced":
-        start.labels = labels = replace(labels, weights=start.families(train).balanced())
+        start.labels = labels = replace(labels, weights=start.prompt_groups(train).balanced())
         log.say(f"weights in the loss: {', '.join(f'{name} {weight:.3g}' for name, weight in labels.weights.items())}")
     judged: dict[str, ClassifiedTexts] = {}
     short = start.short_enough(train) or train  # where none is, training says so
@@ -74,9 +74,9 @@ def weighted(config: Classify, labels: Labels) -> Labels:
 
 def seen(start: Start, part: Any, train: Sequence[Example], held: Sequence[Example]) -> ClassifiedTexts:
     """What a classifier and the baseline say of texts that neither has learnt from."""
-    families = start.families(held)
-    classifier.say_report(families)
-    found = judge(part, start.labels, families)
+    prompt_groups = start.prompt_groups(held)
+    classifier.say_report(prompt_groups)
+    found = judge(part, start.labels, prompt_groups)
     add_baseline(found, train, start.labels, wanted=start.config.baseline)
     return found
 

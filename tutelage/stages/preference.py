@@ -31,7 +31,7 @@ RECORDS = {"preferences": "Preference", "ratings": "Rating"}  # what a method le
 UNITS = {"preferences": "pairs", "ratings": "answers"}
 RATE_AT_7B = 1e-6
 
-Families = PreferencePairs | KtoGroups
+Groups = PreferencePairs | KtoGroups
 
 
 def run(config: Preference, run: RunDir) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def run(config: Preference, run: RunDir) -> dict[str, Any]:
     check_vocabulary(model.config, words.vocab_size, start)
     layout = answers.layout_for(config, model)
     length = answers.max_length(config, model)
-    train = families_of(config, run, model, "train", length)
-    held_out = answers.held_out(lambda: families_of(config, run, model, "validation", length))
+    train = groups_of(config, run, model, "train", length)
+    held_out = answers.held_out(lambda: groups_of(config, run, model, "validation", length))
     assert train is not None
     steps = answers.steps_of(config, config.epochs, len(train))
     if method(config.method).reference:
@@ -75,8 +75,8 @@ def run(config: Preference, run: RunDir) -> dict[str, Any]:
     }
 
 
-def families_of(config: Preference, run: RunDir, model: Any, part: str, length: int) -> Families | None:
-    """The families of one part; None for a held-out part that holds nothing. Says what is left out."""
+def groups_of(config: Preference, run: RunDir, model: Any, part: str, length: int) -> Groups | None:
+    """The prompt groups of one part; None for a held-out part that holds nothing. Says what is left out."""
     assert run.nested is not None
     tokens = run.nested("tokens", {"data": str(run.input("data")), "tokenizer": str(run.input("model"))})
     segments = Segments.open(tokens.path / "tokens" / part, vocabulary=model.config.vocab_size)
@@ -86,44 +86,46 @@ def families_of(config: Preference, run: RunDir, model: Any, part: str, length: 
         return None
     rows = read_rows(run.input("data") / f"{part}.jsonl")
     if rated:
-        families: Families = KtoGroups(segments, verdicts(rows), length, config.too_long)
-        log.say(f"{part}: {families.balance(config.desirable_weight or 1.0, config.undesirable_weight or 1.0)}")  # type: ignore[union-attr]
+        prompt_groups: Groups = KtoGroups(segments, verdicts(rows), length, config.too_long)
+        log.say(f"{part}: {prompt_groups.balance(config.desirable_weight or 1.0, config.undesirable_weight or 1.0)}")  # type: ignore[union-attr]
     else:
-        families = PreferencePairs(segments, length, config.too_long)
+        prompt_groups = PreferencePairs(segments, length, config.too_long)
         given = margins(rows)
         if config.offset and given is None:
             raise ConfigError(
                 "the data has no margins", field="offset", found=config.offset, fix="leave it out, or give `margin`"
             )
         if given is not None:
-            families.give("margin", given[families.kept])
+            prompt_groups.set_values("margin", given[prompt_groups.kept])
     if part == "train":
-        first = int(families.kept[0]) * (1 if rated else 2)  # a pair has two segments
+        first = int(prompt_groups.kept[0]) * (1 if rated else 2)  # a pair has two segments
         answers.show_first(segments, TokenizerFolder.open(run.input("model")), run.input("data"), first)
-    answers.say_left_out(families.report, part, length, config.too_long)
-    if part == "validation" and len(families) < answers.FEW:
+    answers.say_left_out(prompt_groups.report, part, length, config.too_long)
+    if part == "validation" and len(prompt_groups) < answers.FEW:
         unit = "answers" if rated else "pairs"
-        log.say(f"validation: {len(families)} {unit} say little: an accuracy on so few is chance", style="yellow")
-    return families
+        log.say(f"validation: {len(prompt_groups)} {unit} say little: an accuracy on so few is chance", style="yellow")
+    return prompt_groups
 
 
 def give_reference(
-    config: Preference, run: RunDir, model: Any, parts: dict[str, Families | None], layout: Any, device: torch.device
+    config: Preference, run: RunDir, model: Any, parts: dict[str, Groups | None], layout: Any, device: torch.device
 ) -> None:
     """Computes the reference log-probabilities of every answer, once."""
     if config.reference is not None:
         answers.check_tokens(run, "reference")
     other = load(run.input("reference"), device=device) if config.reference else model
-    for name, families in parts.items():
-        if families is not None:
+    for name, prompt_groups in parts.items():
+        if prompt_groups is not None:
             folder = run.folder("reference") / name
             with reference_weights(other):
-                families.give("reference", answers.reference_logprobs(folder, other, families, config, layout, device))
+                prompt_groups.set_values(
+                    "reference", answers.reference_logprobs(folder, other, prompt_groups, config, layout, device)
+                )
 
 
-def source_of(families: Families, config: Preference, layout: Any, unit: str, per_step: int) -> GroupSource:
+def source_of(prompt_groups: Groups, config: Preference, layout: Any, unit: str, per_step: int) -> GroupSource:
     alone = per_step == 1
     return GroupSource(
-        families, per_step=per_step, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=unit,
+        prompt_groups, per_step=per_step, micro_tokens=config.micro_tokens, layout=layout, seed=config.seed, unit=unit,
         rank=0 if alone else log.rank(), world=1 if alone else distributed.world(),
     )  # fmt: skip

@@ -39,7 +39,7 @@ def run(config: Reward, run: RunDir) -> dict[str, Any]:
     check_vocabulary(scorer.config, words.vocab_size, start)
     length = answers.max_length(config, scorer)
     layout = answers.layout_for(config, scorer)
-    train, held_out = data.families("train", length), answers.held_out(lambda: data.families("validation", length))
+    train, held_out = data.prompt_groups("train", length), answers.held_out(lambda: data.prompt_groups("validation", length))
     assert train is not None
     steps = answers.steps_of(config, config.epochs, len(train))
     source = GroupSource(

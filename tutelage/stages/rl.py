@@ -38,22 +38,22 @@ def run(config: Rl, run: RunDir) -> dict[str, Any]:
     rubric = rubric_of(config, words, scorer)
     with contextlib.ExitStack() as ends:
         ends.callback(rubric.close)
-        kit = RolloutSetup.of(config, run, model, Renderer(words), device, rubric, scorer)
-        ends.callback(kit.close)
+        setup = RolloutSetup.of(config, run, model, Renderer(words), device, rubric, scorer)
+        ends.callback(setup.close)
         try:
-            return learn(config, run, kit, chosen, words)
+            return learn(config, run, setup, chosen, words)
         finally:
             for name, count in ((name, count) for name, count in rubric.past_limits.items() if count):
                 log.say(f"reward {name}: {count:,} texts were past its limits, and got the worst value")
 
 
-def learn(config: Rl, run: RunDir, kit: RolloutSetup, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
+def learn(config: Rl, run: RunDir, setup: RolloutSetup, chosen: Objective, words: TokenizerFolder) -> dict[str, Any]:
     """Trains with what is there."""
-    prompts, held_out = (with_room(kit.sampler, read_prompts(run, part), part) for part in ("train", "validation"))
+    prompts, held_out = (with_room(setup.sampler, read_prompts(run, part), part) for part in ("train", "validation"))
     if config.batch > len(prompts):
         raise ConfigError("a batch larger than the data", field="batch", found=config.batch, expected=f"at most {len(prompts)}")
-    kit.check_rewards(prompts)
-    source, plan, model = kit.source(prompts), kit.plan, kit.model
+    setup.check_rewards(prompts)
+    source, plan, model = setup.source(prompts), setup.plan, setup.model
     steps = config.steps
     if steps == "derived":
         steps = max(1, round(config.epochs * len(prompts) / plan.prompts)) * plan.steps
@@ -61,26 +61,26 @@ def learn(config: Rl, run: RunDir, kit: RolloutSetup, chosen: Objective, words: 
     rates = answers.rates(config, answers.size_of(model), RATE_AT_7B, heads=config.method == "ppo")
     every = config.evaluate_every or max(1, steps // 5)
     asked = held_out[: config.probes]
-    probe = Probe(asked, kit.sampler, kit.rubric, every, run.folder("probes")) if asked else None
+    probe = Probe(asked, setup.sampler, setup.rubric, every, run.folder("probes")) if asked else None
     work = TrainingSpec(
-        parts=kit.parts,
+        parts=setup.parts,
         source=source,
         objective=chosen,
         steps=steps,
         rates=rates,
         shape=model.config.to_hf(),
-        length=kit.engine.context_length,
+        length=setup.engine.context_length,
         micro=(1, source.most_tokens),
         tokens=float(source.blank.size(plan.layout)) * plan.prompts / plan.minibatches * steps,
-        numbers={"max_length": kit.engine.context_length, **asdict(rates)},
+        numbers={"max_length": setup.engine.context_length, **asdict(rates)},
         write=lambda: trainer.write_model(model, run, run.input("model"), words.stop_ids),
         weights={"value": config.value_weight},
         hooks=lambda job: {"rollouts": Measured(source), **({"probe": probe} if probe else {})},
         headline=lambda: f"reward {source.facts['reward']:.3f}" if source.facts else "reward known after the next answers",
-        beside=kit.held(source),
+        beside=setup.held(source),
         forward_share=0.5,
     )
-    facts = train_with_replay(config, run, work, run.input("model"), kit.device)
+    facts = train_with_replay(config, run, work, run.input("model"), setup.device)
     return {
         **facts,
         "method": config.method,

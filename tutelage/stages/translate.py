@@ -46,17 +46,25 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
     words = TokenizerFolder.open(tokenizer)
     length, most = lengths(config, model, words)
     encode = PairEncoder(words, Marks(model.start, model.ends or words.stop_ids))
-    families = PairedTexts(train, encode, length, most, cut=config.too_long == "right")
-    say_report(families)
-    source = GroupSource(families, per_step=min(config.batch, len(families)), micro_tokens=config.micro_tokens, layout="pairs",
-                          seed=config.seed, rank=log.rank(), world=distributed.world())  # fmt: skip
+    prompt_groups = PairedTexts(train, encode, length, most, cut=config.too_long == "right")
+    say_report(prompt_groups)
+    per_step = min(config.batch, len(prompt_groups))
+    source = GroupSource(
+        prompt_groups,
+        per_step=per_step,
+        micro_tokens=config.micro_tokens,
+        layout="pairs",
+        seed=config.seed,
+        rank=log.rank(),
+        world=distributed.world(),
+    )
     log.say("\n".join(source.describe()))
     kept = answers.held_out(lambda: PairedTexts(held, encode, length, most, cut=config.too_long == "right")) if held else None
-    epochs = hyperparameters.passes(config, len(families))
-    steps = math.ceil(epochs * len(families) / source.per_step) if config.steps == "derived" else config.steps
+    epochs = hyperparameters.passes(config, len(prompt_groups))
+    steps = math.ceil(epochs * len(prompt_groups) / source.per_step) if config.steps == "derived" else config.steps
     if config.steps == config.epochs == "derived":
-        log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(families):,} pairs")
-    tokens = float(families.sizes("pairs").mean())
+        log.say(f"{steps:,} steps: {epochs:.3g} passes over {len(prompt_groups):,} pairs")
+    tokens = float(prompt_groups.sizes("pairs").mean())
     rates = rates_of(config, model)
     checked = None if kept is None else GroupSource(kept, per_step=1, micro_tokens=config.micro_tokens, layout="pairs", seed=0)
     torch.manual_seed(config.seed)  # of dropout
@@ -67,7 +75,7 @@ def run(config: Translate, run: RunDir) -> dict[str, Any]:
         numbers={"max_length": length, "max_target": most, "lr": rates.lr, "batch": source.per_step},
         write=lambda: write_model(model, run, tokenizer), validation=None if checked is None else checked.validation(),
     )  # fmt: skip
-    facts = run_training(config, run, work, device) | {"pairs": len(families), "left_out": dict(families.report)}
+    facts = run_training(config, run, work, device) | {"pairs": len(prompt_groups), "left_out": dict(prompt_groups.report)}
     if kept is None or log.rank() != 0:
         return facts
     return facts | compare(model, words, kept, config.max_questions or len(kept), most, run.folder("scores"))
@@ -121,9 +129,9 @@ def rates_of(config: Translate, model: torch.nn.Module) -> LearningRates:
     return classifier.rates(config, *classifier.scaled(config.adapter.kind, model, TUNE_RATE, TUNE_AT))
 
 
-def say_report(families: PairedTexts) -> None:
+def say_report(prompt_groups: PairedTexts) -> None:
     fix = f"raise max_length or max_target, set {Setting('too_long', 'right')}, or give shorter texts"
-    dropped.say_left_out(families.report, fix=fix)
+    dropped.say_left_out(prompt_groups.report, fix=fix)
 
 
 def compare(
@@ -132,7 +140,7 @@ def compare(
     """Translates held-out sources greedily, writes what came out, and says how much of it is right. `max_target` counts what the
     model begins a target with, too."""
     asked: Sequence[Conversation] = kept.records[:most]
-    prompts = [family.prompt.tolist() for family in kept.families[:most]]
+    prompts = [group.prompt.tolist() for group in kept.prompt_groups[:most]]
     engine = Engine(model.eval(), None, slots=16, max_length=max(max_target, *map(len, prompts)))
     done = engine.generate(prompts, Sampling(max_tokens=max_target - len(model.start), temperature=0.0, stop_ids=words.stop_ids))
     rows: list[dict[str, Any]] = []

@@ -72,8 +72,8 @@ def _save(
 def _tensors(micro: Batch) -> dict[str, torch.Tensor]:
     found = {k: getattr(micro, k) for k in TENSORS}
     if micro.answers is not None:
-        found |= {f"answers.{k}": getattr(micro.answers, k) for k in ("places", "targets", "owner", "last")}
-        streams = {"tokens": micro.answers.tokens, "whole": micro.answers.whole}
+        found |= {f"answers.{k}": getattr(micro.answers, k) for k in ("positions", "targets", "completion_of", "last_position")}
+        streams = {"tokens": micro.answers.tokens, "per_completion": micro.answers.per_completion}
         found |= {f"answers.{kind}.{k}": v for kind, named in streams.items() for k, v in named.items()}
     return found
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from tutelage import log
 from tutelage.errors import Setting
 
-NOTABLE = 0.05  # share of the records offered from which on what was left out is said in colour, with samples
+NOTABLE = 0.05  # from this share of the records on, dropped ones are a coloured warning with samples
 REASONS = {  # in words, with what keeps such records
     "duplicate": ("equal to an earlier one", f"{Setting('dedup', 'none')} keeps them"),
     "near_duplicate": ("nearly the same as an earlier one", f"{Setting('dedup', 'exact')} keeps them"),
@@ -81,7 +81,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Tally:
+class CardCounts:
     """Counts gathered while the records are written."""
 
     parts: dict[str, Part] = field(default_factory=lambda: {"train": Part(), "validation": Part()})

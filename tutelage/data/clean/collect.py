@@ -345,14 +345,14 @@ class _Collection:
 
     def write(self, out: Path) -> dict[str, Any]:
         """Writes the artifact's files and returns the card."""
-        tally = card.Tally()
+        counts = card.CardCounts()
         for name, held_out in (("train", False), ("validation", True)):
             with (out / f"{name}.jsonl").open("wb", buffering=1 << 20) as f:
                 for _, line in self.spool.lines(held_out=held_out):
                     f.write(line)
                     row = json.loads(line)
-                    tally.add(row, _text_of(row), name)
-        facts = tally.card(
+                    counts.add(row, _text_of(row), name)
+        facts = counts.card(
             rejected=dict(self.report.reasons.most_common()),
             left_out=self.report.summary(),
             offered=self.report.seen,

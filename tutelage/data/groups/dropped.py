@@ -1,4 +1,4 @@
-"""Texts that can't be read at the length that was asked for: an error that says how many there were, why, and what would help."""
+"""Reports of dropped and cut texts, and the error for data of which nothing is left."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ TOO_LONG, UNTRAINED = "left out, too long", "left out, without a supervised toke
 ALIKE, UNSCORED = "left out, the same tokens on both sides", "left out, without a score"
 FIXES = {
     ALIKE: "give answers that differ within max_length, and in more than white space",
-    UNTRAINED: "give answers that are trained",
-    UNSCORED: "give ratings of what is learned",
+    UNTRAINED: "mark answers to train on",
+    UNSCORED: "rate the aspects that are trained",
 }
 
 
-NOTABLE = 0.05  # share from which on what is not learnt is said in colour
+NOTABLE = 0.05  # from this share on, dropped or cut texts are a coloured warning
 
 
 def say_left_out(report: Mapping[str, float], *, fix: str, part: str = "") -> None:
-    """A line for each reason in `report` that something was left out or cut for; in colour, with what to do about it, from a
-    notable share on. The report begins with what there was in all, as of `PairFamilies.report`."""
+    """Logs one line for each reason in `report`: a coloured warning with a fix if the share is notable. The first entry of the
+    report is the total, as in `PreferencePairs.report`."""
     (unit, total), *reasons = report.items()
     begin = f"{part}: " if part else ""
     for what, count in reasons:
@@ -40,7 +40,7 @@ def say_left_out(report: Mapping[str, float], *, fix: str, part: str = "") -> No
 
 
 def percent(share: float) -> str:
-    """Without decimals, and never 100% or 0% of what is not all or nothing."""
+    """A percentage without decimals that is 0% or 100% only for none or all."""
     if 0 < share < 0.005:
         return "under 1%"
     if 0.995 <= share < 1:
@@ -49,19 +49,18 @@ def percent(share: float) -> str:
 
 
 def cut(too_long: str, count: Any) -> dict[str, int]:
-    """The report's line about texts that were cut, where texts are."""
+    """The report's entry for cut texts; empty if texts are dropped instead."""
     return {} if too_long == "drop" else {f"cut at the {too_long}": int(count)}
 
 
 class NothingLeft(DataError):
-    """No text of a part can be read. A training part needs some; a run does without the validation part."""
+    """No text of a split is left. Training data must have some; the validation split may be empty."""
 
 
 def nothing_left(
     message: str, report: Mapping[str, int], file: Path, max_length: int, too_long: str, lengths: Any
 ) -> NothingLeft:  # fmt: skip
-    """`report`: how many there were, then how many of them were left out or cut, by reason. `lengths` [n]: tokens that each would
-    need to be read."""
+    """`report`: the total, then how many were dropped or cut, by reason. `lengths` [n]: tokens that each text needs."""
     (total, count), *reasons = report.items()
     counted = {why: n for why, n in reasons if n}
     fixes = [fix for why, fix in FIXES.items() if why in counted]

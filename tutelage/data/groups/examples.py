@@ -1,4 +1,4 @@
-"""Examples as families: a text's tokens with what it is. Texts keep their tokenizer's own convention ([CLS] … [SEP])."""
+"""Examples as prompt groups: a text's tokens with what it is. Texts keep their tokenizer's own convention ([CLS] … [SEP])."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TextEncoder:
             raise ConfigError("too short for a pair of texts", field="max_length", found=max_length, expected=f"{least} or more")
 
     def __call__(self, text: str, pair: str | None = None) -> Encoded | None:
-        """None for a text that is left out because it is too long. Raises `DataError` for one without tokens."""
+        """None for a text that is dropped because it is too long. Raises `DataError` for a text without tokens."""
         tokenizer = self._tokenizer
         parts = [tokenizer.encode(t, add_special_tokens=False) for t in (text, pair) if t is not None]
         if not all(len(p) for p in parts):
@@ -58,7 +58,7 @@ class TextEncoder:
 
 
 def _shares(lengths: list[int], room: int) -> list[int]:
-    """Tokens left of each of one or two texts: the longer one is cut first."""
+    """How many tokens each of one or two texts keeps: the longer one is cut first."""
     if len(lengths) == 1:
         return [room]
     a, b = lengths
@@ -67,7 +67,7 @@ def _shares(lengths: list[int], room: int) -> list[int]:
 
 
 def _words(encoding: Any, text: str) -> tuple[tuple[int, int, int], ...]:
-    """The words of the first text as the tokenizer cuts it, without the spaces around them."""
+    """The words of the first text as the tokenizer splits it, without surrounding spaces."""
     found: list[tuple[int, int, int]] = []
     before = None
     for token, (word, sequence, (start, end)) in enumerate(
@@ -90,7 +90,7 @@ def _words(encoding: Any, text: str) -> tuple[tuple[int, int, int], ...]:
 
 @dataclass(slots=True, frozen=True)
 class Labels:
-    """What a classifier tells apart."""
+    """The classes of a classifier, or the tags of a tagger."""
 
     task: Task
     names: tuple[str, ...]  # the K classes; of a tagger: O, then B- and I- of each kind of span
@@ -101,9 +101,9 @@ class Labels:
         """What users name and weigh: the classes; of a tagger O and the kinds of spans, each of which is two tags."""
         return self.names if self.task != "tag" else tuple(dict.fromkeys(kind_of(tag) for tag in self.names))
 
-    def check(self, given: Sequence[str]) -> None:
+    def check(self, names: Sequence[str]) -> None:
         """Raises `ConfigError` for names that are not classes."""
-        for name in given:
+        for name in names:
             if name not in self.kinds:
                 near = nearest(name, list(self.kinds))
                 raise ConfigError(
@@ -118,21 +118,21 @@ def kind_of(tag: str) -> str:
 
 
 def task_of(examples: Sequence[Example]) -> Task:
-    """What the examples teach. Raises `DataError` where they disagree or say nothing."""
+    """The task that the labels define. Raises `DataError` if there are no labels or several kinds of them."""
     has = {"tag": sum(bool(e.spans) for e in examples), "many": sum(bool(e.labels) for e in examples),
            "class": sum(e.label is not None for e in examples)}  # fmt: skip
-    said: list[Any] = [name for name, count in has.items() if count]
-    if len(said) != 1:
+    present: list[Any] = [name for name, count in has.items() if count]
+    if len(present) != 1:
         raise DataError(
-            "these examples have no labels" if not said else "these examples have labels of several kinds",
-            found=", ".join(f"{has[n]} {n}" for n in said) or None, expected="label, labels or spans, the same in every row",
+            "the examples have no labels" if not present else "the examples have several kinds of labels",
+            found=", ".join(f"{has[n]} {n}" for n in present) or None, expected="label, labels or spans, the same in every row",
             fix="name the field with `fields: {label: …}` in the data stage",
         )  # fmt: skip
-    if said[0] == "class" and has["class"] < len(examples):
+    if present[0] == "class" and has["class"] < len(examples):
         raise DataError(
             "some examples have no label", found=f"{len(examples) - has['class']} of {len(examples)}", expected="a label each"
         )
-    return said[0]  # type: ignore[no-any-return]
+    return present[0]  # type: ignore[no-any-return]
 
 
 def labels_of(train: Sequence[Example], validation: Sequence[Example]) -> Labels:
@@ -142,12 +142,12 @@ def labels_of(train: Sequence[Example], validation: Sequence[Example]) -> Labels
     names, held = (sorted({name for e in part for name in named(e, task)}) for part in (train, validation))
     if len(names) < (1 if task != "class" else 2):
         raise DataError(
-            "there is a single class, so there is nothing to tell apart", found=", ".join(names) or "none",
+            "there is a single class, and a classifier needs two", found=", ".join(names) or "none",
             expected="two classes or more", fix="check `fields`, or give examples of another class",
         )  # fmt: skip
     if unseen := sorted(set(held) - set(names)):
         raise DataError(
-            f"{len(unseen)} classes are in the validation part alone, where nothing can be learnt of them",
+            f"{len(unseen)} classes are in the validation part alone, so they can't be learned",
             found=", ".join(unseen[:5]), expected=", ".join(names[:12]),
             fix="give more examples of these, leave them out, or hold out a smaller share",
         )  # fmt: skip
@@ -163,8 +163,8 @@ def named(example: Example, task: Task) -> tuple[str, ...]:
     return example.labels if task == "many" else tuple(s.label for s in example.spans)
 
 
-class ExampleFamilies:
-    """Examples as families of one text each. `report` says how many were cut or left out."""
+class ExampleGroups:
+    """One prompt group per example. `report` counts the texts that were cut or dropped."""
 
     def __init__(self, examples: Sequence[Example], encode: TextEncoder, labels: Labels) -> None:
         self.labels, self.number = labels, {name: i for i, name in enumerate(labels.names)}
@@ -181,7 +181,7 @@ class ExampleFamilies:
             self.encoded.append(found)
         if not self.examples:
             raise DataError(
-                "no example is short enough", found=f"{len(examples)} examples", expected=f"{encode.max_length} tokens",
+                "no example fits max_length", found=f"{len(examples)} examples", expected=f"{encode.max_length} tokens",
                 fix=f"raise max_length, or set {Setting('too_long', 'right')}",
             )  # fmt: skip
         seen = hashlib.sha256()
@@ -204,7 +204,7 @@ class ExampleFamilies:
             whole = {"labels" if self.labels.task == "many" else "label": answer, "weight": 1.0}
             if self.labels.task == "class":
                 whole["weight"] = weights.get(str(example.label), 1.0)
-            return PromptGroup(example.id, ids, (Completion(ids[:0], whole=whole),))
+            return PromptGroup(example.id, ids, (Completion(ids[:0], per_completion=whole),))
         return self._tagged(example.id, np.array(found.ids), answer)
 
     def _tagged(self, name: str, ids: np.ndarray, tags: dict[int, int]) -> PromptGroup:
@@ -248,7 +248,7 @@ def tags(found: Encoded, spans: Sequence[Span]) -> list[str]:
 
 
 def spans_of(found: Encoded, tagged: Sequence[str]) -> tuple[Span, ...]:
-    """The spans that a tag for each word stands for; I- without its beginning begins a span."""
+    """The spans that the tags of the words describe; an I- tag without a B- tag before it begins a span."""
     spans: list[Span] = []
     before = OUTSIDE
     for (_, start, end), tag in zip(found.words, tagged, strict=True):

@@ -1,8 +1,8 @@
-"""Families: a prompt with the answers to it that are judged; and how many of them become one batch.
+"""Prompt groups (a prompt with its completions) and how they are collated into one batch.
 
-Where the model can, the prompt of a family is read once for all its answers (`Batch.tree`). Layouts change the cost, never the
+Where the model can, the prompt of a group is read once for all its answers (`Batch.tree`). Layouts change the cost, never the
 result: `tree` (prompts shared), `packed` (every text its own segment, in one row), `rows` (every text a row of its own, padded).
-For encoder-decoders there is `pairs`: the prompt is the source of its endings, which begin with the decoder's start token.
+For encoder-decoders there is `pairs`: the prompt is the source of its completions, which begin with the decoder's start token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Layout = Literal["tree", "packed", "rows", "pairs"]
 
 @dataclass(slots=True, frozen=True)
 class Completion:
-    """One answer: the tokens that follow the prompt, and what is known of them."""
+    """The tokens that follow a prompt, with named values for each token and for the whole completion."""
 
     ids: npt.NDArray[Any]  # [n] integers
     mask: npt.NDArray[np.uint8] | None = None  # [n]: which are supervised; None: all
     tokens: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # streams [n] or [n,k], read where the mask is 1
-    whole: Mapping[str, Any] = field(default_factory=dict)  # a number, or a list of them, for the answer
+    per_completion: Mapping[str, Any] = field(default_factory=dict)  # name -> a number, or a list of numbers
 
     @property
     def supervised(self) -> int:
@@ -36,85 +36,85 @@ class Completion:
 
 @dataclass(slots=True, frozen=True)
 class PromptGroup:
-    """A prompt and the answers to it. All endings of a batch bring the same streams."""
+    """A prompt and its completions. All completions of a batch have values of the same names."""
 
     name: str  # of its record
     prompt: npt.NDArray[Any]  # [p] integers, at least one
-    endings: tuple[Completion, ...]
+    completions: tuple[Completion, ...]
 
     def size(self, layout: Layout) -> int:
-        """Tokens that a forward pass reads, padding not counted."""
-        tails = sum(len(e.ids) for e in self.endings)
-        return tails + len(self.prompt) * (1 if layout == "tree" else len(self.endings))
+        """Number of tokens that a forward pass reads, without padding."""
+        tails = sum(len(e.ids) for e in self.completions)
+        return tails + len(self.prompt) * (1 if layout == "tree" else len(self.completions))
 
 
-def collate(families: Sequence[PromptGroup], layout: Layout) -> Batch:
-    """The batch of some families; answers in their order. Its `targets` and `weights` are those of prompts, each once; of pairs,
-    whose prompts are read and never predicted, those of the endings."""
+def collate(prompt_groups: Sequence[PromptGroup], layout: Layout) -> Batch:
+    """The batch of some groups; answers in their order. Its `targets` and `weights` are those of prompts, each once; of pairs,
+    whose prompts are read and never predicted, those of the completions."""
     build = {"tree": _tree, "packed": _packed, "rows": _rows, "pairs": _pairs}[layout]
-    batch, firsts = build(families)
+    batch, firsts = build(prompt_groups)
     if layout != "pairs":
-        targets, weights = _prompts(families, firsts, batch.shape)
+        targets, weights = _prompts(prompt_groups, firsts, batch.shape)
         batch = replace(batch, targets=targets, weights=weights)
-    names = tuple(f.name for f in families)
-    return replace(batch, answers=_answers(families, firsts), rows=(names,) * batch.shape[0])
+    names = tuple(f.name for f in prompt_groups)
+    return replace(batch, answers=_answers(prompt_groups, firsts), rows=(names,) * batch.shape[0])
 
 
-# Where the tokens of an answer's text are: (place of the prompt's last token, place of the answer's first one)
+# For each completion: (position of the prompt's last token, position of the completion's first token)
 Firsts = list[tuple[int, int]]
 
 
-def _tree(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
-    batch = Batch.of_families([(f.prompt.tolist(), [e.ids.tolist() for e in f.endings]) for f in families])
+def _tree(prompt_groups: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
+    batch = Batch.of_groups([(f.prompt.tolist(), [e.ids.tolist() for e in f.completions]) for f in prompt_groups])
     firsts, at = [], 0
-    for family in families:
-        at += len(family.prompt)
+    for prompt_group in prompt_groups:
+        at += len(prompt_group.prompt)
         last = at - 1
-        for ending in family.endings:
+        for completion in prompt_group.completions:
             firsts.append((last, at))
-            at += len(ending.ids)
+            at += len(completion.ids)
     return batch, firsts
 
 
-def _packed(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
+def _packed(prompt_groups: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
     texts: list[tuple[list[int], list[list[int]]]] = [
-        (f.prompt.tolist() + e.ids.tolist(), []) for f in families for e in f.endings
+        (f.prompt.tolist() + e.ids.tolist(), []) for f in prompt_groups for e in f.completions
     ]
     firsts: Firsts = []
     at = 0
-    for family in families:
-        for ending in family.endings:
-            firsts.append((at + len(family.prompt) - 1, at + len(family.prompt)))
-            at += len(family.prompt) + len(ending.ids)
-    return Batch.of_families(texts), firsts
+    for prompt_group in prompt_groups:
+        for completion in prompt_group.completions:
+            firsts.append((at + len(prompt_group.prompt) - 1, at + len(prompt_group.prompt)))
+            at += len(prompt_group.prompt) + len(completion.ids)
+    return Batch.of_groups(texts), firsts
 
 
-def _rows(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
-    batch = Batch.of([f.prompt.tolist() + e.ids.tolist() for f in families for e in f.endings])
+def _rows(prompt_groups: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
+    batch = Batch.of([f.prompt.tolist() + e.ids.tolist() for f in prompt_groups for e in f.completions])
     width = batch.shape[1]
     firsts: Firsts = []
-    for family in families:
-        for _ in family.endings:
-            first = len(firsts) * width + len(family.prompt)
+    for prompt_group in prompt_groups:
+        for _ in prompt_group.completions:
+            first = len(firsts) * width + len(prompt_group.prompt)
             firsts.append((first - 1, first))
     return batch, firsts
 
 
-def _prompts(families: Sequence[PromptGroup], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets [B,T] and weights [B,T]: where the next token is one of a prompt. A prompt's first token is never predicted."""
+def _prompts(prompt_groups: Sequence[PromptGroup], firsts: Firsts, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets [B,T] and weights [B,T] of prompt tokens. A prompt's first token is never predicted."""
     targets, weights = torch.zeros(shape[0] * shape[1], dtype=torch.int64), torch.zeros(shape[0] * shape[1])
     number = 0
-    for family in families:
+    for prompt_group in prompt_groups:
         last = firsts[number][0]
-        first = last - len(family.prompt) + 1
-        targets[first:last] = torch.from_numpy(family.prompt[1:].astype(np.int64))
+        first = last - len(prompt_group.prompt) + 1
+        targets[first:last] = torch.from_numpy(prompt_group.prompt[1:].astype(np.int64))
         weights[first:last] = 1.0
-        number += len(family.endings)
+        number += len(prompt_group.completions)
     return targets.view(shape), weights.view(shape)
 
 
-def _pairs(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
-    pairs = [(f.prompt.tolist(), e) for f in families for e in f.endings]
+def _pairs(prompt_groups: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
+    pairs = [(f.prompt.tolist(), e) for f in prompt_groups for e in f.completions]
     masks = [np.ones(len(e.ids)) if e.mask is None else e.mask for _, e in pairs]
     batch = Batch.of([e.ids.tolist() for _, e in pairs], supervised=[m.tolist() for m in masks])
     sources = Batch.of([source for source, _ in pairs])
@@ -122,33 +122,33 @@ def _pairs(families: Sequence[PromptGroup]) -> tuple[Batch, Firsts]:
     return replace(batch, source_ids=sources.ids, source_segments=sources.segments), firsts
 
 
-def _answers(families: Sequence[PromptGroup], firsts: Firsts) -> Answers:
-    endings = [e for f in families for e in f.endings]
+def _answers(prompt_groups: Sequence[PromptGroup], firsts: Firsts) -> Answers:
+    completions = [e for f in prompt_groups for e in f.completions]
     places, targets, owner, last = [], [], [], []
-    tokens: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in endings[0].tokens}
-    for number, (ending, (before, first)) in enumerate(zip(endings, firsts, strict=True)):
-        size = len(ending.ids)
-        picked = np.arange(size) if ending.mask is None else np.flatnonzero(ending.mask)
+    tokens: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in completions[0].tokens}
+    for number, (completion, (before, first)) in enumerate(zip(completions, firsts, strict=True)):
+        size = len(completion.ids)
+        picked = np.arange(size) if completion.mask is None else np.flatnonzero(completion.mask)
         where = np.where(picked == 0, before, first + picked - 1)
         places.append(where)
-        targets.append(ending.ids[picked].astype(np.int64))
+        targets.append(completion.ids[picked].astype(np.int64))
         owner.append(np.full(len(picked), number))
         last.append(first + size - 1 if size else before)
         for name, streams in tokens.items():
-            streams.append(_stream(ending.tokens[name])[picked])
-    whole = {name: [e.whole[name] for e in endings] for name in endings[0].whole}
+            streams.append(_stream(completion.tokens[name])[picked])
+    per_completion = {name: [e.per_completion[name] for e in completions] for name in completions[0].per_completion}
     return Answers(
         _joined(places),
         _joined(targets),
         _joined(owner),
         torch.tensor(last),
         {name: torch.from_numpy(np.concatenate(streams)) for name, streams in tokens.items()},
-        {name: torch.tensor(values, dtype=torch.float32) for name, values in whole.items()},
+        {name: torch.tensor(values, dtype=torch.float32) for name, values in per_completion.items()},
     )
 
 
 def _stream(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Token ids stay whole numbers; what is measured is float32."""
+    """Token ids stay integers; measurements become float32."""
     return np.asarray(values, np.int64 if np.issubdtype(values.dtype, np.integer) else np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Ratings as families for reward models: a prompt with the answers to it that were rated, as wholes or step by step."""
+"""Groups of rated completions for reward models: each completion has ratings, or scores for its steps."""
 
 from __future__ import annotations
 
@@ -10,63 +10,60 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tutelage.data.groups.dropped import TOO_LONG, UNSCORED, UNTRAINED, cut, nothing_left
+from tutelage.data.groups.dropped import TOO_LONG, UNSCORED, UNTRAINED, cut
 from tutelage.data.groups.groups import Completion, Layout, PromptGroup
+from tutelage.data.groups.segment_groups import Ints, SegmentGroups
 from tutelage.data.tokens.shards import Segments
 from tutelage.errors import DataError
 
-MOST = 16
-"""Answers of a family; a prompt with more makes several."""
+MOST = 16  # completions of a group; a prompt with more makes several groups
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
-class RatedGroups:
-    """Families over the tokens of ratings, of all answers with the same prompt. Either `ratings` [segments, K], NaN where an
-    aspect was not rated, or `steps` [segments]: a stream over each one's tokens, the score at each step's last token, NaN
-    elsewhere.
+class RatedGroups(SegmentGroups):
+    """All rated completions of a prompt. Either `ratings` [segments, K], NaN where an aspect was not rated, or `steps`
+    [segments]: an array over each segment's tokens with a score at the last token of each step, NaN elsewhere.
 
-    Texts longer than `max_length` are left out (`too_long="drop"`), or lose the beginning of their prompt (`left`) or the end of
-    their answer (`right`). An answer ends with its last supervised token: what a template writes behind it nobody judged, and no
-    model writes. `report` counts what was left out. Raises `NothingLeft` where there is none.
+    A completion ends with its last supervised token: what a template writes after it was not rated, and no model generates it.
+    Raises `NothingLeft` if no rating remains.
     """
 
     def __init__(
         self, segments: Segments, max_length: int, too_long: str = "drop", *, ratings: Floats | None = None,
         steps: Sequence[Floats] | None = None,
     ) -> None:  # fmt: skip
-        assert segments.record == "Rating" and (ratings is None) != (steps is None)
-        self.segments, self.ratings, self.steps = segments, ratings, steps
+        super().__init__(segments, "Rating", max_length, too_long)
+        assert (ratings is None) != (steps is None)
+        self.ratings, self.steps = ratings, steps
         spans = np.array([_span(segments.mask(i)) for i in range(len(segments))], np.int64).reshape(-1, 2)
-        cuts, stops = spans[:, 0], spans[:, 1]
-        fits, trained = stops <= max_length, stops > cuts
-        starts = np.clip(stops - max_length, 0, cuts - 1) if too_long == "left" else np.zeros_like(cuts)
-        self._cuts, self._starts, self._stops = cuts, starts, np.minimum(stops, starts + max_length)
-        kept = (fits | (too_long != "drop")) & (self._stops > cuts)
-        judged = np.array([self._judged(i) for i in range(len(segments))], bool)
-        self.answers = np.flatnonzero(kept & judged)
+        ends, stops = spans[:, 0], spans[:, 1]
+        fits, trained = stops <= max_length, stops > ends
+        starts = self._prompt_starts(stops, ends)
+        self._ends, self._starts, self._stops = ends, starts, np.minimum(stops, starts + max_length)
+        kept = (fits | (too_long != "drop")) & (self._stops > ends)
+        rated = np.array([self._rated(i) for i in range(len(segments))], bool)
+        self.kept = np.flatnonzero(kept & rated)
         self.report = {
             "ratings": len(segments),
             TOO_LONG: int((trained & ~kept).sum()),
             **cut(too_long, (~fits & kept).sum()),
             UNTRAINED: int((~trained).sum()),
-            UNSCORED: int((kept & ~judged).sum()),
+            UNSCORED: int((kept & ~rated).sum()),
         }
-        if not len(self.answers):
-            needed = stops if too_long == "drop" else cuts - starts + 1
-            raise nothing_left("no rating is left", self.report, segments.folder, max_length, too_long, needed)
+        if not len(self.kept):
+            raise self._nothing_left("no rating is left", stops, ends - starts + 1)
         self.members = self._grouped()
 
-    def _judged(self, i: int) -> bool:
+    def _rated(self, i: int) -> bool:
         if self.ratings is not None:
             return bool(np.isfinite(self.ratings[i]).any())
         assert self.steps is not None
-        return bool(np.isfinite(self.steps[i][self._cuts[i] : self._stops[i]]).any())
+        return bool(np.isfinite(self.steps[i][self._ends[i] : self._stops[i]]).any())
 
     def _grouped(self) -> list[list[int]]:
-        """Segments with the same prompt together, in the order of the data."""
+        """Segments grouped by prompt, in the order of the data."""
         groups: dict[bytes, list[list[int]]] = {}
-        for i in self.answers.tolist():
+        for i in self.kept.tolist():
             found = groups.setdefault(self._prompt(i).tobytes(), [[]])
             if len(found[-1]) == MOST:
                 found.append([])
@@ -75,11 +72,11 @@ class RatedGroups:
 
     @property
     def varies(self) -> bool:
-        """Whether some score is not the same for all answers, or steps."""
+        """Whether the scores differ between completions or steps."""
         if self.ratings is not None:
-            return any(len(np.unique(column[np.isfinite(column)])) > 1 for column in self.ratings[self.answers].T)
+            return any(len(np.unique(column[np.isfinite(column)])) > 1 for column in self.ratings[self.kept].T)
         assert self.steps is not None
-        seen = [self.steps[i][self._cuts[i] : self._stops[i]] for i in self.answers.tolist()]
+        seen = [self.steps[i][self._ends[i] : self._stops[i]] for i in self.kept.tolist()]
         values = np.concatenate(seen)
         return len(np.unique(values[np.isfinite(values)])) > 1
 
@@ -95,38 +92,40 @@ class RatedGroups:
 
     def __getitem__(self, i: int) -> PromptGroup:
         first = self.members[i][0]
-        return PromptGroup(self.segments.record_id(first), self._prompt(first), tuple(self._ending(j) for j in self.members[i]))
+        return PromptGroup(
+            self.segments.record_id(first), self._prompt(first), tuple(self._completion(j) for j in self.members[i])
+        )
 
-    def _ending(self, i: int) -> Completion:
-        part = slice(int(self._cuts[i]), int(self._stops[i]))
+    def _completion(self, i: int) -> Completion:
+        part = slice(int(self._ends[i]), int(self._stops[i]))
         ids, mask = self.segments.ids(i)[part], self.segments.mask(i)[part]
         if self.ratings is not None:
-            return Completion(ids, mask, whole={"ratings": self.ratings[i].tolist()})
+            return Completion(ids, mask, per_completion={"ratings": self.ratings[i].tolist()})
         assert self.steps is not None
         return Completion(ids, mask, {"step_score": self.steps[i][part]})
 
     def _prompt(self, i: int) -> npt.NDArray[Any]:
-        return self.segments.ids(i)[int(self._starts[i]) : int(self._cuts[i])]
+        return self.segments.ids(i)[int(self._starts[i]) : int(self._ends[i])]
 
     def sizes(self, layout: Layout) -> Ints:
-        prompts = (self._cuts - self._starts)[[m[0] for m in self.members]]
-        answers = np.array([(self._stops - self._cuts)[m].sum() for m in self.members], np.int64)
+        prompts = (self._ends - self._starts)[[m[0] for m in self.members]]
+        answers = np.array([(self._stops - self._ends)[m].sum() for m in self.members], np.int64)
         return answers + prompts * (1 if layout == "tree" else np.array([len(m) for m in self.members]))
 
 
 def _span(mask: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """From the first supervised token to behind the last; both the same where there is none."""
+    """Start and end of the supervised tokens; equal if there are none."""
     at = np.flatnonzero(mask)
     return (max(1, int(at[0])), int(at[-1]) + 1) if len(at) else (1, 1)
 
 
 def aspects_of(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The aspects that any of the ratings has, in alphabetical order."""
+    """All aspects that occur in the ratings, in alphabetical order."""
     return tuple(sorted({name for row in records for name in row.get("scores") or ()}))
 
 
 def ratings_of(records: Sequence[Mapping[str, Any]], aspects: Sequence[str]) -> Floats:
-    """[ratings, aspects], NaN where one was not rated."""
+    """Ratings [ratings, aspects], NaN where an aspect was not rated."""
     rows = [[(row.get("scores") or {}).get(name, np.nan) for name in aspects] for row in records]
     return np.array(rows, np.float32).reshape(len(rows), len(aspects))
 

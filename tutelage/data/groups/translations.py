@@ -1,4 +1,4 @@
-"""Sources with their targets as families, for encoder-decoders: translation, summaries, whatever makes one text of another."""
+"""Source and target texts as prompt groups for encoder-decoders: translation, summarisation and similar tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tutelage.tokenizer.load import TokenizerFolder
 
 @dataclass(slots=True, frozen=True)
 class Marks:
-    """What a model's targets begin and end with."""
+    """The tokens that a model's targets begin and end with."""
 
     start: tuple[int, ...]  # the decoder's first token, and one that is forced after it
     ends: tuple[int, ...]
@@ -29,7 +29,7 @@ def pair_of(conversation: Conversation) -> tuple[str, str]:
     roles = [m.role for m in conversation.messages]
     if roles != ["user", "assistant"]:
         raise DataError(
-            "an encoder-decoder makes one text of one text", file=conversation.source, found=" ".join(roles),
+            "an encoder-decoder needs one source and one target, not a dialogue", file=conversation.source, found=" ".join(roles),
             expected="a prompt and its completion", fix="give prompt/completion rows, or train a decoder with `tutelage sft`",
         )  # fmt: skip
     return conversation.messages[0].content, conversation.messages[1].content
@@ -42,7 +42,7 @@ class PairEncoder:
         self.tokenizer, self.marks = words.plain, marks
 
     def source(self, text: str, most: int) -> tuple[list[int], bool]:
-        """At most so many ids, and whether the end of the text was cut. Control tokens are never cut."""
+        """At most `most` ids, and whether the end of the text was cut. Control tokens are never cut."""
         found = self.tokenizer.encode(text, add_special_tokens=False)
         room = most - self.tokenizer.num_special_tokens_to_add(False)
         cut = len(found) > room
@@ -51,7 +51,7 @@ class PairEncoder:
         return list(self.tokenizer.post_process(found, None, True).ids), cut
 
     def target(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids and which of them are to be learnt: all but what the model begins with by itself."""
+        """Ids and their mask: all are learned but those that the model starts with by itself."""
         start, ends = self.marks.start, self.marks.ends
         ids = list(self.tokenizer.encode(text, add_special_tokens=True).ids)
         begin = list(start[:1]) if ids[: len(start) - 1] == list(start[1:]) else list(start)
@@ -61,14 +61,14 @@ class PairEncoder:
 
 
 class PairedTexts:
-    """A family a pair: the source is its prompt, the target its one ending. `report` says what was cut or left out."""
+    """One prompt group per pair: source as prompt, target as its only completion. `report` counts cut and dropped pairs."""
 
     def __init__(
         self, records: Sequence[Conversation], encode: PairEncoder, max_source: int, max_target: int, *, cut: bool = True
     ) -> None:
         self.report = Counter(pairs=len(records))
         self.records: list[Conversation] = []
-        self.families: list[PromptGroup] = []
+        self.prompt_groups: list[PromptGroup] = []
         seen, lengths = hashlib.sha256(), []
         for record in records:
             source, target = pair_of(record)
@@ -83,9 +83,11 @@ class PairedTexts:
                 continue
             self.report["source too long, cut at the right"] += over
             self.records.append(record)
-            self.families.append(PromptGroup(record.id, np.array(ids), (Completion(np.array(made), np.array(mask, np.uint8)),)))
+            self.prompt_groups.append(
+                PromptGroup(record.id, np.array(ids), (Completion(np.array(made), np.array(mask, np.uint8)),))
+            )
             seen.update(f"{record.id} {ids} {made}\n".encode())
-        if not self.families:
+        if not self.prompt_groups:
             why = [f"{count:,} {what}" for what, count in self.report.items() if count]
             fixes = ["raise max_target"] * bool(self.report["target too long, left out"])
             fixes += [f"raise max_length, or set {Setting('too_long', 'right')}"] * bool(self.report["source too long, left out"])
@@ -96,10 +98,10 @@ class PairedTexts:
         self.digest = seen.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.families)
+        return len(self.prompt_groups)
 
     def __getitem__(self, i: int) -> PromptGroup:
-        return self.families[i]
+        return self.prompt_groups[i]
 
     def sizes(self, layout: Layout) -> np.ndarray:
-        return np.array([f.size(layout) for f in self.families])
+        return np.array([f.size(layout) for f in self.prompt_groups])

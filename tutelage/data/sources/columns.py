@@ -82,7 +82,7 @@ class Columns:
             except UNREADABLE as error:
                 wrong = DataError(
                     f"a value that cannot be read ({error})", file=self.file, line=number, field=name,
-                    expected="a value that JSON has, in valid UTF-8; years 1 to 9999", fix="mend the column, or leave it out",
+                    expected="a value that JSON has, in valid UTF-8; years 1 to 9999", fix="fix the column, or leave it out",
                 )  # fmt: skip
                 self.report.broken(wrong, source=f"{self.file}#{number}", excerpt=f"{name}: {error}")
                 return None

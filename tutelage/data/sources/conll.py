@@ -69,7 +69,7 @@ def _columns(found: list[Sentence], path: Path) -> tuple[int, int]:
     if len(width) > 1:
         raise DataError(
             "lines with a different number of columns", file=path, found=sorted(width), expected="as many in every line",
-            fix="mend the file, or keep two columns: the token and its tag",
+            fix="fix the file, or keep two columns: the token and its tag",
         )  # fmt: skip
     tagged = [
         c for c in range(2, *width)

@@ -85,7 +85,7 @@ def _preference(row: Row, source: str) -> Preference:
         answers.append(answer)
     if prompts[0] != prompts[1]:
         raise DataError(
-            "the two answers are not to the same prompt", field="rejected", found=_short(prompts[1]), expected=_short(prompts[0]),
+            "chosen and rejected have different prompts", field="rejected", found=_short(prompts[1]), expected=_short(prompts[0]),
             fix="give rows whose conversations differ in the last answer only",
         )  # fmt: skip
     if answers[0] == answers[1]:
@@ -246,7 +246,7 @@ def _scores(row: Row) -> dict[str, float]:
             return {"score": _number(given[key], key)}
     empty = next((key for key in VERDICTS if key in row), None)
     raise DataError(
-        "a rating says nothing of its answer", field=empty, found=f"keys {', '.join(row)}" if empty is None else "nothing",
+        "the rating has no score or label", field=empty, found=f"keys {', '.join(row)}" if empty is None else "nothing",
         expected=f"one of: {', '.join(VERDICTS)}", fix=f"map the name of your field: {Setting('fields', '{label: YOUR_KEY}')}",
     )  # fmt: skip
 

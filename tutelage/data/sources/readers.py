@@ -69,7 +69,7 @@ def read(
     elif scheme in ("python-questions", "skill"):
         if options.kind not in ("conversations", "prompts"):
             fix = f"set {Setting('kind', 'conversations')} or {Setting('kind', 'prompts')}"
-            raise ConfigError("this source gives conversations", field="sources", found=source, fix=fix)
+            raise ConfigError("this source yields conversations", field="sources", found=source, fix=fix)
         from tutelage.data.demo import questions, skills
 
         parameters.setdefault("seed", str(options.seed))

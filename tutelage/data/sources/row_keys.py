@@ -1,4 +1,4 @@
-"""What a row says beside its dialogue: kept in `meta`, or refused where it would change what is learnt."""
+"""Keys of a row next to its dialogue: kept in `meta`, or refused if they would change what is learned."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def meta_of(
     twice = [key for key in rest if key in given and given[key] != rest[key]]
     if twice:
         raise DataError(
-            f"`{twice[0]}` stands in the row and in its `meta`", field=twice[0], found=rest[twice[0]], expected=given[twice[0]],
+            f"`{twice[0]}` differs between row and `meta`", field=twice[0], found=rest[twice[0]], expected=given[twice[0]],
             fix="leave one of them out",
         )  # fmt: skip
     return {**rest, **given}
@@ -136,7 +136,7 @@ def _refuse(key: str, value: Any, known: set[str], row: Mapping[str, Any], *, st
         )  # fmt: skip
     if key in MEDIA:
         raise DataError(
-            "only text is learnt",
+            "only text can be trained on",
             field=key,
             found=value,
             expected="rows of text",

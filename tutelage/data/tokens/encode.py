@@ -214,7 +214,7 @@ def read_part(path: str) -> Part:
             ids, mask, segments = (np.load(f, allow_pickle=False) for _ in range(3))
     except (ValueError, EOFError) as error:
         raise ArtifactError(
-            f"a part of an attempt before is damaged ({error})", file=path, fix="remove it, and run the same command again"
+            f"a part of an earlier attempt is damaged ({error})", file=path, fix="remove it, and run the same command again"
         ) from None
     return Part(ids=ids, mask=mask, segments=segments)
 

@@ -116,7 +116,7 @@ class _Source(ABC):
                 raise ConfigError("a batch needs rows", field=name, found=value, expected="1 or more")
         if rows_per_step % world:
             raise ConfigError(
-                "the rows of a step can't be shared out evenly",
+                "the rows of a step can't be divided evenly among the ranks",
                 field="rows_per_step",
                 found=f"{rows_per_step} rows, {world} ranks",
                 expected="a multiple of the number of ranks",
@@ -147,7 +147,7 @@ class _Source(ABC):
         different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         if different:
             raise ArtifactError(
-                "the checkpoint was made with other data or another order of it",
+                "the checkpoint was made with other data or another data order",
                 field=", ".join(different),
                 found="; ".join(f"{k} {ours.get(k)}" for k in different),
                 expected="; ".join(f"{k} {theirs.get(k)}" for k in different),

@@ -143,7 +143,7 @@ def _write_shard(folder: Path, number: int, group: list[Part], about: dict[str, 
     largest, seen = int(arrays["ids"].max()), hashlib.sha256()
     if largest >= about["vocabulary"]:
         raise ArtifactError(
-            "the tokenizer made an id outside its vocabulary", found=largest, expected=f"below {about['vocabulary']}"
+            "the tokenizer produced an id outside its vocabulary", found=largest, expected=f"below {about['vocabulary']}"
         )
     for name in sorted(arrays):
         with whole_file(folder / f"shard_{number:05d}.{name}.npy", "wb") as f:
