@@ -12,9 +12,9 @@ import pytest
 
 from tests.pipeline import TRAIN, World, environment, inside, tutelage, world, write_recipe, write_sources  # noqa: F401 (a fixture)
 from tutelage import __version__, api, log
-from tutelage.cli.options import hyphens
 from tutelage.cli.spelling import spelled, spelling_of
 from tutelage.config.base import known_keys, subsection
+from tutelage.config.spec import hyphens
 from tutelage.errors import DataError, Setting
 from tutelage.files import read_json, write_json
 from tutelage.rundir import RunDir

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline import World, world  # noqa: F401 (a fixture)
+from tests.pipeline import World, tutelage, world  # noqa: F401 (a fixture)
 from tutelage import api
 from tutelage.config.base import build
 from tutelage.config.stages import Pretrain, Sft
@@ -61,3 +61,14 @@ def test_the_dial_really_moves_the_training(world: World, tmp_path: Path) -> Non
     assert abs(losses[0][1] - losses[0][0]) < 0.01
     assert losses[0][1] - losses[1][1] > 0.05
     assert losses[1][1] - losses[2][1] > 0.3
+
+
+def test_dry_run_prints_the_derivation(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """`--dry-run` said `lr: derived` where the README promises the number and its reason."""
+    line = ["sft", "--model", world.made["base"], "--data", world.made["chats"], "--runs", tmp_path, "--dry-run"]
+    said = tutelage(capsys, *line, columns=200)
+    shown = said.out + said.err
+    assert "a trained model moves in small steps" in shown and "the checkpoint's context" in shown
+    given = tutelage(capsys, *line, "--lr", "1e-5", columns=200)
+    shown = given.out + given.err
+    assert "matrix_lr" in shown and "1 x lr, the ratio of the derived rates" in shown and not list(tmp_path.glob("*/run.json"))

@@ -18,7 +18,7 @@ import pytest
 from tests.pipeline import World, environment, tutelage, world  # noqa: F401 (a fixture)
 from tests.stages.test_classify import TINY, classify, data, rows
 from tutelage import api
-from tutelage.cli.options import hyphens
+from tutelage.config.spec import hyphens
 from tutelage.config.stages import Predict
 from tutelage.errors import ArtifactError, ConfigError, DataError
 from tutelage.files import read_json, write_json

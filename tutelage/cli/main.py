@@ -12,8 +12,9 @@ import typer
 from tutelage import __version__
 from tutelage.cli import options as cli
 from tutelage.cli.commands import chat, keys_app, serve
-from tutelage.cli.options import RUNS, DryRun, Extend, Force, Runs, Sets, hyphens
+from tutelage.cli.options import RUNS, DryRun, Extend, Force, Runs, Sets
 from tutelage.cli.runs import doctor, runs, show
+from tutelage.config.spec import hyphens
 from tutelage.errors import UserError
 from tutelage.stages import FILE_COMMANDS, STAGES
 
@@ -102,14 +103,17 @@ def run(
     dry_run: DryRun = False,
 ) -> None:
     """Plan a recipe, run or resume what is missing, skip what is there."""
-    from tutelage.cli.show import show_next, show_plan
+    from tutelage.cli.show import show_derivations, show_next, show_plan
     from tutelage.config.base import parse_set
     from tutelage.recipe import Runner, load_recipe, plan_recipe, run_recipe
 
     loaded = load_recipe(recipe, STAGES, [parse_set(s) for s in set_], [parse_set(s) for s in extend])
     runner = Runner(STAGES, runs, loaded.name, force=force)
-    show_plan(plan_recipe(loaded, runner), runner)
-    if not dry_run:
+    plan = plan_recipe(loaded, runner)
+    show_plan(plan, runner)
+    if dry_run:
+        show_derivations(plan)
+    else:
         show_next(run_recipe(loaded, runner))
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from tutelage.config.spec import RENAMED
+from tutelage.config.spec import RENAMED, hyphens
 from tutelage.files import named_folder
 
 THIS_RUN = "This run"
@@ -40,11 +40,6 @@ Extend = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.", rich_help_panel=THIS_RUN, metavar=" ")]
 
 METAVARS = {int: "N", float: "X", bool: "true|false", list: "ITEM", dict: "{KEY: VALUE}"}
-
-
-def hyphens(name: str) -> str:
-    """`vocab_size`, the key that recipes use, as a command line has it: `vocab-size`."""
-    return name.replace("_", "-")
 
 
 class Commands(TyperGroup):

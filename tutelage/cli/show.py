@@ -51,7 +51,25 @@ def show_stage_plan(planned: Planned, runner: Runner) -> None:
     planned.estimate = runner.estimate(planned)
     log.say(runner.table[planned.kind].help, style="bold")
     show_plan([planned], runner)
+    show_derivations([planned])
     show_config(planned.config)
+
+
+def show_derivations(plan: list[Planned]) -> None:
+    """The derived numbers of every training stage that has still to run, each with its reason."""
+    from tutelage.preflight.derivations import derivation
+
+    if log.rank() != 0:
+        return
+    for item in plan:
+        found = None if item.status == "hit" else derivation(item)
+        if isinstance(found, Unknown):
+            log.say(f"{item.name}: derived numbers {found}")
+        elif found is not None:
+            table = Table("name", "value", "because", title=f"{item.name}: derived (* given)", title_justify="left")
+            for row in found:
+                table.add_row(*map(Text, row))
+            log.console.print(table)
 
 
 def _expected(estimate: Estimate | Unknown | None, resumes: bool = False) -> tuple[str, str]:

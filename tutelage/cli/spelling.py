@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
-from tutelage.cli.options import hyphens
 from tutelage.config.base import known_keys
+from tutelage.config.spec import hyphens
 from tutelage.errors import Setting, UserError
 from tutelage.stages import FILE_COMMANDS, STAGES
 

@@ -84,3 +84,8 @@ def _docstrings() -> dict[str, str]:
             if isinstance(node, ast.ClassDef):
                 found[node.name] = ast.get_docstring(node) or ""
     return found
+
+
+def hyphens(name: str) -> str:
+    """`vocab_size`, the key that recipes use, as a command line has it: `vocab-size`."""
+    return name.replace("_", "-")

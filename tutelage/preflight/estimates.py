@@ -122,6 +122,12 @@ def _ends(planned: Planned, found: Derived) -> tuple[list[Derived], Estimate | N
         return [found], None
 
 
+def data_range(planned: Planned, found: Derived) -> list[Derived]:
+    """The derivations for the least and the most data. Raises `Unknown` where the data has still to be made."""
+    records_of(planned, "data")
+    return _ends(planned, found)[0]
+
+
 def _tokens(planned: Planned, ends: list[Derived]) -> Span:
     """What all steps read."""
     parent = _parent(planned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,25 @@ from tutelage.setup.extend import ParentRun
 
 if TYPE_CHECKING:
     from tutelage.data.tokens.shards import Segments
-    from tutelage.setup.text_rows import Hyperparameters
     from tutelage.train.optim import LearningRates
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Settings with nothing left to derive."""
+
+    steps: int
+    sequence_length: int
+    rows_per_step: int
+    micro_rows: int
+    rates: LearningRates
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What a child run takes over, by the names of the settings."""
+        batch = self.rows_per_step * self.sequence_length
+        return {"sequence_length": self.sequence_length, "batch_tokens": batch, **asdict(self.rates)}
+
 
 MICRO_TOKENS = 4096  # tokens in one forward pass: on a CPU as fast as larger ones, and much leaner
 KEPT = ("sequence_length", "batch_tokens", "lr", "matrix_lr", "embedding_lr")  # a child run takes them from its parent
@@ -183,7 +200,6 @@ def derive_numbers(
     config: Train, vocabulary: int, segments: Segments, start: Path | None, parent: ParentRun | None
 ) -> tuple[Hyperparameters, dict[str, Any]]:
     """All numbers of a run and the architecture of a new model. Prints the table of derivations."""
-    from tutelage.setup.text_rows import Hyperparameters
     from tutelage.train.optim import LearningRates
 
     found = derive_all(config, vocabulary, segments.totals["tokens"], start, parent=parent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,12 @@ from tutelage.models.interface import Batch
 from tutelage.objectives import objective
 from tutelage.rundir import RunDir
 from tutelage.setup.extend import ParentRun, say_rate
+from tutelage.setup.hyperparameters import Hyperparameters
 from tutelage.setup.inputs import record_type, require_record_type
 from tutelage.setup.trainer import TrainingSpec, write_model
 from tutelage.tokenizer.load import TokenizerFolder
 from tutelage.train import distributed, hooks
 from tutelage.train.loop import Hook
-from tutelage.train.optim import LearningRates
-
-
-@dataclass(frozen=True, slots=True)
-class Hyperparameters:
-    """Settings with nothing left to derive."""
-
-    steps: int
-    sequence_length: int
-    rows_per_step: int
-    micro_rows: int
-    rates: LearningRates
-
-    @property
-    def derived(self) -> dict[str, Any]:
-        """What a child run takes over, by the names of the settings."""
-        batch = self.rows_per_step * self.sequence_length
-        return {"sequence_length": self.sequence_length, "batch_tokens": batch, **asdict(self.rates)}
 
 
 def open_segments(config: Train, run: RunDir, tokenizer: Path, vocabulary: int, data: str = "data") -> tuple[Segments, Segments]:
