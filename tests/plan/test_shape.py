@@ -14,13 +14,14 @@ SIZES = {"3m": 3e6, "5.8m": 5.8e6, "10m": 1e7, "30m": 3e7, "125m": 1.25e8, "350m
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("vocabulary", [2048, 32768, 131072])
 def test_size_is_met(size: str, vocabulary: int) -> None:
-    """Guards against a dial that gives another size than asked: within 5% with the token table, or an error that says why."""
-    if vocabulary == 131072 and SIZES[size] < 2e7:
+    """Guards against a dial that gives another size than asked: within 5% with the token table (10% where the table leaves few
+    shapes), or an error that says why."""
+    if vocabulary == 131072 and SIZES[size] < 9e6:
         with pytest.raises(ConfigError, match="vocabulary"):
             derive(size, vocabulary)
         return
     shape = derive(size, vocabulary).architecture
-    assert abs(count_config(shape).total / SIZES[size] - 1) <= 0.05
+    assert abs(count_config(shape).total / SIZES[size] - 1) <= (0.1 if vocabulary == 131072 and SIZES[size] < 2e7 else 0.05)
     assert shape["hidden_size"] % 64 == 0 and shape["intermediate_size"] % 64 == 0
     assert shape["num_attention_heads"] % shape["num_key_value_heads"] == 0
     assert shape["vocab_size"] == vocabulary
@@ -83,6 +84,15 @@ def test_wrong_size(size: str) -> None:
     """Guards against a size that is misread."""
     with pytest.raises(ConfigError, match="size"):
         parse_size(size)
+
+
+def test_a_size_without_a_shape_of_its_own_is_rounded() -> None:
+    """`--size 300k` with 512 tokens stopped: the dial takes the nearest shape and says how far off it is."""
+    found = derive("300k", 512, tokens=1e6)
+    said = next(reason for name, _, reason in found.rows() if name == "parameters")
+    assert found.architecture["vocab_size"] == 512 and "the nearest shape" in said
+    with pytest.raises(ConfigError, match="no shape of 300k"):
+        derive("300k", 50257, tokens=1e6)
 
 
 def test_unknown_name() -> None:

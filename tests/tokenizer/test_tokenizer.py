@@ -148,6 +148,21 @@ def test_other_tokenizers_fall_back(make: Callable[..., TokenizerFolder], tmp_pa
         assert [x.tolist() for x in encoder.encode_batch(CORPUS[:4])] == tokenizer.encode_batch(CORPUS[:4])
 
 
+@pytest.mark.parametrize("digits", [r"\p{N}{1,3}+", r"\p{N}{2}?", r"\p{N}{1,}+"])
+def test_intervals_that_two_engines_read_differently_fall_back(
+    make: Callable[..., TokenizerFolder], tmp_path: Path, digits: str
+) -> None:
+    """GPT-4's `{1,3}+` is possessive in `re` and "again and again" in `tokenizers`: a corpus with other ids than those served."""
+    kind = _foreign(make)
+    pattern = rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    kind.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer = _save(tmp_path / "t", kind, eos_token="<|endoftext|>")
+    encoder = tokenizer.encoder()
+    texts = ["year 20262027", "12345678 1 22 333 4444", "a1b22c333d4444"]
+    assert not encoder.fast and [x.tolist() for x in encoder.encode_batch(texts)] == tokenizer.encode_batch(texts)
+
+
 def test_ordinary_added_tokens_in_the_fast_encoder(make: Callable[..., TokenizerFolder], tmp_path: Path) -> None:
     """Guards against Qwen's `<think>` (an added token that is no control token) being cut into letters by the word cache."""
     inner = _foreign(make)

@@ -25,6 +25,7 @@ UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 TRAINING = (
     "sequence_length", "tokens", "batch_tokens", "steps", "lr", "matrix_lr", "embedding_lr", "weight_decay", "warmup_steps",
 )  # fmt: skip
+ROUNDED = 0.05  # a shape further off than this share of the asked size is told to be the nearest
 
 
 @lru_cache(maxsize=1)
@@ -230,7 +231,7 @@ def is_complete(config: Mapping[str, Any]) -> bool:
 def find_shape(size: str, vocab_size: int, fixed: Mapping[str, Any], because: dict[str, str]) -> dict[str, Any]:
     """The config.json object nearest to `size` parameters, embedding included, with usual proportions.
 
-    Raises `ConfigError` when no shape is within 5%, which is so when the token table alone is too big for the size.
+    Raises `ConfigError` when no shape is within 10%, which is so when the token table alone is too big for the size.
     """
     check_types({**dial()["family"], **fixed}, None, "architecture.", ConfigError)
     if is_complete(fixed):
@@ -256,8 +257,9 @@ def find_shape(size: str, vocab_size: int, fixed: Mapping[str, Any], because: di
             fix="take a smaller vocabulary or a larger size",
         )  # fmt: skip
     _explain_shape(best, fixed, because, rules)
+    nearest = ", the nearest shape" if abs(off) > ROUNDED else ""
     because["parameters"] = (
-        f"{off:+.1%} of {size}, token table included ({counts.embedding + counts.head:,} with the head; "
+        f"{off:+.1%} of {size}{nearest}, token table included ({counts.embedding + counts.head:,} with the head; "
         f"{counts.without_embedding:,} in the layers)"
     )
     return best

@@ -33,6 +33,7 @@ PLANES = [
     range(0x30000, 0x40000),
     range(0xE0000, 0xE1000),
 ]
+INTERVAL_WITH_MARK = re.compile(r"\{\d*,?\d*\}[+?]")
 OUTSIDE = re.compile("[\U00040000-\U000dffff\U000e1000-\U0010ffff]")
 PROBE = (
     "It's we'LL 'ſ don’t  two   three\t\n\n x \r\n\r\n 12345 ½Ⅷ٣ ünï 漢字かな 😀🏽 …—“q” #!?\n\n  "
@@ -143,7 +144,11 @@ def _pattern(described: dict[str, Any] | None) -> str | None:
 
 
 def _translate(pattern: str) -> str | None:
-    """The pattern for `re`, with every class spelt out; None if it uses other escapes, or leaves characters unmatched."""
+    """The pattern for `re`, with every class spelt out; None if it uses other escapes, leaves characters unmatched, or has an
+    interval with a mark behind it: `{1,3}+` is possessive in `re`, and a repetition of the repetition in the engine of
+    `tokenizers`; `{3}?` is lazy in one and optional in the other."""
+    if INTERVAL_WITH_MARK.search(pattern):
+        return None
     out: list[str] = []
     inside = False
     for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
