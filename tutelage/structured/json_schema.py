@@ -17,7 +17,18 @@ from urllib.parse import unquote
 from tutelage.errors import ConfigError
 from tutelage.structured.patterns import check_pattern, places
 from tutelage.structured.schema_proofs import (
-    DEFINITIONS, KINDS, TYPES, combines, counts_repeats, disjoint, every, has_finite, has_patterns, target, types, without_nul,
+    DEFINITIONS,
+    KINDS,
+    TYPES,
+    combines,
+    counts_repeats,
+    disjoint,
+    every,
+    has_finite,
+    has_patterns,
+    target,
+    types,
+    without_nul,
 )  # fmt: skip
 
 MAX_SCHEMAS = 500  # schemas in a schema: the compiler's time grows with the square of an object's properties
@@ -228,7 +239,9 @@ class _Walk:
         if patterns:
             # Names outside the patterns may be written with escapes, behind which is a name that fits a pattern.
             if rest is not False and not _is_open(rest):
-                _refuse(f"{where}/additionalProperties", "a schema beside patternProperties cannot be enforced", "set it to false")
+                _refuse(
+                    f"{where}/additionalProperties", "a schema beside patternProperties cannot be enforced", "set it to false"
+                )
             done["additionalProperties"] = False
         elif "additionalProperties" not in done:
             closed = declared and len(declared) >= least and all(n in declared for n in done.get("required", ()))
@@ -253,11 +266,7 @@ class _Walk:
                 "set additionalProperties to false, or leave out patternProperties",
             )  # fmt: skip
         self._check_count(done, where)
-        if rest is False:
-            return
-        if _is_open(rest):
-            done |= self._named({})
-        else:
+        if rest is not False:
             done["allOf"] = [*done.get("allOf", ()), self._named({})]
 
     def _check_count(self, done: dict[str, Any], where: str) -> None:
