@@ -16,7 +16,20 @@ from urllib.parse import unquote
 
 from tutelage.errors import ConfigError
 from tutelage.structured.patterns import check_pattern, places
-from tutelage.structured.schema_proofs import DEFINITIONS, KINDS, TYPES, combines, disjoint, every, has_finite, target, types
+from tutelage.structured.schema_proofs import (
+    DEFINITIONS,
+    KINDS,
+    TYPES,
+    combines,
+    counts_repeats,
+    disjoint,
+    every,
+    has_finite,
+    has_patterns,
+    target,
+    types,
+    without_nul,
+)  # fmt: skip
 
 MAX_SCHEMAS = 500  # schemas in a schema: the compiler's time grows with the square of an object's properties
 MAX_VALUES = 2000  # of all enums
@@ -35,6 +48,22 @@ _ANNOTATIONS = frozenset(
     }
 )  # fmt: skip
 _ANY = "tutelage-any-"
+
+_LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"  # many calendars and libraries have no year 0
+_DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP}-02-29)"
+_TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:[.][0-9]{1,9})?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_N = "[0-9]{1,9}"
+_DAYS = f"(?:{_N}Y(?:{_N}M(?:{_N}D)?)?|{_N}M(?:{_N}D)?|{_N}D)"
+_HOURS = f"T(?:{_N}H(?:{_N}M(?:{_N}S)?)?|{_N}M(?:{_N}S)?|{_N}S)"
+_FORMATS = {
+    "date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$",
+    "duration": f"^P(?:{_DAYS}(?:{_HOURS})?|{_HOURS}|{_N}W)$",
+}  # fmt: skip
+"""Formats whose digits the compiler does not bound, or whose leap days and seconds it does not check (RFC 3339)."""
+_ALL = sorted({*TYPES} - {"integer"})
+_FORMAT_LENGTHS = {"hostname": 253, "email": 254, "uri": 2000}
 
 
 @dataclass(slots=True, frozen=True)
@@ -85,6 +114,7 @@ class _Walk:
         self.deepest = -1  # of the values without a schema that are needed
         # Where schemas are combined, a property that one of them does not declare may be declared by another.
         self.merges = any(map(combines, itertools.islice(every(root), MAX_SCHEMAS + 1)))
+        self.patterned = any(map(has_patterns, itertools.islice(every(root), MAX_SCHEMAS + 1)))
 
     def schema(self, schema: Any, where: str, level: int) -> Any:
         self.seen.add(where)
@@ -102,7 +132,7 @@ class _Walk:
         about = types(done)
         if about and not {"enum", "const"} & done.keys():
             done["type"] = about if len(about) > 1 else about[0]
-            self._bound(done, about)
+            self._bound(done, about, where)
         return done
 
     def _keywords(self, schema: dict[str, Any], where: str, level: int) -> dict[str, Any]:
@@ -121,6 +151,12 @@ class _Walk:
                 _refuse(f"{where}/oneOf", "oneOf beside anyOf cannot be enforced")
             self.one_ofs[f"{where}/oneOf"] = schema["oneOf"]
             done["anyOf"] = done.pop("oneOf")
+        if done.get("format") in _FORMATS:
+            written = _FORMATS[done.pop("format")]
+            if "pattern" in done:
+                done["allOf"] = [*done.get("allOf", ()), {"pattern": written}]
+            else:
+                done["pattern"] = written
         return done
 
     def _check(self, kind: str, value: Any, place: str) -> None:
@@ -141,8 +177,9 @@ class _Walk:
         if kind == "schemas":
             return [self.schema(one, f"{place}/{i}", level + 1) for i, one in enumerate(value)]
         if kind == "map":
-            return {name: self.schema(one, f"{place}/{_escaped(name)}", level + 1) for name, one in value.items()}
-        return value
+            done = {name: self.schema(one, f"{place}/{_escaped(name)}", level + 1) for name, one in value.items()}
+            return _names_without_nul(done, place) if place.endswith("/patternProperties") else done
+        return without_nul(value) if kind == "pattern" else value
 
     def check_references(self) -> None:
         """Every reference points to a schema; `oneOf`, which is compiled as `anyOf`, has options that exclude each other."""
@@ -164,15 +201,16 @@ class _Walk:
             schema = target(self.root, schema["$ref"])
         return schema
 
-    def _bound(self, done: dict[str, Any], about: list[str]) -> None:
+    def _bound(self, done: dict[str, Any], about: list[str], where: str) -> None:
         if "string" in about and "maxLength" not in done:
-            done["maxLength"] = max(self.bounds.string, done.get("minLength", 0), places(done.get("pattern", "")))
+            most = min(self.bounds.string, _FORMAT_LENGTHS.get(done.get("format", ""), self.bounds.string))
+            done["maxLength"] = max(most, done.get("minLength", 0), places(done.get("pattern", "")))
         if {"integer", "number"} & set(about):
             self._bound_number(done, whole="number" not in about)
         if "array" in about:
             self._bound_array(done)
-        if "object" in about and not self.merges:
-            self._bound_object(done)
+        if "object" in about:
+            (self._bound_part if self.merges else self._bound_object)(done, where)
 
     def _bound_number(self, done: dict[str, Any], whole: bool) -> None:
         most = self.bounds.magnitude
@@ -195,19 +233,51 @@ class _Walk:
         if "items" not in done and not self.merges:
             done["items"] = False if first and first >= least else self._any()
 
-    def _bound_object(self, done: dict[str, Any]) -> None:
+    def _bound_object(self, done: dict[str, Any], where: str) -> None:
         declared, least = done.get("properties", {}), done.get("minProperties", 0)
-        if "additionalProperties" not in done:
-            names = done.get("required", ())
-            closed = (declared or "patternProperties" in done) and len(declared) >= least and all(n in declared for n in names)
+        patterns, rest = "patternProperties" in done, done.get("additionalProperties", True)
+        if patterns:
+            # Names outside the patterns may be written with escapes, behind which is a name that fits a pattern.
+            if rest is not False and not _is_open(rest):
+                _refuse(
+                    f"{where}/additionalProperties", "a schema beside patternProperties cannot be enforced", "set it to false"
+                )
+            done["additionalProperties"] = False
+        elif "additionalProperties" not in done:
+            closed = declared and len(declared) >= least and all(n in declared for n in done.get("required", ()))
             done["additionalProperties"] = False if closed else self._any()
-        if done["additionalProperties"] is not False and not declared and "maxProperties" not in done:
-            done["maxProperties"] = max(self.bounds.items, least, len(done.get("required", ())))
-        if done["additionalProperties"] is not False and "patternProperties" not in done:
+        self._check_count(done, where)
+        if patterns or done["additionalProperties"] is False:
+            return
+        if not declared:
+            if "maxProperties" not in done:
+                done["maxProperties"] = max(self.bounds.items, least, len(done.get("required", ())))
             done |= self._named(done["additionalProperties"])
+        else:  # beside the schemas of declared properties a pattern would bind these too
+            done["allOf"] = [*done.get("allOf", ()), self._named(True)]
+
+    def _bound_part(self, done: dict[str, Any], where: str) -> None:
+        """An object that may be combined with others stays open, for names that are written without escapes."""
+        rest = done.get("additionalProperties", True)
+        if rest is not False and self.patterned:
+            _refuse(
+                f"{where}/{'additionalProperties' if 'additionalProperties' in done else 'properties'}",
+                "other properties cannot be left open where schemas are combined and some have patternProperties",
+                "set additionalProperties to false, or leave out patternProperties",
+            )  # fmt: skip
+        self._check_count(done, where)
+        if rest is not False:
+            done["allOf"] = [*done.get("allOf", ()), self._named({})]
+
+    def _check_count(self, done: dict[str, Any], where: str) -> None:
+        if counts_repeats(done):
+            _refuse(
+                f"{where}/minProperties", "minProperties cannot be enforced for names that are not declared: one may come twice",
+                "declare the properties and set additionalProperties to false, or list the required ones",
+            )  # fmt: skip
 
     def _named(self, schema: Any) -> dict[str, Any]:
-        """Properties beside the declared ones: their names are bounded too."""
+        """Properties beside the declared ones: their names are bounded, and written without needless escapes."""
         return {"patternProperties": {f"^(?s:.{{0,{self.bounds.name}}})$": schema}, "additionalProperties": False}
 
     def _any(self) -> dict[str, Any]:
@@ -248,6 +318,17 @@ def _fits(kind: str, value: Any) -> bool:
         return number and math.isfinite(value) and (kind == "number" or value >= 0)
     expected: dict[str, Any] = {"schema": dict | bool, "map": dict, "text": str, "pattern": str, "value": object}
     return isinstance(value, expected[kind])
+
+
+def _is_open(schema: Any) -> bool:
+    """Whether a schema, checked or as it was given, lets every value through."""
+    return schema is True or schema == {} or (isinstance(schema, dict) and sorted(schema.get("type", ())) == _ALL)
+
+
+def _names_without_nul(patterns: dict[str, Any], place: str) -> dict[str, Any]:
+    for pattern in patterns:
+        check_pattern(pattern, f"{place}/{_escaped(pattern)}")
+    return {without_nul(pattern): schema for pattern, schema in patterns.items()}
 
 
 def _decimals(number: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -78,6 +79,59 @@ def combines(schema: Any) -> bool:
     constraints = schema.keys() & KINDS.keys() - {*DEFINITIONS, *_COMBINE}
     many = isinstance(schema.get("allOf"), list) and len(schema["allOf"]) > 1
     return bool(used) and (many or len(used) > 1 or bool(constraints))
+
+
+def has_patterns(schema: Any) -> bool:
+    return isinstance(schema, dict) and bool(schema.get("patternProperties"))
+
+
+def counts_repeats(schema: dict[str, Any]) -> bool:
+    """Whether a name that is written twice may count twice towards minProperties: only declared ones come once at most."""
+    is_open = schema.get("additionalProperties", True) is not False or has_patterns(schema)
+    return bool(is_open and schema.get("minProperties", 0) > max(1, len(set(schema.get("required", ())))))
+
+
+_CHARACTER = re.compile(r"\\(?:[pP](?:\{[^}]*\}|.)|[xuU](?:\{[^}]*\}|[0-9a-fA-F]+)|.)|.", re.DOTALL)
+_NUL = re.compile(r"\\(?:x00|u0000|U00000000|[xuU]\{0+\})|\x00")
+
+
+def without_nul(pattern: str) -> str:
+    r"""The pattern without the character U+0000, where it stands or may stand in a class.
+
+    llguidance takes a set of all control characters for one that holds the quotation mark and the backslash too (escaped in
+    JSON, these are a backslash and a letter); without one of them it does not. Classes of plain letters stay as they are.
+
+    Example:
+        >>> without_nul('[^"]+')
+        '[[^"]&&[^\\x00]]+'
+    """
+    out, at = [], 0
+    while at < len(pattern):
+        found = _CHARACTER.match(pattern, at)
+        assert found is not None
+        text = pattern[at : _class_end(pattern, at)] if found[0] == "[" else found[0]
+        wide = any(c in text[1:] for c in "^\\[\x00") or min(text[1:], default="a") < " "
+        risky = wide if text[0] == "[" else text[:2] in ("\\p", "\\P") or _NUL.fullmatch(text)
+        out.append(f"[{text}&&[^\\x00]]" if risky else text)
+        at += len(text)
+    return "".join(out)
+
+
+def _class_end(pattern: str, at: int) -> int:
+    """Where the class that begins at `at` ends; classes may hold others."""
+    level = 0
+    while at < len(pattern):
+        if pattern[at] == "[":
+            level += 1
+            at += 1 + (pattern[at + 1 : at + 2] == "^")
+            at += pattern[at : at + 1] == "]"  # the first is a character
+            continue
+        if pattern[at] == "]":
+            level -= 1
+        at += 2 if pattern[at] == "\\" else 1
+        if level == 0:
+            break
+    return min(at, len(pattern))
 
 
 def disjoint(a: Any, b: Any) -> bool:
