@@ -145,9 +145,8 @@ def test_names_of_hosts_and_addresses_end() -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        '^[^"]+$', r"^[^\\]+$", r'^[^"\\\n]+$', r"^[\x00-\x1f]+$", r"^[]\x00-!]+$", r"^[^\x20-\x7e]$", "^[^,]+$",
-        "^[a-z]+$", r"^[\[\]]$",
-        r"^(\x00|[\x01-\x1f])$", r"^(?:[\x00-\x10]|[\x11-\x1f])$", r"^\[a\]$",
+        '^[^"]+$', r"^[^\\]+$", r'^[^"\\\n]+$', r"^[\x00-\x1f]+$", r"^[]\x00-!]+$", r"^[^\x20-\x7e]$", "^[^,]+$", "^[a-z]+$",
+        r"^[\[\]]$", r"^(\x00|[\x01-\x1f])$", r"^(?:[\x00-\x10]|[\x11-\x1f])$", r"^\[a\]$",
     ],
 )  # fmt: skip
 def test_classes_with_control_characters(pattern: str) -> None:

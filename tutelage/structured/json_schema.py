@@ -29,7 +29,7 @@ from tutelage.structured.schema_proofs import (
     target,
     types,
     without_nul,
-)  # fmt: skip
+)
 
 MAX_SCHEMAS = 500  # schemas in a schema: the compiler's time grows with the square of an object's properties
 MAX_VALUES = 2000  # of all enums
