@@ -143,7 +143,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [  # kind, row, field, words
     ("conversations", {"question": "q", "answer": "a", "thinking": "r"}, "thinking", "belongs in a message"),
     ("conversations", {"messages": [Q, A], "images": ["x.png"]}, "images", "only text"),
     ("conversations", {"messages": [Q, A], "meta": "m"}, "meta", "is an object"),
-    ("conversations", {"messages": [Q, A], "task": "t", "meta": {"task": "u"}}, "task", "in the row and in its `meta`"),
+    ("conversations", {"messages": [Q, A], "task": "t", "meta": {"task": "u"}}, "task", "differs between row and `meta`"),
     ("conversations", {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "tools", "two strings have none"),
     ("preferences", {"prompt": "z", "chosen": [Q, A], "rejected": [Q, B], "question": "q"}, "prompt", "only one of both"),
     ("prompts", {"messages": [Q], "prompt": "z"}, "prompt", "only one of both"),

@@ -121,5 +121,5 @@ def test_damaged_weights_and_empty_documents_are_named() -> None:
         measure(model, [Encoded(np.array([0, 1, 2]), 3, "fine"), Encoded(np.array([0, 7, 2]), 3, "broken")], row_length=8)
     with pytest.raises(DataError, match="no token to predict"):
         measure(Running(), [Encoded(np.array([0]), 0, "empty")], row_length=8)
-    with pytest.raises(DataError, match="no document"):
+    with pytest.raises(DataError, match="no held-out document"):
         measure(Running(), [], row_length=8)

@@ -149,13 +149,13 @@ def test_without_general_text_it_says_what_is_lost(tmp_path: Path, capsys: pytes
     made = adapt(tmp_path, general=None, replay_share=0.2, steps=1, **NO_TOKENS)
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: no general text" in said and "not measured" in said
-    assert list(made.facts["change"]) == ["field"] and "replayed" not in made.facts
+    assert list(made.facts["adaptation_effect"]) == ["field"] and "replayed" not in made.facts
 
 
 def test_share_of_nothing_measures_only(tmp_path: Path) -> None:
     """A share of 0 that is an error of the mixture, or that replays all the same."""
     made = adapt(tmp_path, replay_share=0.0, steps=1, **NO_TOKENS)
-    assert list(made.facts["change"]) == ["field", "general"] and "replayed" not in made.facts
+    assert list(made.facts["adaptation_effect"]) == ["field", "general"] and "replayed" not in made.facts
 
 
 @pytest.mark.parametrize(
@@ -218,4 +218,4 @@ def test_new_tokens_for_another_kind_of_tokenizer_are_refused(tmp_path: Path) ->
     save(tiny.model(eos_token_id=1), tmp_path / "model", tmp_path / "words")
     with pytest.raises(UserError, match=r"byte-level BPE alone(.|\n)*Unigram(.|\n)*vocab_add=0"):
         adapt(tmp_path / "runs", model=tmp_path / "model")
-    assert "field" in adapt(tmp_path / "runs", model=tmp_path / "model", steps=1, **NO_TOKENS).facts["change"]
+    assert "field" in adapt(tmp_path / "runs", model=tmp_path / "model", steps=1, **NO_TOKENS).facts["adaptation_effect"]

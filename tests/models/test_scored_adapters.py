@@ -240,7 +240,7 @@ def test_virtual_tokens_take_room_from_the_texts(tmp_path: Path) -> None:
     assert len(engine.generate([list(range(3, 40))], Sampling(max_tokens=22, temperature=0.0, stop_ids=()))[0].ids) == 22
     with pytest.raises(ContextOverflow):
         engine.generate([list(range(3, 40))], Sampling(max_tokens=23))
-    with pytest.raises(ConfigError, match="no room for a text"):
+    with pytest.raises(ConfigError, match="virtual tokens fill the context"):
         attach_adapter(load(tmp_path), Adapter(kind="prompt", tokens=64), 0)
 
 

@@ -19,6 +19,7 @@ import pytest
 from tests.guarantees.test_errors import disk  # noqa: F401 (a fixture)
 from tests.pipeline import environment, tutelage
 from tutelage import api, log
+from tutelage.config.spec import hyphens
 from tutelage.config.stages import Generate
 from tutelage.engine import Engine, Sampling
 from tutelage.errors import ConfigError, DataError, StorageError
@@ -366,7 +367,7 @@ def test_dry_run_checks_and_writes_nothing(model: Path, tmp_path: Path, capsys: 
 def test_help_lists_every_setting_and_imports_nothing_heavy(capsys: Capture) -> None:
     """A setting that only the source knows; a help page that takes seconds."""
     page = tutelage(capsys, "generate", "--help", columns=200).out
-    assert all(f" --{key} " in page or f" {key} " in page for key in Generate.model_fields)
+    assert all(f" --{hyphens(key)} " in page or f" {key} " in page for key in Generate.model_fields)
     code = (
         "import sys; sys.argv = ['tutelage', 'generate', '--help']\nfrom tutelage.cli.main import main\n"
         "try: main()\nexcept SystemExit: print(sorted({'torch', 'fastapi', 'numpy'} & set(sys.modules)))"

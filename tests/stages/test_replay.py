@@ -11,7 +11,7 @@ import torch
 
 from tests.guarantees import tiny
 from tests.pipeline import World, world  # noqa: F401 (a fixture)
-from tests.stages.test_prefer_methods import records
+from tests.stages.test_preference_methods import records
 from tutelage import api
 from tutelage.data.tokens.replay import ReplaySource
 from tutelage.errors import ConfigError

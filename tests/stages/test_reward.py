@@ -175,9 +175,9 @@ def test_steps_are_judged(tmp_path: Path) -> None:
     ("kind", "settings", "about"),
     [
         ("preferences", {"method": "process"}, "no method of this name learns from preferences"),
-        ("preferences", {"loss": "huber"}, "`loss` means nothing to reward"),
+        ("preferences", {"loss": "huber"}, "reward has no setting `loss`"),
         ("preferences", {"aspects": "animals"}, "`aspects` means nothing"),
-        ("ratings", {"centring": "0.1"}, "`centring` means nothing to rating"),
+        ("ratings", {"centring": "0.1"}, "rating has no setting `centring`"),
         ("ratings", {"aspects": "beauty"}, "no rating has this aspect"),
         ("ratings", {"method": "reward"}, "no method of this name learns from ratings"),
         ("conversations", {}, "other records than this stage reads"),
