@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--methods", default="dpo,ppo")
     args = parser.parse_args()
     from tutelage import api
-    from tutelage.rundir import find
+    from tutelage.references import find
 
     data = api.data(sources=["python-questions:"], kind="prompts", dedup="exact", runs=args.runs)
     start = find(args.model, "model", args.runs).path

@@ -84,7 +84,7 @@ def main() -> None:
     from tutelage.engine import Engine, Sampling
     from tutelage.models import kernels
     from tutelage.models.open import load
-    from tutelage.rundir import find
+    from tutelage.references import find
 
     folder = find(args.model, "model", args.runs).path
     renderer, model = Renderer(folder), load(folder)

@@ -40,7 +40,7 @@ def main() -> None:
     from tutelage.chat.render import Renderer
     from tutelage.engine import Engine, Sampling
     from tutelage.models.open import load
-    from tutelage.rundir import find
+    from tutelage.references import find
 
     folder, small = (find(m, "model", args.runs).path for m in (args.model, args.draft))
     renderer, model, draft = Renderer(folder), load(folder), load(small)

@@ -17,7 +17,8 @@ from tests.test_rundir import DIGEST, make
 from tutelage import aside, digests
 from tutelage.errors import ArtifactError
 from tutelage.files import folder_digest, read_json, read_object, whole_folder, write_json
-from tutelage.rundir import RunDir, all_runs, find, lineage
+from tutelage.references import find
+from tutelage.rundir import RunDir, all_runs, lineage
 
 Capture = pytest.CaptureFixture[str]
 

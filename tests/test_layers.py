@@ -29,7 +29,7 @@ LAYERS = [
     {"models"},
     {"recipe", "plan"},
     {"store", "sandbox", "workers"},
-    {"config", "records", "artifacts", "rundir", "gguf", "aside", "digests", "unicode", "files", "log", "errors"},
+    {"config", "records", "artifacts", "references", "rundir", "gguf", "aside", "digests", "unicode", "files", "log", "errors"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [

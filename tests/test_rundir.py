@@ -12,7 +12,8 @@ import pytest
 from tests.pipeline import environment
 from tutelage.errors import ArtifactError, DataError, StorageError
 from tutelage.files import folder_digest, read_json, write_json
-from tutelage.rundir import Artifact, RunDir, all_runs, find, held, matching
+from tutelage.references import find, matching
+from tutelage.rundir import Artifact, RunDir, all_runs, held
 
 DIGEST = "0123456789ab"
 

@@ -23,7 +23,8 @@ from tutelage.config.train import Train, extended
 from tutelage.errors import ArtifactError, ConfigError, UserError
 from tutelage.plan.code import code_digest
 from tutelage.plan.time import Span
-from tutelage.rundir import Artifact, RunDir, find
+from tutelage.references import find
+from tutelage.rundir import Artifact, RunDir
 
 
 @dataclass(frozen=True, slots=True)

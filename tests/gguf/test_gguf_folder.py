@@ -21,7 +21,7 @@ from tutelage.gguf.folder import file_of, model_folder, packaged, reference_to
 from tutelage.models.folder import check_folder
 from tutelage.models.interface import Batch
 from tutelage.models.open import load
-from tutelage.rundir import find
+from tutelage.references import find
 
 
 def test_a_file_is_found_as_a_model_and_as_a_tokenizer(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.pipeline import World, recipe_of, tutelage, world, write_recipe  # noqa: F401 (a fixture)
 from tutelage.recipe import Runner
-from tutelage.rundir import find
+from tutelage.references import find
 from tutelage.stages import STAGES
 
 

@@ -21,7 +21,8 @@ from tutelage.config.train import Schedule
 from tutelage.errors import ConfigError
 from tutelage.files import read_json, write_json
 from tutelage.plan import machine
-from tutelage.rundir import find, lineage
+from tutelage.references import find
+from tutelage.rundir import lineage
 from tutelage.setup import extend, hyperparameters, text_rows, trainer
 from tutelage.train.checkpoint import Progress
 from tutelage.train.loop import State, train

@@ -21,7 +21,8 @@ from tutelage.errors import ArtifactError, ConfigError
 from tutelage.files import read_json
 from tutelage.models.interface import Batch
 from tutelage.models.open import load
-from tutelage.rundir import RunDir, find
+from tutelage.references import find
+from tutelage.rundir import RunDir
 
 TUNED = {**TRAIN, "steps": 4, "kernels": True}
 Capture = pytest.CaptureFixture[str]

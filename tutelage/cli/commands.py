@@ -30,7 +30,7 @@ def chat(
     runs: Runs = RUNS,
 ) -> None:
     """Talk to a model in the terminal; /help there lists the commands."""
-    from tutelage.rundir import find
+    from tutelage.references import find
 
     folder = find(model, "model", runs).path  # before the heavy imports, so that a mistyped name is reported at once
     from tutelage.cli.chat import chat as talk
@@ -147,7 +147,7 @@ def serve(
     folders = _named_models(models, name, runs)  # before the heavy imports, so that a mistyped name is reported at once
     adapters = _named_adapters(adapter, folders)
     from tutelage.config.base import parse_set
-    from tutelage.rundir import find
+    from tutelage.references import find
     from tutelage.serve.listen import Options
     from tutelage.serve.listen import serve as listen
 
@@ -166,7 +166,7 @@ def serve(
 def _named_models(models: list[str], names: list[str], runs: Path) -> dict[str, Path]:
     """Folders by the names that clients use. Raises `ConfigError` for names that are not one for each model."""
     from tutelage.errors import ConfigError
-    from tutelage.rundir import find
+    from tutelage.references import find
 
     found = [find(model, "model", runs) for model in models]
     known = names or [f.name for f in found]

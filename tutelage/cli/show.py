@@ -23,7 +23,8 @@ from tutelage.errors import ConfigError
 from tutelage.files import read_json
 from tutelage.plan.time import NOTHING
 from tutelage.recipe import Estimate, Planned, Runner, Unknown
-from tutelage.rundir import RunDir, all_runs, find, finished, held, lineage, matching
+from tutelage.references import find, matching
+from tutelage.rundir import RunDir, all_runs, finished, held, lineage
 
 
 def show_plan(plan: list[Planned], runner: Runner) -> None:

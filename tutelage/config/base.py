@@ -7,15 +7,18 @@ import difflib
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic import Field as _PydanticField
 from pydantic.fields import FieldInfo
 
 from tutelage.errors import ConfigError, Setting, UserError
 from tutelage.unicode import HALF, half_character
+
+# A single name is a list of one: --set corpus.sources=docs/
+Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 class Section(BaseModel):

@@ -35,6 +35,9 @@ OUTSIDE_DIGEST = {
         "config.base",
         "config.stages",
         "config.train",
+        "config.feedback",
+        "config.spec",
+        "references",
     )
 }
 DATA_FILES = (".cpp", ".h", ".jinja", ".yaml", ".json", ".txt")

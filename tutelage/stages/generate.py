@@ -18,7 +18,8 @@ from tutelage.inference.input_file import InputFile, opened
 from tutelage.inference.output_file import ResumableOutput
 from tutelage.inference.prompts import Prompting
 from tutelage.models.open import load
-from tutelage.rundir import Artifact, find
+from tutelage.references import find
+from tutelage.rundir import Artifact
 from tutelage.setup.trainer import choose_device
 from tutelage.train.hooks import duration
 

@@ -24,7 +24,7 @@ from tutelage.inference.classifier import Classifier
 from tutelage.inference.input_file import InputFile, InputRow, opened
 from tutelage.inference.output_file import check_output
 from tutelage.inference.prompts import check_text
-from tutelage.rundir import find
+from tutelage.references import find
 from tutelage.setup.trainer import choose_device
 from tutelage.train.hooks import duration
 
