@@ -187,6 +187,15 @@ def test_a_damaged_folder_is_named_with_what_was_expected(damage: str, untied: P
         assert text in str(caught.value), str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "torchao", "hqq", "of-tomorrow", None])
+def test_quantized_weights_are_named_with_their_method(method: str | None, untied: Path) -> None:
+    """An ImportError from three libraries down; a method that nobody knows, which transformers reads as if it were none."""
+    change_config(quantization_config={"quant_method": method, "bits": 4} if method else {"bits": 4})(untied)
+    with pytest.raises(ArtifactError, match=method or "by an unnamed method") as caught:
+        load(untied)
+    assert caught.value.field == "quantization_config" and "GGUF" in str(caught.value.fix)
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     """A mistyped path must not be looked up on a hub."""
     with pytest.raises(ArtifactError, match="no such model folder"):

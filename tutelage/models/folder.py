@@ -95,6 +95,17 @@ def refuse_code(folder: Path, raw: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
+def refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
+    """Raises `ArtifactError` for quantized weights: a library that does not know the method reads them as if they were none."""
+    if found := raw.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise ArtifactError(
+            f"the weights of this model are quantized ({method or 'by an unnamed method'}), which is not read here",
+            file=folder / "config.json", field="quantization_config", found=found, expected="float32, bfloat16 or float16 weights",
+            fix="use the original model (adapter.quantize=nf4 trains on it in 4 bits), or a GGUF file of it",
+        )  # fmt: skip
+
+
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The files of a tokenizer folder (or of a model folder with a tokenizer) that belong to the tokenizer."""
     found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())

@@ -15,7 +15,7 @@ from tutelage.gguf.folder import model_folder
 from tutelage.models.adapters.folder import check_base, kind_of, load_adapter
 from tutelage.models.adapters.merge import merge
 from tutelage.models.config import unsupported
-from tutelage.models.folder import DTYPES, StoredFiles, read_config, refuse_code, refuse_scorer
+from tutelage.models.folder import DTYPES, StoredFiles, read_config, refuse_code, refuse_quantized, refuse_scorer
 from tutelage.models.hf.open import load_hf
 from tutelage.models.interface import Model
 from tutelage.models.load import load_decoder
@@ -40,6 +40,7 @@ def load(
     if reason is None:
         return load_decoder(folder, raw, device, kind)
     refuse_code(folder, raw)
+    refuse_quantized(folder, raw)
     if not adapter:
         raise ArtifactError(f"our decoder does not run this model: {reason}", file=folder / "config.json")
     StoredFiles.find(folder)

@@ -19,7 +19,7 @@ from tutelage.models.adapters.merge import merge
 from tutelage.models.adapters.score_heads import PEFT_PREFIX, VIRTUAL, head_endings, put_heads
 from tutelage.models.config import DecoderConfig, unsupported
 from tutelage.models.decoder import Decoder
-from tutelage.models.folder import DTYPES, check_folder, read_config, scores, stored_shapes
+from tutelage.models.folder import DTYPES, check_folder, read_config, refuse_quantized, scores, stored_shapes
 from tutelage.models.hf.encoder import PROBLEM, ClassScorer, is_encoder, load_classifier
 from tutelage.models.hf.scorer import load_body
 from tutelage.models.load import fill
@@ -52,7 +52,7 @@ def load_scorer(folder: Path | str, *, device: str | torch.device = "cpu", dtype
             found=raw.get("architectures"), expected="…ForSequenceClassification",
             fix="train one from it with `tutelage reward --model FOLDER`",
         )  # fmt: skip
-    check_folder(folder)
+    refuse_quantized(folder, check_folder(folder))
     if unsupported(raw) is not None:
         body = load_body(folder, device=device, dtype=kind)
         return Scorer(body, body.hf.score, _outputs(raw, body.hf.score.out_features), _problem(raw)).eval()

@@ -16,7 +16,7 @@ from torch import Tensor
 from tutelage.errors import ArtifactError, ConfigError, MissingExtra
 from tutelage.models.adapters.hf_virtual_tokens import encoder_prefix, prepend_virtual
 from tutelage.models.config import unsupported
-from tutelage.models.folder import check_folder, read_config
+from tutelage.models.folder import check_folder, read_config, refuse_quantized
 from tutelage.models.hf.causal import Wrapped, quiet
 from tutelage.models.hf.config import new_config, new_weights
 from tutelage.models.interface import Batch, Output
@@ -199,7 +199,7 @@ def name_classes(config: Any, labels: Sequence[str], task: Task, many: bool) -> 
 
 
 def _config_of(folder: Path) -> Any:
-    check_folder(folder)
+    refuse_quantized(folder, check_folder(folder))
     config = _read(folder)
     if not _encodes(config):
         raise ArtifactError(
