@@ -62,6 +62,13 @@ def whole_of(folder: Path) -> Path:
     return whole_of(base_of(folder)) if is_adapter(folder) else folder
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder with a model's tokenizer: the base's, for an adapter without one, as `peft` writes them."""
+    folder = model_folder(folder)
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return folder if own or not is_adapter(folder) else tokenizer_folder(base_of(folder))
+
+
 def weights_digest(base: Path) -> str:
     """SHA-256 over the files with a model's weights; of an adapter over its base's and its own."""
     total = hashlib.sha256()

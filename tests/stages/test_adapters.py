@@ -117,6 +117,25 @@ def test_an_adapter_of_peft_is_trained_on(world: World, tmp_path: Path) -> None:
     torch.testing.assert_close(got, logits(run.path / "adapter"), atol=1e-4, rtol=1e-3)
 
 
+def test_an_adapter_without_a_tokenizer_has_its_base_s(world: World, tmp_path: Path, capsys: Capture) -> None:  # noqa: F811
+    """`peft` writes none: training, chat and evaluation ended in "no tokenizer here", though the base is named and has one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = world.made["chat"] / "model"
+    theirs: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules="all-linear"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "tokenizer.json").exists()
+    run = tune(world, tmp_path, {"kind": "lora"}, model=tmp_path / "theirs")
+    assert (run.path / "adapter" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    api.evaluate(model=tmp_path / "theirs", questions=world.made["chats"], max_questions=2, max_tokens=4, runs=tmp_path)
+    assert tutelage(capsys, "chat", tmp_path / "theirs", "-m", "Where is cat 3?", "--max-tokens", "4").code == 0
+    config = read_json(tmp_path / "theirs" / "adapter_config.json")
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "gone/away"}))
+    said = tutelage(capsys, "chat", tmp_path / "theirs", "-m", "x")
+    assert said.code == 2 and "gone/away" in said.err and "no tokenizer here" not in said.err
+
+
 def test_another_base_is_refused(world: World, tmp_path: Path) -> None:  # noqa: F811
     """An adapter on weights that it was not trained on."""
     run = tune(world, tmp_path, {"kind": "lora"})

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tutelage.artifacts import ADAPTER, adapter_config, is_adapter, is_scored
+from tutelage.artifacts import ADAPTER, adapter_config, is_adapter, is_scored, tokenizer_folder
 from tutelage.errors import ArtifactError
 from tutelage.files import check_readable, read_object
 from tutelage.gguf.folder import LINK, file_of, header_of, model_folder, source_of
@@ -101,13 +101,15 @@ def refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         raise ArtifactError(
             f"the weights of this model are quantized ({method or 'by an unnamed method'}), which is not read here",
-            file=folder / "config.json", field="quantization_config", found=found, expected="float32, bfloat16 or float16 weights",
+            file=folder / "config.json", field="quantization_config", found=found,
+            expected="float32, bfloat16 or float16 weights",
             fix="use the original model (adapter.quantize=nf4 trains on it in 4 bits), or a GGUF file of it",
         )  # fmt: skip
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The files of a tokenizer folder (or of a model folder with a tokenizer) that belong to the tokenizer."""
+    folder = tokenizer_folder(folder)
     found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     if not any(f.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for f in found):
         raise ArtifactError("there is no tokenizer in this folder", file=folder, expected="a tokenizer.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import log
+from tutelage.artifacts import tokenizer_folder
 from tutelage.chat.render import Rendered, check_supervision, coloured_sample
 from tutelage.chat.templates import style
 from tutelage.config.stages import Sft
@@ -47,7 +48,7 @@ def show_sample(segments: Segments, number: int, tokenizer: Path) -> None:
 
 def with_template(run: RunDir, name: str) -> Path:
     """A copy of the checkpoint's tokenizer with one of our chat templates."""
-    source, chosen = run.input("model"), style(name)
+    source, chosen = tokenizer_folder(run.input("model")), style(name)
     with whole_folder(run.folder("retemplated")) as out:
         for file in FILES:
             if (source / file).exists():

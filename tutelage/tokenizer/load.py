@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
+from tutelage.artifacts import tokenizer_folder
 from tutelage.errors import ArtifactError
 from tutelage.files import read_object, unreadable
-from tutelage.gguf.folder import model_folder
 from tutelage.plan.config_json import end_ids
 from tutelage.tokenizer.fast import CorpusEncoder
 
@@ -47,7 +47,7 @@ class TokenizerFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = model_folder(folder)
+        self.folder = tokenizer_folder(folder)
         self._text, tokenizer = _read_tokenizer(self.folder)
         config = _optional(self.folder / "tokenizer_config.json")
         named = {**_optional(self.folder / "special_tokens_map.json"), **config}
