@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class SegmentGroups:
         return nothing_left(message, self.report, self.segments.folder, self.max_length, self.too_long, needed)
 
 
-class PairedGroups(SegmentGroups):
+class PairedGroups(SegmentGroups, ABC):
     """Groups of two completions each. Subclasses set, for each retained group: `kept` [groups] (its number in the data), the
     prompt's `_starts` and `_ends` [groups] in its segment, and `_sizes` [groups, 2]: tokens of each completion."""
 
@@ -82,9 +83,9 @@ class PairedGroups(SegmentGroups):
     def _identity(self) -> bytes:
         return f"{self.segments.digest} {self.max_length} {self.too_long}".encode()
 
+    @abstractmethod
     def _sources(self, i: int) -> Sequence[tuple[int, int]]:
         """For each completion, its segment and its first token there."""
-        raise NotImplementedError
 
     def _values_of(self, i: int, side: int) -> dict[str, float]:
         return {name: float(values[i, side]) for name, values in self._values.items()}
