@@ -149,13 +149,13 @@ def test_killed_and_resumed_equals_straight_with_any_number_of_workers(documents
     with pytest.raises(ArtifactError, match="not finished"):
         Segments.open(killed / "train")
     left = {p.name: p.stat().st_mtime_ns for p in (killed / "parts").glob("*.npy")}
-    assert len(left) >= 2
+    assert len(left) >= 2  # all of them where the workers were fast
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "CHUNK_BYTES", 4000)
         tokenize(documents, tokenizer, killed, workers=2, progress=lambda done, total: seen.append(done))
     assert folder_digest(killed) == folder_digest(straight)
-    assert seen[0] > 4000 * len(left) / 2, "finished parts were made again"
+    assert seen[0] >= 4000 * (len(left) - 2), "finished parts were made again"  # the last of each split may be short
 
 
 def test_parts_of_other_input_are_not_used(documents, tokenizer, tmp_path, monkeypatch):

@@ -102,6 +102,8 @@ def _encode_missing(chunks: list[Chunk], record: str, tokenizer: Path, workers: 
         if progress is not None:
             progress(done, total)
 
+    if progress is not None and done:
+        progress(done, total)  # what an earlier attempt left, which may be everything
     if workers is None:
         workers = (os.cpu_count() or 1) if len(missing) > 4 else 1  # a process takes longer to start than 4 MiB to tokenize
     encode_chunks(missing, record, tokenizer, workers=workers, progress=one_done)
